@@ -1,0 +1,307 @@
+"""Every flag of the scripts: one dataclass per concern, and the strict parser that fills them."""
+
+import argparse
+import difflib
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers.hf_argparser import HfArg, HfArgumentParser
+
+from utils.console import UserError
+from utils.legacy_flags import translate_legacy_flags
+from utils.trainer_flags import parse_trainer_flags
+
+
+@dataclass
+class ModelArguments:
+    _argument_group_name = "model"
+    model_name_or_path: str | None = HfArg(default=None, help="Folder or hub id of the base model.")
+    revision: str | None = HfArg(default=None, help="Branch, tag or commit of the base on the hub.")
+    checkpoint_dir: str | None = HfArg(
+        default=None, help="A run, a checkpoint-N of it, or an adapter folder to start from."
+    )
+    bits: Literal[4, 8, 16, 32] = HfArg(default=4, help="Bits of the base model's weights.")
+    double_quant: bool = HfArg(default=True, help="Quantize the 4-bit scales too (QLoRA, section 3).")
+    quant_type: Literal["nf4", "fp4"] = HfArg(default="nf4", help="4-bit data type.")
+    bf16: bool = HfArg(default=False, help="Compute in bfloat16. Neither: the best the hardware has.")
+    fp16: bool = HfArg(default=False, help="Compute in float16, with a loss scale.")
+    full_finetune: bool = HfArg(default=False, help="Train every weight; needs bits 16 or 32.")
+    use_cpu: bool = HfArg(default=False, help="Stay on the CPU although a GPU is there.")
+    max_memory_MB: int | None = HfArg(default=None, help="Cap on each GPU's memory for the base, MB.")
+    trust_remote_code: bool = HfArg(default=False, help="Run Python code shipped in the model folder.")
+    cache_dir: str | None = HfArg(default=None, help="Where downloads from the hub are kept.")
+
+    def __post_init__(self):
+        if self.full_finetune and self.bits not in (16, 32):
+            raise UserError(
+                f"--full_finetune trains the weights themselves and --bits {self.bits} freezes them: "
+                "use --bits 16 or 32, or leave --full_finetune out"
+            )
+        if self.bf16 and self.fp16:
+            raise UserError(
+                "--bf16 and --fp16 are both set: choose one, or neither for the best the hardware has"
+            )
+        require_positive(self, "max_memory_MB")
+
+
+@dataclass
+class DataArguments:
+    _argument_group_name = "data"
+    dataset_name: str = HfArg(default="alpaca", help="A json/jsonl file, a named set, or a hub id.")
+    eval_dataset_name: str | None = HfArg(
+        default=None, help="Rows to evaluate on. Without it a part of --dataset_name is held out."
+    )
+    dataset_format: Literal["alpaca", "input-output", "self-instruct", "messages", "oasst1"] | None = HfArg(
+        default=None, help="Column layout; found from the columns when left out."
+    )
+    data_dir: str | None = HfArg(default=None, help="Folder of local copies of the named sets.")
+    load_from_local: bool = HfArg(default=False, help="Read the named set from --data_dir.")
+    template: str | None = HfArg(
+        default=None, help="A file name of utils/templates; default: the tokenizer's own template."
+    )
+    source_max_len: int = HfArg(default=1024, help="Longest prompt, tokens.")
+    target_max_len: int = HfArg(default=256, help="Longest answer, tokens.")
+    model_max_length: int | None = HfArg(
+        default=None, help="Longest prompt and answer together, tokens; replaces the two limits above."
+    )
+    train_on_source: bool = HfArg(default=False, help="Train on the prompt's tokens too.")
+    eval_dataset_size: float | None = HfArg(
+        default=None, help="Held-out rows: a share below 1, or a count. Default: 1024, 10% at most."
+    )
+    max_train_samples: int | None = HfArg(default=None, help="Train on this many rows at most.")
+    max_eval_samples: int | None = HfArg(default=None, help="Evaluate on this many rows at most.")
+
+    def __post_init__(self):
+        require_positive(
+            self,
+            "source_max_len",
+            "target_max_len",
+            "model_max_length",
+            "eval_dataset_size",
+            "max_train_samples",
+            "max_eval_samples",
+        )
+
+    @property
+    def max_len(self) -> int:
+        """Longest row, tokens."""
+        return self.model_max_length or self.source_max_len + self.target_max_len
+
+
+@dataclass
+class LoraArguments:
+    _argument_group_name = "LoRA"
+    lora_r: int = HfArg(default=64, help="Rank of the adapter.")
+    lora_alpha: float = HfArg(default=16, help="The update is scaled by alpha / r.")
+    lora_dropout: float = HfArg(default=0.0, help="Dropout on the adapter's input.")
+    lora_target_modules: list[str] = HfArg(
+        default_factory=lambda: ["all-linear"], help="Names of the adapted layers, or all-linear."
+    )
+    bias: Literal["none", "all", "lora_only"] = HfArg(default="none", help="Which biases are trained.")
+    use_rslora: bool = HfArg(default=False, help="Scale by alpha / sqrt(r) (arXiv 2312.03732).")
+    use_dora: bool = HfArg(default=False, help="Train magnitude apart from direction (2402.09353).")
+
+    def __post_init__(self):
+        require_positive(self, "lora_r", "lora_alpha")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(
+                f"--lora_dropout {self.lora_dropout} is no probability: use 0 up to, not including, 1"
+            )
+
+
+@dataclass
+class TrainingArguments:
+    """The Trainer's flags that the scripts pin. Any other flag of the Trainer is taken too, into `extra`."""
+
+    _argument_group_name = "training"
+    output_dir: str | None = HfArg(default=None, help="The run's folder; output/<data>-<model>.")
+    overwrite_output_dir: bool = HfArg(default=False, help="Start anew over the run found there.")
+    do_train: bool = HfArg(default=False, help="Train. On when none of the three is given.")
+    do_eval: bool = HfArg(default=False, help="Measure the loss on held-out rows.")
+    do_predict: bool = HfArg(default=False, help="Answer the held-out rows into predictions.jsonl.")
+    predict_with_generate: bool = HfArg(default=True, help="Predictions are generated text.")
+    sample_generate: bool = HfArg(default=False, help="Answer --sample_prompts at each evaluation.")
+    sample_prompts: str = HfArg(default="data/sample_prompts.jsonl", help="Rows {prompt} or {messages}.")
+    num_train_epochs: float = HfArg(default=3.0, help="Passes over the training rows.")
+    max_steps: int = HfArg(default=-1, help="Optimizer steps; above 0 it replaces the epochs.")
+    per_device_train_batch_size: int = HfArg(default=1, help="Rows in a micro-batch.")
+    per_device_eval_batch_size: int = HfArg(default=8, help="Rows in an evaluation batch.")
+    gradient_accumulation_steps: int = HfArg(default=16, help="Micro-batches in an optimizer step.")
+    gradient_checkpointing: bool = HfArg(default=True, help="Recompute activations to save memory.")
+    packing: bool = HfArg(
+        default=True, help="Lay the rows of a micro-batch end to end instead of padding them."
+    )
+    learning_rate: float = HfArg(default=2e-4, help="Peak learning rate.")
+    lr_scheduler_type: str = HfArg(default="constant", help="constant, cosine, linear, ...")
+    warmup_steps: float = HfArg(default=0.0, help="Warm-up steps, or their share when below 1.")
+    weight_decay: float = HfArg(default=0.0, help="Decoupled weight decay.")
+    adam_beta1: float = HfArg(default=0.9, help="Adam's first-moment decay.")
+    adam_beta2: float = HfArg(default=0.999, help="Adam's second-moment decay.")
+    adam_epsilon: float = HfArg(default=1e-8, help="Adam's denominator floor.")
+    max_grad_norm: float = HfArg(default=0.3, help="Gradient norm is clipped to this.")
+    optim: str = HfArg(default="paged_adamw_32bit", help="Optimizer, by its name in the Trainer.")
+    seed: int = HfArg(default=42, help="Seed of weights, dropout and samples.")
+    data_seed: int = HfArg(default=42, help="Seed of the split and of the order of the rows.")
+    logging_strategy: str = HfArg(default="steps", help="no, steps or epoch.")
+    logging_steps: float = HfArg(default=10, help="Steps between two log lines.")
+    eval_strategy: str = HfArg(default="no", help="no, steps or epoch.")
+    eval_steps: float | None = HfArg(default=None, help="Steps between evaluations.")
+    save_strategy: str = HfArg(default="steps", help="no, steps or epoch.")
+    save_steps: float = HfArg(default=250, help="Steps between checkpoints.")
+    save_total_limit: int | None = HfArg(default=40, help="Checkpoints kept.")
+    train_sampling_strategy: str = HfArg(
+        default="random", help="random, sequential, or group_by_length to batch equal lengths."
+    )
+    dataloader_num_workers: int = HfArg(default=0, help="Processes that prepare batches.")
+    remove_unused_columns: bool = HfArg(default=False, help="Kept for old scripts; rows hold no others.")
+    ddp_find_unused_parameters: bool = HfArg(default=False, help="For several GPUs: leave it off.")
+    report_to: list[str] = HfArg(default_factory=lambda: ["none"], help="wandb, tensorboard, none.")
+    run_name: str | None = HfArg(default=None, help="The run's name in wandb.")
+    do_mmlu_eval: bool = HfArg(default=False, help="Measure MMLU at each evaluation.")
+    mmlu_dataset: str = HfArg(default="mmlu-zs", help="mmlu-zs, mmlu-fs, or a json/jsonl file.")
+    mmlu_split: Literal["eval", "test"] = HfArg(default="eval", help="Which questions.")
+    max_mmlu_samples: int | None = HfArg(default=None, help="This many questions at most.")
+    mmlu_source_max_len: int = HfArg(default=2048, help="Longest question, tokens.")
+    extra: dict[str, Any] = field(default_factory=dict, init=False)
+
+    def __post_init__(self):
+        if not (self.do_train or self.do_eval or self.do_predict):
+            self.do_train = True
+        require_positive(
+            self,
+            "num_train_epochs",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "learning_rate",
+            "eval_steps",
+            "logging_steps",
+            "save_steps",
+            "save_total_limit",
+            "max_mmlu_samples",
+            "mmlu_source_max_len",
+            "adam_epsilon",
+        )
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise UserError(f"--max_steps {self.max_steps}: use a positive number, or -1 to train by epochs")
+        if self.warmup_steps < 0:
+            raise UserError(f"--warmup_steps {self.warmup_steps} is negative: use 0 for no warm-up")
+        for name in ("logging_strategy", "eval_strategy", "save_strategy"):
+            require_choice(
+                self, name, ["no", "steps", "epoch"] + (["best"] if name == "save_strategy" else [])
+            )
+        require_choice(self, "train_sampling_strategy", ["random", "sequential", "group_by_length"])
+
+
+@dataclass
+class GenerationArguments:
+    _argument_group_name = "generation"
+    max_new_tokens: int = HfArg(default=256, help="Longest reply, tokens.")
+    min_new_tokens: int | None = HfArg(default=None, help="Shortest reply, tokens.")
+    do_sample: bool = HfArg(default=False, help="Sample; otherwise the likeliest token is taken.")
+    num_beams: int = HfArg(default=1, help="Beams of a beam search.")
+    temperature: float = HfArg(default=1.0, help="Below 1 sharper, above 1 flatter (do_sample).")
+    top_k: int = HfArg(default=50, help="Sample from the k likeliest tokens (do_sample).")
+    top_p: float = HfArg(default=1.0, help="Sample from this share of probability (do_sample).")
+    typical_p: float = HfArg(default=1.0, help="Locally typical sampling (do_sample).")
+    repetition_penalty: float = HfArg(default=1.0, help="Above 1 discourages repetition.")
+    length_penalty: float = HfArg(default=1.0, help="Above 0 favours longer beams.")
+    no_repeat_ngram_size: int = HfArg(default=0, help="No n-gram of this size appears twice; 0: off.")
+
+    def __post_init__(self):
+        require_positive(
+            self,
+            "max_new_tokens",
+            "min_new_tokens",
+            "num_beams",
+            "temperature",
+            "top_p",
+            "typical_p",
+            "repetition_penalty",
+        )
+
+
+def require_positive(arguments: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} {value}: use a number above 0")
+
+
+def require_choice(arguments: Any, name: str, choices: list[str]) -> None:
+    value = getattr(arguments, name)
+    if value not in choices:
+        raise UserError(f"--{name} {value}: use one of {', '.join(choices)}")
+
+
+class OneNameFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that shows each flag once, not in its hyphened spelling too."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.option_strings and action.option_strings[0] != "-h":
+            return " ".join(
+                [action.option_strings[0], self._format_args(action, action.dest.upper())]
+            ).strip()
+        return super()._format_action_invocation(action)
+
+
+class StrictParser(HfArgumentParser):
+    """HfArgumentParser without abbreviations, whose errors are UserErrors."""
+
+    def __init__(self, dataclass_types: list[type], description: str):
+        super().__init__(
+            dataclass_types, description=description, allow_abbrev=False, formatter_class=OneNameFormatter
+        )
+
+    def error(self, message: str):
+        raise UserError(re.sub(r"argument (--\w+)(/--[\w-]+)*", r"\1", message))
+
+    def flag_names(self) -> list[str]:
+        return [option for action in self._actions for option in action.option_strings]
+
+
+def parse_args(
+    argv: list[str], dataclass_types: list[type], description: str, **defaults: Any
+) -> tuple[Any, ...]:
+    """Fill one instance of each dataclass from `argv`, 2023 flag names included; `defaults` are the script's own.
+
+    Raises UserError for an unknown, misspelt or abbreviated flag, a bad value, or a dash that is no hyphen.
+    """
+    for word in argv:
+        if word[:1] in "–—−" and word:
+            raise UserError(
+                f"{word} starts with {word[0]!r} (U+{ord(word[0]):04X}), a pasted dash: "
+                f"type --{word.lstrip('–—−-')}"
+            )
+    parser = StrictParser(dataclass_types, description)
+    parser.set_defaults(**defaults)
+    flags = parser.flag_names()
+    *parsed, rest = parser.parse_args_into_dataclasses(
+        translate_legacy_flags(argv, flags), return_remaining_strings=True, look_for_args_file=False
+    )
+    training = next((arguments for arguments in parsed if hasattr(arguments, "extra")), None)
+    if rest and training is not None:
+        training.extra, rest = parse_trainer_flags(rest)
+    if rest:
+        raise UserError(describe_unknown(rest[0], flags))
+    return tuple(parsed)
+
+
+def describe_unknown(word: str, flags: list[str]) -> str:
+    if not word.startswith("-"):
+        return f"unexpected word {word!r}: every value follows a --flag, a value with spaces goes in quotes"
+    name = word.split("=")[0]
+    close = [flag for flag in flags if flag.startswith(name)] or difflib.get_close_matches(name, flags, n=1)
+    return f"unknown flag {name}" + (
+        f": did you mean {close[0]}? Flags are not abbreviated" if close else ": --help lists all flags"
+    )
+
+
+def find_given_flags(argv: list[str]) -> set[str]:
+    """Names of the fields set on the command line."""
+    return {
+        re.sub(r"^no_", "", word.lstrip("-").split("=")[0].replace("-", "_"))
+        for word in argv
+        if word.startswith("--")
+    }

@@ -1,0 +1,261 @@
+"""Mistakes found from config.json, safetensors headers and run.json alone: seconds, before any weight is read."""
+
+import dataclasses
+import json
+import socket
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+from urllib.request import getproxies
+
+from utils.arguments import DataArguments, ModelArguments, TrainingArguments
+from utils.console import UserError, notice
+from utils.prompts import read_template
+from utils.run_record import RUN_FILE, find_run_record
+
+ADAPTER_FILE = "adapter_model.safetensors"
+# What a run fixes for inference; flags given beside --checkpoint_dir override it.
+RECORDED_MODEL_FIELDS = (
+    "model_name_or_path",
+    "revision",
+    "bits",
+    "double_quant",
+    "quant_type",
+    "bf16",
+    "fp16",
+    "full_finetune",
+)
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+MOVED_MODELS = {"decapoda-research/llama-7b-hf": "huggyllama/llama-7b"}
+RECORDED_DATA_FIELDS = (
+    "dataset_name",
+    "eval_dataset_name",
+    "dataset_format",
+    "data_dir",
+    "load_from_local",
+    "source_max_len",
+    "target_max_len",
+    "model_max_length",
+    "eval_dataset_size",
+)
+
+
+def check_arguments(
+    model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments, given: set[str]
+) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """The arguments with what they leave open filled in: from the run they name, and the default output_dir.
+
+    Raises UserError for everything about model, adapter and lengths that is wrong before weights load.
+    """
+    if not training_args.do_train and model_args.checkpoint_dir is None and training_args.output_dir:
+        if Path(training_args.output_dir, RUN_FILE).is_file():
+            notice(f"evaluating the run in {training_args.output_dir}")
+            model_args = dataclasses.replace(model_args, checkpoint_dir=training_args.output_dir)
+    if not training_args.do_train and model_args.checkpoint_dir:
+        record = find_run_record(Path(model_args.checkpoint_dir)) or {"arguments": {}}
+        recorded = {
+            name: record["arguments"][name] for name in RECORDED_DATA_FIELDS if name in record["arguments"]
+        }
+        data_args = dataclasses.replace(data_args, **{k: v for k, v in recorded.items() if k not in given})
+        if "data_seed" in record["arguments"] and "data_seed" not in given:
+            training_args = dataclasses.replace(training_args, data_seed=record["arguments"]["data_seed"])
+    model_args = resolve_model(model_args, given)
+    check_template(data_args)
+    config = read_model_config(model_args)
+    check_lengths(data_args, config)
+    check_adapter_fits(model_args, config)
+    if training_args.output_dir is None:
+        data, model = Path(data_args.dataset_name).stem, Path(model_args.model_name_or_path).name
+        output_dir = model_args.checkpoint_dir or f"output/{data}-{model}"
+        if training_args.do_train or not model_args.checkpoint_dir:
+            output_dir = f"output/{data}-{model}"
+        notice(f"--output_dir is {output_dir}")
+        training_args = dataclasses.replace(training_args, output_dir=output_dir)
+    return model_args, data_args, training_args
+
+
+def resolve_model(model_args: ModelArguments, given: set[str]) -> ModelArguments:
+    """`model_args` with what the run behind --checkpoint_dir recorded; each flag in `given` overrides it, printed.
+
+    Raises UserError where no base model is named, a folder is missing, or the checkpoint holds no adapter.
+    """
+    if model_args.checkpoint_dir is None:
+        if model_args.model_name_or_path is None:
+            raise UserError(
+                "no model is named: give --model_name_or_path FOLDER_OR_HUB_ID, or --checkpoint_dir RUN"
+            )
+        return dataclasses.replace(
+            model_args, model_name_or_path=check_model_path(model_args.model_name_or_path)
+        )
+    folder = Path(model_args.checkpoint_dir).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"--checkpoint_dir {model_args.checkpoint_dir}: no such folder")
+    recorded = read_recorded_fields(folder)
+    for name, value in recorded.items():
+        mine = getattr(model_args, name)
+        if name in given and mine != value:
+            notice(f"--{name} {mine} overrides the run's {value}")
+    chosen = {name: value for name, value in recorded.items() if name not in given}
+    if {"bf16", "fp16"} & given:  # one dtype flag replaces the recorded pair
+        chosen = {name: value for name, value in chosen.items() if name not in ("bf16", "fp16")}
+    resolved = dataclasses.replace(model_args, checkpoint_dir=str(folder), **chosen)
+    base = check_model_path(resolved.model_name_or_path)
+    return dataclasses.replace(resolved, model_name_or_path=base)
+
+
+def read_recorded_fields(folder: Path) -> dict[str, Any]:
+    """Base and quantization of the run that `folder` belongs to, from run.json or adapter_config.json."""
+    record = find_run_record(folder)
+    if record is not None:
+        fields = {name: record["arguments"].get(name) for name in RECORDED_MODEL_FIELDS}
+        if record["arguments"].get("full_finetune"):
+            fields["model_name_or_path"] = str(folder)  # the weights themselves were trained
+        elif not (folder / ADAPTER_FILE).is_file():
+            raise UserError(
+                f"--checkpoint_dir {folder} holds no {ADAPTER_FILE}: "
+                f"the run is {record['status']}; name one of its checkpoint-N folders"
+            )
+        return fields
+    if not (folder / ADAPTER_FILE).is_file() or not (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"--checkpoint_dir {folder} holds no adapter (adapter_config.json and {ADAPTER_FILE}) "
+            "and no run.json: name a run, a checkpoint-N of it, or a PEFT adapter folder"
+        )
+    adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    notice(
+        f"{folder} has no run.json: the base {adapter['base_model_name_or_path']} is read from "
+        "adapter_config.json; quantization and prompt are the flags' and the tokenizer's"
+    )
+    return {"model_name_or_path": adapter["base_model_name_or_path"]}
+
+
+def check_model_path(name: str) -> str:
+    """`name` with ~ expanded. Raises UserError for a folder that is missing or holds no model."""
+    if name in MOVED_MODELS:
+        notice(f"{name} has left the hub: {MOVED_MODELS[name]} holds the same weights")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"--model_name_or_path {name}: the folder has no config.json, so it holds no model"
+            )
+        return str(path)
+    if path.exists():
+        raise UserError(f"--model_name_or_path {name} is a file: name the folder of the model")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).parts[0] in ("models", "output"):
+        raise UserError(f"--model_name_or_path {name}: no such folder")
+    return name
+
+
+def read_model_config(model_args: ModelArguments) -> dict[str, Any]:
+    """config.json of the base, from its folder or the hub."""
+    path = Path(model_args.model_name_or_path)
+    if not path.is_dir():
+        path = download_config(model_args)
+    else:
+        path = path / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is no JSON ({error}): download the model again") from error
+
+
+def download_config(model_args: ModelArguments) -> Path:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name, where = (
+        model_args.model_name_or_path,
+        {"revision": model_args.revision, "cache_dir": model_args.cache_dir},
+    )
+    try:
+        cached = try_to_load_from_cache(name, "config.json", **where)
+        if isinstance(cached, str):
+            return Path(cached)
+        reach_hub(f"--model_name_or_path {name}: no such folder, and")
+        return Path(hf_hub_download(name, "config.json", **where))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--model_name_or_path {name}: no such folder, and the hub does not give it "
+            f"({type(error).__name__}: {reason}); a gated model needs `hf auth login`"
+        ) from error
+
+
+def reach_hub(what: str) -> None:
+    """Raises UserError at once where the hub cannot be reached; its client would retry for half a minute."""
+    from huggingface_hub import constants
+
+    host = urlparse(constants.ENDPOINT)
+    if constants.is_offline_mode():
+        raise UserError(f"{what} HF_HUB_OFFLINE is set: name a local folder or file")
+    if getproxies().get(host.scheme):
+        return
+    try:
+        socket.create_connection((host.hostname, host.port or 443), timeout=3).close()
+    except OSError as error:
+        raise UserError(
+            f"{what} {host.hostname} cannot be reached ({error}): "
+            "download it elsewhere and name the local folder or file"
+        ) from error
+
+
+def check_lengths(data_args: DataArguments, config: dict[str, Any]) -> None:
+    """Raises UserError where a row could be longer than the model's context."""
+    text_config = config.get("text_config", config)
+    context = next((text_config[key] for key in CONTEXT_KEYS if isinstance(text_config.get(key), int)), None)
+    if context is not None and data_args.max_len > context:
+        flag = "--model_max_length" if data_args.model_max_length else "--source_max_len + --target_max_len"
+        raise UserError(
+            f"{flag} is {data_args.max_len} tokens and the model's context is {context}: lower it"
+        )
+
+
+def check_template(data_args: DataArguments) -> None:
+    if data_args.template is not None:
+        read_template(data_args.template)
+
+
+def check_adapter_fits(model_args: ModelArguments, config: dict[str, Any]) -> None:
+    """Raises UserError where the adapter's shapes are not the base's. Reads safetensors headers only.
+
+    A base that is not on this disk as plain safetensors is checked by PEFT while it loads.
+    """
+    if model_args.checkpoint_dir is None or model_args.full_finetune or "quantization_config" in config:
+        return
+    adapter = read_shapes([Path(model_args.checkpoint_dir) / ADAPTER_FILE])
+    base = read_shapes(sorted(Path(model_args.model_name_or_path).glob("*.safetensors")))
+    misfit = find_misfit(adapter, base) if base else None
+    if misfit:
+        raise UserError(
+            f"the adapter {model_args.checkpoint_dir} does not fit the base "
+            f"{model_args.model_name_or_path}: {misfit}; name the base it was trained on"
+        )
+
+
+def find_misfit(adapter: dict[str, list[int]], base: dict[str, list[int]]) -> str | None:
+    """The first LoRA matrix (lora_A [r, in], lora_B [out, r]) that does not fit its layer [out, in]."""
+    for name, shape in adapter.items():
+        layer, _, matrix = name.removeprefix("base_model.model.").partition(".lora_")
+        if not matrix.startswith(("A.", "B.")):
+            continue
+        expected = base.get(f"{layer}.weight")
+        if expected is None:
+            return f"the base has no layer {layer}"
+        side = 1 if matrix.startswith("A.") else 0
+        if shape[side] != expected[side]:
+            return f"{layer} is {expected[0]} x {expected[1]} and its lora_{matrix[0]} is {shape[0]} x {shape[1]}"
+    return None
+
+
+def read_shapes(files: list[Path]) -> dict[str, list[int]]:
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
+        except SafetensorError as error:
+            raise UserError(f"{file} is damaged ({error}): download or train it again") from error
+    return shapes

@@ -1,0 +1,34 @@
+"""What the user reads: notices on rank 0, and one clear line for a user's mistake."""
+
+import os
+import sys
+from collections.abc import Callable
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(ValueError):
+    """A mistake only the user can fix: names the flag or file, the value seen, and the cure."""
+
+
+def is_main_process() -> bool:
+    """True on rank 0, and in a run that no launcher started (environment of torchrun and accelerate)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def notice(message: str) -> None:
+    """Print something inferred, replaced or ignored, once per run."""
+    if is_main_process():
+        print(message, flush=True)
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a script's main(); a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_USER_ERROR) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

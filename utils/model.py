@@ -1,0 +1,268 @@
+"""Tokenizer, quantized base, adapter. What QLoRA is, is here: a frozen 4-bit base and LoRA on every linear layer."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+
+from utils.arguments import DataArguments, LoraArguments, ModelArguments
+from utils.checks import ADAPTER_FILE
+from utils.console import UserError, notice
+from utils.prompts import find_stop_tokens, read_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# --- tokenizer -------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(
+    model_args: ModelArguments, data_args: DataArguments | None = None
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer with a chat template and a pad token. A run's own tokenizer comes before the base's."""
+    folder = model_args.checkpoint_dir
+    from_run = folder is not None and Path(folder, "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder if from_run else model_args.model_name_or_path,
+        revision=None if from_run else model_args.revision,
+        trust_remote_code=model_args.trust_remote_code,
+        cache_dir=model_args.cache_dir,
+    )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {model_args.model_name_or_path} has no eos token, so no reply could end"
+        )
+    add_chat_template(tokenizer, data_args)
+    add_pad_token(tokenizer)
+    return tokenizer
+
+
+def add_chat_template(tokenizer: "PreTrainedTokenizerBase", data_args: DataArguments | None) -> None:
+    """Set the prompt format: --template, else the tokenizer's own, else alpaca (guanaco for oasst1)."""
+    name = data_args.template if data_args else None
+    if name is None and tokenizer.chat_template:
+        return
+    if name is None:
+        name = "guanaco" if data_args and data_args.dataset_name == "oasst1" else "alpaca"
+        notice(f"the tokenizer has no chat template: using {name} (--template chooses another)")
+    if name == "chatml" and tokenizer.convert_tokens_to_ids("<|im_end|>") in (None, tokenizer.unk_token_id):
+        raise UserError(
+            "--template chatml ends replies with <|im_end|>, which this tokenizer does not have: "
+            "use another template"
+        )
+    tokenizer.chat_template = read_template(name)
+
+
+def add_pad_token(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """pad = unk or a reserved token; else eos. Masks go by length, so an eos in an answer is still trained."""
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return
+    reserved = (token for token in tokenizer.get_vocab() if "pad" in token.lower() and token.startswith("<"))
+    for token in (tokenizer.unk_token, *reserved, tokenizer.eos_token):
+        if token is not None:
+            tokenizer.pad_token = token
+            return
+
+
+def load_stop_ids(model_args: ModelArguments, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Ids that end a reply: the template's closing token, eos, and what the base's generation_config adds."""
+    try:
+        config = GenerationConfig.from_pretrained(
+            model_args.model_name_or_path, revision=model_args.revision, cache_dir=model_args.cache_dir
+        )
+    except OSError:  # many models ship none
+        config = GenerationConfig()
+    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return find_stop_tokens(tokenizer, [token for token in eos if token is not None])
+
+
+# --- base ------------------------------------------------------------------------------------------------------
+
+
+def choose_compute_dtype(model_args: ModelArguments) -> torch.dtype:
+    """The dtype of activations and matrix products; prints what replaces a dtype that the hardware lacks."""
+    asked = torch.bfloat16 if model_args.bf16 else torch.float16 if model_args.fp16 else None
+    if asked is None and model_args.bits == 32:
+        return torch.float32
+    if has_gpu(model_args):
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if model_args.bf16 and not has_bf16:
+            notice("this GPU has no bfloat16: computing in float16 with a loss scale")
+        return torch.bfloat16 if has_bf16 and asked != torch.float16 else torch.float16
+    # On a CPU without bfloat16 instructions a backward pass takes 30 times as long in bfloat16 as in float32.
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if has_bf16 and asked != torch.float16:
+        return torch.bfloat16
+    if asked is not None or model_args.bits == 16:
+        wanted = f"--{'bf16' if model_args.bf16 else 'fp16'}" if asked else "--bits 16"
+        notice(
+            f"{wanted}: this CPU has no fast {'float16' if model_args.fp16 else 'bfloat16'}, float32 is used instead"
+        )
+    return torch.float32
+
+
+def has_gpu(model_args: ModelArguments) -> bool:
+    return torch.cuda.is_available() and not model_args.use_cpu
+
+
+def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = True) -> "PreTrainedModel":
+    """The base model in 4, 8, 16 or 32 bits, frozen unless all of it is trained.
+
+    `trainable`: gradients will flow through it; a process that only chats may use faster CPU kernels.
+    """
+    folder = Path(model_args.model_name_or_path)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"--model_name_or_path {folder} holds no .safetensors file: convert the weights, pickled "
+            "files are not read"
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.revision,
+        cache_dir=model_args.cache_dir,
+        trust_remote_code=model_args.trust_remote_code,
+        dtype=choose_weight_dtype(model_args, dtype),
+        quantization_config=build_quantization(model_args, dtype),
+        use_safetensors=True,
+        **choose_placement(model_args),
+    )
+    if trainable or has_odd_width(model):
+        keep_cpu_weights_unpacked(model)
+    model.requires_grad_(model_args.full_finetune)
+    return model
+
+
+def choose_weight_dtype(model_args: ModelArguments, dtype: torch.dtype) -> torch.dtype:
+    """Of the weights that are not quantized. float16 cannot be trained itself: its loss scale needs float32."""
+    if model_args.bits == 32 or (model_args.full_finetune and dtype == torch.float16):
+        return torch.float32
+    return dtype
+
+
+def build_quantization(model_args: ModelArguments, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """NF4 with double quantization is QLoRA's (sections 2 and 3); int8 is LLM.int8() (arXiv 2208.07339)."""
+    if model_args.bits == 4:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=model_args.quant_type,
+            bnb_4bit_use_double_quant=model_args.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if model_args.bits == 8 else None
+
+
+def choose_placement(model_args: ModelArguments) -> dict[str, Any]:
+    """device_map and max_memory: this process's GPU; several GPUs under plain python share the layers."""
+    if not has_gpu(model_args):
+        return {"device_map": {"": "cpu"}}
+    limit = {"max_memory": {i: f"{model_args.max_memory_MB}MB" for i in range(torch.cuda.device_count())}}
+    if "LOCAL_RANK" in os.environ:
+        rank = int(os.environ["LOCAL_RANK"])
+        limit = {"max_memory": {rank: f"{model_args.max_memory_MB}MB"}}
+        placement = {"device_map": {"": rank}}
+    elif torch.cuda.device_count() > 1:
+        notice(
+            f"one process, {torch.cuda.device_count()} GPUs: the layers are spread over them and the batch flags "
+            "are global; `accelerate launch` trains one copy on each instead"
+        )
+        placement = {"device_map": "auto"}
+    else:
+        placement = {"device_map": {"": 0}}
+    return placement | (limit if model_args.max_memory_MB else {})
+
+
+def keep_cpu_weights_unpacked(model: "PreTrainedModel") -> None:
+    """Stop bitsandbytes from repacking 4-bit weights at the first evaluation on AVX512-BF16 CPUs.
+
+    The repacked layout cannot be trained through: later gradients are wrong by up to 100%.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def has_odd_width(model: "PreTrainedModel") -> bool:
+    """True where a 4-bit layer's output width is no multiple of 32, which the repacked kernels refuse."""
+    return any(
+        module.out_features % 32
+        for module in model.modules()
+        if hasattr(module, "support_avx512bf16_for_cpu")
+    )
+
+
+# --- adapter ---------------------------------------------------------------------------------------------------
+
+
+def add_adapter(
+    model: "PreTrainedModel", model_args: ModelArguments, lora_args: LoraArguments, trainable: bool
+) -> "PeftModel | PreTrainedModel":
+    """The adapter of --checkpoint_dir, a fresh one to train, or none where every weight is trained or none is."""
+    if model_args.full_finetune:
+        return model
+    if model_args.checkpoint_dir:
+        return load_adapter(model, model_args.checkpoint_dir, trainable)
+    return add_lora(model, lora_args) if trainable else model
+
+
+def add_lora(model: "PreTrainedModel", lora_args: LoraArguments) -> PeftModel:
+    """A fresh adapter, float32 whatever the base is: B is zero, so training starts at the base model."""
+    targets: list[str] | str = lora_args.lora_target_modules
+    if targets == ["all-linear"]:
+        targets = "all-linear"
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora_args.lora_r,
+        lora_alpha=lora_args.lora_alpha,
+        lora_dropout=lora_args.lora_dropout,
+        target_modules=targets,
+        bias=lora_args.bias,
+        use_rslora=lora_args.use_rslora,
+        use_dora=lora_args.use_dora,
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        if "not found in the base model" in str(error):
+            raise UserError(
+                f"--lora_target_modules {' '.join(lora_args.lora_target_modules)}: the model has no such "
+                f"layers; it has {', '.join(find_linear_names(model))}"
+            ) from error
+        raise
+
+
+def find_linear_names(model: "PreTrainedModel") -> list[str]:
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        }
+    )
+
+
+def load_adapter(model: "PreTrainedModel", checkpoint_dir: str, trainable: bool = False) -> PeftModel:
+    """The adapter of a run on its base. Reads safetensors only."""
+    if not Path(checkpoint_dir, ADAPTER_FILE).is_file():
+        raise UserError(f"--checkpoint_dir {checkpoint_dir} holds no {ADAPTER_FILE}")
+    try:
+        return PeftModel.from_pretrained(model, checkpoint_dir, is_trainable=trainable)
+    except RuntimeError as error:
+        if "size mismatch" in str(error):
+            raise UserError(
+                f"the adapter {checkpoint_dir} does not fit this base: {str(error).splitlines()[1].strip()}"
+            ) from error
+        raise
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """(trainable, all) weights; a 4-bit weight counts as one, though two share a byte."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        count = parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
