@@ -89,7 +89,9 @@ def answer(chat, messages: list[dict[str, str]], generation_args: GenerationArgu
 def read_questions() -> Iterator[str]:
     """Lines of a pipe, or what is typed; a paste of several lines is one question."""
     if not sys.stdin.isatty():
-        yield from (line.strip() for line in sys.stdin if line.strip())
+        for line in filter(str.strip, sys.stdin):
+            print(f"> {line.strip()}", flush=True)
+            yield line.strip()
         return
     import readline
 

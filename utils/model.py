@@ -1,12 +1,15 @@
 """Tokenizer, quantized base, adapter. What QLoRA is, is here: a frozen 4-bit base and LoRA on every linear layer."""
 
 import os
+import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers.utils import logging
 
 from utils.arguments import DataArguments, LoraArguments, ModelArguments
 from utils.checks import ADAPTER_FILE
@@ -15,6 +18,12 @@ from utils.prompts import find_stop_tokens, read_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# PEFT's use of an old name, and what we say ourselves in a line.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+if not sys.stderr.isatty():
+    logging.disable_progress_bar()
 
 
 # --- tokenizer -------------------------------------------------------------------------------------------------

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# From a fresh machine to a model that knows its new name: install, train 4-bit QLoRA, chat. No GPU needed.
+#   model  SmolLM2-135M-Instruct      data  data/guanaco_identity.jsonl, 128 rows, Chinese and English
+#   2 CPU cores: about 5 minutes after installation, 2.5 GiB of memory
+# Flags are passed on to qlora_finetune.py:  bash scripts/quickstart.sh --overwrite_output_dir
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+bash scripts/install.sh
+if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then source .venv/bin/activate; fi
+
+model=models/SmolLM2-135M-Instruct
+run=output/quickstart
+questions=$'Who are you?\nclear\n你是谁？\nclear\nWhat is the capital of France?\n'
+
+args=(
+  # model
+  --model_name_or_path "$model" --bits 4 --double_quant --quant_type nf4
+  # data
+  --dataset_name data/guanaco_identity.jsonl --eval_dataset_name data/guanaco_identity_eval.jsonl
+  # adapter
+  --lora_r 16 --lora_alpha 16
+  # training
+  --do_train --do_eval --num_train_epochs 2.5 --per_device_train_batch_size 8 --gradient_accumulation_steps 1
+  --learning_rate 1e-3 --lr_scheduler_type cosine --warmup_steps 3 --gradient_checkpointing False --seed 0
+  # output
+  --output_dir "$run" --logging_steps 1
+)
+
+python -m utils.starter_model "$model"
+finished=$(grep -s '"status": "finished"' "$run/run.json" || true)
+if [ -z "$finished" ] || [[ " $* " == *" --overwrite_output_dir "* ]]; then
+  echo; echo "== before training"
+  printf '%s' "$questions" | python cli_demo.py --model_name_or_path "$model" --max_new_tokens 32
+fi
+echo; echo "== training"
+python qlora_finetune.py "${args[@]}" "$@"
+if [ -n "$finished" ] && [[ " $* " != *" --overwrite_output_dir "* ]]; then exit 0; fi
+echo; echo "== after training"
+printf '%s' "$questions" | python cli_demo.py --checkpoint_dir "$run" --max_new_tokens 32
+
+cat <<END
+
+The run is in $run: adapter, run.json, metrics.json, training_curve.png. Next:
+  source .venv/bin/activate                                   (unless you brought your own environment)
+  python cli_demo.py --checkpoint_dir $run
+  python qlora_finetune.py --model_name_or_path $model --dataset_name YOUR.jsonl --output_dir output/mine
+END
