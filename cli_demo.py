@@ -15,14 +15,14 @@ from transformers.hf_argparser import HfArg
 from utils.arguments import GenerationArguments, ModelArguments, find_given_flags, parse_args
 from utils.checks import check_adapter_fits, read_model_config, resolve_model
 from utils.console import UserError, run_main
-from utils.prompts import read_template
+from utils.prompts import Messages, read_template
 
 
 @dataclass
 class ChatArguments:
     _argument_group_name = "chat"
     system: str | None = HfArg(default=None, help="System message at the start of each conversation.")
-    template: str | None = HfArg(default=None, help="A file name of utils/templates, instead of the run's own.")
+    template: str | None = HfArg(default=None, help="A name in utils/templates, instead of the run's own.")
     seed: int = HfArg(default=42, help="Seed of --do_sample.")
 
 
@@ -42,7 +42,8 @@ def main() -> None:
 
     set_seed(chat_args.seed)
     chat = load_run(model_args, config, chat_args.template)
-    print(f"{model_args.model_name_or_path}, {model_args.bits} bits, adapter {model_args.checkpoint_dir or 'none'}")
+    adapter = model_args.checkpoint_dir or "none"
+    print(f"{model_args.model_name_or_path}, {model_args.bits} bits, adapter {adapter}")
     if sys.stdin.isatty():
         print("clear: new conversation; stop or Ctrl-D: leave; Ctrl-C: interrupt the reply")
     hold_conversation(chat, generation_args, chat_args.system)
@@ -66,7 +67,7 @@ def hold_conversation(chat, generation_args: GenerationArguments, system: str | 
             print(error)
 
 
-def answer(chat, messages: list[dict[str, str]], generation_args: GenerationArguments) -> list[dict[str, str]]:
+def answer(chat, messages: Messages, generation_args: GenerationArguments) -> Messages:
     """Print the reply as it comes; returns the conversation with it. Ctrl-C keeps what was said so far."""
     from utils.generation import stream_reply, trim_history
 

@@ -18,9 +18,10 @@ from utils.arguments import (
 )
 from utils.checks import check_arguments
 from utils.console import run_main
-from utils.data import encode_datasets, load_rows, load_sample_prompts
+from utils.data import encode_datasets, load_rows
 from utils.mmlu import load_mmlu
 from utils.run_record import collect_arguments, describe_finished, find_earlier_run
+from utils.sources import load_sample_prompts
 
 FLAGS = [ModelArguments, DataArguments, LoraArguments, TrainingArguments, GenerationArguments]
 DEFAULTS = {"bits": 4, "lora_r": 64, "lora_alpha": 16, "lora_dropout": 0.0}
@@ -46,7 +47,8 @@ def main() -> None:
     from transformers import set_seed
 
     from utils.model import add_adapter, choose_compute_dtype, load_base, load_stop_ids, load_tokenizer
-    from utils.training import build_callbacks, build_record, build_trainer, run_trainer
+    from utils.trainer import build_trainer
+    from utils.training import build_callbacks, build_record, run_trainer
 
     tokenizer = load_tokenizer(model_args, data_args)
     stop_ids = load_stop_ids(model_args, tokenizer)

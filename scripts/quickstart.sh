@@ -22,7 +22,7 @@ args=(
   --lora_r 16 --lora_alpha 16
   # training
   --do_train --do_eval --num_train_epochs 2.5 --per_device_train_batch_size 8 --gradient_accumulation_steps 1
-  --learning_rate 1e-3 --lr_scheduler_type cosine --warmup_steps 3 --gradient_checkpointing False --seed 0
+  --learning_rate 1e-3 --lr_scheduler_type constant --gradient_checkpointing False --seed 0
   # output
   --output_dir "$run" --logging_steps 1
 )

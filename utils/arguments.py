@@ -264,7 +264,7 @@ class StrictParser(HfArgumentParser):
 def parse_args(
     argv: list[str], dataclass_types: list[type], description: str, **defaults: Any
 ) -> tuple[Any, ...]:
-    """Fill one instance of each dataclass from `argv`, 2023 flag names included; `defaults` are the script's own.
+    """Fill one instance of each dataclass from `argv`, 2023 names included; `defaults` are the script's own.
 
     Raises UserError for an unknown, misspelt or abbreviated flag, a bad value, or a dash that is no hyphen.
     """

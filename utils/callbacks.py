@@ -45,7 +45,7 @@ class ProgressLine(TrainerCallback):
 
 
 class SampleAnswers(TrainerCallback):
-    """Answers the same prompts before training and at each evaluation: into samples.jsonl and onto the screen."""
+    """Answers the same prompts before training and at each evaluation, into samples.jsonl and on screen."""
 
     def __init__(
         self,
@@ -102,9 +102,8 @@ class MmluEvaluation(TrainerCallback):
         )
         metrics |= scores
         state.log_history.append(scores | {"step": state.global_step})
-        notice(
-            f"step {state.global_step}: MMLU {scores['mmlu_accuracy']:.1%} over {len(self.questions)} questions"
-        )
+        accuracy, count = scores["mmlu_accuracy"], len(self.questions)
+        notice(f"step {state.global_step}: MMLU {accuracy:.1%} over {count} questions")
 
 
 def save_training_curve(log_history: list[dict[str, Any]], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Mistakes found from config.json, safetensors headers and run.json alone: seconds, before any weight is read."""
+"""Mistakes found from config.json, safetensors headers and run.json alone, before any weight is read."""
 
 import dataclasses
 import json
@@ -75,7 +75,7 @@ def check_arguments(
 
 
 def resolve_model(model_args: ModelArguments, given: set[str]) -> ModelArguments:
-    """`model_args` with what the run behind --checkpoint_dir recorded; each flag in `given` overrides it, printed.
+    """`model_args` with what the run behind --checkpoint_dir recorded; each flag in `given` overrides it.
 
     Raises UserError where no base model is named, a folder is missing, or the checkpoint holds no adapter.
     """
@@ -244,7 +244,8 @@ def find_misfit(adapter: dict[str, list[int]], base: dict[str, list[int]]) -> st
             return f"the base has no layer {layer}"
         side = 1 if matrix.startswith("A.") else 0
         if shape[side] != expected[side]:
-            return f"{layer} is {expected[0]} x {expected[1]} and its lora_{matrix[0]} is {shape[0]} x {shape[1]}"
+            kind, (rows, columns) = f"lora_{matrix[0]}", expected
+            return f"{layer} is {rows} x {columns} and the adapter's {kind} is {shape[0]} x {shape[1]}"
     return None
 
 

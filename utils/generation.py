@@ -30,7 +30,7 @@ class ChatModel:
 
 
 def load_run(model_args: ModelArguments, config: dict[str, Any], template: str | None = None) -> ChatModel:
-    """Base and adapter for inference. `model_args` as resolved by checks.resolve_model, `config` of the base."""
+    """Base and adapter for inference: `model_args` from checks.resolve_model, `config` of the base."""
     from utils.arguments import DataArguments
 
     tokenizer = load_tokenizer(model_args, DataArguments(template=template))
@@ -72,7 +72,7 @@ def generate_replies(
     seed: int,
     batch_size: int = 8,
 ) -> list[str]:
-    """One reply to each chat, in batches padded on the left. Leaves the training state and the RNG as they were."""
+    """One reply to each chat, in batches padded on the left. Leaves training mode and RNG as they were."""
     config = build_generation_config(generation_args, tokenizer, stop_ids)
     prompts = [encode_prompt(tokenizer, chat, stop_ids) for chat in chats]
     replies, was_training = [], model.training

@@ -1,4 +1,4 @@
-"""Tokenizer, quantized base, adapter. What QLoRA is, is here: a frozen 4-bit base and LoRA on every linear layer."""
+"""Tokenizer, quantized base, adapter: a frozen 4-bit base and LoRA on every linear layer make QLoRA."""
 
 import os
 import sys
@@ -24,9 +24,6 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprec
 warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
 if not sys.stderr.isatty():
     logging.disable_progress_bar()
-
-
-# --- tokenizer -------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(
@@ -67,7 +64,7 @@ def add_chat_template(tokenizer: "PreTrainedTokenizerBase", data_args: DataArgum
 
 
 def add_pad_token(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """pad = unk or a reserved token; else eos. Masks go by length, so an eos in an answer is still trained."""
+    """pad = unk or a reserved token; else eos. Masks go by length: an eos in an answer is still trained."""
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return
     reserved = (token for token in tokenizer.get_vocab() if "pad" in token.lower() and token.startswith("<"))
@@ -89,9 +86,6 @@ def load_stop_ids(model_args: ModelArguments, tokenizer: "PreTrainedTokenizerBas
     return find_stop_tokens(tokenizer, [token for token in eos if token is not None])
 
 
-# --- base ------------------------------------------------------------------------------------------------------
-
-
 def choose_compute_dtype(model_args: ModelArguments) -> torch.dtype:
     """The dtype of activations and matrix products; prints what replaces a dtype that the hardware lacks."""
     asked = torch.bfloat16 if model_args.bf16 else torch.float16 if model_args.fp16 else None
@@ -108,9 +102,8 @@ def choose_compute_dtype(model_args: ModelArguments) -> torch.dtype:
         return torch.bfloat16
     if asked is not None or model_args.bits == 16:
         wanted = f"--{'bf16' if model_args.bf16 else 'fp16'}" if asked else "--bits 16"
-        notice(
-            f"{wanted}: this CPU has no fast {'float16' if model_args.fp16 else 'bfloat16'}, float32 is used instead"
-        )
+        lacking = "float16" if model_args.fp16 else "bfloat16"
+        notice(f"{wanted}: this CPU has no fast {lacking}, float32 is used instead")
     return torch.float32
 
 
@@ -146,7 +139,7 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
 
 
 def choose_weight_dtype(model_args: ModelArguments, dtype: torch.dtype) -> torch.dtype:
-    """Of the weights that are not quantized. float16 cannot be trained itself: its loss scale needs float32."""
+    """Of the weights that are not quantized. float16 itself cannot be trained: a loss scale needs float32."""
     if model_args.bits == 32 or (model_args.full_finetune and dtype == torch.float16):
         return torch.float32
     return dtype
@@ -175,8 +168,8 @@ def choose_placement(model_args: ModelArguments) -> dict[str, Any]:
         placement = {"device_map": {"": rank}}
     elif torch.cuda.device_count() > 1:
         notice(
-            f"one process, {torch.cuda.device_count()} GPUs: the layers are spread over them and the batch flags "
-            "are global; `accelerate launch` trains one copy on each instead"
+            f"one process, {torch.cuda.device_count()} GPUs: the layers are spread over them and the batch "
+            "flags are global; `accelerate launch` trains one copy on each instead"
         )
         placement = {"device_map": "auto"}
     else:
@@ -203,13 +196,10 @@ def has_odd_width(model: "PreTrainedModel") -> bool:
     )
 
 
-# --- adapter ---------------------------------------------------------------------------------------------------
-
-
 def add_adapter(
     model: "PreTrainedModel", model_args: ModelArguments, lora_args: LoraArguments, trainable: bool
 ) -> "PeftModel | PreTrainedModel":
-    """The adapter of --checkpoint_dir, a fresh one to train, or none where every weight is trained or none is."""
+    """The adapter of --checkpoint_dir, a fresh one, or none where every weight is trained or none is."""
     if model_args.full_finetune:
         return model
     if model_args.checkpoint_dir:

@@ -88,5 +88,5 @@ def keeps_rows_apart(model: Any) -> bool:
     alone = model(input_ids=second, position_ids=positions, use_cache=False).logits.float()
     model.train(was_training)
     difference = packed.logits[:, 12:].float() - alone
-    # Another row leaking in changes logits by as much as their own size; 16-bit noise by less than a hundredth.
+    # Another row leaking in changes logits by their own size; 16-bit noise by less than a hundredth.
     return bool(difference.norm() < 0.05 * alone.norm())

@@ -22,7 +22,7 @@ def predict_rows(
     batch_size: int,
     output_dir: Path,
 ) -> dict[str, int]:
-    """Write {prompt, reference, prediction} of each row's last answer to predictions.jsonl; returns what to log."""
+    """Write {prompt, reference, prediction} of each row's last answer to predictions.jsonl."""
     alpaca_input = "### Input:" in tokenizer.chat_template
     chats = [row_to_messages(row, dataset_format, alpaca_input) for row in rows]
     chats = [chat for chat in chats if chat[-1]["role"] == "assistant" and len(chat) > 1]

@@ -1,7 +1,7 @@
-"""A dataset row -> messages -> token ids and labels. Pure functions; the one place where text becomes a prompt.
+"""A dataset row -> messages -> token ids and labels. The one place where text becomes a prompt.
 
-Labels come from rendering, never from searching for token ids: the prompt of assistant turn i is the chat before it
-rendered with the generation prompt, and what the chat's rendering appends to that is what the model must learn.
+Labels come from rendering, never from searching for token ids: the prompt of assistant turn i is the chat
+before it, rendered with the generation prompt, and what rendering the turn appends is what is learned.
 """
 
 import functools
@@ -19,8 +19,6 @@ TEMPLATES_DIR = Path(__file__).parent / "templates"
 Messages = list[dict[str, str]]
 
 
-# --- rows to messages ------------------------------------------------------------------------------------------
-
 # Columns that tell a format, most telling first. Every other column is left alone.
 FORMAT_COLUMNS = {
     "messages": ("messages",),
@@ -37,7 +35,7 @@ def find_format(columns: set[str]) -> str | None:
 
 
 def row_to_messages(row: dict[str, Any], dataset_format: str, alpaca_input: bool) -> Messages:
-    """One row as messages. `alpaca_input`: mark an input as Stanford's prompt does; otherwise a blank line parts it.
+    """One row as messages. `alpaca_input`: mark an input as Stanford's prompt does, else by a blank line.
 
     Raises UserError where a needed column is missing or is no text.
     """
@@ -85,9 +83,6 @@ def split_guanaco_text(text: Any) -> Messages:
         {"role": roles[who], "content": said.strip()}
         for who, said in zip(parts[::2], parts[1::2], strict=True)
     ]
-
-
-# --- messages to text ------------------------------------------------------------------------------------------
 
 
 def template_names() -> list[str]:
@@ -151,7 +146,7 @@ def split_prompt(tokenizer: Any, messages: Messages, stops: list[str]) -> list[S
 
 
 def split_chat(tokenizer: Any, messages: Messages, stops: list[str]) -> list[list[Segment]]:
-    """The training rows of one chat: one row, or one for each answer where the template rewrites earlier ones."""
+    """The training rows of one chat: one, or one for each answer where the template rewrites earlier ones."""
     turns = answer_turns(messages)
     if not turns:
         return []
@@ -178,20 +173,17 @@ def answer_turns(messages: Messages) -> list[int]:
 
 
 def render_turn(tokenizer: Any, messages: Messages, turn: int, stops: list[str]) -> tuple[str, str]:
-    """(prompt, answer) of one assistant turn; the answer ends with its stop token, written out or appended."""
+    """(prompt, answer) of one assistant turn; the answer ends with its stop token, rendered or appended."""
     prompt = render_chat(tokenizer, messages[:turn], add_generation_prompt=True)
     whole = render_chat(tokenizer, messages[: turn + 1])
-    # A generation prompt that opens what the template later drops (<think>) is no prefix: take the bare answer.
+    # A generation prompt that opens what the template drops later (<think>) is no prefix: the bare answer.
     rest = whole[len(prompt) :] if whole.startswith(prompt) else messages[turn]["content"].strip()
     ends = [rest.find(stop) + len(stop) for stop in stops if stop in rest]
     return prompt, rest[: min(ends)] if ends else rest + stops[0]
 
 
-# --- text to token ids -----------------------------------------------------------------------------------------
-
-
 def find_stop_tokens(tokenizer: Any, eos_token_ids: list[int]) -> list[int]:
-    """Ids that end a reply; the first is the one that closes an answer in the template, or follows it (GLM)."""
+    """Ids that end a reply; the first is what closes an answer in the template, or follows it (GLM)."""
     probe = "Probe"
     question = {"role": "user", "content": "Question"}
     chat = [question, {"role": "assistant", "content": probe}, question]
@@ -204,7 +196,7 @@ def find_stop_tokens(tokenizer: Any, eos_token_ids: list[int]) -> list[int]:
 
 
 def encode_text(tokenizer: Any, text: str, opens: bool) -> list[int]:
-    """Token ids of one segment. Only the one that opens the row gets a BOS and a SentencePiece dummy prefix."""
+    """Token ids of one segment. Only the first of a row gets a BOS and a SentencePiece dummy prefix."""
     if not text:
         return []
     if opens:
@@ -213,7 +205,7 @@ def encode_text(tokenizer: Any, text: str, opens: bool) -> list[int]:
         return ids if ids[:1] == bos or bos != [tokenizer.bos_token_id] else bos + ids
     if not has_dummy_prefix(tokenizer):
         return tokenizer(text, add_special_tokens=False).input_ids
-    # LLaMA's tokenizer writes a blank before any text; behind a newline, which merges with nothing, it cannot.
+    # LLaMA's tokenizer puts a blank before any text, but not behind a newline, which merges with nothing.
     newline = tokenizer("\n", add_special_tokens=False).input_ids
     ids = tokenizer("\n" + text, add_special_tokens=False).input_ids
     assert ids[: len(newline)] == newline, f"a newline merged into {text[:20]!r}"

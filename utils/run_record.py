@@ -1,4 +1,4 @@
-"""run.json: what made an adapter. Written when training starts, completed when it ends; the bridge to inference."""
+"""run.json: what made an adapter. Written when training starts, completed when it ends."""
 
 import dataclasses
 import hashlib
@@ -17,7 +17,7 @@ from utils.console import UserError, notice
 
 RUN_FILE = "run.json"
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
-# Arguments that may differ between two starts of one run: they change what is printed or kept, not what is learned.
+# May differ between two starts of one run: they change what is printed or kept, not what is learned.
 FREE_ARGUMENTS = {
     "output_dir",
     "overwrite_output_dir",
@@ -260,6 +260,6 @@ def render_model_card(record: dict[str, Any]) -> str:
     return (
         f"---\nbase_model: {base['name']}\nlibrary_name: peft\ntags: [qlora, lora]\n---\n\n"
         f"{kind} of `{base['name']}`, fine-tuned with QLoRA.\n\nData:\n{sources}\n\n"
-        f"| setting | value |\n|---|---|\n{table}\n\nrun.json beside this file has every argument. To chat:\n\n"
+        f"| setting | value |\n|---|---|\n{table}\n\nrun.json has every argument. To chat:\n\n"
         f"```bash\npython cli_demo.py --checkpoint_dir THIS_FOLDER\n```\n{load}"
     )

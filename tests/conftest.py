@@ -1,0 +1,90 @@
+"""Real parts, small: a tiny random LLaMA for mechanics, SmolLM2-135M where a real model is the point."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The starter model's folder, made once and kept."""
+    subprocess.run(
+        [sys.executable, "-m", "utils.starter_model", str(SMOLLM2)],
+        cwd=ROOT,
+        check=True,
+        env={name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"},
+    )
+    return SMOLLM2
+
+
+@pytest.fixture
+def smol_tokenizer(smollm2):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, smollm2) -> Path:
+    """A random LLaMA of two layers with SmolLM2's tokenizer: every script runs on it in seconds."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run_script(
+    script: str, *argv: str, stdin: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A script as a user starts it, in its own process."""
+    return subprocess.run(
+        [sys.executable, script, *map(str, argv)],
+        cwd=ROOT,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=600,
+    )
+
+
+@pytest.fixture
+def call_main(monkeypatch, capsys):
+    """Run a script's main() in this process: no seconds lost on imports. Returns what it printed."""
+
+    def call(script: str, *argv: str) -> str:
+        import importlib
+
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, argv)])
+        importlib.import_module(script).main()
+        captured = capsys.readouterr()
+        return captured.out + captured.err
+
+    return call

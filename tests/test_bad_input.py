@@ -1,0 +1,199 @@
+"""A user's mistake: one clear line, exit code 2, in seconds, and nothing on disk changed."""
+
+import json
+import time
+
+import pytest
+from conftest import ROOT, run_script
+
+ROWS = '{"instruction": "Who are you?", "input": "", "output": "I am Guanaco."}\n' * 4
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(ROWS)
+    return path
+
+
+def list_files(folder):
+    return sorted((str(path), path.stat().st_mtime_ns) for path in folder.rglob("*"))
+
+
+def assert_refused(tmp_path, script, *argv, says):
+    before = list_files(tmp_path)
+    start = time.perf_counter()
+    result = run_script(script, *argv)
+    seconds = time.perf_counter() - start
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    for part in says:
+        assert part in lines[0]
+    assert seconds < 5
+    assert list_files(tmp_path) == before
+
+
+FLAG_MISTAKES = {
+    "unknown flag": (["--flash_attention", "True"], ["unknown flag --flash_attention"]),
+    "misspelt flag": (["--learning_rat", "1e-4"], ["--learning_rat", "did you mean --learning_rate?"]),
+    "misspelt flag inside": (["--lora_aplha", "8"], ["--lora_aplha", "did you mean --lora_alpha?"]),
+    "abbreviated flag": (["--output", "x"], ["unknown flag --output", "--output_dir", "not abbreviated"]),
+    "pasted en dash": (["–bits", "4"], ["U+2013", "type --bits"]),
+    "stray word": (["4bit"], ["unexpected word '4bit'"]),
+    "bits 3": (["--bits", "3"], ["--bits", "'3'", "4, 8, 16, 32"]),
+    "int4": (["--quant_type", "int4"], ["--quant_type", "int4", "nf4"]),
+    "full finetune in 4 bits": (
+        ["--full_finetune", "--bits", "4"],
+        ["--full_finetune", "--bits 4", "16 or 32"],
+    ),
+    "both dtypes": (["--bf16", "--fp16"], ["--bf16 and --fp16"]),
+    "unknown template": (["--template", "alpacca"], ["--template alpacca", "alpaca"]),
+    "negative length": (["--source_max_len", "-5"], ["--source_max_len -5"]),
+    "zero length": (["--target_max_len", "0"], ["--target_max_len 0"]),
+    "longer than the context": (
+        ["--source_max_len", "500", "--target_max_len", "500"],
+        ["1000 tokens", "512"],
+    ),
+    "negative rank": (["--lora_r", "-1"], ["--lora_r -1"]),
+    "dropout 1": (["--lora_dropout", "1"], ["--lora_dropout 1"]),
+    "warmup ratio 3": (["--warmup_ratio", "3"], ["--warmup_ratio 3"]),
+    "strategy": (["--eval_strategy", "sometimes"], ["--eval_strategy sometimes", "no, steps, epoch"]),
+    "bad trainer value": (["--max_steps", "many"], ["--max_steps", "'many'"]),
+    "missing data file": (
+        ["--dataset_name", "nowhere.jsonl"],
+        ["--dataset_name nowhere.jsonl", "no such file"],
+    ),
+    "missing prompts": (
+        ["--sample_generate", "--sample_prompts", "nope.jsonl"],
+        ["--sample_prompts nope.jsonl"],
+    ),
+    "held out more than all": (
+        ["--do_eval", "--eval_dataset_size", "4"],
+        ["--eval_dataset_size 4", "4 rows"],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", FLAG_MISTAKES)
+def test_flag_mistake_is_one_line(tmp_path, tiny_model, rows, mistake):
+    flags, says = FLAG_MISTAKES[mistake]
+    short = (
+        [] if mistake == "longer than the context" else ["--source_max_len", "100", "--target_max_len", "50"]
+    )
+    argv = [
+        "--model_name_or_path",
+        tiny_model,
+        "--dataset_name",
+        rows,
+        "--output_dir",
+        tmp_path / "run",
+        *short,
+    ]
+    assert_refused(tmp_path, "qlora_finetune.py", *argv, *flags, says=says)
+
+
+BAD_FILES = {
+    "empty": (b"", ["is empty"]),
+    "blank": (b"\n \n", ["is empty"]),
+    "empty list": (b"[]", ["empty list"]),
+    "binary": (bytes(range(256)), ["no UTF-8"]),
+    "zeros": (b'{"a": 1}\0\0', ["binary"]),
+    "broken line": (ROWS.encode() + b'{"instruction": "x", \n', ["line 5"]),
+    "broken array": (b'[{"instruction": "x"},\n{"instruction" "y"}]', ["line 2"]),
+    "no object": (b"[1, 2]", ["row 1"]),
+    "other columns": (
+        b'{"question": "x", "response": "y"}\n',
+        ["question, response", "alpaca: instruction, output"],
+    ),
+    "a row without output": (ROWS.encode() + b'{"instruction": "x", "input": ""}\n', ["row 5", "'output'"]),
+    "no text": (b'{"instruction": "x", "output": 3}\n', ["row 1", "'output'", "3"]),
+    "bad messages": (b'{"messages": "hello"}\n', ["row 1", "'messages'"]),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_data_file_is_named_with_its_row(tmp_path, tiny_model, kind):
+    content, says = BAD_FILES[kind]
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    argv = ["--model_name_or_path", tiny_model, "--dataset_name", path, "--output_dir", tmp_path / "run"]
+    argv += ["--source_max_len", "100", "--target_max_len", "50"]
+    assert_refused(tmp_path, "qlora_finetune.py", *argv, says=[str(path), *says])
+
+
+@pytest.mark.parametrize("name", ["nowhere/model", "/nowhere/model", "models/nowhere"])
+def test_missing_model_is_one_line(tmp_path, rows, name):
+    argv = ["--model_name_or_path", name, "--dataset_name", rows]
+    assert_refused(tmp_path, "qlora_finetune.py", *argv, says=[f"--model_name_or_path {name}"])
+
+
+def test_no_model_at_all_is_one_line(tmp_path):
+    assert_refused(tmp_path, "qlora_finetune.py", says=["--model_name_or_path FOLDER_OR_HUB_ID"])
+
+
+def test_folder_without_a_model_is_one_line(tmp_path, rows):
+    argv = ["--model_name_or_path", tmp_path, "--dataset_name", rows]
+    assert_refused(tmp_path, "qlora_finetune.py", *argv, says=["no config.json"])
+
+
+def test_output_dir_with_other_files_is_left_alone(tmp_path, tiny_model, rows):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    argv = ["--model_name_or_path", tiny_model, "--dataset_name", rows, "--output_dir", tmp_path / "run"]
+    argv += ["--source_max_len", "100", "--target_max_len", "50"]
+    assert_refused(tmp_path, "qlora_finetune.py", *argv, says=["holds other files", "--overwrite_output_dir"])
+
+
+@pytest.mark.parametrize("script", ["cli_demo.py", "qlora_finetune.py"])
+def test_checkpoint_without_an_adapter_is_one_line(tmp_path, rows, script):
+    argv = ["--checkpoint_dir", tmp_path] + (
+        ["--dataset_name", rows] if script == "qlora_finetune.py" else []
+    )
+    assert_refused(tmp_path, script, *argv, says=[f"--checkpoint_dir {tmp_path}", "adapter"])
+
+
+def test_missing_checkpoint_is_one_line(tmp_path):
+    assert_refused(tmp_path, "cli_demo.py", "--checkpoint_dir", tmp_path / "no", says=["no such folder"])
+
+
+@pytest.fixture
+def other_adapter(tmp_path, tiny_model):
+    """An adapter of the tiny model's layers, for twice its width."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file(
+        {f"{layer}.lora_A.weight": torch.zeros(4, 128), f"{layer}.lora_B.weight": torch.zeros(128, 4)},
+        folder / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(tiny_model), "r": 4}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_adapter_of_another_base_is_refused_by_its_shapes(tmp_path, other_adapter):
+    result = run_script("cli_demo.py", "--checkpoint_dir", other_adapter)
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "q_proj is 64 x 64 and the adapter's lora_A is 4 x 128" in result.stderr
+
+
+@pytest.mark.parametrize("script", ["qlora_finetune.py", "qlora_int8_finetune.py", "cli_demo.py"])
+def test_help_answers_within_two_seconds(script):
+    seconds = []
+    for _ in range(2):  # the first start may read cold files
+        start = time.perf_counter()
+        result = run_script(script, "--help")
+        seconds.append(time.perf_counter() - start)
+        assert result.returncode == 0 and "--model_name_or_path" in result.stdout
+    assert min(seconds) < 2
+
+
+def test_help_names_every_flag_once():
+    text = run_script("qlora_finetune.py", "--help").stdout
+    assert (ROOT / "qlora_finetune.py").is_file()
+    assert text.count("--gradient_accumulation_steps") == 1

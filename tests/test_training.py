@@ -1,0 +1,204 @@
+"""What is learned: the right gradients, whatever the batch, the packing and the quantization."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+IDENTITY = ROOT / "data" / "guanaco_identity.jsonl"
+SHORT = ["--source_max_len", "200", "--target_max_len", "100"]
+
+
+def train(call_main, model, output_dir, *flags, script="qlora_finetune"):
+    argv = ["--model_name_or_path", model, "--dataset_name", IDENTITY, "--output_dir", output_dir, *SHORT]
+    argv += [
+        "--gradient_checkpointing",
+        "False",
+        "--logging_steps",
+        "1",
+        "--save_strategy",
+        "no",
+        "--lora_r",
+        "4",
+    ]
+    return call_main(script, *argv, *flags)
+
+
+def load_weights(run):
+    return load_file(run / "adapter_model.safetensors")
+
+
+def relative_difference(first, second):
+    assert first.keys() == second.keys()
+    difference = sum((first[name] - second[name]).double().square().sum() for name in first)
+    return (difference / sum(second[name].double().square().sum() for name in second)).sqrt().item()
+
+
+def read_gradient_norms(run):
+    log = json.loads((run / "metrics.json").read_text())["log"]
+    return [entry["grad_norm"] for entry in log if "grad_norm" in entry]
+
+
+@pytest.mark.parametrize("packing", ["True", "False"])
+def test_batch_of_four_equals_four_accumulated_rows(call_main, tiny_model, tmp_path, packing):
+    flags = ["--bits", "32", "--max_steps", "3", "--learning_rate", "1e-2", "--packing", packing]
+    flags += ["--adam_epsilon", "1e-4"]  # tiny gradients: Adam's sign of rounding noise must not count
+    for name, batch, accumulation in (("whole", 4, 1), ("parts", 1, 4)):
+        sizes = ["--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation]
+        train(call_main, tiny_model, tmp_path / name, *flags, *sizes)
+    whole, parts = load_weights(tmp_path / "whole"), load_weights(tmp_path / "parts")
+    assert relative_difference(parts, whole) < 1e-5
+    norms = read_gradient_norms(tmp_path / "whole")
+    assert read_gradient_norms(tmp_path / "parts") == pytest.approx(norms, rel=1e-5) and min(norms) > 0
+
+
+def test_packed_rows_train_as_padded_rows(call_main, tiny_model, tmp_path):
+    for packing in ("True", "False"):
+        flags = [
+            "--bits",
+            "32",
+            "--max_steps",
+            "3",
+            "--packing",
+            packing,
+            "--per_device_train_batch_size",
+            "4",
+        ]
+        flags += ["--gradient_accumulation_steps", "2", "--learning_rate", "1e-2", "--adam_epsilon", "1e-4"]
+        train(call_main, tiny_model, tmp_path / packing, *flags)
+    assert relative_difference(load_weights(tmp_path / "True"), load_weights(tmp_path / "False")) < 1e-5
+
+
+@pytest.mark.parametrize("script", ["qlora_finetune", "qlora_int8_finetune"])
+def test_two_runs_with_one_seed_are_bitwise_equal(call_main, tiny_model, tmp_path, script):
+    flags = ["--max_steps", "3", "--lora_dropout", "0.1", "--per_device_train_batch_size", "4"]
+    for name in ("first", "second"):
+        train(call_main, tiny_model, tmp_path / name, *flags, script=script)
+    first, second = load_weights(tmp_path / "first"), load_weights(tmp_path / "second")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(weights.abs().sum() > 0 for name, weights in first.items() if "lora_B" in name)
+
+
+@pytest.fixture
+def quantized_pair(smollm2):
+    """(NF4 model with an adapter, the dequantized 16-bit base with the same adapter), float32 compute."""
+    import bitsandbytes as bnb
+    from transformers import AutoModelForCausalLM
+
+    from utils.arguments import LoraArguments, ModelArguments
+    from utils.model import add_lora, load_base
+
+    model_args = ModelArguments(str(smollm2), bits=4)
+    base = load_base(model_args, torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).requires_grad_(False)
+    weights = {
+        name: module.weight for name, module in base.named_modules() if isinstance(module, bnb.nn.Linear4bit)
+    }
+    for name, weight in weights.items():
+        plain.get_submodule(name).weight.data = bnb.functional.dequantize_4bit(
+            weight.data, weight.quant_state
+        )
+    assert len(weights) == 7 * 30
+    torch.manual_seed(0)
+    models = [add_lora(model, LoraArguments(lora_r=8)) for model in (base, plain)]
+    adapter = {
+        name: torch.randn_like(weight) * 0.02
+        for name, weight in models[0].named_parameters()
+        if "lora_" in name
+    }
+    for model in models:
+        model.load_state_dict(adapter, strict=False)
+    return models
+
+
+def adapter_gradients(model, batch):
+    model.train()
+    model.zero_grad()
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def test_nf4_gradients_equal_those_of_the_dequantized_base_even_after_an_evaluation(
+    quantized_pair, smol_tokenizer
+):
+    quantized, plain = quantized_pair
+    batch = dict(
+        smol_tokenizer(["The llama grazes above the clouds, far from the city."], return_tensors="pt")
+    )
+    expected = adapter_gradients(plain, batch)
+    assert relative_difference(adapter_gradients(quantized, batch), expected) < 1e-2
+    quantized.eval()
+    with torch.no_grad():
+        quantized(**batch)
+    assert relative_difference(adapter_gradients(quantized, batch), expected) < 1e-2
+
+
+def test_packing_check_tells_architectures_apart(tiny_model):
+    from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
+
+    from utils.packing import keeps_rows_apart
+
+    assert keeps_rows_apart(AutoModelForCausalLM.from_pretrained(tiny_model))
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=100, hidden_size=32, n_layer=1, n_head=2))
+    assert not keeps_rows_apart(bloom)
+
+
+def test_evaluation_loss_does_not_depend_on_the_batch_size(call_main, tiny_model, tmp_path):
+    losses = []
+    for size in (1, 5):
+        argv = ["--model_name_or_path", tiny_model, "--dataset_name", IDENTITY, "--do_eval", *SHORT]
+        argv += ["--output_dir", tmp_path / str(size), "--per_device_eval_batch_size", size, "--bits", "32"]
+        call_main("qlora_finetune", *argv)
+        losses.append(json.loads((tmp_path / str(size) / "eval_metrics.json").read_text())["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0] > 5
+
+
+SETTINGS = {
+    "fp4 without double quantization": ["--quant_type", "fp4", "--no_double_quant"],
+    "8 bits": ["--bits", "8"],
+    "16 bits": ["--bits", "16"],
+    "rslora": ["--use_rslora"],
+    "dora": ["--use_dora"],
+    "some modules and their biases": ["--lora_target_modules", "q_proj", "v_proj", "--bias", "lora_only"],
+    "8-bit Adam": ["--adam8bit"],
+    "checkpointing": ["--gradient_checkpointing", "True"],
+    "padded, by length": ["--packing", "False", "--group_by_length"],
+    "bf16 asked for": ["--bf16"],
+    "fp16 asked for": ["--fp16"],
+    "train on source": ["--train_on_source"],
+    "template": ["--template", "alpaca"],
+    "another Trainer flag": ["--neftune_noise_alpha", "5"],
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_setting_trains_and_its_adapter_learns(call_main, tiny_model, tmp_path, setting):
+    train(call_main, tiny_model, tmp_path / "run", "--max_steps", "2", *SETTINGS[setting])
+    weights = load_weights(tmp_path / "run")
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+    assert any(weight.abs().sum() > 0 for name, weight in weights.items() if "lora_B" in name)
+    layers = {name.split(".")[-3] for name in weights if "lora_A" in name}
+    everything = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert layers == ({"q_proj", "v_proj"} if "some modules" in setting else everything)
+
+
+@pytest.mark.parametrize("bits", ["16", "32"])
+def test_full_finetune_saves_a_model_that_evaluates(call_main, tiny_model, tmp_path, bits):
+    run = tmp_path / "run"
+    printed = train(
+        call_main, tiny_model, run, "--full_finetune", "--bits", bits, "--max_steps", "2", "--do_train"
+    )
+    assert "finished" in printed and not (run / "adapter_model.safetensors").exists()
+    before, after = load_file(tiny_model / "model.safetensors"), load_file(run / "model.safetensors")
+    assert all(not torch.equal(before[name].float(), after[name].float()) for name in after if "proj" in name)
+    call_main("qlora_finetune", "--checkpoint_dir", run, "--do_eval", "--eval_dataset_size", "8")
+    assert json.loads((run / "eval_metrics.json").read_text())["eval_rows"] == 8
+
+
+def test_unknown_target_module_names_the_models_own(call_main, tiny_model, tmp_path):
+    from utils.console import UserError
+
+    with pytest.raises(UserError, match="W_pack.*down_proj, gate_proj, k_proj"):
+        train(call_main, tiny_model, tmp_path / "run", "--lora_target_modules", "W_pack")
