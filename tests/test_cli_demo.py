@@ -1,0 +1,122 @@
+"""The terminal chat as a person uses it: in a pseudo-terminal, with keys, pastes and interrupts."""
+
+import os
+import pty
+import select
+import signal
+import sys
+import time
+
+import pytest
+from conftest import ROOT, run_script
+
+PASTE = "\x1b[200~{}\x1b[201~"
+
+
+class Terminal:
+    """cli_demo.py in a pseudo-terminal of 100 columns."""
+
+    def __init__(self, *argv):
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.chdir(ROOT)
+            os.environ |= {"TERM": "xterm", "COLUMNS": "100", "LANG": "C.UTF-8"}
+            os.execv(sys.executable, [sys.executable, "cli_demo.py", *map(str, argv)])
+        self.screen = ""
+
+    def type(self, text):
+        os.write(self.fd, text.encode())
+
+    def wait_for(self, text, seconds=120):
+        """What came up to `text`, which must appear; the screen is then read on from there."""
+        end = time.monotonic() + seconds
+        while text not in self.screen:
+            ready, _, _ = select.select([self.fd], [], [], max(0, end - time.monotonic()))
+            assert ready, f"waited for {text!r}, the screen shows {self.screen[-500:]!r}"
+            try:
+                self.screen += os.read(self.fd, 65536).decode(errors="replace")
+            except OSError:  # the program has left
+                assert text in self.screen, self.screen[-500:]
+        before, _, self.screen = self.screen.partition(text)
+        return before
+
+    def exit_code(self):
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@pytest.fixture(scope="module")
+def terminal(smollm2):
+    """One chat with the starter model that the tests of this module share."""
+    chat = Terminal("--model_name_or_path", smollm2, "--bits", "16", "--max_new_tokens", "200")
+    chat.wait_for("\n> ")
+    yield chat
+    os.kill(chat.pid, signal.SIGKILL)
+    os.waitpid(chat.pid, 0)
+
+
+def test_reply_streams_and_history_is_kept(terminal):
+    terminal.type("What is the capital of France?\r")
+    assert "Paris" in terminal.wait_for("\n> ")
+    terminal.type("Which country did I ask about?\r")
+    assert "France" in terminal.wait_for("\n> ")
+
+
+def test_ctrl_c_interrupts_the_reply_and_not_the_program(terminal):
+    terminal.type("clear\r")
+    terminal.wait_for("new conversation")
+    terminal.wait_for("\n> ")
+    terminal.type("Write a very long story about a llama.\r")
+    terminal.wait_for("llama.")
+    time.sleep(4)
+    terminal.type("\x03")
+    terminal.wait_for("[interrupted]", seconds=10)
+    terminal.wait_for("\n> ")
+
+
+def test_ctrl_c_at_the_prompt_says_how_to_leave(terminal):
+    terminal.type("\x03")
+    terminal.wait_for("Ctrl-D leaves")
+    terminal.wait_for("\n> ")
+
+
+def test_chinese_and_a_paste_of_two_lines_are_one_question(terminal):
+    terminal.type("clear\r")
+    terminal.wait_for("new conversation")
+    terminal.wait_for("\n> ")
+    terminal.type(PASTE.format("翻译这两行：\n你好") + "\r")
+    time.sleep(2)
+    terminal.type("\x03")
+    shown = terminal.wait_for("\n> ")
+    assert "翻译这两行" in shown and "你好" in shown
+    assert "> 你好" not in shown  # it was not taken as a question of its own
+
+
+def test_stop_leaves(smollm2, tiny_model):
+    chat = Terminal("--model_name_or_path", tiny_model, "--max_new_tokens", "4")
+    chat.wait_for("\n> ")
+    chat.type("stop\r")
+    assert chat.exit_code() == 0
+
+
+def test_ctrl_d_leaves(tiny_model):
+    chat = Terminal("--model_name_or_path", tiny_model, "--max_new_tokens", "4")
+    chat.wait_for("\n> ")
+    chat.type("\x04")
+    assert chat.exit_code() == 0
+
+
+def test_questions_come_through_a_pipe(smollm2):
+    argv = ["--model_name_or_path", smollm2, "--bits", "16", "--max_new_tokens", "12"]
+    result = run_script("cli_demo.py", *argv, stdin="What is the capital of France?\nclear\n你好\nstop\nnever asked\n")
+    assert result.returncode == 0
+    assert "> What is the capital of France?\nThe capital of France is Paris" in result.stdout
+    assert "new conversation\n> 你好\n" in result.stdout and "never asked" not in result.stdout
+
+
+def test_long_conversation_is_trimmed_with_a_notice(tiny_model):
+    lines = "\n".join(["word " * 150] * 3)
+    argv = ["--model_name_or_path", tiny_model, "--max_new_tokens", "100"]
+    result = run_script("cli_demo.py", *argv, stdin=lines + "\n" + "word " * 600)
+    assert result.returncode == 0, result.stderr
+    assert "the oldest 2 messages are forgotten" in result.stdout
+    assert "the model's context is 512" in result.stdout

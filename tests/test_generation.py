@@ -1,0 +1,144 @@
+"""What was trained is what is chatted with: same prompt, same stop, same model."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT
+
+from utils.arguments import GenerationArguments, ModelArguments
+from utils.checks import read_model_config, resolve_model
+from utils.console import UserError
+from utils.generation import build_generation_config, generate_replies, load_run, stream_reply, trim_history
+from utils.prompts import IGNORE_INDEX, encode_segments, split_chat
+
+FLAGS = ["--dataset_name", ROOT / "data" / "guanaco_identity.jsonl", "--model_max_length", "200", "--lora_r", "4"]
+FLAGS += ["--gradient_checkpointing", "False", "--gradient_accumulation_steps", "1"]
+QUESTION = [{"role": "user", "content": "Who are you?"}]
+SHORT = GenerationArguments(max_new_tokens=8)
+
+
+@pytest.fixture
+def run(call_main, tiny_model, tmp_path):
+    argv = ["--model_name_or_path", tiny_model, *FLAGS, "--output_dir", tmp_path / "run", "--max_steps", "2"]
+    call_main("qlora_finetune", *argv, "--save_steps", "1", "--template", "vicuna", "--quant_type", "fp4")
+    return tmp_path / "run"
+
+
+def open_run(folder, given=(), **flags):
+    model_args = resolve_model(ModelArguments(checkpoint_dir=str(folder), **flags), set(given))
+    return model_args, load_run(model_args, read_model_config(model_args))
+
+
+def test_run_brings_its_base_quantization_template_and_stop_tokens(run, tiny_model):
+    model_args, chat = open_run(run)
+    assert (model_args.model_name_or_path, model_args.bits, model_args.quant_type) == (str(tiny_model), 4, "fp4")
+    assert "USER: " in chat.tokenizer.chat_template
+    assert chat.stop_ids == json.loads((run / "run.json").read_text())["prompt"]["stop_ids"]
+    assert chat.context == 512
+    assert chat.model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.quant_type == "fp4"
+
+
+def test_checkpoint_and_bare_adapter_folders_open_too(run, tiny_model, tmp_path, capsys):
+    checkpoint_args, _ = open_run(run / "checkpoint-1")
+    assert checkpoint_args.quant_type == "fp4"
+    bare = tmp_path / "elsewhere" / "adapter"
+    bare.mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (bare / name).write_bytes((run / name).read_bytes())
+    bare_args, chat = open_run(bare)
+    assert bare_args.model_name_or_path == str(tiny_model)
+    assert "has no run.json" in capsys.readouterr().out
+    assert "SmolLM" in chat.tokenizer.chat_template
+
+
+def test_flags_beside_the_run_override_it_with_one_line(run, capsys):
+    model_args, _ = open_run(run, given=["bits"], bits=8)
+    assert model_args.bits == 8
+    assert capsys.readouterr().out.count("--bits 8 overrides the run's 4") == 1
+
+
+def test_chat_prompt_is_the_training_prompt_token_for_token(run, monkeypatch):
+    _, chat = open_run(run)
+    answered = [*QUESTION, {"role": "assistant", "content": "I am Guanaco."}]
+    stops = chat.tokenizer.convert_ids_to_tokens(chat.stop_ids)
+    (segments,) = split_chat(chat.tokenizer, answered, stops)
+    row = encode_segments(chat.tokenizer, segments)
+    trained_prompt = row["input_ids"][: row["labels"].count(IGNORE_INDEX)]
+    sent = []
+    generate = chat.model.generate
+    monkeypatch.setattr(chat.model, "generate", lambda **kw: (sent.append(kw["input_ids"]), generate(**kw))[1])
+    list(stream_reply(chat, QUESTION, SHORT))
+    assert sent[0].tolist() == [trained_prompt]
+
+
+def test_streamed_pieces_are_the_generated_reply(smollm2):
+    model_args = resolve_model(ModelArguments(str(smollm2), bits=16), set())
+    chat = load_run(model_args, read_model_config(model_args))
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    flags = GenerationArguments(max_new_tokens=24)
+    pieces = list(stream_reply(chat, question, flags))
+    (reply,) = generate_replies(chat.model, chat.tokenizer, [question], chat.stop_ids, flags, seed=0)
+    assert len(pieces) > 3 and "".join(pieces).strip() == reply
+    assert "Paris" in reply and "<|im_end|>" not in reply
+
+
+def test_closing_the_stream_stops_the_generation(run):
+    _, chat = open_run(run)
+    flags = GenerationArguments(max_new_tokens=400, min_new_tokens=400)
+    stream = stream_reply(chat, QUESTION, flags)
+    next(stream)
+    stream.close()  # returns only once the generating thread has ended
+    assert len("".join(stream)) == 0
+
+
+def test_failure_while_generating_reaches_the_reader(run, monkeypatch):
+    _, chat = open_run(run)
+
+    def fail(**kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(chat.model, "generate", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(stream_reply(chat, QUESTION, SHORT))
+
+
+def test_beams_give_the_reply_in_one_piece(run):
+    _, chat = open_run(run)
+    assert len(list(stream_reply(chat, QUESTION, GenerationArguments(max_new_tokens=4, num_beams=2)))) == 1
+
+
+def test_batched_replies_equal_single_ones_and_leave_the_rng_alone(smollm2):
+    model_args = resolve_model(ModelArguments(str(smollm2), bits=16), set())
+    chat = load_run(model_args, read_model_config(model_args))
+    chats = [QUESTION, [{"role": "user", "content": "Name the three primary colours, please, and nothing else."}]]
+    state = torch.random.get_rng_state()
+    arguments = (chat.stop_ids, GenerationArguments(max_new_tokens=12), 0)
+    together = generate_replies(chat.model, chat.tokenizer, chats, *arguments)
+    alone = [generate_replies(chat.model, chat.tokenizer, [one], *arguments)[0] for one in chats]
+    assert together == alone
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_history_is_trimmed_to_the_context_and_counted(run):
+    _, chat = open_run(run)
+    turn = [{"role": "user", "content": "word " * 60}, {"role": "assistant", "content": "fine " * 60}]
+    system = {"role": "system", "content": "Be brief."}
+    messages, dropped = trim_history(chat, [system, *turn * 5, *QUESTION], max_new_tokens=100)
+    assert dropped == 4 and messages[0] == system and messages[-1] == QUESTION[0]
+    assert len(messages) == 1 + 6 + 1
+    assert trim_history(chat, QUESTION, 100) == (QUESTION, 0)
+
+
+def test_message_longer_than_the_context_is_a_user_error(run):
+    _, chat = open_run(run)
+    with pytest.raises(UserError, match="the model's context is 512"):
+        trim_history(chat, [{"role": "user", "content": "word " * 600}], 100)
+
+
+def test_sampling_flags_without_sampling_are_named(smol_tokenizer, capsys):
+    config = build_generation_config(GenerationArguments(temperature=0.7, top_p=0.9), smol_tokenizer, [2])
+    assert config.temperature is None or config.temperature == 1.0
+    assert "--temperature, --top_p has no effect" in capsys.readouterr().out
+    sampling = build_generation_config(GenerationArguments(do_sample=True, temperature=0.7), smol_tokenizer, [2, 0])
+    assert sampling.temperature == 0.7 and sampling.eos_token_id == [2, 0]
