@@ -12,7 +12,14 @@ from utils.console import UserError
 from utils.generation import build_generation_config, generate_replies, load_run, stream_reply, trim_history
 from utils.prompts import IGNORE_INDEX, encode_segments, split_chat
 
-FLAGS = ["--dataset_name", ROOT / "data" / "guanaco_identity.jsonl", "--model_max_length", "200", "--lora_r", "4"]
+FLAGS = [
+    "--dataset_name",
+    ROOT / "data" / "guanaco_identity.jsonl",
+    "--model_max_length",
+    "200",
+    "--lora_r",
+    "4",
+]
 FLAGS += ["--gradient_checkpointing", "False", "--gradient_accumulation_steps", "1"]
 QUESTION = [{"role": "user", "content": "Who are you?"}]
 SHORT = GenerationArguments(max_new_tokens=8)
@@ -32,7 +39,11 @@ def open_run(folder, given=(), **flags):
 
 def test_run_brings_its_base_quantization_template_and_stop_tokens(run, tiny_model):
     model_args, chat = open_run(run)
-    assert (model_args.model_name_or_path, model_args.bits, model_args.quant_type) == (str(tiny_model), 4, "fp4")
+    assert (model_args.model_name_or_path, model_args.bits, model_args.quant_type) == (
+        str(tiny_model),
+        4,
+        "fp4",
+    )
     assert "USER: " in chat.tokenizer.chat_template
     assert chat.stop_ids == json.loads((run / "run.json").read_text())["prompt"]["stop_ids"]
     assert chat.context == 512
@@ -67,7 +78,9 @@ def test_chat_prompt_is_the_training_prompt_token_for_token(run, monkeypatch):
     trained_prompt = row["input_ids"][: row["labels"].count(IGNORE_INDEX)]
     sent = []
     generate = chat.model.generate
-    monkeypatch.setattr(chat.model, "generate", lambda **kw: (sent.append(kw["input_ids"]), generate(**kw))[1])
+    monkeypatch.setattr(
+        chat.model, "generate", lambda **kw: (sent.append(kw["input_ids"]), generate(**kw))[1]
+    )
     list(stream_reply(chat, QUESTION, SHORT))
     assert sent[0].tolist() == [trained_prompt]
 
@@ -111,7 +124,10 @@ def test_beams_give_the_reply_in_one_piece(run):
 def test_batched_replies_equal_single_ones_and_leave_the_rng_alone(smollm2):
     model_args = resolve_model(ModelArguments(str(smollm2), bits=16), set())
     chat = load_run(model_args, read_model_config(model_args))
-    chats = [QUESTION, [{"role": "user", "content": "Name the three primary colours, please, and nothing else."}]]
+    chats = [
+        QUESTION,
+        [{"role": "user", "content": "Name the three primary colours, please, and nothing else."}],
+    ]
     state = torch.random.get_rng_state()
     arguments = (chat.stop_ids, GenerationArguments(max_new_tokens=12), 0)
     together = generate_replies(chat.model, chat.tokenizer, chats, *arguments)
@@ -140,5 +156,7 @@ def test_sampling_flags_without_sampling_are_named(smol_tokenizer, capsys):
     config = build_generation_config(GenerationArguments(temperature=0.7, top_p=0.9), smol_tokenizer, [2])
     assert config.temperature is None or config.temperature == 1.0
     assert "--temperature, --top_p has no effect" in capsys.readouterr().out
-    sampling = build_generation_config(GenerationArguments(do_sample=True, temperature=0.7), smol_tokenizer, [2, 0])
+    sampling = build_generation_config(
+        GenerationArguments(do_sample=True, temperature=0.7), smol_tokenizer, [2, 0]
+    )
     assert sampling.temperature == 0.7 and sampling.eos_token_id == [2, 0]

@@ -204,7 +204,8 @@ def add_adapter(
         return model
     if model_args.checkpoint_dir:
         return load_adapter(model, model_args.checkpoint_dir, trainable)
-    return add_lora(model, lora_args) if trainable else model
+    # The Trainer takes no quantized model without an adapter; a fresh one, B being zero, changes nothing.
+    return add_lora(model, lora_args) if trainable or model_args.bits in (4, 8) else model
 
 
 def add_lora(model: "PreTrainedModel", lora_args: LoraArguments) -> PeftModel:

