@@ -153,7 +153,7 @@ README_COMMANDS = [
 
 @pytest.mark.parametrize("command", README_COMMANDS)
 def test_commands_of_the_original_parse(command):
-    parse(command)
+    assert [type(group) for group in parse(command)] == FLAGS
 
 
 def test_readme_values_arrive():

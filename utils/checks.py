@@ -66,9 +66,9 @@ def check_arguments(
     check_adapter_fits(model_args, config)
     if training_args.output_dir is None:
         data, model = Path(data_args.dataset_name).stem, Path(model_args.model_name_or_path).name
-        output_dir = model_args.checkpoint_dir or f"output/{data}-{model}"
-        if training_args.do_train or not model_args.checkpoint_dir:
-            output_dir = f"output/{data}-{model}"
+        output_dir = f"output/{data}-{model}"
+        if model_args.checkpoint_dir and not training_args.do_train:
+            output_dir = model_args.checkpoint_dir
         notice(f"--output_dir is {output_dir}")
         training_args = dataclasses.replace(training_args, output_dir=output_dir)
     return model_args, data_args, training_args
