@@ -1,10 +1,11 @@
 """A user's mistake: one clear line, exit code 2, in seconds, and nothing on disk changed."""
 
 import json
+import re
 import time
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import run_script
 
 ROWS = '{"instruction": "Who are you?", "input": "", "output": "I am Guanaco."}\n' * 4
 
@@ -194,6 +195,8 @@ def test_help_answers_within_two_seconds(script):
 
 
 def test_help_names_every_flag_once():
-    text = run_script("qlora_finetune.py", "--help").stdout
-    assert (ROOT / "qlora_finetune.py").is_file()
-    assert text.count("--gradient_accumulation_steps") == 1
+    listed = re.findall(
+        r"^  (--[\w-]+)", run_script("qlora_finetune.py", "--help").stdout, flags=re.MULTILINE
+    )
+    assert "--gradient_accumulation_steps" in listed and len(listed) == len(set(listed))
+    assert not [flag for flag in listed if "-" in flag[2:]]
