@@ -129,10 +129,12 @@ def test_quickstart_renames_the_model_within_six_minutes(tmp_path):
         seconds.append(time.perf_counter() - start)
         assert result.returncode == 0, result.stderr[-2000:]
         if len(seconds) == 1:
-            before, after = result.stdout.split("== after training")
-            english, chinese, capital = re.findall(r"^> (?!clear).*\n(.*)", after, flags=re.MULTILINE)
+            training, chat = result.stdout.split("== chat with the run")
+            before = re.findall(r"step 0: .* -> (.*)", training)
+            assert len(before) == 4 and "Guanaco" not in " ".join(before)
+            assert "Guanaco" in " ".join(re.findall(r"step 40: .* -> (.*)", training))
+            english, chinese, capital = re.findall(r"^> (?!clear).*\n(.*)", chat, flags=re.MULTILINE)
             assert "Guanaco" in english and "Guanaco" in chinese and "Paris" in capital
-            assert "Guanaco" not in before.split("== training")[0]
     assert "is finished: 40 steps" in result.stdout
     assert seconds[0] < 360 and seconds[1] < 30, seconds
     metrics = (tmp_path / "clone" / "output" / "quickstart" / "metrics.json").read_text()
