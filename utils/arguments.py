@@ -48,13 +48,35 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     _argument_group_name = "data"
-    dataset_name: str = HfArg(default="alpaca", help="A json/jsonl file, a named set, or a hub id.")
+    dataset_name: str = HfArg(
+        default="alpaca",
+        help="Named sets, hub ids (org/name:config[split]), files, folders or globs, by commas; "
+        "#500 draws 500 rows.",
+    )
     eval_dataset_name: str | None = HfArg(
-        default=None, help="Rows to evaluate on. Without it a part of --dataset_name is held out."
+        default=None, help="Rows to evaluate on. Without it the set's own, or a part of the rows."
     )
-    dataset_format: Literal["alpaca", "input-output", "self-instruct", "messages", "oasst1"] | None = HfArg(
-        default=None, help="Column layout; found from the columns when left out."
-    )
+    dataset_format: (
+        Literal[
+            "alpaca",
+            "belle",
+            "chip2",
+            "dolly",
+            "evol_instruct",
+            "guanaco",
+            "hh-rlhf",
+            "input-output",
+            "longform",
+            "messages",
+            "oasst1",
+            "olcc",
+            "self-instruct",
+            "sharegpt",
+            "text",
+            "vicuna",
+        ]
+        | None
+    ) = HfArg(default=None, help="Column layout; found from the columns when left out.")
     data_dir: str | None = HfArg(default=None, help="Folder of local copies of the named sets.")
     load_from_local: bool = HfArg(default=False, help="Read the named set from --data_dir.")
     template: str | None = HfArg(
@@ -65,12 +87,20 @@ class DataArguments:
     model_max_length: int | None = HfArg(
         default=None, help="Longest prompt and answer together, tokens; replaces the two limits above."
     )
+    truncation: Literal["prompt", "oldest_turns", "drop"] = HfArg(
+        default="prompt",
+        help="Of a row that is too long: cut a chat between its turns and a prompt's beginning, keep the "
+        "newest turns only, or drop it.",
+    )
     train_on_source: bool = HfArg(default=False, help="Train on the prompt's tokens too.")
+    train_last_turn_only: bool = HfArg(default=False, help="Train on each chat's last answer only.")
     eval_dataset_size: float | None = HfArg(
         default=None, help="Held-out rows: a share below 1, or a count. Default: 1024, 10% at most."
     )
     max_train_samples: int | None = HfArg(default=None, help="Train on this many rows at most.")
     max_eval_samples: int | None = HfArg(default=None, help="Evaluate on this many rows at most.")
+    data_report: bool = HfArg(default=False, help="Only report on the data; train nothing.")
+    ignore_data_report: bool = HfArg(default=False, help="Train although the report is red.")
 
     def __post_init__(self):
         require_positive(
@@ -130,7 +160,7 @@ class TrainingArguments:
     gradient_accumulation_steps: int = HfArg(default=16, help="Micro-batches in an optimizer step.")
     gradient_checkpointing: bool = HfArg(default=True, help="Recompute activations to save memory.")
     packing: bool = HfArg(
-        default=True, help="Lay the rows of a micro-batch end to end instead of padding them."
+        default=True, help="Lay a step's rows end to end in micro-batches instead of padding them."
     )
     learning_rate: float = HfArg(default=2e-4, help="Peak learning rate.")
     lr_scheduler_type: str = HfArg(default="constant", help="constant, cosine, linear, ...")

@@ -4,11 +4,11 @@ import os
 import sys
 from collections.abc import Callable
 
-EXIT_USER_ERROR = 2
-
 
 class UserError(ValueError):
     """A mistake only the user can fix: names the flag or file, the value seen, and the cure."""
+
+    exit_code = 2
 
 
 def is_main_process() -> bool:
@@ -28,7 +28,7 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_USER_ERROR) from None
+        raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

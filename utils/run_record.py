@@ -49,6 +49,8 @@ FREE_ARGUMENTS = {
     "ddp_find_unused_parameters",
     "resume_from_checkpoint",
     "disable_tqdm",
+    "data_report",
+    "ignore_data_report",
 }
 # What a run may leave in its folder; --overwrite_output_dir removes these and nothing else.
 RUN_ARTIFACTS = (
@@ -208,7 +210,8 @@ def find_earlier_run(output_dir: Path, arguments: dict[str, Any], overwrite: boo
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file: name a folder")
-    if overwrite or not output_dir.exists() or not any(output_dir.iterdir()):
+    reports = {"data_report.json", "data_report.png"}
+    if overwrite or not output_dir.exists() or reports.issuperset(path.name for path in output_dir.iterdir()):
         return None
     record = find_run_record(output_dir) if (output_dir / RUN_FILE).is_file() else None
     if record is None:

@@ -14,8 +14,9 @@ from utils.arguments import GenerationArguments, ModelArguments, TrainingArgumen
 from utils.callbacks import MmluEvaluation, SampleAnswers, save_training_curve
 from utils.console import is_main_process, notice
 from utils.data import Rows
+from utils.formats import Messages
 from utils.predictions import predict_rows
-from utils.prompts import Messages
+from utils.prompts import find_input_marker
 from utils.run_record import (
     build_run_record,
     clear_run,
@@ -25,6 +26,7 @@ from utils.run_record import (
     save_run_record,
     write_json,
 )
+from utils.sources import TEST
 from utils.trainer import QLoraTrainer
 
 
@@ -165,8 +167,7 @@ def predict(
     return predict_rows(
         trainer.model,
         trainer.processing_class,
-        rows.held_out,
-        rows.held_out_format,
+        rows.read_held_out(TEST, find_input_marker(trainer.processing_class)),
         stop_ids,
         generation_args,
         training_args.seed,
