@@ -39,7 +39,7 @@ class PageText(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         if tag == "pre":
-            self.parts.append("\n```\n\n")
+            self.parts.append("```\n\n" if self.parts[-1].endswith("\n") else "\n```\n\n")
             self.block_start = None
         elif self.block_start is None:
             self.parts.append("`" if tag == "code" else CLOSING.get(tag, "\n\n" if tag in BLOCKS else ""))
