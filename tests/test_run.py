@@ -21,8 +21,8 @@ FLAGS += [
     "False",
 ]
 RUN_FILES = [
-    "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "metrics.json",
-    "run.json", "tokenizer.json", "tokenizer_config.json", "training_curve.png",
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "data_report.json",
+    "data_report.png", "metrics.json", "run.json", "tokenizer.json", "tokenizer_config.json", "training_curve.png",
 ]  # fmt: skip
 CHECKPOINT_FILES = [
     "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "optimizer.pt",

@@ -48,7 +48,7 @@ def report_data(
     report = build_report(rows, datasets, vocabulary, data_args, training_args)
     notice(describe_report(report))
     if is_main_process():
-        show_rows(datasets[TRAIN], tokenizer)
+        show_rows(datasets[TRAIN], [source.name for source in rows.sources], tokenizer)
         folder = Path(training_args.output_dir)
         write_json(report, folder / "data_report.json")
         save_histogram(datasets[TRAIN].lengths, folder / "data_report.png")
@@ -226,7 +226,9 @@ def save_histogram(lengths: np.ndarray, path: Path) -> None:
     pyplot.close(figure)
 
 
-def show_rows(found: TokenRows, tokenizer: Any, count: int = 3, characters: int = 500) -> None:
+def show_rows(
+    found: TokenRows, sources: list[str], tokenizer: Any, count: int = 3, characters: int = 500
+) -> None:
     """Rows as the model sees them, what is trained in green (between ⟦ ⟧ where colours are not shown)."""
     if not len(found):
         return
@@ -242,5 +244,6 @@ def show_rows(found: TokenRows, tokenizer: Any, count: int = 3, characters: int 
             if len(piece) > characters:
                 piece = f"{piece[: characters // 2]} [...] {piece[-characters // 2 :]}"
             text += f"{opening}{piece}{closing}" if trained[start] else piece
-        print(f"--- row {found.origins[index][1]} of {found.origins[index][0] + 1}\n{text.rstrip()}")
+        source, number = found.origins[index]
+        print(f"--- row {number} of {sources[source]}\n{text.rstrip()}")
     print("---", flush=True)

@@ -65,7 +65,9 @@ def build_exchange(row: Row, question: str, answer: str, marker: str, extra: str
 
 def read_alpaca(row: Row, marker: str) -> Chat:
     """instruction, input, output; LLaMA-Factory's `history` [[question, answer], ...] and `system`."""
-    last = build_exchange(row, "instruction", "output", marker, "input").messages
+    exchange = build_exchange(row, "instruction", "output", marker, "input")
+    if not row.get("history") and not row.get("system"):
+        return exchange
     earlier: list[tuple[str, Any]] = []
     if row.get("system"):
         earlier.append(("system", row["system"]))
@@ -76,7 +78,7 @@ def read_alpaca(row: Row, marker: str) -> Chat:
         raise UserError(f"column 'history' holds {str(history)[:40]!r}: [[question, answer], ...] is needed")
     for question, answer in history:
         earlier += [("user", question), ("assistant", answer)]
-    return tidy_turns(earlier + [(message["role"], message["content"]) for message in last])
+    return tidy_turns(earlier + [(message["role"], message["content"]) for message in exchange.messages])
 
 
 def read_dolly(row: Row, marker: str) -> Chat:

@@ -92,9 +92,11 @@ def sniff_source(name: str, rows: Iterator[Any], expected: str | None) -> str:
     first, _ = peek(rows, SNIFFED_ROWS)
     if not first:
         raise UserError(f"{name} holds no rows")
+    if not any(isinstance(row, dict) for row in first):
+        raise UserError(f"{name}: row 1 is {str(first[0])[:40]!r}: an object with columns is needed")
     found = sniff_format(first)
     if found is None:
-        columns = ", ".join(first[0]) if isinstance(first[0], dict) else str(first[0])[:40]
+        columns = ", ".join(next(row for row in first if isinstance(row, dict)))
         raise UserError(
             f"{name}: no known format has the columns {columns}; use one of the column layouts in "
             f"data/README.md, or force one with --dataset_format: {', '.join([*FORMATS, *ALIASES])}"

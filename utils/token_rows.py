@@ -50,7 +50,7 @@ class TokenWriter:
         self.origins: list[tuple[int, int]] = []
 
     def append(self, signed: np.ndarray, source: int, number: int) -> None:
-        self.file.write(signed.astype(np.int32).tobytes())
+        self.file.write(signed.astype(np.int32, copy=False).tobytes())
         self.lengths.append(len(signed))
         self.origins.append((source, number))
 

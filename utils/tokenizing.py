@@ -138,7 +138,7 @@ class RowMaker:
                 for fitted in self.fit(pieces, draft, chat, number, found[part]):
                     signed = self.sign(fitted)
                     if (signed[1:] >= 0).any():
-                        self.check(signed, draft, number, found[part])
+                        self.check(fitted, draft, number, found[part])
                         yield part, source, number, signed
                     else:
                         found[part].note(NO_LABELS, number)
@@ -195,15 +195,18 @@ class RowMaker:
 
     def sign(self, pieces: Pieces) -> np.ndarray:
         """Token ids, complemented where they are not trained  # int32 [tokens]"""
-        arrays = [np.array(ids, np.int32) for ids, _ in pieces]
-        trains = [answer or self.data_args.train_on_source for _, answer in pieces]
-        return np.concatenate([ids if kept else ~ids for ids, kept in zip(arrays, trains, strict=True)])
+        signed = np.array([token for ids, _ in pieces for token in ids], np.int32)
+        start = 0
+        for ids, answer in pieces:
+            if not (answer or self.data_args.train_on_source):
+                np.invert(signed[start : start + len(ids)], out=signed[start : start + len(ids)])
+            start += len(ids)
+        return signed
 
-    def check(self, signed: np.ndarray, draft: Draft, number: int, found: Found) -> None:
-        if signed[-1] not in self.stop_ids and draft.messages[0]["role"] != TEXT_ROLE:
+    def check(self, pieces: Pieces, draft: Draft, number: int, found: Found) -> None:
+        if pieces[-1][0][-1] not in self.stop_ids and draft.messages[0]["role"] != TEXT_ROLE:
             found.note(NO_STOP, number)
-        front = [token if token >= 0 else ~token for token in signed[:2].tolist()]
-        if front == [self.tokenizer.bos_token_id] * 2:
+        if pieces[0][0][:2] == [self.tokenizer.bos_token_id] * 2:
             found.note(TWO_BOS, number)
         if draft.turn_by_turn:
             found.note(TURN_BY_TURN, number)
