@@ -76,7 +76,7 @@ def test_finished_run_holds_exactly_these_files(call_main, tiny_model, tmp_path)
     assert len(predictions) == 6 and all(
         set(row) == {"prompt", "reference", "prediction"} for row in predictions
     )
-    assert "122 rows" in printed and "held out: 6 rows" in printed
+    assert "train: 116 rows" in printed and "held out for evaluation: 6 rows" in printed
 
 
 def test_run_json_tells_what_made_the_adapter(run, tiny_model):
