@@ -9,6 +9,7 @@ from urllib.parse import urlparse
 from urllib.request import getproxies
 
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
+from utils.baichuan import is_baichuan, split_shapes
 from utils.console import UserError, notice
 from utils.prompts import read_template
 from utils.run_record import RUN_FILE, find_run_record
@@ -25,6 +26,8 @@ RECORDED_MODEL_FIELDS = (
     "fp16",
     "full_finetune",
 )
+# How to get weights that are only published pickled; a pickle can run code, so none is read silently.
+CONVERT = "download it and convert it once: python -m utils.convert_weights FOLDER NEW_FOLDER"
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 MOVED_MODELS = {"decapoda-research/llama-7b-hf": "huggyllama/llama-7b"}
 RECORDED_DATA_FIELDS = (
@@ -139,6 +142,9 @@ def check_model_path(name: str) -> str:
             raise UserError(
                 f"--model_name_or_path {name}: the folder has no config.json, so it holds no model"
             )
+        if not any(path.glob("*.safetensors")):
+            pickled = f", only pickles: {CONVERT}" if any(path.glob("*.bin")) else ": download it again"
+            raise UserError(f"--model_name_or_path {name}: the folder has no .safetensors file{pickled}")
         return str(path)
     if path.exists():
         raise UserError(f"--model_name_or_path {name} is a file: name the folder of the model")
@@ -221,10 +227,13 @@ def check_adapter_fits(model_args: ModelArguments, config: dict[str, Any]) -> No
 
     A base that is not on this disk as plain safetensors is checked by PEFT while it loads.
     """
+    packed = is_baichuan(config)  # refuses its relatives
     if model_args.checkpoint_dir is None or model_args.full_finetune or "quantization_config" in config:
         return
     adapter = read_shapes([Path(model_args.checkpoint_dir) / ADAPTER_FILE])
     base = read_shapes(sorted(Path(model_args.model_name_or_path).glob("*.safetensors")))
+    if packed:
+        base = split_shapes(base)
     misfit = find_misfit(adapter, base) if base else None
     if misfit:
         raise UserError(
@@ -239,7 +248,8 @@ def find_misfit(adapter: dict[str, list[int]], base: dict[str, list[int]]) -> st
         layer, _, matrix = name.removeprefix("base_model.model.").partition(".lora_")
         if not matrix.startswith(("A.", "B.")):
             continue
-        expected = base.get(f"{layer}.weight")
+        # Some publish the decoder alone (BLOOM): its layers' names lack the first word.
+        expected = base.get(f"{layer}.weight") or base.get(f"{layer.partition('.')[2]}.weight")
         if expected is None:
             return f"the base has no layer {layer}"
         side = 1 if matrix.startswith("A.") else 0

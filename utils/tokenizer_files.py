@@ -1,0 +1,143 @@
+"""A model's tokenizer as its files say: sentencepiece's own ids, tokenizer.json unaltered, right special ids.
+
+transformers 5 rebuilds every tokenizer of LLaMA's class alike: one without a dummy prefix (Yi) gets one, a BOS
+appears that add_bos_token turns off, and old conversions with empty special tokens do not load at all.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils.hub import cached_file
+
+from utils.console import notice
+
+# Classes whose tokenizer.model is a sentencepiece BPE model and nothing else.
+SENTENCEPIECE_CLASSES = {"LlamaTokenizer", "LLaMATokenizer", "BaiChuanTokenizer"}
+LLAMA_SPECIALS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}  # ids 0, 1, 2
+
+
+def load_own_tokenizer(name: str, trust_remote_code: bool, **where: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id; `where`: revision and cache_dir."""
+    settings = read_settings(find_file(name, "tokenizer_config.json", where))
+    kind = str(settings.get("tokenizer_class")).removesuffix("Fast")
+    json_file = find_file(name, "tokenizer.json", where)
+    model_file = find_file(name, "tokenizer.model", where)
+    if kind in SENTENCEPIECE_CLASSES and json_file:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **where)
+    elif kind in SENTENCEPIECE_CLASSES and model_file and not find_file(name, "added_tokens.json", where):
+        return load_sentencepiece(model_file, settings)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
+    return correct_specials(tokenizer)
+
+
+def find_file(name: str, file: str, where: dict[str, Any]) -> str | None:
+    return cached_file(
+        name, file, **where, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+
+
+def read_settings(path: str | None) -> dict[str, Any]:
+    return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+
+
+def load_sentencepiece(model_file: str, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
+    """tokenizer.model as a fast tokenizer; its special tokens are the file's, whatever `settings` say."""
+    model = read_sentencepiece(Path(model_file))
+    spec = model.trainer_spec
+    ids = {"unk_token": spec.unk_id, "bos_token": spec.bos_id, "eos_token": spec.eos_id}
+    specials = {kind: model.pieces[i].piece for kind, i in ids.items() if i >= 0}
+    wrong = [kind for kind in specials if read_token(settings.get(kind)) not in (None, specials[kind])]
+    if wrong:
+        report_correction(ids)
+    kept = {name: settings[name] for name in ("chat_template", "add_eos_token") if settings.get(name)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=build_fast_tokenizer(model),
+        add_bos_token=settings.get("add_bos_token", True),
+        **specials,
+        **kept,
+    )
+
+
+def read_token(setting: Any) -> str | None:
+    """A token of tokenizer_config.json, which is text or {content: text}."""
+    return setting["content"] if isinstance(setting, dict) else setting
+
+
+def correct_specials(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """bos 1 and eos 2 where the vocabulary is LLaMA's and the conversion named none, or one for the other."""
+    if tokenizer.convert_ids_to_tokens([0, 1, 2]) != list(LLAMA_SPECIALS.values()):
+        return tokenizer
+    if tokenizer.bos_token_id in (None, 0, 2) or tokenizer.eos_token_id in (None, 0, 1):
+        for kind, token in LLAMA_SPECIALS.items():
+            setattr(tokenizer, kind, token)
+        if isinstance(tokenizer, PreTrainedTokenizerFast):
+            tokenizer.update_post_processor()
+        report_correction({kind: i for i, kind in enumerate(LLAMA_SPECIALS)})
+    return tokenizer
+
+
+def report_correction(ids: dict[str, int]) -> None:
+    said = ", ".join(f"{kind.removesuffix('_token')} {i}" for kind, i in ids.items() if kind != "unk_token")
+    notice(f"the tokenizer's special tokens are wrong (an old LLaMA conversion): corrected to {said}")
+
+
+def read_sentencepiece(model_file: Path) -> Any:
+    """sentencepiece's ModelProto."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(model_file.read_bytes())
+    return model
+
+
+def build_fast_tokenizer(model: Any) -> Any:
+    """tokenizers.Tokenizer of a sentencepiece BPE model: same normalization, same merges, same ids."""
+    from tokenizers import AddedToken, Tokenizer, decoders
+    from tokenizers.models import BPE
+
+    spec = model.normalizer_spec
+    bpe = BPE(
+        vocab={piece.piece: i for i, piece in enumerate(model.pieces)},
+        merges=find_merges(
+            {piece.piece: piece.score for piece in model.pieces if piece.type == piece.NORMAL}
+        ),
+        unk_token=model.pieces[model.trainer_spec.unk_id].piece,
+        fuse_unk=True,
+        byte_fallback=model.trainer_spec.byte_fallback,
+    )
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = build_normalizer(spec)
+    strip = [decoders.Strip(content=" ", left=1)] if spec.add_dummy_prefix else []
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    tokenizer.decoder = decoders.Sequence(steps)
+    for piece in model.pieces:
+        if piece.type in (piece.CONTROL, piece.UNKNOWN, piece.USER_DEFINED):
+            special = piece.type != piece.USER_DEFINED
+            tokenizer.add_tokens([AddedToken(piece.piece, normalized=False, special=special)])
+    return tokenizer
+
+
+def build_normalizer(spec: Any) -> Any:
+    """What sentencepiece does to text before it merges, in its order."""
+    from tokenizers import Regex, normalizers
+
+    steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    steps += [normalizers.Prepend("▁")] if spec.add_dummy_prefix else []
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+
+
+def find_merges(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """Pairs of pieces that make a piece, the best scored first: sentencepiece's order of merging."""
+    pairs = (
+        (piece[:cut], piece[cut:])
+        for piece in scores
+        for cut in range(1, len(piece))
+        if piece[:cut] in scores and piece[cut:] in scores
+    )
+    return sorted(pairs, key=lambda pair: -scores["".join(pair)])
