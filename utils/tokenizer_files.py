@@ -1,7 +1,7 @@
-"""A model's tokenizer as its files say: sentencepiece's own ids, tokenizer.json unaltered, right special ids.
+"""A model's tokenizer as its files have it: sentencepiece's ids, tokenizer.json unaltered, right special ids.
 
-transformers 5 rebuilds every tokenizer of LLaMA's class alike: one without a dummy prefix (Yi) gets one, a BOS
-appears that add_bos_token turns off, and old conversions with empty special tokens do not load at all.
+transformers 5 rebuilds every tokenizer of LLaMA's class in one way: one without a dummy prefix (Yi) gets one,
+a leading blank is lost, and old conversions with empty special tokens do not load at all.
 """
 
 import json
@@ -20,17 +20,20 @@ LLAMA_SPECIALS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 def load_own_tokenizer(name: str, trust_remote_code: bool, **where: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id; `where`: revision and cache_dir."""
-    settings = read_settings(find_file(name, "tokenizer_config.json", where))
-    kind = str(settings.get("tokenizer_class")).removesuffix("Fast")
-    json_file = find_file(name, "tokenizer.json", where)
-    model_file = find_file(name, "tokenizer.model", where)
-    if kind in SENTENCEPIECE_CLASSES and json_file:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **where)
-    elif kind in SENTENCEPIECE_CLASSES and model_file and not find_file(name, "added_tokens.json", where):
-        return load_sentencepiece(model_file, settings)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
-    return correct_specials(tokenizer)
+    settings = read_json(find_file(name, "tokenizer_config.json", where))
+    if str(settings.get("tokenizer_class")).removesuffix("Fast") in SENTENCEPIECE_CLASSES:
+        settings = read_json(find_file(name, "special_tokens_map.json", where)) | settings
+        content = read_json(find_file(name, "tokenizer.json", where))
+        if content:
+            specials = choose_specials(content, settings)
+            return PreTrainedTokenizerFast.from_pretrained(name, **where, **specials)
+        model_file = find_file(name, "tokenizer.model", where)
+        if model_file and not find_file(name, "added_tokens.json", where):
+            template = find_file(name, "chat_template.jinja", where)
+            if template:
+                settings["chat_template"] = Path(template).read_text(encoding="utf-8")
+            return load_sentencepiece(model_file, settings)
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
 
 
 def find_file(name: str, file: str, where: dict[str, Any]) -> str | None:
@@ -40,49 +43,44 @@ def find_file(name: str, file: str, where: dict[str, Any]) -> str | None:
     )  # fmt: skip
 
 
-def read_settings(path: str | None) -> dict[str, Any]:
+def read_json(path: str | None) -> dict[str, Any]:
     return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
 
 
+def choose_specials(content: dict[str, Any], settings: dict[str, Any]) -> dict[str, str]:
+    """Special tokens to override in a tokenizer.json (`content`): none, unless its vocabulary is LLaMA's."""
+    vocabulary = content["model"]["vocab"]
+    is_llama = all(vocabulary.get(token) == i for i, token in enumerate(LLAMA_SPECIALS.values()))
+    return correct_specials(LLAMA_SPECIALS, settings) if is_llama else {}
+
+
+def correct_specials(by_id: dict[str, str], settings: dict[str, Any]) -> dict[str, str]:
+    """Special tokens: those of `settings`, but those at the vocabulary's own ids (`by_id`) where the settings
+    have none, an empty one, or one in another's place. Reports a correction."""
+    named = {kind: settings.get(kind) for kind in by_id}
+    named = {kind: token["content"] if isinstance(token, dict) else token for kind, token in named.items()}
+    wrong = {"", *by_id.values()}
+    if any(named[kind] in wrong - {by_id[kind]} for kind in ("bos_token", "eos_token")):
+        notice(
+            "the tokenizer's special tokens are wrong (an old LLaMA conversion): corrected to bos 1, eos 2"
+        )
+        return dict(by_id)
+    return by_id | {kind: token for kind, token in named.items() if token is not None}
+
+
 def load_sentencepiece(model_file: str, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """tokenizer.model as a fast tokenizer; its special tokens are the file's, whatever `settings` say."""
+    """tokenizer.model as a fast tokenizer with the template and special tokens of tokenizer_config.json."""
     model = read_sentencepiece(Path(model_file))
     spec = model.trainer_spec
     ids = {"unk_token": spec.unk_id, "bos_token": spec.bos_id, "eos_token": spec.eos_id}
-    specials = {kind: model.pieces[i].piece for kind, i in ids.items() if i >= 0}
-    wrong = [kind for kind in specials if read_token(settings.get(kind)) not in (None, specials[kind])]
-    if wrong:
-        report_correction(ids)
+    by_id = {kind: model.pieces[i].piece for kind, i in ids.items()}
     kept = {name: settings[name] for name in ("chat_template", "add_eos_token") if settings.get(name)}
     return PreTrainedTokenizerFast(
         tokenizer_object=build_fast_tokenizer(model),
         add_bos_token=settings.get("add_bos_token", True),
-        **specials,
+        **correct_specials(by_id, settings),
         **kept,
     )
-
-
-def read_token(setting: Any) -> str | None:
-    """A token of tokenizer_config.json, which is text or {content: text}."""
-    return setting["content"] if isinstance(setting, dict) else setting
-
-
-def correct_specials(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """bos 1 and eos 2 where the vocabulary is LLaMA's and the conversion named none, or one for the other."""
-    if tokenizer.convert_ids_to_tokens([0, 1, 2]) != list(LLAMA_SPECIALS.values()):
-        return tokenizer
-    if tokenizer.bos_token_id in (None, 0, 2) or tokenizer.eos_token_id in (None, 0, 1):
-        for kind, token in LLAMA_SPECIALS.items():
-            setattr(tokenizer, kind, token)
-        if isinstance(tokenizer, PreTrainedTokenizerFast):
-            tokenizer.update_post_processor()
-        report_correction({kind: i for i, kind in enumerate(LLAMA_SPECIALS)})
-    return tokenizer
-
-
-def report_correction(ids: dict[str, int]) -> None:
-    said = ", ".join(f"{kind.removesuffix('_token')} {i}" for kind, i in ids.items() if kind != "unk_token")
-    notice(f"the tokenizer's special tokens are wrong (an old LLaMA conversion): corrected to {said}")
 
 
 def read_sentencepiece(model_file: Path) -> Any:
