@@ -47,14 +47,3 @@ def test_one_gpu_and_the_cpu_need_no_map(gpus):
     assert choose_placement(ModelArguments(use_cpu=True)) == {"device_map": {"": "cpu"}}
     gpus(0)
     assert choose_placement(ModelArguments(max_memory_MB=24000)) == {"device_map": {"": "cpu"}}
-
-
-def test_trainer_never_splits_a_batch_over_gpus_of_one_process(gpus, tmp_path):
-    """Layers are spread, not batches: per_device_train_batch_size rows are all of a micro-batch."""
-    from utils.arguments import TrainingArguments
-    from utils.trainer import build_trainer_args
-
-    gpus(4)
-    training_args = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=3)
-    model_args = ModelArguments(use_cpu=True)
-    assert build_trainer_args(training_args, model_args, torch.float32).train_batch_size == 3

@@ -19,7 +19,7 @@ def find_flag_types(script):
     import importlib
 
     module = importlib.import_module(script)
-    if script == "cli_demo":
+    if script in ("cli_demo", "gradio_webserver") and not hasattr(module, "FLAGS"):
         return [module.ModelArguments, module.GenerationArguments, module.ChatArguments]
     return module.FLAGS
 
@@ -37,17 +37,120 @@ def test_shell_script_is_valid_bash(script):
     assert text.startswith("#!/usr/bin/env bash\n#") and "set -euo pipefail" in text
 
 
-def test_quickstart_flags_pass_the_real_parser():
-    text = (ROOT / "scripts" / "quickstart.sh").read_text()
-    block = re.search(r"^args=\(\n(.*?)^\)", text, flags=re.MULTILINE | re.DOTALL).group(1)
-    lines = [line for line in block.splitlines() if not line.strip().startswith("#")]
-    model_args, data_args, lora_args, training_args, _ = parse_args(
-        shlex.split(" ".join(lines)), find_flag_types("qlora_finetune"), ""
+def read_variables(text):
+    """{name: value} of a script's plain assignments; ${1:-default} is its default."""
+    found = re.findall(r"^(\w+)=(?:\$\{1:-)?([\w./-]+)\}?$", text, flags=re.MULTILINE)
+    return {f"${name}": value for name, value in found}
+
+
+def read_script_commands(script):
+    """(python script, words) of each command of a shell script, its args=( ... ) array filled in."""
+    text = script.read_text()
+    block = re.search(r"^args=\(\n(.*?)^\)", text, flags=re.MULTILINE | re.DOTALL)
+    lines = (
+        [line for line in block.group(1).splitlines() if not line.strip().startswith("#")] if block else []
     )
-    assert (
-        model_args.bits == 4 and lora_args.lora_r == 16 and training_args.do_train and training_args.do_eval
-    )
-    assert (ROOT / data_args.dataset_name).is_file() and (ROOT / data_args.eval_dataset_name).is_file()
+    array = " ".join(lines)
+    variables = read_variables(text)
+    for name, rest in re.findall(r"^(?:[^#\n]*\| )?\s*python (\w+)\.py (.*)$", text, flags=re.MULTILINE):
+        filled = rest.replace('"${args[@]}"', array).replace('"$@"', "")
+        words = shlex.split(filled)
+        yield name, [variables.get(word, word) for word in words]
+
+
+def parse_command(name, words):
+    return parse_args(words, find_flag_types(name), "")
+
+
+RUN_SCRIPTS = [script for script in SCRIPTS if script.name not in ("install.sh", "test.sh")]
+FINETUNE_SCRIPTS = [script for script in SCRIPTS if script.name.startswith("finetune_")]
+
+
+@pytest.mark.parametrize("script", RUN_SCRIPTS, ids=lambda path: path.name)
+def test_flags_of_a_shell_script_pass_the_real_parser(script):
+    commands = list(read_script_commands(script))
+    assert commands
+    for name, words in commands:
+        if not (ROOT / f"{name}.py").is_file():
+            pytest.skip(f"{name}.py is not there yet")
+        parse_command(name, words)
+
+
+@pytest.mark.parametrize("script", RUN_SCRIPTS, ids=lambda path: path.name)
+def test_modules_that_a_shell_script_runs_are_there(script):
+    for module in re.findall(r"python -m ([\w.]+)", script.read_text()):
+        path = ROOT / (module.replace(".", "/") + ".py")
+        if module.startswith("eval.") and not path.is_file():
+            pytest.skip(f"{module} is not there yet")
+        assert path.is_file(), module
+
+
+@pytest.mark.parametrize("script", FINETUNE_SCRIPTS, ids=lambda path: path.name)
+def test_finetune_script_is_a_lab_notebook(script):
+    """Header, array in groups, one order of flags, the user's flags last; nothing sourced, no 2023 flags."""
+    text = script.read_text()
+    header = re.findall(r"^#   (\w+) ", text, flags=re.MULTILINE)
+    assert header == ["model", "data", "gpu", "memory", "time"]
+    assert re.findall(r"^  # (\w+)", text, flags=re.MULTILINE) == [
+        "model",
+        "data",
+        "adapter",
+        "training",
+        "output",
+    ]
+    assert re.search(r'^python qlora_(int8_)?finetune\.py "\$\{args\[@\]\}" "\$@"$', text, flags=re.MULTILINE)
+    assert "source " not in text.replace("source_max_len ", "")
+
+
+@pytest.mark.parametrize("script", FINETUNE_SCRIPTS, ids=lambda path: path.name)
+def test_finetune_script_pins_no_legacy_flag(script, capsys):
+    for name, words in read_script_commands(script):
+        parse_command(name, words)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "size, model, learning_rate, dropout",
+    [
+        ("7b", "7b", 2e-4, 0.1),
+        ("13b", "13b", 2e-4, 0.1),
+        ("33b", "30b", 1e-4, 0.05),
+        ("65b", "65b", 1e-4, 0.05),
+    ],
+)
+def test_guanaco_scripts_hold_the_papers_values(size, model, learning_rate, dropout):
+    ((name, words),) = read_script_commands(ROOT / "scripts" / f"finetune_llama_guanaco{size}.sh")
+    model_args, data_args, lora_args, training_args, _ = parse_command(name, words)
+    assert (model_args.model_name_or_path, model_args.bits, model_args.quant_type, model_args.double_quant) == (
+        f"huggyllama/llama-{model}", 4, "nf4", True,
+    )  # fmt: skip
+    assert (data_args.dataset_name, data_args.source_max_len, data_args.target_max_len) == ("oasst1", 16, 512)
+    assert (lora_args.lora_r, lora_args.lora_alpha, lora_args.lora_dropout) == (64, 16, dropout)
+    rows = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    assert (training_args.max_steps, rows, training_args.learning_rate) == (1875, 16, learning_rate)
+    assert (training_args.lr_scheduler_type, training_args.adam_beta2) == ("constant", 0.999)
+    assert training_args.max_grad_norm == 0.3 and training_args.optim == "paged_adamw_32bit"
+
+
+def test_every_row_of_the_model_zoo_has_its_script():
+    runs = {}
+    for script in FINETUNE_SCRIPTS:
+        ((name, words),) = read_script_commands(script)
+        model_args, data_args, *_ = parse_command(name, words)
+        runs[script.name] = (model_args.model_name_or_path, data_args.dataset_name, model_args.bits)
+    zoo = [
+        ("huggyllama/llama-7b", "oasst1"),
+        ("huggyllama/llama-7b", "olcc"),
+        ("models/baichuan-7b", "oasst1"),
+        ("models/baichuan-7b", "olcc"),
+    ]
+    assert all((*row, 4) in runs.values() for row in zoo)
+    assert {"finetune_llama_guanaco7b.sh", "finetune_baichuan_7b.sh"} <= set(runs)
+
+
+def test_scripts_have_a_table_with_a_row_each():
+    table = (ROOT / "scripts" / "README.md").read_text()
+    assert [script.name for script in SCRIPTS if f"`{script.name}`" not in table] == []
 
 
 def list_documented_commands():
