@@ -64,6 +64,7 @@ def check_arguments(
             training_args = dataclasses.replace(training_args, data_seed=record["arguments"]["data_seed"])
     model_args = resolve_model(model_args, given)
     check_template(data_args)
+    check_push(training_args)
     config = read_model_config(model_args)
     check_lengths(data_args, config)
     check_adapter_fits(model_args, config)
@@ -203,6 +204,26 @@ def reach_hub(what: str) -> None:
         raise UserError(
             f"{what} {host.hostname} cannot be reached ({error}): "
             "download it elsewhere and name the local folder or file"
+        ) from error
+
+
+def check_push(training_args: TrainingArguments) -> None:
+    """Raises UserError where --push_to_hub could not work, before anything is trained."""
+    if training_args.extra.get("push_to_hub"):
+        check_login(training_args.extra.get("hub_token"))
+
+
+def check_login(token: str | None = None) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    reach_hub("--push_to_hub:")
+    try:
+        HfApi().whoami(token=token)
+    except (LocalTokenNotFoundError, HfHubHTTPError) as error:
+        raise UserError(
+            f"--push_to_hub: the hub knows no token of yours ({str(error).splitlines()[0]}): run "
+            "`hf auth login` with a token that may write"
         ) from error
 
 

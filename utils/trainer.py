@@ -18,7 +18,8 @@ from utils.console import notice
 from utils.model import has_gpu
 from utils.packing import Example, PackingCollator, PaddingCollator, keeps_rows_apart
 from utils.prompts import IGNORE_INDEX
-from utils.run_record import hide_secrets, render_model_card
+from utils.run_record import hide_secrets
+from utils.sharing import render_model_card
 
 # Our flags that the Trainer does not have.
 OUR_FLAGS = {
@@ -200,6 +201,7 @@ def build_trainer_args(
     """transformers' TrainingArguments from ours; `dtype` is what autocast computes in."""
     flags = {field.name: getattr(training_args, field.name) for field in dataclasses.fields(training_args)}
     flags = {name: value for name, value in flags.items() if name not in OUR_FLAGS} | training_args.extra
+    flags.pop("push_to_hub", None)  # the finished run is pushed by utils/sharing.py, with our own card
     flags["use_cpu"] = not has_gpu(model_args)
     flags["bf16"], flags["fp16"] = dtype == torch.bfloat16, dtype == torch.float16
     if flags.pop("gradient_checkpointing"):
