@@ -11,7 +11,7 @@ import torch
 import transformers
 from conftest import ROOT
 from safetensors.torch import load_file
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, render_models
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 from utils.arguments import ModelArguments
@@ -149,3 +149,8 @@ def test_tokenizer_gives_its_files_own_ids_and_text_back(family, families, tmp_p
             ids = loaded(text, add_special_tokens=False).input_ids
             assert ids == encode_by_file(folder, text)
             assert loaded.decode(ids) == text
+
+
+def test_list_of_models_in_the_readme_is_the_tests_own():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"<!-- models -->\n{render_models()}\n<!-- /models -->" in readme

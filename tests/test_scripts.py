@@ -3,10 +3,13 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 import time
 
 import pytest
+import tiny_models
 from conftest import ROOT
 
 from utils.arguments import parse_args
@@ -151,6 +154,73 @@ def test_every_row_of_the_model_zoo_has_its_script():
 def test_scripts_have_a_table_with_a_row_each():
     table = (ROOT / "scripts" / "README.md").read_text()
     assert [script.name for script in SCRIPTS if f"`{script.name}`" not in table] == []
+
+
+# The first of these words in a script's name says which small model takes the place of its own.
+SMALL_MODELS = {
+    "baichuan": tiny_models.build_baichuan,
+    "opt": tiny_models.build_opt,
+    "bloomz": tiny_models.build_bloomz,
+    "pythia": tiny_models.build_neox,
+    "qwen2.5": tiny_models.build_qwen2,
+    "sharegpt": tiny_models.build_qwen2,
+    "llama3": tiny_models.build_llama3,
+    "llama": tiny_models.build_llama1,
+}
+SMALL_FLAGS = (
+    "--max_steps 2 --max_train_samples 16 --max_eval_samples 4 --eval_dataset_size 8 --max_new_tokens 4 "
+    "--source_max_len 200 --target_max_len 200 --model_max_length 400 --eval_steps 1 --save_steps 1"
+).split()
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """This working tree without its models, where scripts leave their runs."""
+    folder = tmp_path_factory.mktemp("checkout")
+    left_out = shutil.ignore_patterns(".*", "models", "output", "wandb", "tests", "__pycache__")
+    shutil.copytree(ROOT, folder, ignore=left_out, dirs_exist_ok=True)
+    shutil.copy(ROOT / "data" / "guanaco_identity.jsonl", folder / "data" / "olcc.jsonl")
+    return folder
+
+
+def run_bash(checkout, script, *flags, stdin=""):
+    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", f"scripts/{script}", *map(str, flags)]
+    environment = os.environ | {"PATH": path}
+    result = subprocess.run(
+        command, cwd=checkout, input=stdin, capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", FINETUNE_SCRIPTS, ids=lambda path: path.name)
+def test_finetune_script_trains_a_small_model_in_its_models_place(script, checkout, tmp_path):
+    """As written but for model, data and size; a script that converts its model finds it converted."""
+    text = script.read_text()
+    converted = re.search(r"^model=(models/\S+)$", text, flags=re.MULTILINE)
+    folder = checkout / converted.group(1) if converted else tmp_path / "small"
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        next(build for word, build in SMALL_MODELS.items() if word in script.name)(folder)
+    flags = [] if converted else ["--model_name_or_path", folder]
+    flags += [] if "olcc" in script.name else ["--dataset_name", "data/guanaco_identity.jsonl"]
+    printed = run_bash(checkout, script.name, *flags, *SMALL_FLAGS)
+    run = checkout / re.search(r"--output_dir (\S+)", text).group(1)
+    assert "finished" in printed and (run / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_generate_and_chat_scripts_use_the_guanaco_scripts_run(checkout, tmp_path):
+    if not (checkout / "output" / "guanaco-7b").is_dir():
+        tiny_models.build_llama1(tmp_path)
+        flags = ["--model_name_or_path", tmp_path, "--dataset_name", "data/guanaco_identity.jsonl"]
+        run_bash(checkout, "finetune_llama_guanaco7b.sh", *flags, *SMALL_FLAGS)
+    run_bash(checkout, "generate.sh", "--max_new_tokens", "4", "--max_eval_samples", "4")
+    predictions = (checkout / "output" / "guanaco-7b" / "predictions.jsonl").read_text()
+    assert len(predictions.splitlines()) == 4
+    assert "> 你是谁？\n" in run_bash(checkout, "chat.sh", "--max_new_tokens", "4", stdin="你是谁？\n")
 
 
 def list_documented_commands():

@@ -89,3 +89,18 @@ def test_template_beside_a_sentencepiece_file_is_kept(tmp_path):
     build_llama1(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")
     assert load(tmp_path).chat_template == "{{ messages[0].content }}!"
+
+
+def test_blank_that_only_tokenizer_json_adds_is_dropped(tmp_path):
+    """Yi-1.5: its tokenizer.json was converted with a dummy prefix, its sentencepiece file has none."""
+    import sentencepiece
+
+    build_yi(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["normalizer"]["normalizers"].insert(0, {"type": "Prepend", "prepend": "▁"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load(tmp_path)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    for text in ("<|im_end|>\n", "<|im_start|>user\nWho are you? 你是谁？<|im_end|>"):
+        assert tokenizer(text, add_special_tokens=False).input_ids == reference.encode(text)
+        assert tokenizer.decode(reference.encode(text)) == text

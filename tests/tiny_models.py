@@ -513,3 +513,9 @@ FAMILIES = [
     Family("Gemma 3 (text)", "google/gemma-3-1b-it", build_gemma3),
     Family("Phi-3", "microsoft/Phi-3-mini-4k-instruct", build_phi3),
 ]
+
+
+def render_models() -> str:
+    """The README's list of models, between its two markers."""
+    rows = [f"| {family.name} | `{family.example}` |" for family in FAMILIES]
+    return "\n".join(["| model | for example |", "|---|---|", *rows])

@@ -24,10 +24,11 @@ def load_own_tokenizer(name: str, trust_remote_code: bool, **where: Any) -> PreT
     if str(settings.get("tokenizer_class")).removesuffix("Fast") in SENTENCEPIECE_CLASSES:
         settings = read_json(find_file(name, "special_tokens_map.json", where)) | settings
         content = read_json(find_file(name, "tokenizer.json", where))
+        model_file = find_file(name, "tokenizer.model", where)
         if content:
             specials = choose_specials(content, settings)
-            return PreTrainedTokenizerFast.from_pretrained(name, **where, **specials)
-        model_file = find_file(name, "tokenizer.model", where)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **where, **specials)
+            return drop_dummy_prefix(tokenizer, model_file) if model_file else tokenizer
         if model_file and not find_file(name, "added_tokens.json", where):
             template = find_file(name, "chat_template.jinja", where)
             if template:
@@ -68,6 +69,15 @@ def correct_specials(by_id: dict[str, str], settings: dict[str, Any]) -> dict[st
     return by_id | {kind: token for kind, token in named.items() if token is not None}
 
 
+def drop_dummy_prefix(tokenizer: PreTrainedTokenizerFast, model_file: str) -> PreTrainedTokenizerFast:
+    """Yi-1.5's tokenizer.json puts a blank before each text; the sentencepiece file beside it does not."""
+    spec = read_sentencepiece(Path(model_file)).normalizer_spec
+    if not spec.add_dummy_prefix:
+        tokenizer.backend_tokenizer.normalizer = build_normalizer(spec)
+        tokenizer.backend_tokenizer.decoder = build_decoder(spec)
+    return tokenizer
+
+
 def load_sentencepiece(model_file: str, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
     """tokenizer.model as a fast tokenizer with the template and special tokens of tokenizer_config.json."""
     model = read_sentencepiece(Path(model_file))
@@ -94,7 +104,7 @@ def read_sentencepiece(model_file: Path) -> Any:
 
 def build_fast_tokenizer(model: Any) -> Any:
     """tokenizers.Tokenizer of a sentencepiece BPE model: same normalization, same merges, same ids."""
-    from tokenizers import AddedToken, Tokenizer, decoders
+    from tokenizers import AddedToken, Tokenizer
     from tokenizers.models import BPE
 
     spec = model.normalizer_spec
@@ -109,9 +119,7 @@ def build_fast_tokenizer(model: Any) -> Any:
     )
     tokenizer = Tokenizer(bpe)
     tokenizer.normalizer = build_normalizer(spec)
-    strip = [decoders.Strip(content=" ", left=1)] if spec.add_dummy_prefix else []
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.decoder = build_decoder(spec)
     for piece in model.pieces:
         if piece.type in (piece.CONTROL, piece.UNKNOWN, piece.USER_DEFINED):
             special = piece.type != piece.USER_DEFINED
@@ -128,6 +136,14 @@ def build_normalizer(spec: Any) -> Any:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     steps += [normalizers.Prepend("▁")] if spec.add_dummy_prefix else []
     return normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+
+
+def build_decoder(spec: Any) -> Any:
+    from tokenizers import decoders
+
+    strip = [decoders.Strip(content=" ", left=1)] if spec.add_dummy_prefix else []
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    return decoders.Sequence(steps)
 
 
 def find_merges(scores: dict[str, float]) -> list[tuple[str, str]]:
