@@ -11,11 +11,12 @@ import torch
 import transformers
 from conftest import ROOT
 from safetensors.torch import load_file
-from tiny_models import FAMILIES, render_models
+from tiny_models import FAMILIES, build_llama2, render_models
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 from utils.arguments import ModelArguments
 from utils.checks import check_adapter_fits, read_model_config, resolve_model
+from utils.console import UserError
 from utils.tokenizer_files import load_own_tokenizer
 
 FLAGS = [
@@ -149,6 +150,48 @@ def test_tokenizer_gives_its_files_own_ids_and_text_back(family, families, tmp_p
             ids = loaded(text, add_special_tokens=False).input_ids
             assert ids == encode_by_file(folder, text)
             assert loaded.decode(ids) == text
+
+
+REMOTE_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def remote_model(tmp_path):
+    """A model of a kind that transformers does not know, with its publisher's code beside it."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    build_llama2(folder)
+    (folder / "modeling_own.py").write_text(REMOTE_CODE)
+    config = json.loads((folder / "config.json").read_text())
+    auto_map = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": auto_map}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_remote_code_runs_only_when_it_is_trusted(remote_model, call_main, trained_models, tmp_path):
+    argv = ["--model_name_or_path", remote_model, *FLAGS, "--output_dir", tmp_path / "run"]
+    with pytest.raises(UserError, match="Python code of its publisher.*--trust_remote_code"):
+        call_main("qlora_finetune", *argv)
+    call_main("qlora_finetune", *argv, "--trust_remote_code")
+    assert type(trained_models[-1].get_base_model()).__name__ == "OwnForCausalLM"
+
+
+def test_model_of_an_unknown_kind_is_one_line(remote_model, call_main, tmp_path):
+    config = json.loads((remote_model / "config.json").read_text())
+    del config["auto_map"]
+    (remote_model / "config.json").write_text(json.dumps(config))
+    argv = ["--model_name_or_path", remote_model, *FLAGS, "--output_dir", tmp_path / "run"]
+    with pytest.raises(UserError, match="a kind that transformers does not know"):
+        call_main("qlora_finetune", *argv)
 
 
 def test_list_of_models_in_the_readme_is_the_tests_own():

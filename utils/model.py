@@ -3,6 +3,8 @@
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +36,13 @@ def load_tokenizer(
     """The tokenizer with a chat template and a pad token. A run's own tokenizer comes before the base's."""
     folder = model_args.checkpoint_dir
     from_run = folder is not None and Path(folder, "tokenizer_config.json").is_file()
-    tokenizer = load_own_tokenizer(
-        folder if from_run else model_args.model_name_or_path,
-        model_args.trust_remote_code,
-        revision=None if from_run else model_args.revision,
-        cache_dir=model_args.cache_dir,
-    )
+    with unknown_models_explained(model_args):
+        tokenizer = load_own_tokenizer(
+            folder if from_run else model_args.model_name_or_path,
+            model_args.trust_remote_code,
+            revision=None if from_run else model_args.revision,
+            cache_dir=model_args.cache_dir,
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {model_args.model_name_or_path} has no eos token, so no reply could end"
@@ -129,21 +132,35 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
         "use_safetensors": True,
     } | choose_placement(model_args)
     name = model_args.model_name_or_path
-    try:
+    with unknown_models_explained(model_args):
         if is_baichuan(config):
             model = load_baichuan(name, config, **options)
         else:
             model = AutoModelForCausalLM.from_pretrained(
                 name, trust_remote_code=model_args.trust_remote_code, **options
             )
-    except OSError as error:
-        if "safetensors" not in str(error):
-            raise
-        raise UserError(f"--model_name_or_path {name} has no safetensors on the hub: {CONVERT}") from error
     if trainable or has_odd_width(model):
         keep_cpu_weights_unpacked(model)
     model.requires_grad_(model_args.full_finetune)
     return model
+
+
+@contextmanager
+def unknown_models_explained(model_args: ModelArguments) -> Iterator[None]:
+    """One line where the publisher's code is needed, the kind is unknown, or there are no safetensors."""
+    what = f"--model_name_or_path {model_args.model_name_or_path}"
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if "trust_remote_code" in str(error):
+            advice = "runs Python code of its publisher: read it there, then add --trust_remote_code"
+        elif "does not recognize this architecture" in str(error):
+            advice = "is of a kind that transformers does not know: a newer version may"
+        elif isinstance(error, OSError) and "safetensors" in str(error):
+            advice = f"has no safetensors on the hub: {CONVERT}"
+        else:
+            raise
+        raise UserError(f"{what} {advice}") from error
 
 
 def choose_weight_dtype(model_args: ModelArguments, dtype: torch.dtype) -> torch.dtype:
