@@ -30,7 +30,7 @@ def run_example(name, **environment):
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-        timeout=600,
+        timeout=1800,
     )
     assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-3000:]
     return result.stdout
