@@ -9,6 +9,7 @@ from urllib.parse import urlparse
 from urllib.request import getproxies
 
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
+from utils.baichuan import is_baichuan, split_shapes
 from utils.console import UserError, notice
 from utils.prompts import read_template
 from utils.run_record import RUN_FILE, find_run_record
@@ -25,6 +26,8 @@ RECORDED_MODEL_FIELDS = (
     "fp16",
     "full_finetune",
 )
+# How to get weights that are only published pickled; a pickle can run code, so none is read silently.
+CONVERT = "download it and convert it once: python -m utils.convert_weights FOLDER NEW_FOLDER"
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 MOVED_MODELS = {"decapoda-research/llama-7b-hf": "huggyllama/llama-7b"}
 RECORDED_DATA_FIELDS = (
@@ -61,6 +64,7 @@ def check_arguments(
             training_args = dataclasses.replace(training_args, data_seed=record["arguments"]["data_seed"])
     model_args = resolve_model(model_args, given)
     check_template(data_args)
+    check_push(training_args)
     config = read_model_config(model_args)
     check_lengths(data_args, config)
     check_adapter_fits(model_args, config)
@@ -139,6 +143,9 @@ def check_model_path(name: str) -> str:
             raise UserError(
                 f"--model_name_or_path {name}: the folder has no config.json, so it holds no model"
             )
+        if not any(path.glob("*.safetensors")):
+            pickled = f", only pickles: {CONVERT}" if any(path.glob("*.bin")) else ": download it again"
+            raise UserError(f"--model_name_or_path {name}: the folder has no .safetensors file{pickled}")
         return str(path)
     if path.exists():
         raise UserError(f"--model_name_or_path {name} is a file: name the folder of the model")
@@ -200,6 +207,26 @@ def reach_hub(what: str) -> None:
         ) from error
 
 
+def check_push(training_args: TrainingArguments) -> None:
+    """Raises UserError where --push_to_hub could not work, before anything is trained."""
+    if training_args.extra.get("push_to_hub"):
+        check_login(training_args.extra.get("hub_token"))
+
+
+def check_login(token: str | None = None) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    reach_hub("--push_to_hub:")
+    try:
+        HfApi().whoami(token=token)
+    except (LocalTokenNotFoundError, HfHubHTTPError) as error:
+        raise UserError(
+            f"--push_to_hub: the hub knows no token of yours ({str(error).splitlines()[0]}): run "
+            "`hf auth login` with a token that may write"
+        ) from error
+
+
 def check_lengths(data_args: DataArguments, config: dict[str, Any]) -> None:
     """Raises UserError where a row could be longer than the model's context."""
     text_config = config.get("text_config", config)
@@ -221,10 +248,13 @@ def check_adapter_fits(model_args: ModelArguments, config: dict[str, Any]) -> No
 
     A base that is not on this disk as plain safetensors is checked by PEFT while it loads.
     """
+    packed = is_baichuan(config)  # refuses its relatives
     if model_args.checkpoint_dir is None or model_args.full_finetune or "quantization_config" in config:
         return
     adapter = read_shapes([Path(model_args.checkpoint_dir) / ADAPTER_FILE])
     base = read_shapes(sorted(Path(model_args.model_name_or_path).glob("*.safetensors")))
+    if packed:
+        base = split_shapes(base)
     misfit = find_misfit(adapter, base) if base else None
     if misfit:
         raise UserError(
@@ -239,7 +269,8 @@ def find_misfit(adapter: dict[str, list[int]], base: dict[str, list[int]]) -> st
         layer, _, matrix = name.removeprefix("base_model.model.").partition(".lora_")
         if not matrix.startswith(("A.", "B.")):
             continue
-        expected = base.get(f"{layer}.weight")
+        # Some publish the decoder alone (BLOOM): its layers' names lack the first word.
+        expected = base.get(f"{layer}.weight") or base.get(f"{layer.partition('.')[2]}.weight")
         if expected is None:
             return f"the base has no layer {layer}"
         side = 1 if matrix.startswith("A.") else 0

@@ -51,6 +51,10 @@ FREE_ARGUMENTS = {
     "disable_tqdm",
     "data_report",
     "ignore_data_report",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_strategy",
 }
 # What a run may leave in its folder; --overwrite_output_dir removes these and nothing else.
 RUN_ARTIFACTS = (
@@ -226,44 +230,3 @@ def find_earlier_run(output_dir: Path, arguments: dict[str, Any], overwrite: boo
             "name a new folder, or start anew there with --overwrite_output_dir"
         )
     return record
-
-
-def render_model_card(record: dict[str, Any]) -> str:
-    """README.md beside the adapter: what it is, how it was made, how to load it."""
-    base, arguments = record["base_model"], record["arguments"]
-    sources = "\n".join(
-        f"- `{source['name']}` ({source['rows']:,} rows, sha256 {source['sha256'][:12]})"
-        for source in record["data"]["sources"]
-    )
-    shown = (
-        "learning_rate",
-        "lr_scheduler_type",
-        "num_train_epochs",
-        "max_steps",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "lora_r",
-        "lora_alpha",
-        "lora_dropout",
-        "bits",
-        "quant_type",
-        "double_quant",
-        "seed",
-    )
-    table = "\n".join(f"| {name} | {arguments[name]} |" for name in shown)
-    kind = "All weights" if arguments["full_finetune"] else "A LoRA adapter"
-    load = (
-        ""
-        if arguments["full_finetune"]
-        else (
-            "\n```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-            f'base = AutoModelForCausalLM.from_pretrained("{base["name"]}")\n'
-            'model = PeftModel.from_pretrained(base, "THIS_FOLDER")\n```\n'
-        )
-    )
-    return (
-        f"---\nbase_model: {base['name']}\nlibrary_name: peft\ntags: [qlora, lora]\n---\n\n"
-        f"{kind} of `{base['name']}`, fine-tuned with QLoRA.\n\nData:\n{sources}\n\n"
-        f"| setting | value |\n|---|---|\n{table}\n\nrun.json has every argument. To chat:\n\n"
-        f"```bash\npython cli_demo.py --checkpoint_dir THIS_FOLDER\n```\n{load}"
-    )

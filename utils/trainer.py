@@ -19,7 +19,8 @@ from utils.console import notice
 from utils.model import has_gpu
 from utils.packing import MIN_GPU_TOKENS, PackingCollator, PaddingCollator, keeps_rows_apart
 from utils.prompts import IGNORE_INDEX
-from utils.run_record import hide_secrets, render_model_card
+from utils.run_record import hide_secrets
+from utils.sharing import render_model_card
 from utils.sources import EVAL, TEST, TRAIN
 from utils.token_rows import TokenRows
 
@@ -238,6 +239,7 @@ def build_trainer_args(
     if packed:
         flags["per_device_train_batch_size"] *= flags["gradient_accumulation_steps"]
         flags["gradient_accumulation_steps"] = 1
+    flags.pop("push_to_hub", None)  # the finished run is pushed by utils/sharing.py, with our own card
     flags["use_cpu"] = not has_gpu(model_args)
     flags["bf16"], flags["fp16"] = dtype == torch.bfloat16, dtype == torch.float16
     if flags.pop("gradient_checkpointing"):

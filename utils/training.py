@@ -26,6 +26,7 @@ from utils.run_record import (
     save_run_record,
     write_json,
 )
+from utils.sharing import share_finished_run
 from utils.sources import TEST
 from utils.trainer import QLoraTrainer
 
@@ -133,6 +134,7 @@ def run_trainer(
     if training_args.do_train:
         save_run(trainer, metrics, output_dir)
         notice(f"finished: {output_dir}\nto chat: python cli_demo.py --checkpoint_dir {output_dir}")
+        share_finished_run(training_args)
     elif is_main_process():
         path = next_free_path(output_dir / "eval_metrics.json")
         write_json({"command": trainer.record["command"], "data": trainer.record["data"]} | metrics, path)
