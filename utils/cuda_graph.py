@@ -1,0 +1,132 @@
+"""Forward and backward of a micro-batch as one CUDA graph: replayed, it costs the CPU a single launch.
+
+A 7B QLoRA step launches some ten thousand kernels, and on short micro-batches the GPU waits for most of them.
+"""
+
+import torch
+
+from utils.console import notice
+from utils.fast_model import FastModel, MicroBatch
+
+
+class GraphedStep:
+    """FastModel.run, captured once for each micro-batch size and replayed.
+
+    The first micro-batch of a size runs eagerly: a real step that also warms up every kernel. The second is
+    captured. Sizes that come only once are never captured.
+    """
+
+    def __init__(self, fast: FastModel):
+        self.fast, self.graphs, self.seen = fast, {}, set()
+        self.obstacle = find_graph_obstacle(fast)
+        # One pool for all graphs and for the eager runs: they never run at once, so they share activations.
+        self.pool = None if self.obstacle else torch.cuda.MemPool()
+
+    def __call__(self, micro_batch: MicroBatch, loss_scale: float | torch.Tensor) -> torch.Tensor:
+        """Sum of the token losses  # [] on the device; gradients are added to `fast.flat.grads`.
+
+        `micro_batch`: as FastModel.run takes it, on any device; cu_seqlens best on the CPU, as the longest row
+        is read from it. `loss_scale` multiplies the gradients: 1 / label tokens of the whole optimizer step,
+        times GradScaler's scale in float16.
+        """
+        device = self.fast.seed.device
+        scale = torch.as_tensor(loss_scale, dtype=torch.float32, device=device)
+        self.fast.draw_masks()
+        if self.obstacle or "cu_seqlens" not in micro_batch:
+            batch = add_max_length(micro_batch)
+            return self.fast.run(move(batch, device), scale)
+        batch = round_up(micro_batch)
+        size = find_size(batch)
+        if size in self.graphs:
+            return self.replay(size, batch, scale)
+        if size not in self.seen:
+            self.seen.add(size)
+            return self.run_in_pool(move(batch, device), scale)
+        if not self.capture(size, move(batch, device), scale):
+            return self.fast.run(move(batch, device), scale)
+        return self.replay(size, batch, scale)
+
+    def run_in_pool(self, batch: MicroBatch, scale: torch.Tensor) -> torch.Tensor:
+        # The backward pass stays on this thread: the pool is the thread's.
+        with torch.cuda.use_mem_pool(self.pool), torch.autograd.set_multithreading_enabled(False):
+            loss = self.fast.run(batch, scale)
+        return loss.clone()  # out of the pool
+
+    def capture(self, size: tuple[int, ...], batch: MicroBatch, scale: torch.Tensor) -> bool:
+        """Record the step on copies of `batch` that later ones are written into; runs nothing yet."""
+        static = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+        static_scale, graph = scale.clone(), torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool.id):
+                loss = self.fast.run(static, static_scale)
+        except RuntimeError as error:
+            self.obstacle = str(error).splitlines()[0]
+            notice(f"fast path: without CUDA graphs, capturing failed ({self.obstacle})")
+            return False
+        self.graphs[size] = (graph, static, static_scale, loss)
+        return True
+
+    def replay(self, size: tuple[int, ...], batch: MicroBatch, scale: torch.Tensor) -> torch.Tensor:
+        graph, static, static_scale, loss = self.graphs[size]
+        for name, x in batch.items():
+            if isinstance(x, torch.Tensor):
+                static[name].copy_(x, non_blocking=True)
+        static_scale.copy_(scale)
+        graph.replay()
+        return loss.clone()
+
+
+def find_graph_obstacle(fast: FastModel) -> str | None:
+    """Why steps of this model run eagerly; None if they can be captured."""
+    if fast.seed.device.type != "cuda":
+        return "no GPU"
+    obstacle = fast.attention_obstacle or fast.loss_obstacle
+    if fast.has_own_dropout:
+        obstacle = "the base model has dropout of its own"
+    if obstacle:
+        notice(f"fast path: without CUDA graphs ({obstacle})")
+    return obstacle
+
+
+def add_max_length(batch: MicroBatch) -> MicroBatch:
+    if "cu_seqlens" not in batch or "max_length" in batch:
+        return batch
+    return batch | {"max_length": int(batch["cu_seqlens"].diff().max())}
+
+
+def round_up(batch: MicroBatch) -> MicroBatch:
+    """Pad what varies to a few fixed sizes: empty rows, ignored label positions, a rounded longest row.
+
+    Each size costs a capture and each rounding some empty work, so rows and the longest row go up to a power of
+    two and label positions to a quarter of the tokens.
+    """
+    tokens, ends, positions = batch["input_ids"].shape[1], batch["cu_seqlens"], batch["label_positions"]
+    longest = add_max_length(batch)["max_length"]
+    rows = max(16, 1 << (len(ends) - 2).bit_length())
+    quarter = -(-tokens // 4)
+    places = min(-(-max(len(positions), 1) // quarter) * quarter, tokens)
+    padding = positions.new_full((places - len(positions),), tokens - 1)  # no label follows the last token
+    return {
+        "input_ids": batch["input_ids"],
+        "position_ids": batch["position_ids"],
+        "labels": batch["labels"],
+        "label_positions": torch.cat([positions, padding]),
+        "cu_seqlens": torch.cat([ends, ends.new_full((rows + 1 - len(ends),), tokens)]).to(torch.int32),
+        "max_length": min(max(256, 1 << (longest - 1).bit_length()), tokens),
+    }
+
+
+def find_size(batch: MicroBatch) -> tuple[int, ...]:
+    return (
+        batch["input_ids"].shape[1],
+        len(batch["label_positions"]),
+        len(batch["cu_seqlens"]),
+        batch["max_length"],
+    )
+
+
+def move(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    return {
+        name: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
+        for name, x in batch.items()
+    }

@@ -1,0 +1,265 @@
+"""Small kernels the fused path needs: Triton on a GPU, the same arithmetic in torch elsewhere.
+
+Each replaces several passes over memory by one; none holds a matrix product (cuBLAS does those).
+"""
+
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit
+from torch.nn import functional as F
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU build of torch has none
+    triton = None
+
+
+def unpack_4bit(weight: torch.Tensor, state: QuantState, dtype: torch.dtype) -> torch.Tensor:
+    """NF4 or FP4 codes -> 16-bit weights  # [out, in]; double-quantized scales are decoded on the way."""
+    if triton is None or not weight.is_cuda:
+        return dequantize_4bit(weight, state).to(dtype)
+    out = torch.empty(state.shape, dtype=dtype, device=weight.device)
+    absmax, outer = state.absmax, state.state2
+    unpack_4bit_kernel[(triton.cdiv(weight.numel(), 2048),)](
+        weight,
+        out,
+        state.code,
+        absmax,
+        outer.absmax if outer else absmax,
+        outer.code if outer else absmax,
+        state.offset if outer else absmax,
+        weight.numel(),
+        BLOCK_SIZE=state.blocksize,
+        OUTER_SIZE=outer.blocksize if outer else 1,
+        BYTES=2048,
+    )
+    return out
+
+
+def unpack_8bit(weight: torch.Tensor, row_max: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """INT8 rows and their absolute maxima -> 16-bit weights  # [out, in]"""
+    if triton is None or not weight.is_cuda:
+        return (weight * (row_max.float() / 127)[:, None]).to(dtype)
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    grid = (weight.shape[0], triton.cdiv(weight.shape[1], 1024))
+    unpack_8bit_kernel[grid](weight, out, row_max, weight.shape[1], BLOCK=1024)
+    return out
+
+
+def drop(x: torch.Tensor, seed: torch.Tensor, layer: int, probability: float) -> torch.Tensor:
+    """Dropout whose mask follows from (seed, layer): the backward pass draws it again instead of keeping it."""
+    if triton is None or not x.is_cuda:
+        return x * make_mask(x.shape, seed, layer, probability, x.dtype)
+    out = torch.empty_like(x)
+    grid = (triton.cdiv(x.numel(), 2048),)
+    drop_kernel[grid](x, out, seed, layer, x.numel(), int(probability * 2**32), 1 / (1 - probability), 2048)
+    return out
+
+
+def add_dropped(
+    total: torch.Tensor, x: torch.Tensor, seed: torch.Tensor, layer: int, probability: float
+) -> None:
+    """total += drop(x), in place."""
+    if triton is None or not x.is_cuda:
+        total += x * make_mask(x.shape, seed, layer, probability, x.dtype)
+        return
+    grid = (triton.cdiv(x.numel(), 2048),)
+    add_dropped_kernel[grid](
+        total, x, seed, layer, x.numel(), int(probability * 2**32), 1 / (1 - probability), 2048
+    )
+
+
+def make_mask(
+    shape: torch.Size, seed: torch.Tensor, layer: int, probability: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """Zeros and 1 / (1 - probability), on the CPU."""
+    generator = torch.Generator().manual_seed(int(seed) * 65_537 + layer)
+    return (torch.rand(shape, generator=generator) >= probability).to(dtype) / (1 - probability)
+
+
+def gate(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    """act(gate) * up  # [tokens, width] from gate and up side by side  # [tokens, 2 * width]"""
+    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    if triton is None or not gate_up.is_cuda:
+        gated, up = gate_up.split(width, 1)
+        return activate(gated, activation) * up
+    out = torch.empty((tokens, width), dtype=gate_up.dtype, device=gate_up.device)
+    gate_kernel[(tokens, triton.cdiv(width, 1024))](gate_up, out, width, activation == "silu", 1024)
+    return out
+
+
+def gate_backward(gate_up: torch.Tensor, grad: torch.Tensor, activation: str) -> None:
+    """In place: gate_up becomes its own gradient and grad becomes act(gate) * up, which is needed once more."""
+    tokens, width = grad.shape
+    if grad.is_cuda and triton is not None:
+        gate_backward_kernel[(tokens, triton.cdiv(width, 1024))](
+            gate_up, grad, width, activation == "silu", 1024
+        )
+        return
+    gated, up = (half.to(torch.float32, copy=True) for half in gate_up.split(width, 1))
+    with torch.enable_grad():
+        active = activate(gated.requires_grad_(), activation)
+        (slope,) = torch.autograd.grad(active.sum(), gated)
+    active = active.detach()
+    gate_up[:, :width] = grad * up * slope
+    gate_up[:, width:] = grad * active
+    grad.copy_(active * up)
+
+
+def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
+    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
+
+
+def cross_entropy_(
+    logits: torch.Tensor, targets: torch.Tensor, scale: float, softcap: float, ignore_index: int
+) -> torch.Tensor:
+    """Losses of the rows  # [rows]; `logits` become the gradient of their sum, in place  # [rows, vocabulary]
+
+    The model's real logits are softcap * tanh(scale * logits / softcap), or scale * logits where softcap is 0.
+    """
+    if logits.is_cuda and triton is not None:
+        losses = torch.empty(len(targets), device=logits.device)
+        cross_entropy_kernel[(len(targets),)](
+            logits, targets, losses, logits.shape[1], scale, softcap, ignore_index, BLOCK=4096, num_warps=8
+        )
+        return losses
+    real = logits.float() * scale
+    if softcap:
+        real = softcap * torch.tanh(real / softcap)
+    kept = targets != ignore_index
+    index = targets.where(kept, 0)[:, None]
+    log_sum = real.logsumexp(1, keepdim=True)
+    losses = (log_sum - real.gather(1, index))[:, 0] * kept
+    grads = (real - log_sum).exp_()
+    grads.scatter_add_(1, index, torch.full_like(log_sum, -1.0))
+    if softcap:
+        grads *= 1 - (real / softcap) ** 2
+    logits.copy_(grads * (scale * kept)[:, None])
+    return losses
+
+
+if triton is not None:
+
+    @triton.jit
+    def unpack_4bit_kernel(
+        packed, out, code, absmax, outer_absmax, outer_code, offset, size,
+        BLOCK_SIZE: tl.constexpr, OUTER_SIZE: tl.constexpr, BYTES: tl.constexpr,
+    ):  # fmt: skip
+        byte = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
+        inside = byte < size
+        codes = tl.load(packed + byte, mask=inside, other=0).to(tl.int32)
+        block = byte * 2 // BLOCK_SIZE
+        if OUTER_SIZE > 1:  # double quantization: the scales are 8-bit codes with scales of their own
+            inner = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
+            outer = tl.load(outer_absmax + block // OUTER_SIZE, mask=inside, other=0.0)
+            scale = tl.load(outer_code + inner) * outer + tl.load(offset)
+        else:
+            scale = tl.load(absmax + block, mask=inside, other=0.0)
+        first = tl.load(code + (codes >> 4)) * scale  # the high half of a byte comes first
+        second = tl.load(code + (codes & 15)) * scale
+        pairs = tl.interleave(first, second).to(out.dtype.element_ty)
+        place = tl.program_id(0).to(tl.int64) * BYTES * 2 + tl.arange(0, BYTES * 2)
+        tl.store(out + place, pairs, mask=place < size * 2)
+
+    @triton.jit
+    def unpack_8bit_kernel(weight, out, row_max, columns, BLOCK: tl.constexpr):
+        row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        place, inside = row.to(tl.int64) * columns + column, column < columns
+        scale = tl.load(row_max + row).to(tl.float32) / 127
+        values = tl.load(weight + place, mask=inside, other=0).to(tl.float32) * scale
+        tl.store(out + place, values.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def is_kept(place, seed, layer, threshold):
+        """A hash of the element's number (murmur3's finalizer) against the probability times 2**32."""
+        key = tl.load(seed).to(tl.uint32) * 2654435761 + layer.to(tl.uint32) * 2246822519
+        hashed = place.to(tl.uint32) * 3266489917 + key
+        hashed = (hashed ^ (hashed >> 16)) * 2246822507
+        hashed = (hashed ^ (hashed >> 13)) * 3266489909
+        return (hashed ^ (hashed >> 16)) >= threshold.to(tl.uint32)
+
+    @triton.jit(do_not_specialize=["layer", "threshold"])
+    def drop_kernel(x, out, seed, layer, size, threshold, scale, BLOCK: tl.constexpr):
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = place < size
+        values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * scale
+        values = tl.where(is_kept(place, seed, layer, threshold), values, 0.0)
+        tl.store(out + place, values.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit(do_not_specialize=["layer", "threshold"])
+    def add_dropped_kernel(total, x, seed, layer, size, threshold, scale, BLOCK: tl.constexpr):
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = place < size
+        values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * scale
+        values = tl.where(is_kept(place, seed, layer, threshold), values, 0.0)
+        values += tl.load(total + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(total + place, values.to(total.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def activation_and_slope(x, SILU: tl.constexpr):
+        if SILU:
+            sigmoid = tl.sigmoid(x)
+            return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
+        inner = 0.7978845608028654 * x * (1 + 0.044715 * x * x)
+        tanh = 2 * tl.sigmoid(2 * inner) - 1
+        slope = 0.7978845608028654 * (1 + 3 * 0.044715 * x * x)
+        return 0.5 * x * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * slope
+
+    @triton.jit
+    def gate_kernel(gate_up, out, width, SILU: tl.constexpr, BLOCK: tl.constexpr):
+        row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < width
+        start = gate_up + row * 2 * width + column
+        gated = tl.load(start, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(start + width, mask=inside, other=0.0).to(tl.float32)
+        active, _ = activation_and_slope(gated, SILU)
+        active = active.to(out.dtype.element_ty).to(tl.float32)  # rounded where the plain path rounds
+        tl.store(out + row * width + column, (active * up).to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def gate_backward_kernel(gate_up, grad, width, SILU: tl.constexpr, BLOCK: tl.constexpr):
+        row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < width
+        start, place = gate_up + row * 2 * width + column, grad + row * width + column
+        gated = tl.load(start, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(start + width, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        active, slope = activation_and_slope(gated, SILU)
+        kind = grad.dtype.element_ty
+        tl.store(start, (g * up * slope).to(kind), mask=inside)
+        tl.store(start + width, (g * active).to(kind), mask=inside)
+        tl.store(place, (active * up).to(kind), mask=inside)
+
+    @triton.jit
+    def real_logits(logits, scale, softcap):
+        real = logits.to(tl.float32) * scale
+        return tl.where(softcap > 0, softcap * (2 * tl.sigmoid(2 * real / softcap) - 1), real)
+
+    @triton.jit
+    def cross_entropy_kernel(
+        logits, targets, losses, vocabulary, scale, softcap, ignore_index, BLOCK: tl.constexpr
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        logits += row * vocabulary
+        target = tl.load(targets + row)
+        kept = target != ignore_index
+        top, total = -float("inf"), 0.0
+        for first in range(0, vocabulary, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            values = tl.load(logits + column, mask=column < vocabulary, other=0.0)
+            values = tl.where(column < vocabulary, real_logits(values, scale, softcap), -float("inf"))
+            new_top = tl.maximum(top, tl.max(values))
+            total = total * tl.exp(top - new_top) + tl.sum(tl.exp(values - new_top))
+            top = new_top
+        log_sum = top + tl.log(total)
+        own = real_logits(tl.load(logits + tl.where(kept, target, 0)), scale, softcap)
+        tl.store(losses + row, tl.where(kept, log_sum - own, 0.0))
+        tl.debug_barrier()  # every thread has read the target's logit before it is overwritten
+        for first in range(0, vocabulary, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            inside = column < vocabulary
+            real = real_logits(tl.load(logits + column, mask=inside, other=0.0), scale, softcap)
+            grads = tl.exp(real - log_sum) - tl.where(column == target, 1.0, 0.0)
+            grads *= tl.where(softcap > 0, 1 - (real / softcap) * (real / softcap), 1.0)
+            grads = tl.where(kept, grads * scale, 0.0)
+            tl.store(logits + column, grads.to(logits.dtype.element_ty), mask=inside)
