@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_models import (
     CONFIGS,
+    DEVICE,
     adapter_gradients,
     build_batch,
     build_model,
@@ -15,7 +16,7 @@ from tiny_models import (
 from utils.fast_model import FastModel, prepare_fast_model
 
 CANNOT_PACK = {"bloom", "opt"}
-SCALE = torch.tensor(0.5)
+SCALE = torch.tensor(0.5, device=DEVICE)
 
 
 def prepare(model, dtype=torch.float32) -> FastModel:
@@ -107,9 +108,11 @@ def test_adapter_saves_and_loads_as_before(tmp_path):
     before = fast.run(batch, SCALE).item()
     optimizer.step()
     fast.model.save_pretrained(tmp_path)
-    base = AutoModelForCausalLM.from_config(CONFIGS["llama"](), attn_implementation="sdpa")
+    base = AutoModelForCausalLM.from_config(CONFIGS["llama"]())
     twin = build_model("llama").get_base_model()
-    base.load_state_dict({n.replace(".base_layer", ""): p for n, p in twin.state_dict().items() if "lora" not in n})
+    base.load_state_dict(
+        {n.replace(".base_layer", ""): p for n, p in twin.state_dict().items() if "lora" not in n}
+    )
     loaded = PeftModel.from_pretrained(base, tmp_path, is_trainable=True).train()
     after = run_plain(loaded, batch, SCALE).item()
     assert after < before - 0.5

@@ -20,7 +20,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from utils.shapes import quantize_linears
+
 VOCABULARY = 96
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -56,16 +59,18 @@ CONFIGS = {
 def build_model(name: str, dropout: float = 0.0, dtype: torch.dtype = torch.float32, bits: int = 16):
     """The model with an adapter whose B is not zero, from a fixed seed; biases and norms are random too."""
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="sdpa")
-    for parameter_name, parameter in base.named_parameters():
+    base = AutoModelForCausalLM.from_config(CONFIGS[name]())
+    for parameter in base.parameters():
         if parameter.ndim == 1:
             parameter.data += torch.randn_like(parameter) * 0.1
-        assert parameter_name
-    base = quantize(base.to(dtype), bits, dtype)
-    base.requires_grad_(False)
+    base.to(DEVICE, dtype).requires_grad_(False)
+    quantize_linears(base.base_model, bits, dtype)
+    torch.manual_seed(1)  # quantizing has drawn numbers of its own
     model = get_peft_model(
         base,
-        LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"),
+        LoraConfig(
+            r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
     )
     for parameter_name, parameter in model.named_parameters():
         if ".lora_B." in parameter_name:
@@ -73,31 +78,7 @@ def build_model(name: str, dropout: float = 0.0, dtype: torch.dtype = torch.floa
     return model.train()
 
 
-def quantize(model: torch.nn.Module, bits: int, dtype: torch.dtype) -> torch.nn.Module:
-    """Every linear layer but the head, in place."""
-    import bitsandbytes as bnb
-
-    if bits == 16:
-        return model
-    for name, child in list(model.named_modules()):
-        if type(child) is not torch.nn.Linear or child is model.get_output_embeddings():
-            continue
-        sizes = (child.in_features, child.out_features, child.bias is not None)
-        if bits == 4:
-            new = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4", compress_statistics=True)
-            new.weight = bnb.nn.Params4bit(child.weight.data, requires_grad=False, quant_type="nf4")
-            new.support_avx512bf16_for_cpu = False
-        else:
-            new = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0)
-            new.weight = bnb.nn.Int8Params(child.weight.data, requires_grad=False, has_fp16_weights=False)
-        if child.bias is not None:
-            new.bias = child.bias
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, new)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def build_batch(packed: bool, seed: int = 0) -> dict[str, torch.Tensor]:
+def build_batch(packed: bool, seed: int = 0) -> dict:
     """Three rows of 13, 9 and 18 tokens, packed or padded; labels on part of each."""
     generator = torch.Generator().manual_seed(seed)
     lengths = (13, 9, 18)
@@ -119,7 +100,7 @@ def build_batch(packed: bool, seed: int = 0) -> dict[str, torch.Tensor]:
             "attention_mask": pad([torch.ones_like(row) for row in rows], batch_first=True),
         }
     batch["label_positions"] = (batch["labels"][:, 1:] != -100).any(0).nonzero().flatten()
-    return batch
+    return {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
 
 
 class RepeatedDropout(torch.nn.Module):
@@ -132,8 +113,8 @@ class RepeatedDropout(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         from utils.fast_kernels import drop
 
-        ones = drop(x.new_ones((x.shape[0] * x.shape[1], x.shape[2])), self.seed, self.number, self.probability)
-        return x * ones.view(x.shape)
+        ones = torch.ones_like(x).flatten(0, -2)
+        return x * drop(ones, self.seed, self.number, self.probability).view(x.shape)
 
 
 def share_masks(plain, fast) -> None:

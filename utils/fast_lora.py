@@ -148,7 +148,9 @@ class FusedMLP(torch.autograd.Function):
     """down(act(gate(x)) * up(x)). Keeps gate and up, which its backward overwrites; their product is redone."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, anchor: torch.Tensor, gate_up: Projections, down: Projections, act: str):
+    def forward(
+        ctx, x: torch.Tensor, anchor: torch.Tensor, gate_up: Projections, down: Projections, act: str
+    ):
         width = down.bases[0].in_features
         sides = x.new_empty(len(x), 2 * width)  # gate and up, side by side
         xa = gate_up.multiply(x, list(sides.split(width, 1)))
@@ -216,11 +218,11 @@ def install_fast_lora(model: nn.Module, dtype: torch.dtype) -> tuple[FlatAdapter
     groups = {parent: found for parent, found in groups.items() if found}
     for number, group in enumerate(group for found in groups.values() for group in found):
         group.number = number
-    segments = [
-        segment for found in groups.values() for group in found for segment in group.segments
-    ]
+    segments = [segment for found in groups.values() for group in found for segment in group.segments]
     known = {parameter for segment in segments for parameter in segment}
-    rest = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in known]
+    rest = [
+        parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in known
+    ]
     flat = FlatAdapter(segments + [[parameter] for parameter in rest], dtype)
     seed = torch.zeros(1, dtype=torch.int64, device=flat.grads.device)
     for parent, found in groups.items():

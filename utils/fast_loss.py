@@ -30,7 +30,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: torch.Tensor):
         (grads,) = ctx.saved_tensors
-        return grads.mul_(upstream), None, None  # float16: unscaled up to here, so the loss scale cannot overflow
+        return (
+            grads.mul_(upstream),
+            None,
+            None,
+        )  # float16: unscaled up to here, so the loss scale cannot overflow
 
 
 class Head:
@@ -45,9 +49,7 @@ class Head:
             getattr(config, "logits_scaling", None) or 1
         )
 
-    def sum_losses(
-        self, hidden: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
+    def sum_losses(self, hidden: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Cross entropy of the label after each of `positions`, summed  # []
 
         `hidden`  # [rows, width, hidden_size]; `labels`  # [rows, width]; `positions`  # [positions]

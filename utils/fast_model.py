@@ -38,7 +38,9 @@ class FastModel:
             if obstacle:
                 notice(f"fast path: the model's own {what} is used ({obstacle})")
         self.has_own_dropout = has_own_dropout(model)
-        if not self.has_own_dropout:  # our dropout repeats by its seed: no RNG state to keep for the recompute
+        if (
+            not self.has_own_dropout
+        ):  # our dropout repeats by its seed: no RNG state to keep for the recompute
             rerun = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
             for module in model.modules():
                 if hasattr(module, "_gradient_checkpointing_func"):

@@ -1,0 +1,382 @@
+"""Times a QLoRA training step: the original's recipe, the plain path and the fast path, in one run on one GPU.
+
+    python -m eval.train_speed --model llama-7b
+    python -m eval.train_speed --model tiny --workloads 4x32 real-8     (a CPU's size)
+
+A workload is BATCHxLENGTH (dense rows), real-ROWS (an optimizer step of that many rows with the lengths of
+Alpaca's), either followed by -checkpointed. The base has random weights: a step's time does not depend on them.
+"""
+
+import json
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers.hf_argparser import HfArg
+
+from utils.arguments import parse_args
+from utils.console import UserError, notice, run_main
+from utils.cuda_graph import GraphedStep
+from utils.fast_model import prepare_fast_model
+from utils.shapes import SHAPES, build_random_model, count_linear_weights
+
+# 1,999 rows of Alpaca in English and Chinese, in tokens of LLaMA: every 32nd part of their sorted lengths.
+REAL_LENGTHS = [49, 59, 66, 71, 77, 84, 93, 103, 114, 124, 134, 148, 161, 174, 189, 209, 229, 244, 267, 289,
+                309, 332, 353, 372, 403, 428, 467, 511, 565, 616, 683, 748, 880]  # fmt: skip
+VARIANTS = ("original", "plain", "fast")
+HEADER = (
+    f"{'variant':<9} {'workload':<22} dtype drop   tokens/s   ratio peak GiB reserved  of Adam "
+    "4N TFLOP/s of limit first, s"
+)
+Rows = list[int]  # their lengths, tokens
+
+
+@dataclass
+class SpeedArguments:
+    _argument_group_name = "speed"
+    model: str = HfArg(default="llama-7b", help=f"Shape: {', '.join(SHAPES)}.")
+    workloads: list[str] = HfArg(
+        default_factory=lambda: ["4x512", "4x2048", "4x2048-checkpointed", "real-32", "real-128"],
+        help="BATCHxLENGTH or real-ROWS, each also with -checkpointed.",
+    )
+    variants: list[str] = HfArg(
+        default_factory=lambda: list(VARIANTS), help="original, plain and fast, in this order."
+    )
+    bits: Literal[4, 8, 16] = HfArg(default=4, help="Bits of the base.")
+    dtypes: list[str] = HfArg(default_factory=lambda: ["bf16"], help="bf16, fp16, fp32: of the fast path.")
+    lora_r: int = HfArg(default=64, help="Rank of the adapter.")
+    dropouts: list[float] = HfArg(default_factory=lambda: [0.1], help="LoRA dropout of the fast path.")
+    capacity: int = HfArg(default=8192, help="Largest packed micro-batch of real lengths, tokens.")
+    steps: int = HfArg(default=4, help="Optimizer steps timed.")
+    profile: bool = HfArg(default=False, help="Print the kernels that took longest.")
+    output_dir: str = HfArg(default="output/train_speed", help="Where the table is saved as json.")
+
+
+@dataclass
+class Timing:
+    variant: str
+    workload: str
+    dtype: str
+    dropout: float
+    tokens_per_second: float
+    peak_gib: float  # in tensors, those of a graph's pool included; a paged optimizer's state is not
+    reserved_gib: float  # what the process held on the GPU for it
+    optimizer_gib: float
+    tflops: float
+    of_limit: float  # of the tokens per second that matrix products alone would allow
+    first_step_seconds: float
+    loss: float
+
+
+def parse_workload(name: str, steps: int) -> tuple[list[Rows], bool]:
+    """(rows of each optimizer step, whether activations are recomputed)"""
+    core, _, suffix = name.partition("-checkpointed")
+    checkpointed = name.endswith("-checkpointed") and not suffix
+    draw = random.Random(0)
+    try:
+        if core.startswith("real-"):
+            return [[draw_length(draw) for _ in range(int(core[5:]))] for _ in range(steps)], checkpointed
+        batch, length = map(int, core.split("x"))
+        return [[length] * batch for _ in range(steps)], checkpointed
+    except ValueError:
+        raise UserError(
+            f"--workloads {name}: write 4x512 or real-32, with -checkpointed behind it or not"
+        ) from None
+
+
+def draw_length(draw: random.Random) -> int:
+    place = draw.random() * (len(REAL_LENGTHS) - 1)
+    low, share = int(place), place % 1
+    return round(REAL_LENGTHS[low] * (1 - share) + REAL_LENGTHS[low + 1] * share)
+
+
+def cut_into_bins(rows: Rows, capacity: int) -> list[tuple[int, Rows]]:
+    """Whole rows into micro-batches of capacity, 1/2, 1/4 or 1/8 of it: (size, its rows), best fit first."""
+    sizes = [capacity, capacity // 2, capacity // 4, capacity // 8]
+    whole, rest = divmod(sum(rows), capacity)
+    choices = [[size] for size in sizes] + [[first, second] for first in sizes for second in sizes]
+    last = min(
+        (choice for choice in choices if sum(choice) >= rest), key=lambda choice: (sum(choice), len(choice))
+    )
+    bins = [[size, size, []] for size in [capacity] * whole + last]  # size, room left, rows
+    for row in sorted(rows, reverse=True):
+        fitting = [chosen for chosen in bins if chosen[1] >= row]
+        if not fitting:
+            size = next(size for size in reversed(sizes) if size >= row)
+            fitting = [[size, size, []]]
+            bins += fitting
+        chosen = min(fitting, key=lambda chosen: chosen[1])
+        chosen[1] -= row
+        chosen[2].append(row)
+    return [(size, inside) for size, _, inside in bins if inside]
+
+
+def build_packed(size: int, rows: Rows, vocabulary: int) -> dict[str, Any]:
+    """One packed micro-batch of random tokens; what is left at its end is a row of its own without labels."""
+    rest = size - sum(rows)
+    lengths = rows + [rest] * (rest > 0)
+    labels = torch.randint(5, vocabulary, (1, size))
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    labels[:, ends[:-1]] = -100
+    labels[:, size - rest :] = -100
+    return {
+        "input_ids": torch.where(labels == -100, 5, labels),
+        "labels": labels,
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "label_positions": (labels[0, 1:] != -100).nonzero().flatten(),
+        "cu_seqlens": ends.to(torch.int32),
+        "max_length": max(lengths),
+    }
+
+
+def build_padded(rows: Rows, vocabulary: int, device: str) -> dict[str, torch.Tensor]:
+    """Rows of random tokens padded to the longest."""
+    mask = torch.arange(max(rows)) < torch.tensor(rows)[:, None]
+    ids = torch.randint(5, vocabulary, mask.shape)
+    batch = {"input_ids": ids * mask, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
+    return {name: x.to(device) for name, x in batch.items()}
+
+
+def build_step(
+    variant: str,
+    arguments: SpeedArguments,
+    dtype: torch.dtype,
+    dropout: float,
+    checkpointed: bool,
+    device: str,
+) -> tuple[Callable[[Rows], float | torch.Tensor], Any]:
+    """(a function that takes an optimizer step over rows of these lengths, the optimizer)"""
+    config = SHAPES[arguments.model]()
+    model = build_random_model(config, arguments.bits, dtype, device)
+    if variant == "original":
+        model = prepare_model_for_kbit_training(model, True, {"use_reentrant": False})
+    elif checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    lora = LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=16,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, lora).train()
+    if variant == "fast":
+        return build_fast_step(model, dtype, arguments.capacity, device)
+    if variant == "original":
+        cast_like_original(model, dtype)
+    return build_plain_step(model, dtype, device)
+
+
+def cast_like_original(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """The dtypes of QLoRA's own script of 2023: 16-bit adapters and head, float32 norms."""
+    for name, module in model.named_modules():
+        if "lora_" in name and dtype == torch.bfloat16:
+            module.to(dtype)
+        if "norm" in name:
+            module.to(torch.float32)
+        if ("lm_head" in name or "embed_tokens" in name) and hasattr(module, "weight"):
+            module.to(dtype)
+
+
+def build_plain_step(
+    model: torch.nn.Module, dtype: torch.dtype, device: str
+) -> tuple[Callable[[Rows], torch.Tensor], Any]:
+    """Padded micro-batches of four through PEFT and autocast, gradients added up, a paged optimizer."""
+    import bitsandbytes as bnb
+
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    paged = device == "cuda"
+    optimizer = (bnb.optim.PagedAdamW32bit if paged else torch.optim.AdamW)(weights, lr=2e-4)
+    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+    vocabulary = model.config.vocab_size
+
+    def step(rows: Rows) -> torch.Tensor:
+        parts = [rows[i : i + 4] for i in range(0, len(rows), 4)]
+        for part in parts:
+            with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+                loss = model(**build_padded(part, vocabulary, device), use_cache=False).loss / len(parts)
+            scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(weights, 0.3)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        return loss.detach() * len(parts)
+
+    return step, optimizer
+
+
+def build_fast_step(
+    model: torch.nn.Module, dtype: torch.dtype, capacity: int, device: str
+) -> tuple[Callable[[Rows], torch.Tensor], Any]:
+    """Packed micro-batches of fixed sizes, replayed as CUDA graphs where there is a GPU."""
+    fast = prepare_fast_model(model, dtype)
+    if isinstance(fast, str):
+        raise UserError(f"the fast path does not cover this model: {fast}")
+    run = GraphedStep(fast)
+    optimizer = torch.optim.AdamW([fast.flat.weights], lr=2e-4, fused=True)
+    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+    vocabulary = model.config.vocab_size
+
+    def step(rows: Rows) -> torch.Tensor:
+        dense = len(set(rows)) == 1
+        bins = [(sum(rows), rows)] if dense else cut_into_bins(rows, capacity)
+        batches = [build_packed(size, inside, vocabulary) for size, inside in bins]
+        labels = sum(len(batch["label_positions"]) for batch in batches)
+        loss_scale = scaler.scale(torch.ones((), device=device)) / labels
+        loss = sum(run(batch, loss_scale) for batch in batches)
+        scaler.unscale_(optimizer)
+        fast.flat.clip_gradients(0.3)
+        scaler.step(optimizer)
+        scaler.update()
+        fast.flat.zero_gradients()
+        return loss / labels
+
+    return step, optimizer
+
+
+def time_steps(
+    step: Callable[[Rows], torch.Tensor], steps: list[Rows], warm_ups: int, device: str
+) -> tuple[float, float, float]:
+    """(seconds of all steps, seconds of the first, last loss), after `warm_ups` passes over them."""
+    start = time.perf_counter()
+    step(steps[0])
+    synchronize(device)
+    first = time.perf_counter() - start
+    for _ in range(warm_ups):
+        for rows in steps:
+            step(rows)
+    synchronize(device)
+    start = time.perf_counter()
+    for rows in steps:
+        loss = step(rows)
+    synchronize(device)
+    return time.perf_counter() - start, first, float(loss)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure_matmul_tflops(device: str, dtype: torch.dtype) -> float:
+    """What this device does in large square matrix products on random numbers, TFLOP/s."""
+    size, repeats = (8192, 20) if device == "cuda" else (1024, 3)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    for _ in range(3):
+        left @ right
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        left @ right
+    synchronize(device)
+    return 2 * size**3 * repeats / (time.perf_counter() - start) / 1e12
+
+
+def measure(
+    variant: str,
+    workload: str,
+    dtype_name: str,
+    dropout: float,
+    arguments: SpeedArguments,
+    peak_tflops: float,
+) -> Timing:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype_name]
+    steps, checkpointed = parse_workload(
+        workload, arguments.steps if variant == "fast" else min(arguments.steps, 2)
+    )
+    if variant != "fast" and len(steps[0]) > 32:
+        steps = [steps[0][:32]]  # micro-batches of four are timed alike
+    torch.manual_seed(0)
+    step, optimizer = build_step(variant, arguments, dtype, dropout, checkpointed, device)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    # A graph is captured when its size comes a second time.
+    seconds, first, loss = time_steps(step, steps, 2 if variant == "fast" else 0, device)
+    if arguments.profile and device == "cuda":
+        print_profile(step, steps[0])
+    state = [x for values in optimizer.state.values() for x in values.values() if isinstance(x, torch.Tensor)]
+    tokens, weights = sum(map(sum, steps)), count_linear_weights(SHAPES[arguments.model]())
+    recomputed = checkpointed or variant == "original"
+    return Timing(
+        variant,
+        workload,
+        dtype_name,
+        dropout,
+        round(tokens / seconds, 1),
+        round(torch.cuda.max_memory_allocated() / 2**30, 2) if device == "cuda" else 0.0,
+        round(torch.cuda.max_memory_reserved() / 2**30, 2) if device == "cuda" else 0.0,
+        round(sum(x.numel() * x.element_size() for x in state) / 2**30, 2),
+        round(4 * weights * tokens / seconds / 1e12, 3),
+        round((6 if recomputed else 4) * weights * tokens / seconds / 1e12 / peak_tflops, 3),
+        round(first, 2),
+        round(loss, 3),
+    )
+
+
+def print_profile(step: Callable[[Rows], Any], rows: Rows) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        step(rows)
+        torch.cuda.synchronize()
+    print(profiled.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=70))
+
+
+def list_runs(arguments: SpeedArguments) -> list[tuple[str, str, str, float]]:
+    """(variant, workload, dtype, dropout): one of the original and the plain path, all asked for of the fast."""
+    runs = []
+    for variant in VARIANTS:  # the fast path comes last: liger-kernel changes the model code of the process
+        settings = [(dtype, p) for dtype in arguments.dtypes for p in arguments.dropouts]
+        for dtype, dropout in settings if variant == "fast" else settings[-1:]:
+            runs += [(variant, workload, dtype, dropout) for workload in arguments.workloads]
+    return [run for run in runs if run[0] in arguments.variants]
+
+
+def format_row(timing: Timing, original: dict[str, float]) -> str:
+    base = original.get(timing.workload.removesuffix("-checkpointed").replace("real-128", "real-32"))
+    ratio = f"{timing.tokens_per_second / base:6.2f}x" if base else "      -"
+    return (
+        f"{timing.variant:<9} {timing.workload:<22} {timing.dtype:<5} {timing.dropout:<4g} "
+        f"{timing.tokens_per_second:>10,.0f} {ratio} {timing.peak_gib:>8.2f} {timing.reserved_gib:>8.2f} {timing.optimizer_gib:>7.2f} {timing.tflops:>9.3g} "
+        f"{timing.of_limit:>8.1%} {timing.first_step_seconds:>8.1f}"
+    )
+
+
+def main() -> None:
+    (arguments,) = parse_args(sys.argv[1:], [SpeedArguments], __doc__)
+    if arguments.model not in SHAPES:
+        raise UserError(f"--model {arguments.model}: use one of {', '.join(SHAPES)}")
+    for workload in arguments.workloads:
+        parse_workload(workload, 1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    peak = measure_matmul_tflops(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    notice(
+        f"{arguments.model} on {name}, torch {torch.__version__}: matrix products reach {peak:.3g} TFLOP/s"
+    )
+    notice(HEADER)
+    timings, original = [], {}
+    for variant, workload, dtype, dropout in list_runs(arguments):
+        timing = measure(variant, workload, dtype, dropout, arguments, peak)
+        if variant == "original":
+            original.setdefault(workload.removesuffix("-checkpointed"), timing.tokens_per_second)
+        notice(format_row(timing, original))
+        timings.append(asdict(timing))
+    path = Path(arguments.output_dir, f"{arguments.model}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"device": name, "matmul_tflops": peak, "timings": timings}, indent=2))
+    notice(f"saved to {path}")
+
+
+if __name__ == "__main__":
+    run_main(main)
