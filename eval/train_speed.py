@@ -324,12 +324,17 @@ def measure(
 
 
 def print_profile(step: Callable[[Rows], Any], rows: Rows) -> None:
+    """GPU time of one step by kernel, the longest first."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         step(rows)
         torch.cuda.synchronize()
-    print(profiled.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=70))
+    events = sorted(profiled.key_averages(), key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in events)
+    notice(f"{total / 1e3:9.2f} ms in all kernels")
+    for event in events[:30]:
+        notice(f"{event.self_device_time_total / 1e3:9.2f} ms {event.count:6} x {event.key[:90]}")
 
 
 def list_runs(arguments: SpeedArguments) -> list[tuple[str, str, str, float]]:

@@ -108,7 +108,7 @@ def test_adapter_saves_and_loads_as_before(tmp_path):
     before = fast.run(batch, SCALE).item()
     optimizer.step()
     fast.model.save_pretrained(tmp_path)
-    base = AutoModelForCausalLM.from_config(CONFIGS["llama"]())
+    base = AutoModelForCausalLM.from_config(CONFIGS["llama"]()).to(DEVICE)
     twin = build_model("llama").get_base_model()
     base.load_state_dict(
         {n.replace(".base_layer", ""): p for n, p in twin.state_dict().items() if "lora" not in n}

@@ -47,7 +47,7 @@ class GraphedStep:
         return self.replay(size, batch, scale)
 
     def run_in_pool(self, batch: MicroBatch, scale: torch.Tensor) -> torch.Tensor:
-        # The backward pass stays on this thread: the pool is the thread's.
+        # The pool is this thread's, so the backward pass stays on it.
         with torch.cuda.use_mem_pool(self.pool), torch.autograd.set_multithreading_enabled(False):
             loss = self.fast.run(batch, scale)
         return loss.clone()  # out of the pool
@@ -56,11 +56,15 @@ class GraphedStep:
         """Record the step on copies of `batch` that later ones are written into; runs nothing yet."""
         static = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
         static_scale, graph = scale.clone(), torch.cuda.CUDAGraph()
+        generator = torch.cuda.default_generators[scale.device.index or 0]
+        before = generator.clone_state()
         try:
-            with torch.cuda.graph(graph, pool=self.pool.id):
+            # On the eager run's thread, whose cuBLAS handle exists: one made during a capture would spoil it.
+            with torch.autograd.set_multithreading_enabled(False), torch.cuda.graph(graph, pool=self.pool.id):
                 loss = self.fast.run(static, static_scale)
         except RuntimeError as error:
-            self.obstacle = str(error).splitlines()[0]
+            generator.graphsafe_set_state(before.graphsafe_get_state())  # else it waits for a capture's end
+            self.obstacle = str(error.__context__ or error).splitlines()[0]
             notice(f"fast path: without CUDA graphs, capturing failed ({self.obstacle})")
             return False
         self.graphs[size] = (graph, static, static_scale, loss)

@@ -1,6 +1,6 @@
 """Small kernels the fused path needs: Triton on a GPU, the same arithmetic in torch elsewhere.
 
-Each replaces several passes over memory by one; none holds a matrix product (cuBLAS does those).
+Each replaces several passes over memory by one; cuBLAS does the large matrix products.
 """
 
 import torch
@@ -14,35 +14,35 @@ except ImportError:  # a CPU build of torch has none
     triton = None
 
 
-def unpack_4bit(weight: torch.Tensor, state: QuantState, dtype: torch.dtype) -> torch.Tensor:
-    """NF4 or FP4 codes -> 16-bit weights  # [out, in]; double-quantized scales are decoded on the way."""
-    if triton is None or not weight.is_cuda:
-        return dequantize_4bit(weight, state).to(dtype)
-    out = torch.empty(state.shape, dtype=dtype, device=weight.device)
+def unpack_4bit(weight: torch.Tensor, state: QuantState, out: torch.Tensor) -> torch.Tensor:
+    """NF4 or FP4 codes into `out`  # [out, in]; double-quantized scales are decoded on the way."""
+    if triton is None or not weight.is_cuda or out.shape[1] % 2:
+        return out.copy_(dequantize_4bit(weight, state))
     absmax, outer = state.absmax, state.state2
-    unpack_4bit_kernel[(triton.cdiv(weight.numel(), 2048),)](
+    row_bytes = out.shape[1] // 2
+    unpack_4bit_kernel[(out.shape[0], triton.cdiv(row_bytes, 1024))](
         weight,
         out,
+        row_bytes,
+        out.stride(0),
         state.code,
         absmax,
         outer.absmax if outer else absmax,
         outer.code if outer else absmax,
         state.offset if outer else absmax,
-        weight.numel(),
         BLOCK_SIZE=state.blocksize,
         OUTER_SIZE=outer.blocksize if outer else 1,
-        BYTES=2048,
+        BYTES=1024,
     )
     return out
 
 
-def unpack_8bit(weight: torch.Tensor, row_max: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """INT8 rows and their absolute maxima -> 16-bit weights  # [out, in]"""
+def unpack_8bit(weight: torch.Tensor, row_max: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """INT8 rows and their absolute maxima into `out`  # [out, in]"""
     if triton is None or not weight.is_cuda:
-        return (weight * (row_max.float() / 127)[:, None]).to(dtype)
-    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        return out.copy_(weight * (row_max.float() / 127)[:, None])
     grid = (weight.shape[0], triton.cdiv(weight.shape[1], 1024))
-    unpack_8bit_kernel[grid](weight, out, row_max, weight.shape[1], BLOCK=1024)
+    unpack_8bit_kernel[grid](weight, out, out.stride(0), row_max, weight.shape[1], BLOCK=1024)
     return out
 
 
@@ -50,22 +50,49 @@ def drop(x: torch.Tensor, seed: torch.Tensor, layer: int, probability: float) ->
     """Dropout whose mask follows from (seed, layer): the backward pass draws it again instead of keeping it."""
     if triton is None or not x.is_cuda:
         return x * make_mask(x.shape, seed, layer, probability, x.dtype)
-    out = torch.empty_like(x)
-    grid = (triton.cdiv(x.numel(), 2048),)
-    drop_kernel[grid](x, out, seed, layer, x.numel(), int(probability * 2**32), 1 / (1 - probability), 2048)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grid = (x.shape[0], triton.cdiv(x.shape[1], 1024))
+    drop_kernel[grid](
+        x, x.stride(0), out, x.shape[1], seed, layer, int(probability * 2**32), 1 / (1 - probability), 1024
+    )
     return out
 
 
-def add_dropped(
-    total: torch.Tensor, x: torch.Tensor, seed: torch.Tensor, layer: int, probability: float
+def add_low_rank(
+    total: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    scale: float,
+    seed: torch.Tensor,
+    layer: int,
+    probability: float,
 ) -> None:
-    """total += drop(x), in place."""
-    if triton is None or not x.is_cuda:
-        total += x * make_mask(x.shape, seed, layer, probability, x.dtype)
+    """total += drop(scale * left @ right), in place and in one pass over `total`  # [tokens, width]
+
+    `left`  # [tokens, ranks]; `right`  # [ranks, width]
+    """
+    (tokens, width), ranks = total.shape, left.shape[1]
+    if triton is None or not total.is_cuda:
+        update = (left * scale) @ right
+        total += (
+            update * make_mask(total.shape, seed, layer, probability, total.dtype) if probability else update
+        )
         return
-    grid = (triton.cdiv(x.numel(), 2048),)
-    add_dropped_kernel[grid](
-        total, x, seed, layer, x.numel(), int(probability * 2**32), 1 / (1 - probability), 2048
+    grid = (triton.cdiv(width, 128), triton.cdiv(tokens, 128))
+    add_low_rank_kernel[grid](
+        total,
+        left,
+        right,
+        tokens,
+        width,
+        seed,
+        layer,
+        int(probability * 2**32),
+        scale / (1 - probability),
+        RANKS=ranks,
+        DROPS=probability > 0,
+        BLOCK_RANKS=64 if ranks > 32 else 32,
+        num_warps=8,
     )
 
 
@@ -77,14 +104,14 @@ def make_mask(
     return (torch.rand(shape, generator=generator) >= probability).to(dtype) / (1 - probability)
 
 
-def gate(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
-    """act(gate) * up  # [tokens, width] from gate and up side by side  # [tokens, 2 * width]"""
+def gate(gate_up: torch.Tensor, out: torch.Tensor, activation: str) -> torch.Tensor:
+    """act(gate) * up into `out`  # [tokens, width] from gate and up side by side  # [tokens, 2 * width]"""
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     if triton is None or not gate_up.is_cuda:
         gated, up = gate_up.split(width, 1)
-        return activate(gated, activation) * up
-    out = torch.empty((tokens, width), dtype=gate_up.dtype, device=gate_up.device)
-    gate_kernel[(tokens, triton.cdiv(width, 1024))](gate_up, out, width, activation == "silu", 1024)
+        return torch.mul(activate(gated, activation), up, out=out)
+    grid = (tokens, triton.cdiv(width, 1024))
+    gate_kernel[grid](gate_up, out, out.stride(0), width, activation == "silu", 1024)
     return out
 
 
@@ -142,11 +169,12 @@ if triton is not None:
 
     @triton.jit
     def unpack_4bit_kernel(
-        packed, out, code, absmax, outer_absmax, outer_code, offset, size,
+        packed, out, row_bytes, out_stride, code, absmax, outer_absmax, outer_code, offset,
         BLOCK_SIZE: tl.constexpr, OUTER_SIZE: tl.constexpr, BYTES: tl.constexpr,
     ):  # fmt: skip
-        byte = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
-        inside = byte < size
+        row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BYTES
+        inside = first + tl.arange(0, BYTES) < row_bytes
+        byte = row * row_bytes + first + tl.arange(0, BYTES)
         codes = tl.load(packed + byte, mask=inside, other=0).to(tl.int32)
         block = byte * 2 // BLOCK_SIZE
         if OUTER_SIZE > 1:  # double quantization: the scales are 8-bit codes with scales of their own
@@ -155,19 +183,19 @@ if triton is not None:
             scale = tl.load(outer_code + inner) * outer + tl.load(offset)
         else:
             scale = tl.load(absmax + block, mask=inside, other=0.0)
-        first = tl.load(code + (codes >> 4)) * scale  # the high half of a byte comes first
-        second = tl.load(code + (codes & 15)) * scale
-        pairs = tl.interleave(first, second).to(out.dtype.element_ty)
-        place = tl.program_id(0).to(tl.int64) * BYTES * 2 + tl.arange(0, BYTES * 2)
-        tl.store(out + place, pairs, mask=place < size * 2)
+        high = tl.load(code + (codes >> 4)) * scale  # the high half of a byte comes first
+        low = tl.load(code + (codes & 15)) * scale
+        column = first * 2 + tl.arange(0, BYTES * 2)
+        pairs = tl.interleave(high, low).to(out.dtype.element_ty)
+        tl.store(out + row * out_stride + column, pairs, mask=column < row_bytes * 2)
 
     @triton.jit
-    def unpack_8bit_kernel(weight, out, row_max, columns, BLOCK: tl.constexpr):
-        row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        place, inside = row.to(tl.int64) * columns + column, column < columns
+    def unpack_8bit_kernel(weight, out, out_stride, row_max, columns, BLOCK: tl.constexpr):
+        row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < columns
         scale = tl.load(row_max + row).to(tl.float32) / 127
-        values = tl.load(weight + place, mask=inside, other=0).to(tl.float32) * scale
-        tl.store(out + place, values.to(out.dtype.element_ty), mask=inside)
+        values = tl.load(weight + row * columns + column, mask=inside, other=0).to(tl.float32) * scale
+        tl.store(out + row * out_stride + column, values.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
     def is_kept(place, seed, layer, threshold):
@@ -179,21 +207,34 @@ if triton is not None:
         return (hashed ^ (hashed >> 16)) >= threshold.to(tl.uint32)
 
     @triton.jit(do_not_specialize=["layer", "threshold"])
-    def drop_kernel(x, out, seed, layer, size, threshold, scale, BLOCK: tl.constexpr):
-        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = place < size
-        values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * scale
+    def drop_kernel(x, x_stride, out, width, seed, layer, threshold, scale, BLOCK: tl.constexpr):
+        row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside, place = column < width, row * width + column
+        values = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32) * scale
         values = tl.where(is_kept(place, seed, layer, threshold), values, 0.0)
         tl.store(out + place, values.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit(do_not_specialize=["layer", "threshold"])
-    def add_dropped_kernel(total, x, seed, layer, size, threshold, scale, BLOCK: tl.constexpr):
-        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = place < size
-        values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * scale
-        values = tl.where(is_kept(place, seed, layer, threshold), values, 0.0)
-        values += tl.load(total + place, mask=inside, other=0.0).to(tl.float32)
-        tl.store(total + place, values.to(total.dtype.element_ty), mask=inside)
+    def add_low_rank_kernel(
+        total, left, right, tokens, width, seed, layer, threshold, scale,
+        RANKS: tl.constexpr, DROPS: tl.constexpr, BLOCK_RANKS: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(1) * 128 + tl.arange(0, 128)[:, None]
+        column = tl.program_id(0) * 128 + tl.arange(0, 128)[None, :]
+        inside, place = (row < tokens) & (column < width), row.to(tl.int64) * width + column
+        update = tl.zeros((128, 128), dtype=tl.float32)
+        for first in range(0, RANKS, BLOCK_RANKS):
+            rank = first + tl.arange(0, BLOCK_RANKS)
+            kept = (row < tokens) & (rank < RANKS)[None, :]
+            a = tl.load(left + row.to(tl.int64) * RANKS + rank[None, :], mask=kept, other=0.0)
+            kept = (column < width) & (rank < RANKS)[:, None]
+            b = tl.load(right + rank[:, None] * width + column, mask=kept, other=0.0)
+            update = tl.dot(a, b, update, input_precision="ieee")
+        update *= scale
+        if DROPS:
+            update = tl.where(is_kept(place, seed, layer, threshold), update, 0.0)
+        update += tl.load(total + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(total + place, update.to(total.dtype.element_ty), mask=inside)
 
     @triton.jit
     def activation_and_slope(x, SILU: tl.constexpr):
@@ -206,7 +247,7 @@ if triton is not None:
         return 0.5 * x * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * slope
 
     @triton.jit
-    def gate_kernel(gate_up, out, width, SILU: tl.constexpr, BLOCK: tl.constexpr):
+    def gate_kernel(gate_up, out, out_stride, width, SILU: tl.constexpr, BLOCK: tl.constexpr):
         row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < width
         start = gate_up + row * 2 * width + column
@@ -214,7 +255,7 @@ if triton is not None:
         up = tl.load(start + width, mask=inside, other=0.0).to(tl.float32)
         active, _ = activation_and_slope(gated, SILU)
         active = active.to(out.dtype.element_ty).to(tl.float32)  # rounded where the plain path rounds
-        tl.store(out + row * width + column, (active * up).to(out.dtype.element_ty), mask=inside)
+        tl.store(out + row * out_stride + column, (active * up).to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
     def gate_backward_kernel(gate_up, grad, width, SILU: tl.constexpr, BLOCK: tl.constexpr):

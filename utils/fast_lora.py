@@ -1,12 +1,12 @@
 """The forward and backward pass of a frozen, quantized layer and its LoRA adapter, written out by hand.
 
-    y  = x W'  + s xa B'          xa = drop(x) A'
-    dx = dy W  + drop(s dyb A)    dyb = dy B
+    y  = [x | xa] [W | s B]'      xa = drop(x) A'     base and adapter are one product
+    dx = dy W + drop(s dyb A)     dyb = dy B
     dA = s dyb' drop(x)           dB = s dy' xa
 
-What that gains over autograd on PEFT's modules: W is unpacked once a pass and never kept, the low-rank part is
-added inside its product, x is kept once for all projections of it, dropout keeps no mask, and dA and dB are
-added to the float32 gradients by the product itself. The parameters stay those of PEFT.
+What that gains over autograd on PEFT's modules: W is unpacked once a pass and never kept, the low-rank part
+costs no pass over y of its own, x is kept once for all projections of it, dropout keeps no mask, and dA and dB
+are added to the float32 gradients by the product itself. The parameters stay those of PEFT.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from utils.fast_kernels import add_dropped, drop, gate, gate_backward, unpack_4bit, unpack_8bit
+from utils.fast_kernels import add_low_rank, drop, gate, gate_backward, unpack_4bit, unpack_8bit
 from utils.flat_adapter import FlatAdapter
 
 ADAPTER = "default"
@@ -26,14 +26,16 @@ SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu", "PytorchGELUTanh": "gelu"}
 
 
-def read_weight(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """The frozen weight in the compute dtype  # [out, in]; unpacked into fresh memory where it is quantized."""
+def read_weight(base: nn.Module, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The frozen weight in the compute dtype  # [out, in]; into `out`, whose rows may be longer, where given."""
+    if not isinstance(base, (Linear4bit, Linear8bitLt)):
+        return base.weight.data if out is None else out.copy_(base.weight.data)
+    if out is None:
+        out = torch.empty(base.out_features, base.in_features, dtype=dtype, device=base.weight.device)
     if isinstance(base, Linear4bit):
-        return unpack_4bit(base.weight.data, base.weight.quant_state, dtype)
-    if isinstance(base, Linear8bitLt):
-        row_max = base.weight.SCB if base.weight.SCB is not None else base.state.SCB
-        return unpack_8bit(base.weight.data, row_max, dtype)
-    return base.weight.data
+        return unpack_4bit(base.weight.data, base.weight.quant_state, out)
+    row_max = base.weight.SCB if base.weight.SCB is not None else base.state.SCB
+    return unpack_8bit(base.weight.data, row_max, out)
 
 
 def find_obstacle(layer: LoraLayer, dtype: torch.dtype) -> str | None:
@@ -75,38 +77,55 @@ class Projections:
         self.A, *self.B = (flat.view(flat.copy, segment) for segment in self.segments)
         self.A_grad, *self.B_grads = (flat.view(flat.grads, segment) for segment in self.segments)
 
-    def drop(self, x: torch.Tensor) -> torch.Tensor:
-        is_dropped = self.probability and self.layers[0].training
-        return drop(x, self.seed, self.number, self.probability) if is_dropped else x
+    def extend(self, x: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
+        """[x | xa]  # [tokens, in + ranks]; `room`: such a tensor that x was written into already."""
+        width = self.bases[0].in_features
+        if room is None:
+            room = x.new_empty(len(x), width + sum(self.ranks))
+            room[:, :width] = x
+        torch.mm(self.drop(x), self.A.t(), out=room[:, width:])
+        return room
 
-    def multiply(self, x: torch.Tensor, outs: list[torch.Tensor]) -> torch.Tensor:
-        """Fill `outs`  # [tokens, out] each; returns xa  # [tokens, sum of ranks]"""
-        xa = self.drop(x) @ self.A.t()
-        for base, B, part, out in zip(self.bases, self.B, xa.split(self.ranks, 1), outs, strict=True):
-            weight = read_weight(base, self.dtype).t()
+    def drop(self, x: torch.Tensor) -> torch.Tensor:
+        return drop(x, self.seed, self.number, self.probability) if self.is_dropping() else x
+
+    def is_dropping(self) -> bool:
+        return self.probability > 0 and self.layers[0].training
+
+    def multiply(self, extended: torch.Tensor, outs: list[torch.Tensor]) -> None:
+        """Fill `outs`  # [tokens, out] each, from [x | xa]."""
+        first = 0  # column of this layer's own xa; the others meet zeros
+        for base, B, rank, out in zip(self.bases, self.B, self.ranks, outs, strict=True):
+            weight = extended.new_empty(base.out_features, extended.shape[1])  # [W | s B]
+            read_weight(base, self.dtype, weight[:, : base.in_features])
+            low_rank = weight[:, base.in_features :]
+            if len(self.bases) > 1:
+                low_rank.zero_()
+            torch.mul(B, self.scale, out=low_rank[:, first : first + rank])
+            first += rank
             if base.bias is None:
-                torch.mm(x, weight, out=out)
+                torch.mm(extended, weight.t(), out=out)
             else:
-                torch.addmm(base.bias.to(self.dtype), x, weight, out=out)
-            out.addmm_(part, B.t(), alpha=self.scale)
-        return xa
+                torch.addmm(base.bias.to(self.dtype), extended, weight.t(), out=out)
 
     def multiply_grads(
         self, dys: list[torch.Tensor], needs_dx: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """dx  # [tokens, in] (None where nobody asks) and dyb  # [tokens, sum of ranks]"""
+        """dx  # [tokens, in] (None where nobody asks) and dyb  # [tokens, ranks]"""
         dyb = torch.cat([dy @ B for dy, B in zip(dys, self.B, strict=True)], 1)
         dx = None
         for base, dy in zip(self.bases if needs_dx else [], dys, strict=False):
             weight = read_weight(base, self.dtype)
             dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
-        if dx is None:
-            return None, dyb
-        if self.probability and self.layers[0].training:
-            add_dropped(dx, (dyb * self.scale) @ self.A, self.seed, self.number, self.probability)
-        else:
-            dx.addmm_(dyb, self.A, alpha=self.scale)
+        if dx is not None:
+            probability = self.probability if self.is_dropping() else 0.0
+            add_low_rank(dx, dyb, self.A, self.scale, self.seed, self.number, probability)
         return dx, dyb
+
+    def split(self, extended: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x  # [tokens, in] and xa  # [tokens, ranks]"""
+        width = self.bases[0].in_features
+        return extended[:, :width], extended[:, width:]
 
     def add_gradients(
         self, x: torch.Tensor, xa: torch.Tensor, dys: list[torch.Tensor], dyb: torch.Tensor
@@ -131,16 +150,17 @@ class FusedProjections(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, anchor: torch.Tensor, group: Projections):
         ys = [x.new_empty(len(x), base.out_features) for base in group.bases]
-        xa = group.multiply(x, ys)
+        extended = group.extend(x)
+        group.multiply(extended, ys)
         ctx.group = group
-        ctx.save_for_backward(x, xa)
+        ctx.save_for_backward(extended)
         return tuple(ys)
 
     @staticmethod
     def backward(ctx, *dys: torch.Tensor):
-        x, xa = ctx.saved_tensors
+        (extended,) = ctx.saved_tensors
         dx, dyb = ctx.group.multiply_grads(dys, ctx.needs_input_grad[0])
-        ctx.group.add_gradients(x, xa, dys, dyb)
+        ctx.group.add_gradients(*ctx.group.split(extended), dys, dyb)
         return dx, None, None
 
 
@@ -152,25 +172,27 @@ class FusedMLP(torch.autograd.Function):
         ctx, x: torch.Tensor, anchor: torch.Tensor, gate_up: Projections, down: Projections, act: str
     ):
         width = down.bases[0].in_features
+        extended = gate_up.extend(x)
         sides = x.new_empty(len(x), 2 * width)  # gate and up, side by side
-        xa = gate_up.multiply(x, list(sides.split(width, 1)))
-        hidden = gate(sides, act)  # [tokens, width]
+        gate_up.multiply(extended, list(sides.split(width, 1)))
+        room = x.new_empty(len(x), width + sum(down.ranks))
+        hidden = gate(sides, room[:, :width], act)  # [tokens, width]
         y = x.new_empty(len(x), down.bases[0].out_features)
-        ha = down.multiply(hidden, [y])
-        ctx.group, ctx.down, ctx.act = gate_up, down, act
-        ctx.save_for_backward(x, xa, sides, ha)
+        down.multiply(down.extend(hidden, room), [y])
+        ctx.gate_up, ctx.down, ctx.act = gate_up, down, act
+        ctx.save_for_backward(extended, sides, room[:, width:].contiguous())
         return y
 
     @staticmethod
     def backward(ctx, dy: torch.Tensor):
-        x, xa, sides, ha = ctx.saved_tensors
+        extended, sides, ha = ctx.saved_tensors
         hidden, dyb = ctx.down.multiply_grads([dy], True)  # so far the gradient of hidden
         gate_backward(sides, hidden, ctx.act)
         ctx.down.add_gradients(hidden, ha, [dy], dyb)
         del hidden
         dys = list(sides.split(sides.shape[1] // 2, 1))
-        dx, dyb = ctx.group.multiply_grads(dys, ctx.needs_input_grad[0])
-        ctx.group.add_gradients(x, xa, dys, dyb)
+        dx, dyb = ctx.gate_up.multiply_grads(dys, ctx.needs_input_grad[0])
+        ctx.gate_up.add_gradients(*ctx.gate_up.split(extended), dys, dyb)
         return dx, None, None, None, None
 
 

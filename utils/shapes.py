@@ -89,8 +89,8 @@ def quantize_linears(module: nn.Module, bits: int, dtype: torch.dtype) -> None:
             packed = bnb.nn.Params4bit(child.weight.data, requires_grad=False, quant_type="nf4")
             new.weight, new.support_avx512bf16_for_cpu = packed.to(device), False
         else:
-            packed = bnb.nn.Int8Params(child.weight.data, requires_grad=False, has_fp16_weights=False)
-            new.weight = packed.to(device)
+            packed = bnb.nn.Int8Params(child.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
+            new.weight = packed.to(device)  # bitsandbytes quantizes on the way from the CPU only
         new.bias = child.bias
         parent, _, last = name.rpartition(".")
         setattr(module.get_submodule(parent), last, new)
