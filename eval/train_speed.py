@@ -7,6 +7,7 @@ A workload is BATCHxLENGTH (dense rows), real-ROWS (an optimizer step of that ma
 Alpaca's), either followed by -checkpointed. The base has random weights: a step's time does not depend on them.
 """
 
+import gc
 import json
 import random
 import sys
@@ -35,6 +36,8 @@ HEADER = (
     "4N TFLOP/s of limit first, s"
 )
 Rows = list[int]  # their lengths, tokens
+Step = Callable[[list[dict[str, Any]]], torch.Tensor]  # the micro-batches of an optimizer step -> its loss
+Prepare = Callable[[Rows], list[dict[str, Any]]]
 
 
 @dataclass
@@ -150,8 +153,8 @@ def build_step(
     dropout: float,
     checkpointed: bool,
     device: str,
-) -> tuple[Callable[[Rows], float | torch.Tensor], Any]:
-    """(a function that takes an optimizer step over rows of these lengths, the optimizer)"""
+) -> tuple[Prepare, Step, Any]:
+    """(what makes micro-batches of rows, what takes an optimizer step over them, the optimizer)"""
     config = SHAPES[arguments.model]()
     model = build_random_model(config, arguments.bits, dtype, device)
     if variant == "original":
@@ -185,9 +188,7 @@ def cast_like_original(model: torch.nn.Module, dtype: torch.dtype) -> None:
             module.to(dtype)
 
 
-def build_plain_step(
-    model: torch.nn.Module, dtype: torch.dtype, device: str
-) -> tuple[Callable[[Rows], torch.Tensor], Any]:
+def build_plain_step(model: torch.nn.Module, dtype: torch.dtype, device: str) -> tuple[Prepare, Step, Any]:
     """Padded micro-batches of four through PEFT and autocast, gradients added up, a paged optimizer."""
     import bitsandbytes as bnb
 
@@ -197,25 +198,27 @@ def build_plain_step(
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
     vocabulary = model.config.vocab_size
 
-    def step(rows: Rows) -> torch.Tensor:
-        parts = [rows[i : i + 4] for i in range(0, len(rows), 4)]
-        for part in parts:
+    def prepare(rows: Rows) -> list[dict[str, Any]]:
+        return [build_padded(rows[i : i + 4], vocabulary, device) for i in range(0, len(rows), 4)]
+
+    def step(batches: list[dict[str, Any]]) -> torch.Tensor:
+        for batch in batches:
             with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
-                loss = model(**build_padded(part, vocabulary, device), use_cache=False).loss / len(parts)
+                loss = model(**batch, use_cache=False).loss / len(batches)
             scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(weights, 0.3)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        return loss.detach() * len(parts)
+        return loss.detach() * len(batches)
 
-    return step, optimizer
+    return prepare, step, optimizer
 
 
 def build_fast_step(
     model: torch.nn.Module, dtype: torch.dtype, capacity: int, device: str
-) -> tuple[Callable[[Rows], torch.Tensor], Any]:
+) -> tuple[Prepare, Step, Any]:
     """Packed micro-batches of fixed sizes, replayed as CUDA graphs where there is a GPU."""
     fast = prepare_fast_model(model, dtype)
     if isinstance(fast, str):
@@ -225,10 +228,11 @@ def build_fast_step(
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
     vocabulary = model.config.vocab_size
 
-    def step(rows: Rows) -> torch.Tensor:
-        dense = len(set(rows)) == 1
-        bins = [(sum(rows), rows)] if dense else cut_into_bins(rows, capacity)
-        batches = [build_packed(size, inside, vocabulary) for size, inside in bins]
+    def prepare(rows: Rows) -> list[dict[str, Any]]:
+        bins = [(sum(rows), rows)] if len(set(rows)) == 1 else cut_into_bins(rows, capacity)
+        return [build_packed(size, inside, vocabulary) for size, inside in bins]
+
+    def step(batches: list[dict[str, Any]]) -> torch.Tensor:
         labels = sum(len(batch["label_positions"]) for batch in batches)
         loss_scale = scaler.scale(torch.ones((), device=device)) / labels
         loss = sum(run(batch, loss_scale) for batch in batches)
@@ -239,24 +243,21 @@ def build_fast_step(
         fast.flat.zero_gradients()
         return loss / labels
 
-    return step, optimizer
+    return prepare, step, optimizer
 
 
-def time_steps(
-    step: Callable[[Rows], torch.Tensor], steps: list[Rows], warm_ups: int, device: str
-) -> tuple[float, float, float]:
-    """(seconds of all steps, seconds of the first, last loss), after `warm_ups` passes over them."""
+def time_steps(step: Step, steps: list[Any], warm_ups: int, device: str) -> tuple[float, float, float]:
+    """(seconds of the steps after `warm_ups`, seconds of the first, last loss). All rows are new, as in a run."""
     start = time.perf_counter()
     step(steps[0])
     synchronize(device)
     first = time.perf_counter() - start
-    for _ in range(warm_ups):
-        for rows in steps:
-            step(rows)
+    for batches in steps[1:warm_ups]:
+        step(batches)
     synchronize(device)
     start = time.perf_counter()
-    for rows in steps:
-        loss = step(rows)
+    for batches in steps[warm_ups:]:
+        loss = step(batches)
     synchronize(device)
     return time.perf_counter() - start, first, float(loss)
 
@@ -290,20 +291,20 @@ def measure(
 ) -> Timing:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype_name]
-    steps, checkpointed = parse_workload(
-        workload, arguments.steps if variant == "fast" else min(arguments.steps, 2)
-    )
-    if variant != "fast" and len(steps[0]) > 32:
-        steps = [steps[0][:32]]  # micro-batches of four are timed alike
+    warm_ups = 6 if variant == "fast" else 1  # a graph is captured when its size comes a second time
+    steps, checkpointed = parse_workload(workload, warm_ups + arguments.steps)
+    if variant != "fast":
+        steps = [rows[:32] for rows in steps]  # micro-batches of four are timed alike
     torch.manual_seed(0)
-    step, optimizer = build_step(variant, arguments, dtype, dropout, checkpointed, device)
+    prepare, step, optimizer = build_step(variant, arguments, dtype, dropout, checkpointed, device)
+    gc.collect()  # the model before this one
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    # A graph is captured when its size comes a second time.
-    seconds, first, loss = time_steps(step, steps, 2 if variant == "fast" else 0, device)
+    seconds, first, loss = time_steps(step, [prepare(rows) for rows in steps], warm_ups, device)
     if arguments.profile and device == "cuda":
-        print_profile(step, steps[0])
+        print_profile(step, prepare(steps[-1]))
+    steps = steps[warm_ups:]
     state = [x for values in optimizer.state.values() for x in values.values() if isinstance(x, torch.Tensor)]
     tokens, weights = sum(map(sum, steps)), count_linear_weights(SHAPES[arguments.model]())
     recomputed = checkpointed or variant == "original"
@@ -323,12 +324,12 @@ def measure(
     )
 
 
-def print_profile(step: Callable[[Rows], Any], rows: Rows) -> None:
+def print_profile(step: Step, batches: list[dict[str, Any]]) -> None:
     """GPU time of one step by kernel, the longest first."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        step(rows)
+        step(batches)
         torch.cuda.synchronize()
     events = sorted(profiled.key_averages(), key=lambda event: -event.self_device_time_total)
     total = sum(event.self_device_time_total for event in events)

@@ -111,7 +111,7 @@ def test_optimizer_steps_reach_the_graph():
         losses.append(step(build_batch(packed=True), 0.1).item())
         optimizer.step()
         step.fast.flat.zero_gradients()
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < losses[0] - 5  # as on a CPU
 
 
 @pytest.mark.gpu

@@ -15,9 +15,9 @@ def draw(heads, dtype=torch.float32, head_dim=64):
     return torch.randn(1, heads, 32, head_dim, device=DEVICE, dtype=dtype, requires_grad=True)
 
 
-def attend_alone(query, key, value, window):
+def attend_alone(query, key, value, window, lengths=LENGTHS):
     outs = []
-    parts = (x.split(LENGTHS, 2) for x in (query, key, value))
+    parts = (x.split(lengths, 2) for x in (query, key, value))
     for q, k, v in zip(*parts, strict=True):
         distance = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
         mask = ((distance >= 0) & (distance < (window or 99))).to(DEVICE)
@@ -42,6 +42,15 @@ def test_packed_rows_attend_as_rows_alone(kv_heads, window, dtype):
     wanted = torch.autograd.grad(expected, (query, key, value), upstream)
     for gradient, other in zip(found, wanted, strict=True):
         assert (gradient - other).norm() < tolerance * other.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_one_length_attend_as_rows_alone(dtype):
+    query, key, value = draw(4, dtype), draw(2, dtype), draw(2, dtype)
+    ends = torch.tensor([0, 16, 32], dtype=torch.int32, device=DEVICE)
+    expected = attend_alone(query, key, value, None, (16, 16))
+    out, _ = attend_packed(None, query, key, value, None, 64**-0.5, cu_seq_lens_q=ends, max_length_q=16)
+    assert out.shape == (1, 32, 4, 64) and (out - expected).norm() < 2e-2 * expected.norm()
 
 
 @pytest.mark.gpu

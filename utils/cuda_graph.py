@@ -19,8 +19,9 @@ class GraphedStep:
     def __init__(self, fast: FastModel):
         self.fast, self.graphs, self.seen = fast, {}, set()
         self.obstacle = find_graph_obstacle(fast)
-        # One pool for all graphs and for the eager runs: they never run at once, so they share activations.
-        self.pool = None if self.obstacle else torch.cuda.MemPool()
+        if not self.obstacle:
+            # One pool and one stream for all graphs and eager runs: never at work at once, they share activations.
+            self.pool, self.stream = torch.cuda.MemPool(), torch.cuda.Stream()
 
     def __call__(self, micro_batch: MicroBatch, loss_scale: float | torch.Tensor) -> torch.Tensor:
         """Sum of the token losses  # [] on the device; gradients are added to `fast.flat.grads`.
@@ -47,9 +48,12 @@ class GraphedStep:
         return self.replay(size, batch, scale)
 
     def run_in_pool(self, batch: MicroBatch, scale: torch.Tensor) -> torch.Tensor:
+        self.stream.wait_stream(torch.cuda.current_stream())
         # The pool is this thread's, so the backward pass stays on it.
-        with torch.cuda.use_mem_pool(self.pool), torch.autograd.set_multithreading_enabled(False):
-            loss = self.fast.run(batch, scale)
+        with torch.autograd.set_multithreading_enabled(False), torch.cuda.stream(self.stream):
+            with torch.cuda.use_mem_pool(self.pool):
+                loss = self.fast.run(batch, scale)
+        torch.cuda.current_stream().wait_stream(self.stream)
         return loss.clone()  # out of the pool
 
     def capture(self, size: tuple[int, ...], batch: MicroBatch, scale: torch.Tensor) -> bool:
@@ -60,8 +64,9 @@ class GraphedStep:
         before = generator.clone_state()
         try:
             # On the eager run's thread, whose cuBLAS handle exists: one made during a capture would spoil it.
-            with torch.autograd.set_multithreading_enabled(False), torch.cuda.graph(graph, pool=self.pool.id):
-                loss = self.fast.run(static, static_scale)
+            with torch.autograd.set_multithreading_enabled(False):
+                with torch.cuda.graph(graph, pool=self.pool.id, stream=self.stream):
+                    loss = self.fast.run(static, static_scale)
         except RuntimeError as error:
             generator.graphsafe_set_state(before.graphsafe_get_state())  # else it waits for a capture's end
             self.obstacle = str(error.__context__ or error).splitlines()[0]
@@ -73,8 +78,8 @@ class GraphedStep:
     def replay(self, size: tuple[int, ...], batch: MicroBatch, scale: torch.Tensor) -> torch.Tensor:
         graph, static, static_scale, loss = self.graphs[size]
         for name, x in batch.items():
-            if isinstance(x, torch.Tensor):
-                static[name].copy_(x, non_blocking=True)
+            if isinstance(x, torch.Tensor):  # from pinned memory the CPU need not wait for the copy
+                static[name].copy_(x if x.is_cuda else x.pin_memory(), non_blocking=True)
         static_scale.copy_(scale)
         graph.replay()
         return loss.clone()
@@ -105,8 +110,10 @@ def round_up(batch: MicroBatch) -> MicroBatch:
     two and label positions to a quarter of the tokens.
     """
     tokens, ends, positions = batch["input_ids"].shape[1], batch["cu_seqlens"], batch["label_positions"]
-    longest = add_max_length(batch)["max_length"]
-    rows = max(16, 1 << (len(ends) - 2).bit_length())
+    rows, longest = len(ends) - 1, add_max_length(batch)["max_length"]
+    if rows * longest != tokens:  # rows of one length stay as they are, for attend_dense
+        rows = max(16, 1 << (rows - 1).bit_length())
+        longest = min(max(256, 1 << (longest - 1).bit_length()), tokens)
     quarter = -(-tokens // 4)
     places = min(-(-max(len(positions), 1) // quarter) * quarter, tokens)
     padding = positions.new_full((places - len(positions),), tokens - 1)  # no label follows the last token
@@ -116,7 +123,7 @@ def round_up(batch: MicroBatch) -> MicroBatch:
         "labels": batch["labels"],
         "label_positions": torch.cat([positions, padding]),
         "cu_seqlens": torch.cat([ends, ends.new_full((rows + 1 - len(ends),), tokens)]).to(torch.int32),
-        "max_length": min(max(256, 1 << (longest - 1).bit_length()), tokens),
+        "max_length": longest,
     }
 
 

@@ -20,7 +20,7 @@ def unpack_4bit(weight: torch.Tensor, state: QuantState, out: torch.Tensor) -> t
         return out.copy_(dequantize_4bit(weight, state))
     absmax, outer = state.absmax, state.state2
     row_bytes = out.shape[1] // 2
-    unpack_4bit_kernel[(out.shape[0], triton.cdiv(row_bytes, 1024))](
+    unpack_4bit_kernel[(out.shape[0], triton.cdiv(row_bytes, 2048))](
         weight,
         out,
         row_bytes,
@@ -32,7 +32,7 @@ def unpack_4bit(weight: torch.Tensor, state: QuantState, out: torch.Tensor) -> t
         state.offset if outer else absmax,
         BLOCK_SIZE=state.blocksize,
         OUTER_SIZE=outer.blocksize if outer else 1,
-        BYTES=1024,
+        BYTES=min(2048, triton.next_power_of_2(row_bytes)),
     )
     return out
 
@@ -46,15 +46,54 @@ def unpack_8bit(weight: torch.Tensor, row_max: torch.Tensor, out: torch.Tensor) 
     return out
 
 
+def place_low_rank(out: torch.Tensor, right: torch.Tensor, first: int, scale: float) -> None:
+    """out = [0 | scale * right | 0], `right` from column `first` on  # [out, ranks]; one launch."""
+    if triton is None or not out.is_cuda:
+        out.zero_()
+        torch.mul(right, scale, out=out[:, first : first + right.shape[1]])
+        return
+    rows, columns = out.shape
+    place_low_rank_kernel[(triton.cdiv(rows, 16),)](
+        out,
+        out.stride(0),
+        right,
+        rows,
+        columns,
+        first,
+        right.shape[1],
+        scale,
+        BLOCK=triton.next_power_of_2(columns),
+    )
+
+
+def copy_and_drop(
+    x: torch.Tensor, out: torch.Tensor, seed: torch.Tensor, layer: int, probability: float
+) -> torch.Tensor:
+    """Copy `x` into `out`, whose rows may be longer; returns drop(x), which is x itself without dropout."""
+    if triton is None or not x.is_cuda:
+        out.copy_(x)
+        return drop(x, seed, layer, probability) if probability else x
+    dropped = torch.empty_like(x) if probability else x
+    grid = (x.shape[0], triton.cdiv(x.shape[1], 1024))
+    threshold, scale = int(probability * 2**32), 1 / (1 - probability)
+    drop_kernel[grid](
+        x, x.stride(0), dropped, out, out.stride(0), x.shape[1], seed, layer, threshold, scale,
+        DROPS=probability > 0, COPIES=True, BLOCK=1024,
+    )  # fmt: skip
+    return dropped
+
+
 def drop(x: torch.Tensor, seed: torch.Tensor, layer: int, probability: float) -> torch.Tensor:
     """Dropout whose mask follows from (seed, layer): the backward pass draws it again instead of keeping it."""
     if triton is None or not x.is_cuda:
         return x * make_mask(x.shape, seed, layer, probability, x.dtype)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grid = (x.shape[0], triton.cdiv(x.shape[1], 1024))
+    threshold, scale = int(probability * 2**32), 1 / (1 - probability)
     drop_kernel[grid](
-        x, x.stride(0), out, x.shape[1], seed, layer, int(probability * 2**32), 1 / (1 - probability), 1024
-    )
+        x, x.stride(0), out, out, 0, x.shape[1], seed, layer, threshold, scale,
+        DROPS=True, COPIES=False, BLOCK=1024,
+    )  # fmt: skip
     return out
 
 
@@ -206,13 +245,30 @@ if triton is not None:
         hashed = (hashed ^ (hashed >> 13)) * 3266489909
         return (hashed ^ (hashed >> 16)) >= threshold.to(tl.uint32)
 
+    @triton.jit(do_not_specialize=["first"])
+    def place_low_rank_kernel(
+        out, out_stride, right, rows, columns, first, ranks, scale, BLOCK: tl.constexpr
+    ):
+        row = tl.program_id(0).to(tl.int64) * 16 + tl.arange(0, 16)[:, None]
+        column = tl.arange(0, BLOCK)[None, :]
+        own = (row < rows) & (column >= first) & (column < first + ranks)
+        values = tl.load(right + row * ranks + column - first, mask=own, other=0.0).to(tl.float32) * scale
+        inside = (row < rows) & (column < columns)
+        tl.store(out + row * out_stride + column, values.to(out.dtype.element_ty), mask=inside)
+
     @triton.jit(do_not_specialize=["layer", "threshold"])
-    def drop_kernel(x, x_stride, out, width, seed, layer, threshold, scale, BLOCK: tl.constexpr):
+    def drop_kernel(
+        x, x_stride, dropped, copy, copy_stride, width, seed, layer, threshold, scale,
+        DROPS: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
         row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside, place = column < width, row * width + column
-        values = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32) * scale
-        values = tl.where(is_kept(place, seed, layer, threshold), values, 0.0)
-        tl.store(out + place, values.to(out.dtype.element_ty), mask=inside)
+        values = tl.load(x + row * x_stride + column, mask=inside, other=0.0)
+        if COPIES:
+            tl.store(copy + row * copy_stride + column, values, mask=inside)
+        if DROPS:
+            kept = tl.where(is_kept(place, seed, layer, threshold), values.to(tl.float32) * scale, 0.0)
+            tl.store(dropped + place, kept.to(dropped.dtype.element_ty), mask=inside)
 
     @triton.jit(do_not_specialize=["layer", "threshold"])
     def add_low_rank_kernel(

@@ -18,7 +18,16 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from utils.fast_kernels import add_low_rank, drop, gate, gate_backward, unpack_4bit, unpack_8bit
+from utils.fast_kernels import (
+    add_low_rank,
+    copy_and_drop,
+    drop,
+    gate,
+    gate_backward,
+    place_low_rank,
+    unpack_4bit,
+    unpack_8bit,
+)
 from utils.flat_adapter import FlatAdapter
 
 ADAPTER = "default"
@@ -82,15 +91,19 @@ class Projections:
         width = self.bases[0].in_features
         if room is None:
             room = x.new_empty(len(x), width + sum(self.ranks))
-            room[:, :width] = x
-        torch.mm(self.drop(x), self.A.t(), out=room[:, width:])
+            dropped = copy_and_drop(x, room[:, :width], self.seed, self.number, self.current_probability)
+        else:
+            dropped = self.drop(x)
+        torch.mm(dropped, self.A.t(), out=room[:, width:])
         return room
 
-    def drop(self, x: torch.Tensor) -> torch.Tensor:
-        return drop(x, self.seed, self.number, self.probability) if self.is_dropping() else x
+    @property
+    def current_probability(self) -> float:
+        return self.probability if self.layers[0].training else 0.0
 
-    def is_dropping(self) -> bool:
-        return self.probability > 0 and self.layers[0].training
+    def drop(self, x: torch.Tensor) -> torch.Tensor:
+        probability = self.current_probability
+        return drop(x, self.seed, self.number, probability) if probability else x
 
     def multiply(self, extended: torch.Tensor, outs: list[torch.Tensor]) -> None:
         """Fill `outs`  # [tokens, out] each, from [x | xa]."""
@@ -98,10 +111,7 @@ class Projections:
         for base, B, rank, out in zip(self.bases, self.B, self.ranks, outs, strict=True):
             weight = extended.new_empty(base.out_features, extended.shape[1])  # [W | s B]
             read_weight(base, self.dtype, weight[:, : base.in_features])
-            low_rank = weight[:, base.in_features :]
-            if len(self.bases) > 1:
-                low_rank.zero_()
-            torch.mul(B, self.scale, out=low_rank[:, first : first + rank])
+            place_low_rank(weight[:, base.in_features :], B, first, self.scale)
             first += rank
             if base.bias is None:
                 torch.mm(extended, weight.t(), out=out)
@@ -118,8 +128,7 @@ class Projections:
             weight = read_weight(base, self.dtype)
             dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
         if dx is not None:
-            probability = self.probability if self.is_dropping() else 0.0
-            add_low_rank(dx, dyb, self.A, self.scale, self.seed, self.number, probability)
+            add_low_rank(dx, dyb, self.A, self.scale, self.seed, self.number, self.current_probability)
         return dx, dyb
 
     def split(self, extended: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
 try:
@@ -23,6 +24,12 @@ except ImportError:  # torch before 2.10
     varlen_attn, PARAMETERS = None, set()
 
 NAME = "packed"
+BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def find_attention_obstacle(model: nn.Module) -> str | None:
@@ -61,8 +68,11 @@ def attend_packed(
 
     query, key, value  # [1, heads, tokens, head_dim]; cu_seq_lens_q  # int32 [rows + 1], where rows begin and end
     """
+    tokens, rows = query.shape[2], len(cu_seq_lens_q) - 1
+    if rows * max_length_q == tokens and not sliding_window:
+        return attend_dense(query, key, value, rows, scaling), None
     if not has_varlen_kernel(query, sliding_window):
-        mask = build_block_mask(query.shape[2], cu_seq_lens_q, sliding_window)
+        mask = build_block_mask(tokens, cu_seq_lens_q, sliding_window)
         gqa = key.shape[1] != query.shape[1]
         out = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=gqa)
         return out.transpose(1, 2), None
@@ -78,6 +88,20 @@ def attend_packed(
         options["is_causal"] = True
     ends, longest = cu_seq_lens_q, max_length_q
     return varlen_attn(query, key, value, ends, ends, longest, longest, **options).unsqueeze(0), None
+
+
+def attend_dense(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: int, scaling: float | None
+) -> torch.Tensor:
+    """Rows of one length, as documents cut at the limit are: a plain batch, for which cuDNN is twice as fast."""
+    query, key, value = (
+        x.transpose(1, 2).reshape(rows, -1, x.shape[1], x.shape[3]).transpose(1, 2)
+        for x in (query, key, value)
+    )
+    gqa = key.shape[1] != query.shape[1]
+    with sdpa_kernel(BACKENDS, set_priority=True):
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=gqa)
+    return out.transpose(1, 2).reshape(1, -1, query.shape[1], query.shape[3])
 
 
 def build_block_mask(
