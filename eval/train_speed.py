@@ -100,21 +100,17 @@ def draw_length(draw: random.Random) -> int:
 
 
 def cut_into_bins(rows: Rows, capacity: int) -> list[tuple[int, Rows]]:
-    """Whole rows into micro-batches of capacity, 1/2, 1/4 or 1/8 of it: (size, its rows), best fit first."""
-    sizes = [capacity, capacity // 2, capacity // 4, capacity // 8]
+    """Whole rows into micro-batches of capacity and one of as many eighths as are left: (size, its rows)."""
+    eighth = capacity // 8
     whole, rest = divmod(sum(rows), capacity)
-    choices = [[size] for size in sizes] + [[first, second] for first in sizes for second in sizes]
-    last = min(
-        (choice for choice in choices if sum(choice) >= rest), key=lambda choice: (sum(choice), len(choice))
-    )
-    bins = [[size, size, []] for size in [capacity] * whole + last]  # size, room left, rows
-    for row in sorted(rows, reverse=True):
-        fitting = [chosen for chosen in bins if chosen[1] >= row]
-        if not fitting:
-            size = next(size for size in reversed(sizes) if size >= row)
-            fitting = [[size, size, []]]
-            bins += fitting
-        chosen = min(fitting, key=lambda chosen: chosen[1])
+    sizes = [capacity] * whole + [-(-rest // eighth) * eighth] * (rest > 0)
+    bins = [[size, size, []] for size in sizes]  # size, room left, rows
+    for row in sorted(rows, reverse=True):  # best fit
+        chosen = min((each for each in bins if each[1] >= row), key=lambda each: each[1], default=None)
+        if chosen is None:
+            size = -(-row // eighth) * eighth
+            chosen = [size, size, []]
+            bins.append(chosen)
         chosen[1] -= row
         chosen[2].append(row)
     return [(size, inside) for size, _, inside in bins if inside]
@@ -268,11 +264,10 @@ def synchronize(device: str) -> None:
 
 
 def measure_matmul_tflops(device: str, dtype: torch.dtype) -> float:
-    """What this device does in large square matrix products on random numbers, TFLOP/s."""
-    size, repeats = (8192, 20) if device == "cuda" else (1024, 3)
+    """What large square products of random numbers reach here, kept up for a second as training does, TFLOP/s."""
+    size, repeats = (8192, 700) if device == "cuda" else (1024, 3)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    for _ in range(3):
-        left @ right
+    left @ right
     synchronize(device)
     start = time.perf_counter()
     for _ in range(repeats):

@@ -78,15 +78,15 @@ def test_sixteen_bits_stay_within_sixteen_bit_noise():
 
 
 def test_dropout_drops_its_share_and_changes_with_the_seed():
-    from utils.fast_kernels import drop
+    from utils.fast_kernels import Mask
 
-    x, seed = torch.ones(400, 300), torch.tensor([3])
-    dropped = drop(x, seed, layer=1, probability=0.1)
+    x, seed = torch.ones(400, 300, device=DEVICE), torch.tensor([3], device=DEVICE)
+    dropped = Mask(seed, 1, 0.1).drop(x)
     assert (dropped == 0).float().mean().item() == pytest.approx(0.1, abs=0.005)
     assert dropped.max().item() == pytest.approx(1 / 0.9)
-    assert torch.equal(dropped, drop(x, seed, 1, 0.1))
-    assert not torch.equal(dropped, drop(x, seed, 2, 0.1))
-    assert not torch.equal(dropped, drop(x, seed + 1, 1, 0.1))
+    assert torch.equal(dropped, Mask(seed, 1, 0.1).drop(x))
+    assert not torch.equal(dropped, Mask(seed, 2, 0.1).drop(x))
+    assert not torch.equal(dropped, Mask(seed + 1, 1, 0.1).drop(x))
 
 
 def test_evaluation_is_pefts_own():

@@ -20,6 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from utils.fast_kernels import Mask
 from utils.shapes import quantize_linears
 
 VOCABULARY = 96
@@ -111,10 +112,8 @@ class RepeatedDropout(torch.nn.Module):
         self.seed, self.number, self.probability = seed, number, probability
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        from utils.fast_kernels import drop
-
         ones = torch.ones_like(x).flatten(0, -2)
-        return x * drop(ones, self.seed, self.number, self.probability).view(x.shape)
+        return x * Mask(self.seed, self.number, self.probability).drop(ones).view(x.shape)
 
 
 def share_masks(plain, fast) -> None:

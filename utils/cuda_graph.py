@@ -106,16 +106,16 @@ def add_max_length(batch: MicroBatch) -> MicroBatch:
 def round_up(batch: MicroBatch) -> MicroBatch:
     """Pad what varies to a few fixed sizes: empty rows, ignored label positions, a rounded longest row.
 
-    Each size costs a capture and each rounding some empty work, so rows and the longest row go up to a power of
-    two and label positions to a quarter of the tokens.
+    Each size costs a capture and each rounding some empty work: an empty row or a part of one costs little, so
+    there is room for rows of 128 tokens and for one of 1,024, or twice that where it is not enough; labels are
+    looked for at half of the positions or at all of them.
     """
     tokens, ends, positions = batch["input_ids"].shape[1], batch["cu_seqlens"], batch["label_positions"]
     rows, longest = len(ends) - 1, add_max_length(batch)["max_length"]
     if rows * longest != tokens:  # rows of one length stay as they are, for attend_dense
-        rows = max(16, 1 << (rows - 1).bit_length())
-        longest = min(max(256, 1 << (longest - 1).bit_length()), tokens)
-    quarter = -(-tokens // 4)
-    places = min(-(-max(len(positions), 1) // quarter) * quarter, tokens)
+        rows = round_to_power(rows, max(16, tokens // 128))
+        longest = min(round_to_power(longest, 1024), tokens)
+    places = -(-tokens // 2) if 2 * len(positions) <= tokens else tokens
     padding = positions.new_full((places - len(positions),), tokens - 1)  # no label follows the last token
     return {
         "input_ids": batch["input_ids"],
@@ -125,6 +125,11 @@ def round_up(batch: MicroBatch) -> MicroBatch:
         "cu_seqlens": torch.cat([ends, ends.new_full((rows + 1 - len(ends),), tokens)]).to(torch.int32),
         "max_length": longest,
     }
+
+
+def round_to_power(number: int, smallest: int) -> int:
+    """The first of smallest, 2 * smallest, 4 * smallest, ... that is not below `number`."""
+    return smallest << max(0, -(-number // smallest) - 1).bit_length()
 
 
 def find_size(batch: MicroBatch) -> tuple[int, ...]:

@@ -3,6 +3,8 @@
 Each replaces several passes over memory by one; cuBLAS does the large matrix products.
 """
 
+from dataclasses import dataclass
+
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from torch.nn import functional as F
@@ -16,14 +18,14 @@ except ImportError:  # a CPU build of torch has none
 
 def unpack_4bit(weight: torch.Tensor, state: QuantState, out: torch.Tensor) -> torch.Tensor:
     """NF4 or FP4 codes into `out`  # [out, in]; double-quantized scales are decoded on the way."""
-    if triton is None or not weight.is_cuda or out.shape[1] % 2:
+    if triton is None or not weight.is_cuda or out.shape[1] % state.blocksize:
         return out.copy_(dequantize_4bit(weight, state))
     absmax, outer = state.absmax, state.state2
-    row_bytes = out.shape[1] // 2
-    unpack_4bit_kernel[(out.shape[0], triton.cdiv(row_bytes, 2048))](
+    row_blocks = out.shape[1] // state.blocksize
+    unpack_4bit_kernel[(out.shape[0], triton.cdiv(row_blocks, 64))](
         weight,
         out,
-        row_bytes,
+        row_blocks,
         out.stride(0),
         state.code,
         absmax,
@@ -32,7 +34,7 @@ def unpack_4bit(weight: torch.Tensor, state: QuantState, out: torch.Tensor) -> t
         state.offset if outer else absmax,
         BLOCK_SIZE=state.blocksize,
         OUTER_SIZE=outer.blocksize if outer else 1,
-        BYTES=min(2048, triton.next_power_of_2(row_bytes)),
+        BLOCKS=min(64, triton.next_power_of_2(row_blocks)),
     )
     return out
 
@@ -66,45 +68,56 @@ def place_low_rank(out: torch.Tensor, right: torch.Tensor, first: int, scale: fl
     )
 
 
-def copy_and_drop(
-    x: torch.Tensor, out: torch.Tensor, seed: torch.Tensor, layer: int, probability: float
-) -> torch.Tensor:
-    """Copy `x` into `out`, whose rows may be longer; returns drop(x), which is x itself without dropout."""
+@dataclass(frozen=True)
+class Mask:
+    """Dropout whose mask follows from (seed, layer): the backward pass draws it again instead of keeping it."""
+
+    seed: torch.Tensor  # int64 [1], on the device: a captured graph reads the current one
+    layer: int
+    probability: float
+
+    def drop(self, x: torch.Tensor) -> torch.Tensor:
+        if triton is None or not x.is_cuda:
+            return x * self.build(x.shape, x.dtype)
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        launch_drop(x, out, out, self, copies=False)
+        return out
+
+    def build(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """Zeros and 1 / (1 - probability), on the CPU; a GPU draws other numbers."""
+        generator = torch.Generator().manual_seed(int(self.seed) * 65_537 + self.layer)
+        kept = torch.rand(shape, generator=generator) >= self.probability
+        return kept.to(dtype) / (1 - self.probability)
+
+
+def unfold(mask: Mask | None, x: torch.Tensor) -> tuple[torch.Tensor, int, int, float]:
+    """(seed, layer, threshold of a 32-bit hash, scale of what is kept): a kernel's arguments."""
+    if mask is None:
+        return x, 0, 0, 1.0  # never read
+    return mask.seed, mask.layer, int(mask.probability * 2**32), 1 / (1 - mask.probability)
+
+
+def copy_and_drop(x: torch.Tensor, out: torch.Tensor, mask: Mask | None) -> torch.Tensor:
+    """Copy `x` into `out`, whose rows may be longer; returns `x` dropped by `mask`, x itself without one."""
     if triton is None or not x.is_cuda:
         out.copy_(x)
-        return drop(x, seed, layer, probability) if probability else x
-    dropped = torch.empty_like(x) if probability else x
-    grid = (x.shape[0], triton.cdiv(x.shape[1], 1024))
-    threshold, scale = int(probability * 2**32), 1 / (1 - probability)
-    drop_kernel[grid](
-        x, x.stride(0), dropped, out, out.stride(0), x.shape[1], seed, layer, threshold, scale,
-        DROPS=probability > 0, COPIES=True, BLOCK=1024,
-    )  # fmt: skip
+        return mask.drop(x) if mask else x
+    dropped = torch.empty_like(x) if mask else x
+    launch_drop(x, dropped, out, mask, copies=True)
     return dropped
 
 
-def drop(x: torch.Tensor, seed: torch.Tensor, layer: int, probability: float) -> torch.Tensor:
-    """Dropout whose mask follows from (seed, layer): the backward pass draws it again instead of keeping it."""
-    if triton is None or not x.is_cuda:
-        return x * make_mask(x.shape, seed, layer, probability, x.dtype)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    grid = (x.shape[0], triton.cdiv(x.shape[1], 1024))
-    threshold, scale = int(probability * 2**32), 1 / (1 - probability)
-    drop_kernel[grid](
-        x, x.stride(0), out, out, 0, x.shape[1], seed, layer, threshold, scale,
-        DROPS=True, COPIES=False, BLOCK=1024,
+def launch_drop(
+    x: torch.Tensor, dropped: torch.Tensor, copy: torch.Tensor, mask: Mask | None, copies: bool
+) -> None:
+    drop_kernel[(x.shape[0], triton.cdiv(x.shape[1], 1024))](
+        x, x.stride(0), dropped, copy, copy.stride(0), x.shape[1], *unfold(mask, x),
+        DROPS=mask is not None, COPIES=copies, BLOCK=1024,
     )  # fmt: skip
-    return out
 
 
 def add_low_rank(
-    total: torch.Tensor,
-    left: torch.Tensor,
-    right: torch.Tensor,
-    scale: float,
-    seed: torch.Tensor,
-    layer: int,
-    probability: float,
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, mask: Mask | None
 ) -> None:
     """total += drop(scale * left @ right), in place and in one pass over `total`  # [tokens, width]
 
@@ -113,54 +126,45 @@ def add_low_rank(
     (tokens, width), ranks = total.shape, left.shape[1]
     if triton is None or not total.is_cuda:
         update = (left * scale) @ right
-        total += (
-            update * make_mask(total.shape, seed, layer, probability, total.dtype) if probability else update
-        )
+        total += mask.drop(update) if mask else update
         return
-    grid = (triton.cdiv(width, 128), triton.cdiv(tokens, 128))
-    add_low_rank_kernel[grid](
-        total,
-        left,
-        right,
-        tokens,
-        width,
-        seed,
-        layer,
-        int(probability * 2**32),
-        scale / (1 - probability),
-        RANKS=ranks,
-        DROPS=probability > 0,
-        BLOCK_RANKS=64 if ranks > 32 else 32,
-        num_warps=8,
-    )
+    seed, layer, threshold, kept_scale = unfold(mask, total)
+    add_low_rank_kernel[(triton.cdiv(width, 128), triton.cdiv(tokens, 128))](
+        total, left, right, tokens, width, seed, layer, threshold, scale * kept_scale,
+        RANKS=ranks, DROPS=mask is not None, BLOCK_RANKS=64 if ranks > 32 else 32, num_warps=8,
+    )  # fmt: skip
 
 
-def make_mask(
-    shape: torch.Size, seed: torch.Tensor, layer: int, probability: float, dtype: torch.dtype
+def gate(
+    gate_up: torch.Tensor, out: torch.Tensor, activation: str, mask: "Mask | None" = None
 ) -> torch.Tensor:
-    """Zeros and 1 / (1 - probability), on the CPU."""
-    generator = torch.Generator().manual_seed(int(seed) * 65_537 + layer)
-    return (torch.rand(shape, generator=generator) >= probability).to(dtype) / (1 - probability)
+    """act(gate) * up into `out`  # [tokens, width] from gate and up side by side  # [tokens, 2 * width]
 
-
-def gate(gate_up: torch.Tensor, out: torch.Tensor, activation: str) -> torch.Tensor:
-    """act(gate) * up into `out`  # [tokens, width] from gate and up side by side  # [tokens, 2 * width]"""
-    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    Returns it dropped by `mask`; the same tensor without one.
+    """
+    tokens, width = out.shape
     if triton is None or not gate_up.is_cuda:
         gated, up = gate_up.split(width, 1)
-        return torch.mul(activate(gated, activation), up, out=out)
-    grid = (tokens, triton.cdiv(width, 1024))
-    gate_kernel[grid](gate_up, out, out.stride(0), width, activation == "silu", 1024)
-    return out
+        torch.mul(activate(gated, activation), up, out=out)
+        return mask.drop(out) if mask else out
+    dropped = torch.empty_like(out) if mask else out
+    gate_kernel[(tokens, triton.cdiv(width, 1024))](
+        gate_up, out, out.stride(0), dropped, width, *unfold(mask, out),
+        SILU=activation == "silu", DROPS=mask is not None, BLOCK=1024,
+    )  # fmt: skip
+    return dropped
 
 
-def gate_backward(gate_up: torch.Tensor, grad: torch.Tensor, activation: str) -> None:
-    """In place: gate_up becomes its own gradient and grad becomes act(gate) * up, which is needed once more."""
+def gate_backward(
+    gate_up: torch.Tensor, grad: torch.Tensor, activation: str, mask: "Mask | None" = None
+) -> None:
+    """In place: gate_up becomes its gradient and grad becomes act(gate) * up, dropped by `mask`, once more."""
     tokens, width = grad.shape
     if grad.is_cuda and triton is not None:
         gate_backward_kernel[(tokens, triton.cdiv(width, 1024))](
-            gate_up, grad, width, activation == "silu", 1024
-        )
+            gate_up, grad, width, *unfold(mask, grad),
+            SILU=activation == "silu", DROPS=mask is not None, BLOCK=1024,
+        )  # fmt: skip
         return
     gated, up = (half.to(torch.float32, copy=True) for half in gate_up.split(width, 1))
     with torch.enable_grad():
@@ -170,6 +174,8 @@ def gate_backward(gate_up: torch.Tensor, grad: torch.Tensor, activation: str) ->
     gate_up[:, :width] = grad * up * slope
     gate_up[:, width:] = grad * active
     grad.copy_(active * up)
+    if mask:
+        grad.copy_(mask.drop(grad))
 
 
 def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
@@ -208,25 +214,24 @@ if triton is not None:
 
     @triton.jit
     def unpack_4bit_kernel(
-        packed, out, row_bytes, out_stride, code, absmax, outer_absmax, outer_code, offset,
-        BLOCK_SIZE: tl.constexpr, OUTER_SIZE: tl.constexpr, BYTES: tl.constexpr,
+        packed, out, row_blocks, out_stride, code, absmax, outer_absmax, outer_code, offset,
+        BLOCK_SIZE: tl.constexpr, OUTER_SIZE: tl.constexpr, BLOCKS: tl.constexpr,
     ):  # fmt: skip
-        row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BYTES
-        inside = first + tl.arange(0, BYTES) < row_bytes
-        byte = row * row_bytes + first + tl.arange(0, BYTES)
-        codes = tl.load(packed + byte, mask=inside, other=0).to(tl.int32)
-        block = byte * 2 // BLOCK_SIZE
+        row, own = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+        inside, block = own < row_blocks, row * row_blocks + own
         if OUTER_SIZE > 1:  # double quantization: the scales are 8-bit codes with scales of their own
             inner = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
             outer = tl.load(outer_absmax + block // OUTER_SIZE, mask=inside, other=0.0)
             scale = tl.load(outer_code + inner) * outer + tl.load(offset)
         else:
             scale = tl.load(absmax + block, mask=inside, other=0.0)
-        high = tl.load(code + (codes >> 4)) * scale  # the high half of a byte comes first
-        low = tl.load(code + (codes & 15)) * scale
-        column = first * 2 + tl.arange(0, BYTES * 2)
+        byte = block[:, None] * (BLOCK_SIZE // 2) + tl.arange(0, BLOCK_SIZE // 2)[None, :]
+        codes = tl.load(packed + byte, mask=inside[:, None], other=0).to(tl.int32)
+        high = tl.load(code + (codes >> 4)) * scale[:, None]  # the high half of a byte comes first
+        low = tl.load(code + (codes & 15)) * scale[:, None]
+        column = own[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
         pairs = tl.interleave(high, low).to(out.dtype.element_ty)
-        tl.store(out + row * out_stride + column, pairs, mask=column < row_bytes * 2)
+        tl.store(out + row * out_stride + column, pairs, mask=inside[:, None])
 
     @triton.jit
     def unpack_8bit_kernel(weight, out, out_stride, row_max, columns, BLOCK: tl.constexpr):
@@ -302,8 +307,11 @@ if triton is not None:
         slope = 0.7978845608028654 * (1 + 3 * 0.044715 * x * x)
         return 0.5 * x * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * slope
 
-    @triton.jit
-    def gate_kernel(gate_up, out, out_stride, width, SILU: tl.constexpr, BLOCK: tl.constexpr):
+    @triton.jit(do_not_specialize=["layer", "threshold"])
+    def gate_kernel(
+        gate_up, out, out_stride, dropped, width, seed, layer, threshold, scale,
+        SILU: tl.constexpr, DROPS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
         row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < width
         start = gate_up + row * 2 * width + column
@@ -311,21 +319,32 @@ if triton is not None:
         up = tl.load(start + width, mask=inside, other=0.0).to(tl.float32)
         active, _ = activation_and_slope(gated, SILU)
         active = active.to(out.dtype.element_ty).to(tl.float32)  # rounded where the plain path rounds
-        tl.store(out + row * out_stride + column, (active * up).to(out.dtype.element_ty), mask=inside)
+        values = (active * up).to(out.dtype.element_ty)
+        tl.store(out + row * out_stride + column, values, mask=inside)
+        if DROPS:
+            place = row * width + column
+            kept = tl.where(is_kept(place, seed, layer, threshold), values.to(tl.float32) * scale, 0.0)
+            tl.store(dropped + place, kept.to(out.dtype.element_ty), mask=inside)
 
-    @triton.jit
-    def gate_backward_kernel(gate_up, grad, width, SILU: tl.constexpr, BLOCK: tl.constexpr):
+    @triton.jit(do_not_specialize=["layer", "threshold"])
+    def gate_backward_kernel(
+        gate_up, grad, width, seed, layer, threshold, scale,
+        SILU: tl.constexpr, DROPS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
         row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = column < width
-        start, place = gate_up + row * 2 * width + column, grad + row * width + column
+        inside, place = column < width, row * width + column
+        start = gate_up + row * 2 * width + column
         gated = tl.load(start, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(start + width, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        upstream = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
         active, slope = activation_and_slope(gated, SILU)
         kind = grad.dtype.element_ty
-        tl.store(start, (g * up * slope).to(kind), mask=inside)
-        tl.store(start + width, (g * active).to(kind), mask=inside)
-        tl.store(place, (active * up).to(kind), mask=inside)
+        tl.store(start, (upstream * up * slope).to(kind), mask=inside)
+        tl.store(start + width, (upstream * active).to(kind), mask=inside)
+        values = active * up
+        if DROPS:
+            values = tl.where(is_kept(place, seed, layer, threshold), values * scale, 0.0)
+        tl.store(grad + place, values.to(kind), mask=inside)
 
     @triton.jit
     def real_logits(logits, scale, softcap):

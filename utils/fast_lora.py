@@ -19,9 +19,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from utils.fast_kernels import (
+    Mask,
     add_low_rank,
     copy_and_drop,
-    drop,
     gate,
     gate_backward,
     place_low_rank,
@@ -86,24 +86,19 @@ class Projections:
         self.A, *self.B = (flat.view(flat.copy, segment) for segment in self.segments)
         self.A_grad, *self.B_grads = (flat.view(flat.grads, segment) for segment in self.segments)
 
-    def extend(self, x: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
-        """[x | xa]  # [tokens, in + ranks]; `room`: such a tensor that x was written into already."""
+    @property
+    def mask(self) -> Mask | None:
+        """The dropout of this step; one mask for all layers of the group, as they read one input."""
+        is_dropping = self.probability > 0 and self.layers[0].training
+        return Mask(self.seed, self.number, self.probability) if is_dropping else None
+
+    def extend(self, x: torch.Tensor) -> torch.Tensor:
+        """[x | xa]  # [tokens, in + ranks]"""
         width = self.bases[0].in_features
-        if room is None:
-            room = x.new_empty(len(x), width + sum(self.ranks))
-            dropped = copy_and_drop(x, room[:, :width], self.seed, self.number, self.current_probability)
-        else:
-            dropped = self.drop(x)
+        room = x.new_empty(len(x), width + sum(self.ranks))
+        dropped = copy_and_drop(x, room[:, :width], self.mask)
         torch.mm(dropped, self.A.t(), out=room[:, width:])
         return room
-
-    @property
-    def current_probability(self) -> float:
-        return self.probability if self.layers[0].training else 0.0
-
-    def drop(self, x: torch.Tensor) -> torch.Tensor:
-        probability = self.current_probability
-        return drop(x, self.seed, self.number, probability) if probability else x
 
     def multiply(self, extended: torch.Tensor, outs: list[torch.Tensor]) -> None:
         """Fill `outs`  # [tokens, out] each, from [x | xa]."""
@@ -122,25 +117,26 @@ class Projections:
         self, dys: list[torch.Tensor], needs_dx: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """dx  # [tokens, in] (None where nobody asks) and dyb  # [tokens, ranks]"""
-        dyb = torch.cat([dy @ B for dy, B in zip(dys, self.B, strict=True)], 1)
-        dx = None
+        dyb, dx = dys[0].new_empty(len(dys[0]), sum(self.ranks)), None
+        for dy, B, part in zip(dys, self.B, dyb.split(self.ranks, 1), strict=True):
+            torch.mm(dy, B, out=part)
         for base, dy in zip(self.bases if needs_dx else [], dys, strict=False):
             weight = read_weight(base, self.dtype)
             dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
         if dx is not None:
-            add_low_rank(dx, dyb, self.A, self.scale, self.seed, self.number, self.current_probability)
+            add_low_rank(dx, dyb, self.A, self.scale, self.mask)
         return dx, dyb
 
     def split(self, extended: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x  # [tokens, in] and xa  # [tokens, ranks]"""
-        width = self.bases[0].in_features
-        return extended[:, :width], extended[:, width:]
+        """drop(x)  # [tokens, in] and xa  # [tokens, ranks]"""
+        x, xa = extended.split([self.bases[0].in_features, sum(self.ranks)], 1)
+        return self.mask.drop(x) if self.mask else x, xa
 
     def add_gradients(
-        self, x: torch.Tensor, xa: torch.Tensor, dys: list[torch.Tensor], dyb: torch.Tensor
+        self, dropped: torch.Tensor, xa: torch.Tensor, dys: list[torch.Tensor], dyb: torch.Tensor
     ) -> None:
-        """dA and dB into the flat gradient buffer."""
-        add_product(self.A_grad, dyb.t(), self.drop(x), self.scale)
+        """dA and dB into the flat gradient buffer; `dropped` is drop(x)  # [tokens, in]"""
+        add_product(self.A_grad, dyb.t(), dropped, self.scale)
         for grad, dy, part in zip(self.B_grads, dys, xa.split(self.ranks, 1), strict=True):
             add_product(grad, dy.t(), part, self.scale)
 
@@ -184,10 +180,11 @@ class FusedMLP(torch.autograd.Function):
         extended = gate_up.extend(x)
         sides = x.new_empty(len(x), 2 * width)  # gate and up, side by side
         gate_up.multiply(extended, list(sides.split(width, 1)))
-        room = x.new_empty(len(x), width + sum(down.ranks))
-        hidden = gate(sides, room[:, :width], act)  # [tokens, width]
+        room = x.new_empty(len(x), width + sum(down.ranks))  # [hidden | ha]
+        dropped = gate(sides, room[:, :width], act, down.mask)
+        torch.mm(dropped, down.A.t(), out=room[:, width:])
         y = x.new_empty(len(x), down.bases[0].out_features)
-        down.multiply(down.extend(hidden, room), [y])
+        down.multiply(room, [y])
         ctx.gate_up, ctx.down, ctx.act = gate_up, down, act
         ctx.save_for_backward(extended, sides, room[:, width:].contiguous())
         return y
@@ -196,7 +193,7 @@ class FusedMLP(torch.autograd.Function):
     def backward(ctx, dy: torch.Tensor):
         extended, sides, ha = ctx.saved_tensors
         hidden, dyb = ctx.down.multiply_grads([dy], True)  # so far the gradient of hidden
-        gate_backward(sides, hidden, ctx.act)
+        gate_backward(sides, hidden, ctx.act, ctx.down.mask)
         ctx.down.add_gradients(hidden, ha, [dy], dyb)
         del hidden
         dys = list(sides.split(sides.shape[1] // 2, 1))
