@@ -1,15 +1,14 @@
-"""Times a QLoRA training step: the original's recipe, the plain path and the fast path, in one run on one GPU.
+"""Times a QLoRA step: the original's recipe, the plain path and the fast path, in one run on one GPU.
 
     python -m eval.train_speed --model llama-7b
     python -m eval.train_speed --model tiny --workloads 4x32 real-8     (a CPU's size)
 
 A workload is BATCHxLENGTH (dense rows), real-ROWS (an optimizer step of that many rows with the lengths of
-Alpaca's), either followed by -checkpointed. The base has random weights: a step's time does not depend on them.
+Alpaca's), either followed by -checkpointed. The base has random weights: the time does not depend on them.
 """
 
 import gc
 import json
-import random
 import sys
 import time
 from collections.abc import Callable
@@ -21,21 +20,18 @@ import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers.hf_argparser import HfArg
 
+from eval.speed_workloads import Rows, build_packed, build_padded, cut_into_bins, parse_workload
 from utils.arguments import parse_args
 from utils.console import UserError, notice, run_main
 from utils.cuda_graph import GraphedStep
 from utils.fast_model import prepare_fast_model
 from utils.shapes import SHAPES, build_random_model, count_linear_weights
 
-# 1,999 rows of Alpaca in English and Chinese, in tokens of LLaMA: every 32nd part of their sorted lengths.
-REAL_LENGTHS = [49, 59, 66, 71, 77, 84, 93, 103, 114, 124, 134, 148, 161, 174, 189, 209, 229, 244, 267, 289,
-                309, 332, 353, 372, 403, 428, 467, 511, 565, 616, 683, 748, 880]  # fmt: skip
 VARIANTS = ("original", "plain", "fast")
 HEADER = (
     f"{'variant':<9} {'workload':<22} dtype drop   tokens/s   ratio peak GiB reserved  of Adam "
     "4N TFLOP/s of limit first, s"
 )
-Rows = list[int]  # their lengths, tokens
 Step = Callable[[list[dict[str, Any]]], torch.Tensor]  # the micro-batches of an optimizer step -> its loss
 Prepare = Callable[[Rows], list[dict[str, Any]]]
 
@@ -75,71 +71,6 @@ class Timing:
     of_limit: float  # of the tokens per second that matrix products alone would allow
     first_step_seconds: float
     loss: float
-
-
-def parse_workload(name: str, steps: int) -> tuple[list[Rows], bool]:
-    """(rows of each optimizer step, whether activations are recomputed)"""
-    core, _, suffix = name.partition("-checkpointed")
-    checkpointed = name.endswith("-checkpointed") and not suffix
-    draw = random.Random(0)
-    try:
-        if core.startswith("real-"):
-            return [[draw_length(draw) for _ in range(int(core[5:]))] for _ in range(steps)], checkpointed
-        batch, length = map(int, core.split("x"))
-        return [[length] * batch for _ in range(steps)], checkpointed
-    except ValueError:
-        raise UserError(
-            f"--workloads {name}: write 4x512 or real-32, with -checkpointed behind it or not"
-        ) from None
-
-
-def draw_length(draw: random.Random) -> int:
-    place = draw.random() * (len(REAL_LENGTHS) - 1)
-    low, share = int(place), place % 1
-    return round(REAL_LENGTHS[low] * (1 - share) + REAL_LENGTHS[low + 1] * share)
-
-
-def cut_into_bins(rows: Rows, capacity: int) -> list[tuple[int, Rows]]:
-    """Whole rows into micro-batches of capacity and one of as many eighths as are left: (size, its rows)."""
-    eighth = capacity // 8
-    whole, rest = divmod(sum(rows), capacity)
-    sizes = [capacity] * whole + [-(-rest // eighth) * eighth] * (rest > 0)
-    bins = [[size, size, []] for size in sizes]  # size, room left, rows
-    for row in sorted(rows, reverse=True):  # best fit
-        chosen = min((each for each in bins if each[1] >= row), key=lambda each: each[1], default=None)
-        if chosen is None:
-            size = -(-row // eighth) * eighth
-            chosen = [size, size, []]
-            bins.append(chosen)
-        chosen[1] -= row
-        chosen[2].append(row)
-    return [(size, inside) for size, _, inside in bins if inside]
-
-
-def build_packed(size: int, rows: Rows, vocabulary: int) -> dict[str, Any]:
-    """One packed micro-batch of random tokens; what is left at its end is a row of its own without labels."""
-    rest = size - sum(rows)
-    lengths = rows + [rest] * (rest > 0)
-    labels = torch.randint(5, vocabulary, (1, size))
-    ends = torch.tensor([0, *lengths]).cumsum(0)
-    labels[:, ends[:-1]] = -100
-    labels[:, size - rest :] = -100
-    return {
-        "input_ids": torch.where(labels == -100, 5, labels),
-        "labels": labels,
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "label_positions": (labels[0, 1:] != -100).nonzero().flatten(),
-        "cu_seqlens": ends.to(torch.int32),
-        "max_length": max(lengths),
-    }
-
-
-def build_padded(rows: Rows, vocabulary: int, device: str) -> dict[str, torch.Tensor]:
-    """Rows of random tokens padded to the longest."""
-    mask = torch.arange(max(rows)) < torch.tensor(rows)[:, None]
-    ids = torch.randint(5, vocabulary, mask.shape)
-    batch = {"input_ids": ids * mask, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
-    return {name: x.to(device) for name, x in batch.items()}
 
 
 def build_step(
@@ -243,7 +174,7 @@ def build_fast_step(
 
 
 def time_steps(step: Step, steps: list[Any], warm_ups: int, device: str) -> tuple[float, float, float]:
-    """(seconds of the steps after `warm_ups`, seconds of the first, last loss). All rows are new, as in a run."""
+    """(seconds of the steps after `warm_ups`, of the first one, last loss). All rows are new, as in a run."""
     start = time.perf_counter()
     step(steps[0])
     synchronize(device)
@@ -264,7 +195,7 @@ def synchronize(device: str) -> None:
 
 
 def measure_matmul_tflops(device: str, dtype: torch.dtype) -> float:
-    """What large square products of random numbers reach here, kept up for a second as training does, TFLOP/s."""
+    """What large products of random numbers reach here, kept up for a second as training does, TFLOP/s."""
     size, repeats = (8192, 700) if device == "cuda" else (1024, 3)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     left @ right
@@ -334,7 +265,7 @@ def print_profile(step: Step, batches: list[dict[str, Any]]) -> None:
 
 
 def list_runs(arguments: SpeedArguments) -> list[tuple[str, str, str, float]]:
-    """(variant, workload, dtype, dropout): one of the original and the plain path, all asked for of the fast."""
+    """(variant, workload, dtype, dropout)"""
     runs = []
     for variant in VARIANTS:  # the fast path comes last: liger-kernel changes the model code of the process
         settings = [(dtype, p) for dtype in arguments.dtypes for p in arguments.dropouts]
@@ -348,8 +279,9 @@ def format_row(timing: Timing, original: dict[str, float]) -> str:
     ratio = f"{timing.tokens_per_second / base:6.2f}x" if base else "      -"
     return (
         f"{timing.variant:<9} {timing.workload:<22} {timing.dtype:<5} {timing.dropout:<4g} "
-        f"{timing.tokens_per_second:>10,.0f} {ratio} {timing.peak_gib:>8.2f} {timing.reserved_gib:>8.2f} {timing.optimizer_gib:>7.2f} {timing.tflops:>9.3g} "
-        f"{timing.of_limit:>8.1%} {timing.first_step_seconds:>8.1f}"
+        f"{timing.tokens_per_second:>10,.0f} {ratio} {timing.peak_gib:>8.2f} {timing.reserved_gib:>8.2f} "
+        f"{timing.optimizer_gib:>7.2f} {timing.tflops:>9.3g} {timing.of_limit:>8.1%} "
+        f"{timing.first_step_seconds:>8.1f}"
     )
 
 
@@ -368,7 +300,11 @@ def main() -> None:
     notice(HEADER)
     timings, original = [], {}
     for variant, workload, dtype, dropout in list_runs(arguments):
-        timing = measure(variant, workload, dtype, dropout, arguments, peak)
+        try:
+            timing = measure(variant, workload, dtype, dropout, arguments, peak)
+        except torch.OutOfMemoryError:
+            notice(f"{variant:<9} {workload:<22} {dtype:<5} {dropout:<4g} out of memory")
+            continue
         if variant == "original":
             original.setdefault(workload.removesuffix("-checkpointed"), timing.tokens_per_second)
         notice(format_row(timing, original))

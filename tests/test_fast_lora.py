@@ -1,7 +1,10 @@
 """The fused path trains what PEFT's modules train: the same loss and adapter gradients on every architecture."""
 
+import json
+
 import pytest
 import torch
+from conftest import ROOT
 from tiny_models import (
     CONFIGS,
     DEVICE,
@@ -120,14 +123,23 @@ def test_adapter_saves_and_loads_as_before(tmp_path):
     assert fast.run(batch, SCALE).item() == pytest.approx(after, rel=1e-5)
 
 
-def test_gradients_removed_by_zero_grad_come_back():
+@pytest.mark.parametrize("zero", ["model.zero_grad()", "optimizer.zero_grad()", "in place"])
+def test_gradients_start_anew_however_they_are_zeroed(zero):
     fast = prepare(build_model("llama"))
-    fast.model.zero_grad()
-    fast.flat.attach_gradients()
-    fast.run(build_batch(packed=True), SCALE)
-    gradients = adapter_gradients(fast.model)
-    assert all(gradient.norm() > 0 for gradient in gradients.values())
-    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    optimizer = torch.optim.AdamW([fast.flat.weights])
+    for step in range(2):
+        fast.run(build_batch(packed=True), SCALE)
+        if step == 0:
+            first = adapter_gradients(fast.model)
+            if zero == "model.zero_grad()":
+                fast.model.zero_grad()
+            elif zero == "optimizer.zero_grad()":
+                optimizer.zero_grad()
+            else:
+                fast.flat.zero_gradients()
+    assert relative_difference(adapter_gradients(fast.model), first) < 1e-6
+    assert fast.flat.weights.grad is fast.flat.grads
+    norm = torch.stack([gradient.norm() for gradient in first.values()]).norm()
     assert fast.flat.clip_gradients(0.1).item() == pytest.approx(norm.item(), rel=1e-5)
     assert fast.flat.grads.norm().item() == pytest.approx(0.1, rel=1e-4)
 
@@ -146,3 +158,67 @@ def test_dora_keeps_pefts_forward(capsys):
     config = LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM")
     message = prepare_fast_model(get_peft_model(base, config), torch.float32)
     assert "lora_magnitude_vector" in message
+
+
+def read_identity_batches(tokenizer, rows_each: int, count: int) -> list[dict]:
+    """Packed micro-batches of our own small data set, labels on the whole rows."""
+    lines = (ROOT / "data" / "guanaco_identity.jsonl").read_text().splitlines()
+    rows = [tokenizer(" ".join(str(x) for x in json.loads(line).values())).input_ids for line in lines]
+    batches = []
+    for start in range(0, rows_each * count, rows_each):
+        chosen = [rows[i % len(rows)][:160] for i in range(start, start + rows_each)]
+        ends = torch.tensor([0] + [len(row) for row in chosen]).cumsum(0)
+        ids = torch.tensor([sum(chosen, [])])
+        labels = ids.clone()
+        labels[:, ends[:-1]] = -100
+        batches.append(
+            {
+                "input_ids": ids,
+                "labels": labels,
+                "position_ids": torch.cat([torch.arange(len(row)) for row in chosen])[None],
+                "cu_seqlens": ends.to(torch.int32),
+                "max_length": max(map(len, chosen)),
+                "label_positions": (labels[0, 1:] != -100).nonzero().flatten(),
+            }
+        )
+    return [
+        {n: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for n, x in batch.items()} for batch in batches
+    ]
+
+
+@pytest.mark.slow
+def test_twenty_steps_on_a_real_model_equal_pefts(smollm2, smol_tokenizer):
+    from utils.arguments import LoraArguments, ModelArguments
+    from utils.model import add_lora, load_base
+
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    batches = read_identity_batches(smol_tokenizer, rows_each=2, count=20)
+    held_out = read_identity_batches(smol_tokenizer, rows_each=8, count=3)[-1]
+    history = []
+    for is_fast in (False, True):
+        torch.manual_seed(0)
+        model = add_lora(load_base(ModelArguments(str(smollm2)), dtype), LoraArguments(lora_r=8)).train()
+        fast = prepare(model, dtype) if is_fast else None
+        weights = [fast.flat.weights] if is_fast else [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(weights, lr=2e-4)
+        losses, gradients = [], []
+        for batch in batches:
+            scale = torch.tensor(1 / len(batch["label_positions"]), device=DEVICE)
+            with torch.autocast(DEVICE, dtype, enabled=not is_fast and dtype != torch.float32):
+                loss = fast.run(batch, scale) if is_fast else run_plain(model, batch, scale)
+            losses.append((loss * scale).item())
+            gradients.append(torch.cat([g.flatten() for g in adapter_gradients(model).values()]))
+            optimizer.step()
+            optimizer.zero_grad()
+        model.eval()
+        with torch.no_grad():
+            names = ("input_ids", "position_ids")
+            logits = model(**{n: held_out[n] for n in names}, use_cache=False).logits[0, :-1].float()
+            final = torch.nn.functional.cross_entropy(logits, held_out["labels"][0, 1:]).item()
+        history.append((losses, gradients, final))
+    (plain_losses, plain_gradients, plain_final), (losses, gradients, final) = history
+    assert losses == pytest.approx(plain_losses, abs=1e-2)
+    assert losses[-1] < losses[0]
+    for first, second in zip(gradients, plain_gradients, strict=True):
+        assert torch.cosine_similarity(first, second, dim=0) > 0.999
+    assert final == pytest.approx(plain_final, rel=5e-3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eval import train_speed
-from eval.train_speed import cut_into_bins, draw_length, parse_workload
+from eval.speed_workloads import cut_into_bins, draw_length, parse_workload
 from utils.console import UserError
 from utils.shapes import SHAPES, build_random_model, count_linear_weights
 

@@ -20,19 +20,20 @@ class GraphedStep:
         self.fast, self.graphs, self.seen = fast, {}, set()
         self.obstacle = find_graph_obstacle(fast)
         if not self.obstacle:
-            # One pool and one stream for all graphs and eager runs: never at work at once, they share activations.
+            # One pool and stream for all graphs and eager runs: never at work at once, they share memory.
             self.pool, self.stream = torch.cuda.MemPool(), torch.cuda.Stream()
 
     def __call__(self, micro_batch: MicroBatch, loss_scale: float | torch.Tensor) -> torch.Tensor:
         """Sum of the token losses  # [] on the device; gradients are added to `fast.flat.grads`.
 
-        `micro_batch`: as FastModel.run takes it, on any device; cu_seqlens best on the CPU, as the longest row
-        is read from it. `loss_scale` multiplies the gradients: 1 / label tokens of the whole optimizer step,
-        times GradScaler's scale in float16.
+        `micro_batch`: as FastModel.run takes it, on any device; a missing max_length is read from cu_seqlens,
+        which waits for the GPU if they are there. `loss_scale` multiplies the gradients: 1 / label tokens of
+        the whole optimizer step, times GradScaler's scale in float16.
         """
         device = self.fast.seed.device
         scale = torch.as_tensor(loss_scale, dtype=torch.float32, device=device)
         self.fast.draw_masks()
+        self.fast.flat.attach_gradients()  # before a capture or a replay, which could not
         if self.obstacle or "cu_seqlens" not in micro_batch:
             batch = add_max_length(micro_batch)
             return self.fast.run(move(batch, device), scale)
@@ -106,9 +107,9 @@ def add_max_length(batch: MicroBatch) -> MicroBatch:
 def round_up(batch: MicroBatch) -> MicroBatch:
     """Pad what varies to a few fixed sizes: empty rows, ignored label positions, a rounded longest row.
 
-    Each size costs a capture and each rounding some empty work: an empty row or a part of one costs little, so
-    there is room for rows of 128 tokens and for one of 1,024, or twice that where it is not enough; labels are
-    looked for at half of the positions or at all of them.
+    Each size costs a capture, each rounding some empty work. Empty rows cost little, so there is
+    room for rows of 128 tokens and for one of 1,024, or twice that where it is not enough; labels are looked
+    for at half of the positions or at all of them.
     """
     tokens, ends, positions = batch["input_ids"].shape[1], batch["cu_seqlens"], batch["label_positions"]
     rows, longest = len(ends) - 1, add_max_length(batch)["max_length"]

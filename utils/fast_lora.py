@@ -5,8 +5,8 @@
     dA = s dyb' drop(x)           dB = s dy' xa
 
 What that gains over autograd on PEFT's modules: W is unpacked once a pass and never kept, the low-rank part
-costs no pass over y of its own, x is kept once for all projections of it, dropout keeps no mask, and dA and dB
-are added to the float32 gradients by the product itself. The parameters stay those of PEFT.
+costs no pass over y of its own, x is kept once for all projections of it, dropout keeps no mask, and the
+products that make dA and dB add them to the float32 gradients. The parameters stay those of PEFT.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu", "Py
 
 
 def read_weight(base: nn.Module, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The frozen weight in the compute dtype  # [out, in]; into `out`, whose rows may be longer, where given."""
+    """The frozen weight in the compute dtype  # [out, in]; written to `out`, if given; it may be strided."""
     if not isinstance(base, (Linear4bit, Linear8bitLt)):
         return base.weight.data if out is None else out.copy_(base.weight.data)
     if out is None:
@@ -64,7 +64,7 @@ def find_obstacle(layer: LoraLayer, dtype: torch.dtype) -> str | None:
 
 
 class Projections:
-    """One or several adapted layers that read the same input, and their adapter as views of the flat buffers."""
+    """Adapted layers that read one input, or a single layer; their adapter as views of the flat buffers."""
 
     def __init__(self, layers: list[LoraLayer], number: int):
         self.layers, self.number = layers, number
@@ -170,7 +170,7 @@ class FusedProjections(torch.autograd.Function):
 
 
 class FusedMLP(torch.autograd.Function):
-    """down(act(gate(x)) * up(x)). Keeps gate and up, which its backward overwrites; their product is redone."""
+    """down(act(gate(x)) * up(x)). Keeps gate and up, which backward overwrites, and not their product."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Cross entropy over the label positions, a few rows of logits at a time, through a head that is not trained."""
+"""Cross entropy over the label positions, some logits at a time, through a head that is not trained."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ CHUNK_ELEMENTS = 2**25  # logits in memory at once: 64 MiB in 16 bits, a product
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of the token losses  # []. The gradient of `hidden` is made on the way forward, the head has none."""
+    """Sum of the token losses  # []. Its gradient in `hidden` is made on the way forward; none for the head."""
 
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, targets: torch.Tensor, head: "Head"):

@@ -56,6 +56,7 @@ class FastModel:
         `batch`: input_ids, labels  # [rows, width]; label_positions  # [positions]; position_ids with
         cu_seqlens and max_length (an int) for packed rows, attention_mask for padded ones.
         """
+        self.flat.attach_gradients()
         self.flat.refresh_copy()
         if "cu_seqlens" not in batch or self.attention_obstacle:
             loss = self.sum_losses(batch)

@@ -44,11 +44,17 @@ class FlatAdapter:
             self.copy.copy_(self.weights.data)
 
     def attach_gradients(self) -> None:
-        """Point every .grad into the buffer again, where zero_grad() has set it to None."""
+        """Zero the gradients and point every .grad into the buffer, if zero_grad() has set any to None.
+
+        Without it the optimizer would find no gradient where the backward pass writes, and learn nothing.
+        """
+        weights = [self.weights, *self.starts]
+        if all(weight.grad is not None for weight in weights):
+            return
+        self.grads.zero_()
         self.weights.grad = self.grads
         for parameter in self.starts:
-            if parameter.grad is None:
-                parameter.grad = self.view(self.grads, [parameter])
+            parameter.grad = self.view(self.grads, [parameter])
 
     def zero_gradients(self) -> None:
         self.grads.zero_()

@@ -1,4 +1,4 @@
-"""Quantized models of a known shape from random weights, for measuring: made layer by layer, never whole in 16 bits."""
+"""Quantized models of known shapes from random weights, to measure on: never whole in 16 bits."""
 
 import copy
 

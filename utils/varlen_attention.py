@@ -1,8 +1,9 @@
 """Attention of packed rows: torch's variable-length kernel, which never looks across a row's end.
 
-Its signature differs between torch 2.10 and 2.13, so its parameters are looked up. Where it cannot run (a CPU, a
-GPU before Ampere, float32) sdpa gets a block-diagonal mask. Neither reads anything on the host, so both can be
-captured in a CUDA graph. For packed training only: padded batches (evaluation, generation) keep their masks.
+Its signature differs between torch 2.10 and 2.13, so its parameters are looked up. Where it cannot run
+(a CPU, a GPU before Ampere, float32) sdpa gets a block-diagonal mask. Neither reads anything on the host, so
+both can be captured in a CUDA graph. For packed training only: padded batches, as evaluation and generation
+have them, keep the model's own attention.
 """
 
 import inspect
@@ -66,7 +67,8 @@ def attend_packed(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each row  # [1, tokens, heads, head_dim]
 
-    query, key, value  # [1, heads, tokens, head_dim]; cu_seq_lens_q  # int32 [rows + 1], where rows begin and end
+    query, key, value  # [1, heads, tokens, head_dim]
+    cu_seq_lens_q: where rows begin and end  # int32 [rows + 1]
     """
     tokens, rows = query.shape[2], len(cu_seq_lens_q) - 1
     if rows * max_length_q == tokens and not sliding_window:
@@ -93,7 +95,7 @@ def attend_packed(
 def attend_dense(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: int, scaling: float | None
 ) -> torch.Tensor:
-    """Rows of one length, as documents cut at the limit are: a plain batch, for which cuDNN is twice as fast."""
+    """Rows of one length, as documents cut at the limit are: a batch, which cuDNN does twice as fast."""
     query, key, value = (
         x.transpose(1, 2).reshape(rows, -1, x.shape[1], x.shape[3]).transpose(1, 2)
         for x in (query, key, value)
@@ -117,7 +119,7 @@ def build_block_mask(
 
 @contextmanager
 def packed_attention(model: nn.Module) -> Iterator[None]:
-    """Within it, forward and backward of `model` take packed rows; the model's own attention returns after."""
+    """Within it, forward and backward of `model` take packed rows; its own attention returns after."""
     AttentionInterface.register(NAME, attend_packed)
     config = model.config.get_text_config()
     before = config._attn_implementation
