@@ -1,0 +1,319 @@
+"""Times a QLoRA step: the original's recipe, the plain path and the fast path, in one run on one GPU.
+
+    python -m eval.train_speed --model llama-7b
+    python -m eval.train_speed --model tiny --workloads 4x32 real-8     (a CPU's size)
+
+A workload is BATCHxLENGTH (dense rows), real-ROWS (an optimizer step of that many rows with the lengths of
+Alpaca's), either followed by -checkpointed. The base has random weights: the time does not depend on them.
+"""
+
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers.hf_argparser import HfArg
+
+from eval.speed_workloads import Rows, build_packed, build_padded, cut_into_bins, parse_workload
+from utils.arguments import parse_args
+from utils.console import UserError, notice, run_main
+from utils.cuda_graph import GraphedStep
+from utils.fast_model import prepare_fast_model
+from utils.shapes import SHAPES, build_random_model, count_linear_weights
+
+VARIANTS = ("original", "plain", "fast")
+HEADER = (
+    f"{'variant':<9} {'workload':<22} dtype drop   tokens/s   ratio peak GiB reserved  of Adam "
+    "4N TFLOP/s of limit first, s"
+)
+Step = Callable[[list[dict[str, Any]]], torch.Tensor]  # the micro-batches of an optimizer step -> its loss
+Prepare = Callable[[Rows], list[dict[str, Any]]]
+
+
+@dataclass
+class SpeedArguments:
+    _argument_group_name = "speed"
+    model: str = HfArg(default="llama-7b", help=f"Shape: {', '.join(SHAPES)}.")
+    workloads: list[str] = HfArg(
+        default_factory=lambda: ["4x512", "4x2048", "4x2048-checkpointed", "real-32", "real-128"],
+        help="BATCHxLENGTH or real-ROWS, each also with -checkpointed.",
+    )
+    variants: list[str] = HfArg(
+        default_factory=lambda: list(VARIANTS), help="original, plain and fast, in this order."
+    )
+    bits: Literal[4, 8, 16] = HfArg(default=4, help="Bits of the base.")
+    dtypes: list[str] = HfArg(default_factory=lambda: ["bf16"], help="bf16, fp16, fp32: of the fast path.")
+    lora_r: int = HfArg(default=64, help="Rank of the adapter.")
+    dropouts: list[float] = HfArg(default_factory=lambda: [0.1], help="LoRA dropout of the fast path.")
+    capacity: int = HfArg(default=8192, help="Largest packed micro-batch of real lengths, tokens.")
+    steps: int = HfArg(default=4, help="Optimizer steps timed.")
+    profile: bool = HfArg(default=False, help="Print the kernels that took longest.")
+    output_dir: str = HfArg(default="output/train_speed", help="Where the table is saved as json.")
+
+
+@dataclass
+class Timing:
+    variant: str
+    workload: str
+    dtype: str
+    dropout: float
+    tokens_per_second: float
+    peak_gib: float  # in tensors, those of a graph's pool included; a paged optimizer's state is not
+    reserved_gib: float  # what the process held on the GPU for it
+    optimizer_gib: float
+    tflops: float
+    of_limit: float  # of the tokens per second that matrix products alone would allow
+    first_step_seconds: float
+    loss: float
+
+
+def build_step(
+    variant: str,
+    arguments: SpeedArguments,
+    dtype: torch.dtype,
+    dropout: float,
+    checkpointed: bool,
+    device: str,
+) -> tuple[Prepare, Step, Any]:
+    """(what makes micro-batches of rows, what takes an optimizer step over them, the optimizer)"""
+    config = SHAPES[arguments.model]()
+    model = build_random_model(config, arguments.bits, dtype, device)
+    if variant == "original":
+        model = prepare_model_for_kbit_training(model, True, {"use_reentrant": False})
+    elif checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    lora = LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=16,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, lora).train()
+    if variant == "fast":
+        return build_fast_step(model, dtype, arguments.capacity, device)
+    if variant == "original":
+        cast_like_original(model, dtype)
+    return build_plain_step(model, dtype, device)
+
+
+def cast_like_original(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """The dtypes of QLoRA's own script of 2023: 16-bit adapters and head, float32 norms."""
+    for name, module in model.named_modules():
+        if "lora_" in name and dtype == torch.bfloat16:
+            module.to(dtype)
+        if "norm" in name:
+            module.to(torch.float32)
+        if ("lm_head" in name or "embed_tokens" in name) and hasattr(module, "weight"):
+            module.to(dtype)
+
+
+def build_plain_step(model: torch.nn.Module, dtype: torch.dtype, device: str) -> tuple[Prepare, Step, Any]:
+    """Padded micro-batches of four through PEFT and autocast, gradients added up, a paged optimizer."""
+    import bitsandbytes as bnb
+
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    paged = device == "cuda"
+    optimizer = (bnb.optim.PagedAdamW32bit if paged else torch.optim.AdamW)(weights, lr=2e-4)
+    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+    vocabulary = model.config.vocab_size
+
+    def prepare(rows: Rows) -> list[dict[str, Any]]:
+        return [build_padded(rows[i : i + 4], vocabulary, device) for i in range(0, len(rows), 4)]
+
+    def step(batches: list[dict[str, Any]]) -> torch.Tensor:
+        for batch in batches:
+            with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+                loss = model(**batch, use_cache=False).loss / len(batches)
+            scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(weights, 0.3)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        return loss.detach() * len(batches)
+
+    return prepare, step, optimizer
+
+
+def build_fast_step(
+    model: torch.nn.Module, dtype: torch.dtype, capacity: int, device: str
+) -> tuple[Prepare, Step, Any]:
+    """Packed micro-batches of fixed sizes, replayed as CUDA graphs where there is a GPU."""
+    fast = prepare_fast_model(model, dtype)
+    if isinstance(fast, str):
+        raise UserError(f"the fast path does not cover this model: {fast}")
+    run = GraphedStep(fast)
+    optimizer = torch.optim.AdamW([fast.flat.weights], lr=2e-4, fused=True)
+    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+    vocabulary = model.config.vocab_size
+
+    def prepare(rows: Rows) -> list[dict[str, Any]]:
+        bins = [(sum(rows), rows)] if len(set(rows)) == 1 else cut_into_bins(rows, capacity)
+        return [build_packed(size, inside, vocabulary) for size, inside in bins]
+
+    def step(batches: list[dict[str, Any]]) -> torch.Tensor:
+        labels = sum(len(batch["label_positions"]) for batch in batches)
+        loss_scale = scaler.scale(torch.ones((), device=device)) / labels
+        loss = sum(run(batch, loss_scale) for batch in batches)
+        scaler.unscale_(optimizer)
+        fast.flat.clip_gradients(0.3)
+        scaler.step(optimizer)
+        scaler.update()
+        fast.flat.zero_gradients()
+        return loss / labels
+
+    return prepare, step, optimizer
+
+
+def time_steps(step: Step, steps: list[Any], warm_ups: int, device: str) -> tuple[float, float, float]:
+    """(seconds of the steps after `warm_ups`, of the first one, last loss). All rows are new, as in a run."""
+    start = time.perf_counter()
+    step(steps[0])
+    synchronize(device)
+    first = time.perf_counter() - start
+    for batches in steps[1:warm_ups]:
+        step(batches)
+    synchronize(device)
+    start = time.perf_counter()
+    for batches in steps[warm_ups:]:
+        loss = step(batches)
+    synchronize(device)
+    return time.perf_counter() - start, first, float(loss)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure_matmul_tflops(device: str, dtype: torch.dtype) -> float:
+    """What large products of random numbers reach here, kept up for a second as training does, TFLOP/s."""
+    size, repeats = (8192, 700) if device == "cuda" else (1024, 3)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    left @ right
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        left @ right
+    synchronize(device)
+    return 2 * size**3 * repeats / (time.perf_counter() - start) / 1e12
+
+
+def measure(
+    variant: str,
+    workload: str,
+    dtype_name: str,
+    dropout: float,
+    arguments: SpeedArguments,
+    peak_tflops: float,
+) -> Timing:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype_name]
+    warm_ups = 6 if variant == "fast" else 1  # a graph is captured when its size comes a second time
+    steps, checkpointed = parse_workload(workload, warm_ups + arguments.steps)
+    if variant != "fast":
+        steps = [rows[:32] for rows in steps]  # micro-batches of four are timed alike
+    torch.manual_seed(0)
+    prepare, step, optimizer = build_step(variant, arguments, dtype, dropout, checkpointed, device)
+    gc.collect()  # the model before this one
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    seconds, first, loss = time_steps(step, [prepare(rows) for rows in steps], warm_ups, device)
+    if arguments.profile and device == "cuda":
+        print_profile(step, prepare(steps[-1]))
+    steps = steps[warm_ups:]
+    state = [x for values in optimizer.state.values() for x in values.values() if isinstance(x, torch.Tensor)]
+    tokens, weights = sum(map(sum, steps)), count_linear_weights(SHAPES[arguments.model]())
+    recomputed = checkpointed or variant == "original"
+    return Timing(
+        variant,
+        workload,
+        dtype_name,
+        dropout,
+        round(tokens / seconds, 1),
+        round(torch.cuda.max_memory_allocated() / 2**30, 2) if device == "cuda" else 0.0,
+        round(torch.cuda.max_memory_reserved() / 2**30, 2) if device == "cuda" else 0.0,
+        round(sum(x.numel() * x.element_size() for x in state) / 2**30, 2),
+        round(4 * weights * tokens / seconds / 1e12, 3),
+        round((6 if recomputed else 4) * weights * tokens / seconds / 1e12 / peak_tflops, 3),
+        round(first, 2),
+        round(loss, 3),
+    )
+
+
+def print_profile(step: Step, batches: list[dict[str, Any]]) -> None:
+    """GPU time of one step by kernel, the longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        step(batches)
+        torch.cuda.synchronize()
+    events = sorted(profiled.key_averages(), key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in events)
+    notice(f"{total / 1e3:9.2f} ms in all kernels")
+    for event in events[:30]:
+        notice(f"{event.self_device_time_total / 1e3:9.2f} ms {event.count:6} x {event.key[:90]}")
+
+
+def list_runs(arguments: SpeedArguments) -> list[tuple[str, str, str, float]]:
+    """(variant, workload, dtype, dropout)"""
+    runs = []
+    for variant in VARIANTS:  # the fast path comes last: liger-kernel changes the model code of the process
+        settings = [(dtype, p) for dtype in arguments.dtypes for p in arguments.dropouts]
+        for dtype, dropout in settings if variant == "fast" else settings[-1:]:
+            runs += [(variant, workload, dtype, dropout) for workload in arguments.workloads]
+    return [run for run in runs if run[0] in arguments.variants]
+
+
+def format_row(timing: Timing, original: dict[str, float]) -> str:
+    base = original.get(timing.workload.removesuffix("-checkpointed").replace("real-128", "real-32"))
+    ratio = f"{timing.tokens_per_second / base:6.2f}x" if base else "      -"
+    return (
+        f"{timing.variant:<9} {timing.workload:<22} {timing.dtype:<5} {timing.dropout:<4g} "
+        f"{timing.tokens_per_second:>10,.0f} {ratio} {timing.peak_gib:>8.2f} {timing.reserved_gib:>8.2f} "
+        f"{timing.optimizer_gib:>7.2f} {timing.tflops:>9.3g} {timing.of_limit:>8.1%} "
+        f"{timing.first_step_seconds:>8.1f}"
+    )
+
+
+def main() -> None:
+    (arguments,) = parse_args(sys.argv[1:], [SpeedArguments], __doc__)
+    if arguments.model not in SHAPES:
+        raise UserError(f"--model {arguments.model}: use one of {', '.join(SHAPES)}")
+    for workload in arguments.workloads:
+        parse_workload(workload, 1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    peak = measure_matmul_tflops(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    notice(
+        f"{arguments.model} on {name}, torch {torch.__version__}: matrix products reach {peak:.3g} TFLOP/s"
+    )
+    notice(HEADER)
+    timings, original = [], {}
+    for variant, workload, dtype, dropout in list_runs(arguments):
+        try:
+            timing = measure(variant, workload, dtype, dropout, arguments, peak)
+        except torch.OutOfMemoryError:
+            notice(f"{variant:<9} {workload:<22} {dtype:<5} {dropout:<4g} out of memory")
+            continue
+        if variant == "original":
+            original.setdefault(workload.removesuffix("-checkpointed"), timing.tokens_per_second)
+        notice(format_row(timing, original))
+        timings.append(asdict(timing))
+    path = Path(arguments.output_dir, f"{arguments.model}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"device": name, "matmul_tflops": peak, "timings": timings}, indent=2))
+    notice(f"saved to {path}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,148 @@
+"""The captured step trains what the eager one does, whatever rows, masks and losses come after the capture."""
+
+import pytest
+import torch
+from tiny_llms import DEVICE, adapter_gradients, build_batch, build_model, relative_difference
+
+from utils.cuda_graph import GraphedStep, find_size, round_up
+from utils.fast_model import prepare_fast_model
+
+SIXTEEN = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+
+def build_pair(name="llama with grouped queries", dropout=0.2, dtype=SIXTEEN, bits=4, checkpointed=False):
+    """(graphed step, the same model to run eagerly)"""
+    pair = []
+    for _ in range(2):
+        model = build_model(name, dropout, dtype, bits)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        pair.append(prepare_fast_model(model, dtype))
+    return GraphedStep(pair[0]), pair[1]
+
+
+def test_rounding_up_changes_neither_loss_nor_gradients():
+    _, fast = build_pair(dropout=0.0, bits=16, dtype=torch.float32)
+    batch, scale = build_batch(packed=True), torch.tensor(0.5, device=DEVICE)
+    loss = fast.run(batch, scale)
+    gradients = adapter_gradients(fast.model)
+    fast.flat.zero_gradients()
+    rounded = round_up(batch)
+    assert len(rounded["cu_seqlens"]) == 17 and len(rounded["label_positions"]) % 10 == 0
+    assert len(rounded["label_positions"]) > len(batch["label_positions"])
+    assert fast.run(rounded, scale).item() == pytest.approx(loss.item(), rel=1e-6)
+    assert relative_difference(adapter_gradients(fast.model), gradients) < 1e-5
+
+
+def test_few_sizes_for_many_micro_batches():
+    sizes = set()
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        ends = torch.cat(
+            [torch.tensor([0]), torch.randint(1, 1024, (30,), generator=generator).sort().values]
+        )
+        batch = {
+            "input_ids": torch.zeros(1, 1024, dtype=torch.long),
+            "labels": torch.zeros(1, 1024, dtype=torch.long),
+            "position_ids": torch.zeros(1, 1024, dtype=torch.long),
+            "label_positions": torch.arange(500 + seed),
+            "cu_seqlens": torch.cat([ends.unique(), torch.tensor([1024])]).to(torch.int32),
+        }
+        sizes.add(find_size(round_up(batch)))
+    assert len(sizes) <= 4
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU the step is captured")
+def test_without_a_gpu_the_step_runs_eagerly():
+    step, fast = build_pair()
+    assert step.obstacle == "no GPU"
+    torch.manual_seed(3)
+    loss = step(build_batch(packed=True), 0.5)
+    torch.manual_seed(3)
+    fast.draw_masks()
+    assert loss.item() == pytest.approx(
+        fast.run(build_batch(packed=True), torch.tensor(0.5)).item(), rel=1e-6
+    )
+    assert relative_difference(adapter_gradients(step.fast.model), adapter_gradients(fast.model)) < 1e-6
+
+
+CASES = {
+    "bf16": {},
+    "fp16": {"dtype": torch.float16},
+    "int8": {"bits": 8},
+    "no quantization": {"bits": 16},
+    "checkpointed": {"checkpointed": True},
+    "biases": {"name": "qwen2 with biases"},
+    "window": {"name": "mistral with a window"},
+    "other activation": {"name": "gemma"},
+    "no gated MLP": {"name": "gpt_neox"},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_replay_equals_eager_for_new_rows_masks_and_scales(case):
+    step, fast = build_pair(**CASES[case])
+    seeds = range(6)
+    losses, expected = [], []
+    torch.manual_seed(3)
+    for seed in seeds:  # eager, captured, then replayed; gradients add up
+        losses.append(step(build_batch(packed=True, seed=seed), 0.5 + seed).item())
+        with torch.no_grad():  # an evaluation in between
+            step.fast.model(build_batch(packed=True)["input_ids"])
+    assert step.obstacle is None and len(step.graphs) == 1
+    torch.manual_seed(3)
+    for seed in seeds:
+        fast.draw_masks()
+        expected.append(
+            fast.run(build_batch(packed=True, seed=seed), torch.tensor(0.5 + seed, device=DEVICE)).item()
+        )
+    assert losses == pytest.approx(expected, rel=2e-3)
+    assert len(set(losses)) == len(losses)
+    assert relative_difference(adapter_gradients(step.fast.model), adapter_gradients(fast.model)) < 1e-2
+
+
+@pytest.mark.gpu
+def test_optimizer_steps_reach_the_graph():
+    step, _ = build_pair()
+    optimizer = torch.optim.AdamW([step.fast.flat.weights], lr=3e-2, fused=True)
+    losses = []
+    for _ in range(30):
+        losses.append(step(build_batch(packed=True), 0.1).item())
+        optimizer.step()
+        step.fast.flat.zero_gradients()
+    assert losses[-1] < losses[0] - 5  # as on a CPU
+
+
+@pytest.mark.gpu
+def test_dropout_of_the_model_itself_is_not_captured(capsys):
+    model = build_model("gpt_neox", dtype=SIXTEEN)
+    model.base_model.model.gpt_neox.layers[0].post_mlp_dropout.p = 0.1
+    step = GraphedStep(prepare_fast_model(model, SIXTEEN))
+    assert "dropout of its own" in step.obstacle and "dropout of its own" in capsys.readouterr().out
+    step(build_batch(packed=True), 1.0)
+    step(build_batch(packed=True), 1.0)
+    assert not step.graphs and step.fast.flat.grads.norm() > 0
+
+
+@pytest.mark.gpu
+def test_a_failed_capture_is_named_and_training_goes_on(capsys, monkeypatch):
+    step, fast = build_pair()
+    run = step.fast.run
+
+    def run_with_host_read(batch, scale):
+        loss = run(batch, scale)
+        assert loss.item() > 0  # no graph can hold this
+        return loss
+
+    monkeypatch.setattr(step.fast, "run", run_with_host_read)
+    torch.manual_seed(3)
+    losses = [step(build_batch(packed=True), 0.5).item() for _ in range(3)]
+    assert "capturing failed" in capsys.readouterr().out and not step.graphs
+    torch.manual_seed(3)
+    for loss in losses:
+        fast.draw_masks()
+        assert fast.run(build_batch(packed=True), torch.tensor(0.5, device=DEVICE)).item() == pytest.approx(
+            loss
+        )
+    assert torch.rand(2, device=DEVICE).shape == (2,)  # the GPU's generator still works

@@ -1,0 +1,79 @@
+"""The timing command: its workloads, its packing, its table."""
+
+import json
+
+import pytest
+import torch
+
+from eval import train_speed
+from eval.speed_workloads import cut_into_bins, draw_length, parse_workload
+from utils.console import UserError
+from utils.shapes import SHAPES, build_random_model, count_linear_weights
+
+
+def test_table_of_three_variants(tmp_path, monkeypatch, capsys):
+    argv = [
+        "--model",
+        "tiny",
+        "--workloads",
+        "2x16",
+        "real-4-checkpointed",
+        "--steps",
+        "1",
+        "--capacity",
+        "2048",
+    ]
+    argv += ["--dtypes", "fp32" if not torch.cuda.is_available() else "bf16", "--lora_r", "4"]
+    monkeypatch.setattr("sys.argv", ["train_speed", *argv, "--output_dir", str(tmp_path)])
+    train_speed.main()
+    saved = json.loads((tmp_path / "tiny.json").read_text())
+    rows = [(timing["variant"], timing["workload"]) for timing in saved["timings"]]
+    assert rows == [(v, w) for v in ("original", "plain", "fast") for w in ("2x16", "real-4-checkpointed")]
+    assert all(timing["tokens_per_second"] > 0 and 5 < timing["loss"] < 8 for timing in saved["timings"])
+    assert saved["matmul_tflops"] > 0 and "tokens/s" in capsys.readouterr().out
+
+
+def test_workloads_are_read_and_bad_ones_named():
+    assert parse_workload("4x512", 2) == ([[512] * 4] * 2, False)
+    steps, checkpointed = parse_workload("real-32-checkpointed", 3)
+    assert checkpointed and [len(rows) for rows in steps] == [32] * 3 and steps[0] != steps[1]
+    for bad in ("4x", "real", "4x512-fast"):
+        with pytest.raises(UserError, match=f"--workloads {bad}"):
+            parse_workload(bad, 1)
+
+
+def test_lengths_are_those_of_the_data():
+    import random
+
+    draw = random.Random(0)
+    lengths = [draw_length(draw) for _ in range(4000)]
+    assert sum(lengths) / len(lengths) == pytest.approx(283, rel=0.03)
+
+
+@pytest.mark.parametrize("rows", [8, 32, 128])
+def test_bins_hold_every_row_once_and_are_well_filled(rows):
+    steps, _ = parse_workload(f"real-{rows}", 20)
+    filled = 0
+    for lengths in steps:
+        bins = cut_into_bins(lengths, 8192)
+        assert sorted(row for _, inside in bins for row in inside) == sorted(lengths)
+        assert all(sum(inside) <= size for size, inside in bins)
+        filled += sum(lengths) / sum(size for size, _ in bins)
+    assert filled / len(steps) > 0.8
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_random_model_has_the_shape_and_the_layers(bits):
+    import bitsandbytes as bnb
+
+    kinds = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt, 16: torch.nn.Linear}
+    config = SHAPES["tiny"]()
+    model = build_random_model(config, bits, torch.float32, "cpu")
+    linears = [m for m in model.base_model.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(linears) == 14 and all(type(m) is kinds[bits] for m in linears)
+    assert sum(m.in_features * m.out_features for m in linears) + 64 * 512 == count_linear_weights(config)
+    assert all(layer.self_attn.config is model.config for layer in model.base_model.layers)
+
+
+def test_seven_billion_weights_are_counted():
+    assert count_linear_weights(SHAPES["llama-7b"]()) == pytest.approx(6.6e9, rel=0.01)

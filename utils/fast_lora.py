@@ -1,0 +1,296 @@
+"""The forward and backward pass of a frozen, quantized layer and its LoRA adapter, written out by hand.
+
+    y  = [x | xa] [W | s B]'      xa = drop(x) A'     base and adapter are one product
+    dx = dy W + drop(s dyb A)     dyb = dy B
+    dA = s dyb' drop(x)           dB = s dy' xa
+
+What that gains over autograd on PEFT's modules: W is unpacked once a pass and never kept, the low-rank part
+costs no pass over y of its own, x is kept once for all projections of it, dropout keeps no mask, and the
+products that make dA and dB add them to the float32 gradients. The parameters stay those of PEFT.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from utils.fast_kernels import (
+    Mask,
+    add_low_rank,
+    copy_and_drop,
+    gate,
+    gate_backward,
+    place_low_rank,
+    unpack_4bit,
+    unpack_8bit,
+)
+from utils.flat_adapter import FlatAdapter
+
+ADAPTER = "default"
+SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu", "PytorchGELUTanh": "gelu"}
+
+
+def read_weight(base: nn.Module, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The frozen weight in the compute dtype  # [out, in]; written to `out`, if given; it may be strided."""
+    if not isinstance(base, (Linear4bit, Linear8bitLt)):
+        return base.weight.data if out is None else out.copy_(base.weight.data)
+    if out is None:
+        out = torch.empty(base.out_features, base.in_features, dtype=dtype, device=base.weight.device)
+    if isinstance(base, Linear4bit):
+        return unpack_4bit(base.weight.data, base.weight.quant_state, out)
+    row_max = base.weight.SCB if base.weight.SCB is not None else base.state.SCB
+    return unpack_8bit(base.weight.data, row_max, out)
+
+
+def find_obstacle(layer: LoraLayer, dtype: torch.dtype) -> str | None:
+    """Why this adapted layer keeps PEFT's own forward; None if the fused one covers it."""
+    base = layer.get_base_layer()
+    if type(base) not in (nn.Linear, Linear4bit, Linear8bitLt):
+        return f"{type(base).__name__} layers"
+    if list(layer.lora_A) != [ADAPTER] or layer.active_adapters != [ADAPTER] or layer.merged:
+        return "several adapters"
+    if layer.lora_variant or layer.lora_bias[ADAPTER]:
+        return "DoRA" if layer.lora_variant else "adapter biases"
+    if any(parameter.requires_grad for parameter in base.parameters()):
+        return "trained biases"
+    if type(base) is nn.Linear and base.weight.dtype != dtype:
+        return f"a base in {base.weight.dtype} under {dtype}"
+    return None
+
+
+class Projections:
+    """Adapted layers that read one input, or a single layer; their adapter as views of the flat buffers."""
+
+    def __init__(self, layers: list[LoraLayer], number: int):
+        self.layers, self.number = layers, number
+        self.bases = [layer.get_base_layer() for layer in layers]
+        self.scale = layers[0].scaling[ADAPTER]
+        self.probability = getattr(layers[0].lora_dropout[ADAPTER], "p", 0.0)
+        self.ranks = [layer.r[ADAPTER] for layer in layers]
+
+    @property
+    def segments(self) -> list[list[nn.Parameter]]:
+        """A of all layers end to end, then each B: the order in the flat buffer."""
+        return [
+            [layer.lora_A[ADAPTER].weight for layer in self.layers],
+            *([layer.lora_B[ADAPTER].weight] for layer in self.layers),
+        ]
+
+    def bind(self, flat: FlatAdapter, seed: torch.Tensor) -> None:
+        self.flat, self.seed, self.dtype = flat, seed, flat.copy.dtype
+        self.A, *self.B = (flat.view(flat.copy, segment) for segment in self.segments)
+        self.A_grad, *self.B_grads = (flat.view(flat.grads, segment) for segment in self.segments)
+
+    @property
+    def mask(self) -> Mask | None:
+        """The dropout of this step; one mask for all layers of the group, as they read one input."""
+        is_dropping = self.probability > 0 and self.layers[0].training
+        return Mask(self.seed, self.number, self.probability) if is_dropping else None
+
+    def extend(self, x: torch.Tensor) -> torch.Tensor:
+        """[x | xa]  # [tokens, in + ranks]"""
+        width = self.bases[0].in_features
+        room = x.new_empty(len(x), width + sum(self.ranks))
+        dropped = copy_and_drop(x, room[:, :width], self.mask)
+        torch.mm(dropped, self.A.t(), out=room[:, width:])
+        return room
+
+    def multiply(self, extended: torch.Tensor, outs: list[torch.Tensor]) -> None:
+        """Fill `outs`  # [tokens, out] each, from [x | xa]."""
+        first = 0  # column of this layer's own xa; the others meet zeros
+        for base, B, rank, out in zip(self.bases, self.B, self.ranks, outs, strict=True):
+            weight = extended.new_empty(base.out_features, extended.shape[1])  # [W | s B]
+            read_weight(base, self.dtype, weight[:, : base.in_features])
+            place_low_rank(weight[:, base.in_features :], B, first, self.scale)
+            first += rank
+            if base.bias is None:
+                torch.mm(extended, weight.t(), out=out)
+            else:
+                torch.addmm(base.bias.to(self.dtype), extended, weight.t(), out=out)
+
+    def multiply_grads(
+        self, dys: list[torch.Tensor], needs_dx: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """dx  # [tokens, in] (None where nobody asks) and dyb  # [tokens, ranks]"""
+        dyb, dx = dys[0].new_empty(len(dys[0]), sum(self.ranks)), None
+        for dy, B, part in zip(dys, self.B, dyb.split(self.ranks, 1), strict=True):
+            torch.mm(dy, B, out=part)
+        for base, dy in zip(self.bases if needs_dx else [], dys, strict=False):
+            weight = read_weight(base, self.dtype)
+            dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+        if dx is not None:
+            add_low_rank(dx, dyb, self.A, self.scale, self.mask)
+        return dx, dyb
+
+    def split(self, extended: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """drop(x)  # [tokens, in] and xa  # [tokens, ranks]"""
+        x, xa = extended.split([self.bases[0].in_features, sum(self.ranks)], 1)
+        return self.mask.drop(x) if self.mask else x, xa
+
+    def add_gradients(
+        self, dropped: torch.Tensor, xa: torch.Tensor, dys: list[torch.Tensor], dyb: torch.Tensor
+    ) -> None:
+        """dA and dB into the flat gradient buffer; `dropped` is drop(x)  # [tokens, in]"""
+        add_product(self.A_grad, dyb.t(), dropped, self.scale)
+        for grad, dy, part in zip(self.B_grads, dys, xa.split(self.ranks, 1), strict=True):
+            add_product(grad, dy.t(), part, self.scale)
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
+    """total += scale * left @ right in float32, in place; a GPU reads 16-bit factors without a copy."""
+    if left.is_cuda and left.dtype != torch.float32:
+        torch.addmm(total, left, right, out_dtype=torch.float32, alpha=scale, out=total)
+    else:
+        total.addmm_(left.float(), right.float(), alpha=scale)
+
+
+class FusedProjections(torch.autograd.Function):
+    """x  # [tokens, in] -> one output a layer  # [tokens, out]. `anchor` only makes autograd come here."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, anchor: torch.Tensor, group: Projections):
+        ys = [x.new_empty(len(x), base.out_features) for base in group.bases]
+        extended = group.extend(x)
+        group.multiply(extended, ys)
+        ctx.group = group
+        ctx.save_for_backward(extended)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx, *dys: torch.Tensor):
+        (extended,) = ctx.saved_tensors
+        dx, dyb = ctx.group.multiply_grads(dys, ctx.needs_input_grad[0])
+        ctx.group.add_gradients(*ctx.group.split(extended), dys, dyb)
+        return dx, None, None
+
+
+class FusedMLP(torch.autograd.Function):
+    """down(act(gate(x)) * up(x)). Keeps gate and up, which backward overwrites, and not their product."""
+
+    @staticmethod
+    def forward(
+        ctx, x: torch.Tensor, anchor: torch.Tensor, gate_up: Projections, down: Projections, act: str
+    ):
+        width = down.bases[0].in_features
+        extended = gate_up.extend(x)
+        sides = x.new_empty(len(x), 2 * width)  # gate and up, side by side
+        gate_up.multiply(extended, list(sides.split(width, 1)))
+        room = x.new_empty(len(x), width + sum(down.ranks))  # [hidden | ha]
+        dropped = gate(sides, room[:, :width], act, down.mask)
+        torch.mm(dropped, down.A.t(), out=room[:, width:])
+        y = x.new_empty(len(x), down.bases[0].out_features)
+        down.multiply(room, [y])
+        ctx.gate_up, ctx.down, ctx.act = gate_up, down, act
+        ctx.save_for_backward(extended, sides, room[:, width:].contiguous())
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: torch.Tensor):
+        extended, sides, ha = ctx.saved_tensors
+        hidden, dyb = ctx.down.multiply_grads([dy], True)  # so far the gradient of hidden
+        gate_backward(sides, hidden, ctx.act, ctx.down.mask)
+        ctx.down.add_gradients(hidden, ha, [dy], dyb)
+        del hidden
+        dys = list(sides.split(sides.shape[1] // 2, 1))
+        dx, dyb = ctx.gate_up.multiply_grads(dys, ctx.needs_input_grad[0])
+        ctx.gate_up.add_gradients(*ctx.gate_up.split(extended), dys, dyb)
+        return dx, None, None, None, None
+
+
+class SharedInput:
+    """q, k and v are called one after another on one tensor: the first call computes all three."""
+
+    def __init__(self, group: Projections):
+        self.group, self.x, self.ys = group, None, {}
+
+    def forward(self, i: int, plain: Callable, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args or kwargs or not torch.is_grad_enabled() or self.group.layers[i].disable_adapters:
+            return plain(x, *args, **kwargs)  # evaluation and generation take PEFT's own way
+        if self.x is not x or i not in self.ys:
+            flat_x = x.reshape(-1, x.shape[-1]).to(self.group.dtype)
+            with torch.autocast(x.device.type, enabled=False):
+                ys = FusedProjections.apply(flat_x, self.group.flat.weights, self.group)
+            self.x, self.ys = x, dict(enumerate(ys))
+        y = self.ys.pop(i)
+        if not self.ys:
+            self.x = None
+        return y.view(*x.shape[:-1], -1)
+
+
+def forward_mlp(
+    gate_up: Projections, down: Projections, act: str, plain: Callable, x: torch.Tensor
+) -> torch.Tensor:
+    if not torch.is_grad_enabled() or down.layers[0].disable_adapters:
+        return plain(x)
+    flat_x = x.reshape(-1, x.shape[-1]).to(down.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        y = FusedMLP.apply(flat_x, down.flat.weights, gate_up, down, act)
+    return y.view(*x.shape[:-1], -1)
+
+
+def install_fast_lora(model: nn.Module, dtype: torch.dtype) -> tuple[FlatAdapter, torch.Tensor, list[str]]:
+    """Replace the forward of every adapted layer that the fused path covers.
+
+    Returns the flat adapter, the seed of the dropout masks (on the device  # [1]) and what is not covered.
+    """
+    obstacles = {
+        layer: find_obstacle(layer, dtype) for layer in model.modules() if isinstance(layer, LoraLayer)
+    }
+    covered = {layer for layer, obstacle in obstacles.items() if obstacle is None}
+    groups = {parent: find_groups(parent, covered) for parent in model.modules()}
+    groups = {parent: found for parent, found in groups.items() if found}
+    for number, group in enumerate(group for found in groups.values() for group in found):
+        group.number = number
+    segments = [segment for found in groups.values() for group in found for segment in group.segments]
+    known = {parameter for segment in segments for parameter in segment}
+    rest = [
+        parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in known
+    ]
+    flat = FlatAdapter(segments + [[parameter] for parameter in rest], dtype)
+    seed = torch.zeros(1, dtype=torch.int64, device=flat.grads.device)
+    for parent, found in groups.items():
+        for group in found:
+            group.bind(flat, seed)
+            shared = SharedInput(group)
+            for i, layer in enumerate(group.layers):
+                layer.forward = partial(shared.forward, i, layer.forward)
+        install_mlp(parent, found)
+    return flat, seed, sorted({obstacle for obstacle in obstacles.values() if obstacle})
+
+
+def find_groups(parent: nn.Module, covered: set[LoraLayer]) -> list[Projections]:
+    """The covered layers directly below `parent`, those of one input together."""
+    left = {name: child for name, child in parent.named_children() if child in covered}
+    groups = []
+    for names in SHARED_INPUT:
+        members = [left[name] for name in names if name in left]
+        kinds = {(m.in_features, m.scaling[ADAPTER], str(m.lora_dropout[ADAPTER])) for m in members}
+        if len(members) == len(names) and len(kinds) == 1:
+            groups.append(Projections(members, 0))
+            left = {name: child for name, child in left.items() if name not in names}
+    return groups + [Projections([child], 0) for child in left.values()]
+
+
+def install_mlp(mlp: nn.Module, groups: list[Projections]) -> None:
+    """Fuse a whole gated MLP, if it computes what the fused one does: tried on the module itself."""
+    children = dict(mlp.named_children())
+    act = ACTIVATIONS.get(type(children.get("act_fn")).__name__)
+    gate_up = [group for group in groups if group.layers[0] is children.get("gate_proj")]
+    down = [group for group in groups if group.layers == [children.get("down_proj")]]
+    if act is None or not down or not gate_up or len(gate_up[0].layers) != 2:
+        return
+    fused = partial(forward_mlp, gate_up[0], down[0], act, mlp.forward)
+    was_training = mlp.training
+    mlp.eval()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 8, gate_up[0].bases[0].in_features, generator=generator)
+    x = x.to(gate_up[0].flat.grads.device, gate_up[0].dtype)
+    expected = mlp.forward(x).float()  # its adapted layers are the fused ones already
+    if (fused(x).float() - expected).norm() < 0.02 * expected.norm():
+        mlp.forward = fused
+    mlp.train(was_training)

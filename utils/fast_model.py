@@ -1,0 +1,119 @@
+"""One micro-batch forward and backward on the fused path: adapter, attention and loss put together."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from utils.console import notice
+from utils.fast_lora import install_fast_lora
+from utils.fast_loss import Head, find_loss_obstacle, pick_targets
+from utils.prompts import IGNORE_INDEX
+from utils.varlen_attention import find_attention_obstacle, packed_attention
+
+MicroBatch = dict[str, Any]
+
+
+class FastModel:
+    """A PEFT model whose adapter gradients go straight into one flat buffer (`flat.grads`).
+
+    Gradients are added up; whoever steps the optimizer, over `flat.weights` alone, zeroes them. With several
+    processes the sum of `flat.grads` over them is the gradient: one all-reduce.
+    """
+
+    def __init__(self, model: PeftModel, dtype: torch.dtype):
+        self.model, self.dtype = model, dtype
+        self.causal_model = model.get_base_model()
+        self.flat, self.seed, uncovered = install_fast_lora(model, dtype)
+        if uncovered:
+            notice(f"fast path: {', '.join(uncovered)} keep PEFT's own forward")
+        self.attention_obstacle = find_attention_obstacle(self.causal_model)
+        self.head = Head(self.causal_model)
+        self.loss_obstacle = find_loss_obstacle(self.causal_model, self.head)
+        for what, obstacle in (("attention", self.attention_obstacle), ("loss", self.loss_obstacle)):
+            if obstacle:
+                notice(f"fast path: the model's own {what} is used ({obstacle})")
+        self.has_own_dropout = has_own_dropout(model)
+        if (
+            not self.has_own_dropout
+        ):  # our dropout repeats by its seed: no RNG state to keep for the recompute
+            rerun = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            for module in model.modules():
+                if hasattr(module, "_gradient_checkpointing_func"):
+                    module._gradient_checkpointing_func = rerun
+
+    def draw_masks(self) -> None:
+        """New dropout masks, from torch's CPU generator: a resumed run draws what an unbroken one would."""
+        self.seed.fill_(torch.randint(2**31, ()).item())
+
+    def run(self, batch: MicroBatch, loss_scale: torch.Tensor) -> torch.Tensor:
+        """Sum of the token losses  # []; adds the gradient of loss_scale times it to `flat.grads`.
+
+        `batch`: input_ids, labels  # [rows, width]; label_positions  # [positions]; position_ids with
+        cu_seqlens and max_length (an int) for packed rows, attention_mask for padded ones.
+        """
+        self.flat.attach_gradients()
+        self.flat.refresh_copy()
+        if "cu_seqlens" not in batch or self.attention_obstacle:
+            loss = self.sum_losses(batch)
+            loss.backward(loss_scale)
+            return loss.detach()
+        lengths = {"cu_seq_lens_q": batch["cu_seqlens"], "max_length_q": batch["max_length"]}
+        with packed_attention(self.causal_model):  # checkpointing attends again on the way back
+            loss = self.sum_losses(batch, **lengths)
+            loss.backward(loss_scale)
+        return loss.detach()
+
+    def sum_losses(self, batch: MicroBatch, **lengths: Any) -> torch.Tensor:
+        names = ("input_ids", "position_ids", "attention_mask")
+        inputs = {name: batch[name] for name in names if name in batch} | lengths | {"use_cache": False}
+        positions, labels = batch["label_positions"], batch["labels"]
+        if not self.loss_obstacle:
+            hidden = self.causal_model.base_model(**inputs)[0]  # [rows, width, hidden_size]
+            return self.head.sum_losses(hidden, labels, positions)
+        logits = self.causal_model(**inputs).logits[:, positions].float().flatten(0, 1)
+        targets = pick_targets(labels, positions)
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def prepare_fast_model(model: nn.Module, dtype: torch.dtype) -> FastModel | str:
+    """The fused path of `model`, computing in `dtype`; a line why not where it does not apply."""
+    if not isinstance(model, PeftModel):
+        return "every weight is trained, there is no adapter to fuse"
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    other = [name for name in trained if ".lora_A." not in name and ".lora_B." not in name]
+    if other or not trained:
+        return f"{other[0]} is trained besides the adapter" if other else "nothing is trained"
+    if any(weight.dtype != torch.float32 for weight in trained.values()):
+        return "the adapter is not in float32"
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "the layers are spread over several devices"
+    if model.device.type == "cuda":
+        apply_liger(model.get_base_model())
+    return FastModel(model, dtype)
+
+
+def apply_liger(causal_model: nn.Module) -> None:
+    """Fused norms and rotary embedding, where liger-kernel has them for this architecture."""
+    try:
+        from liger_kernel.transformers import monkey_patch
+    except ImportError:
+        notice("fast path: liger-kernel is not installed, norms and rotary embedding run unfused")
+        return
+    kind = causal_model.config.get_text_config().model_type
+    if kind not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
+        return
+    ours = {"swiglu": False, "geglu": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
+    monkey_patch._apply_liger_kernel_to_instance(causal_model, **ours)
+
+
+def has_own_dropout(model: nn.Module) -> bool:
+    """Whether the base drops anything itself: that mask comes from torch's generator, not from our seed."""
+    return any(
+        isinstance(module, nn.Dropout) and module.p > 0 and ".lora_dropout." not in name
+        for name, module in model.named_modules()
+    )

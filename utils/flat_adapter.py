@@ -1,0 +1,66 @@
+"""Adapter weights in one buffer and their gradients in a second: clip, zero and Adam are one launch each."""
+
+import torch
+from torch import nn
+
+ALIGNMENT = 16  # elements: a view starts on 32 bytes in 16 bits, where tensor cores want it
+
+
+class FlatAdapter:
+    """Every adapter weight and gradient as a view of two float32 buffers, with a copy in the compute dtype.
+
+    `segments`: lists of parameters; the members of one lie end to end, so a list of equally wide matrices is
+    also one matrix (the A of q, k and v: one product instead of three). PEFT's modules keep their parameters.
+    """
+
+    def __init__(self, segments: list[list[nn.Parameter]], dtype: torch.dtype):
+        device = segments[0][0].device
+        self.starts: dict[nn.Parameter, int] = {}
+        size = 0
+        for segment in segments:
+            size = -(-size // ALIGNMENT) * ALIGNMENT
+            for parameter in segment:
+                self.starts[parameter] = size
+                size += parameter.numel()
+        self.weights = nn.Parameter(torch.zeros(size, device=device))  # what the optimizer is given
+        self.grads = torch.zeros(size, device=device)
+        is_float32 = dtype == torch.float32
+        self.copy = self.weights.data if is_float32 else torch.zeros(size, device=device, dtype=dtype)
+        for parameter in self.starts:
+            view = self.view(self.weights.data, [parameter])
+            view.copy_(parameter.data)
+            parameter.data = view
+        self.refresh_copy()
+        self.attach_gradients()
+
+    def view(self, buffer: torch.Tensor, segment: list[nn.Parameter]) -> torch.Tensor:
+        """The matrices of `segment`, one below the other, as a view of `buffer`  # [rows of all, columns]"""
+        start, size = self.starts[segment[0]], sum(parameter.numel() for parameter in segment)
+        return buffer[start : start + size].view(-1, *segment[0].shape[1:])
+
+    def refresh_copy(self) -> None:
+        """Bring the 16-bit copy up to date: one launch, and no way for a resume to leave it stale."""
+        if self.copy.dtype != torch.float32:
+            self.copy.copy_(self.weights.data)
+
+    def attach_gradients(self) -> None:
+        """Zero the gradients and point every .grad into the buffer, if zero_grad() has set any to None.
+
+        Without it the optimizer would find no gradient where the backward pass writes, and learn nothing.
+        """
+        weights = [self.weights, *self.starts]
+        if all(weight.grad is not None for weight in weights):
+            return
+        self.grads.zero_()
+        self.weights.grad = self.grads
+        for parameter in self.starts:
+            parameter.grad = self.view(self.grads, [parameter])
+
+    def zero_gradients(self) -> None:
+        self.grads.zero_()
+
+    def clip_gradients(self, max_norm: float) -> torch.Tensor:
+        """Scale the gradients down to `max_norm`; returns their norm before, on the device."""
+        norm = torch.linalg.vector_norm(self.grads)
+        self.grads.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
