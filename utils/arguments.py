@@ -162,6 +162,7 @@ class TrainingArguments:
     packing: bool = HfArg(
         default=True, help="Lay a step's rows end to end in micro-batches instead of padding them."
     )
+    fast_lora: bool = HfArg(default=True, help="The fused path where it covers the model; else PEFT's own.")
     learning_rate: float = HfArg(default=2e-4, help="Peak learning rate.")
     lr_scheduler_type: str = HfArg(default="constant", help="constant, cosine, linear, ...")
     warmup_steps: float = HfArg(default=0.0, help="Warm-up steps, or their share when below 1.")
@@ -170,7 +171,10 @@ class TrainingArguments:
     adam_beta2: float = HfArg(default=0.999, help="Adam's second-moment decay.")
     adam_epsilon: float = HfArg(default=1e-8, help="Adam's denominator floor.")
     max_grad_norm: float = HfArg(default=0.3, help="Gradient norm is clipped to this.")
-    optim: str = HfArg(default="paged_adamw_32bit", help="Optimizer, by its name in the Trainer.")
+    optim: str = HfArg(
+        default="auto",
+        help="Optimizer, by its name in the Trainer; auto: paged or fused 32-bit AdamW.",
+    )
     seed: int = HfArg(default=42, help="Seed of weights, dropout and samples.")
     data_seed: int = HfArg(default=42, help="Seed of the split and of the order of the rows.")
     logging_strategy: str = HfArg(default="steps", help="no, steps or epoch.")

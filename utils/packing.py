@@ -73,8 +73,9 @@ class PackingCollator:
 
     Positions restart with each row: attention sees it and keeps the rows apart, as long as no attention_mask
     is passed. Gives {"micro_batches": [...]}, each of input_ids, labels, position_ids  # int64 [1, tokens]
-    cu_seqlens (where rows begin and end)  # int32 [rows + 1]; label_positions  # int64 [positions]
-    num_tokens  # int64 []. `fixed`: filled up to one of choose_sizes(capacity), for GPUs.
+    cu_seqlens (where rows begin and end)  # int32 [rows + 1]; max_length (of a row, an int)
+    label_positions  # int64 [positions]; num_tokens  # int64 []
+    `fixed`: filled up to one of choose_sizes(capacity), for GPUs.
     """
 
     pad_token_id: int
@@ -103,6 +104,7 @@ class PackingCollator:
             "labels": torch.from_numpy(labels)[None],
             "position_ids": torch.from_numpy(position_ids)[None],
             "cu_seqlens": torch.from_numpy(bounds.astype(np.int32)),
+            "max_length": max(lengths),
             "label_positions": torch.from_numpy(np.flatnonzero(labels[1:] != IGNORE_INDEX)),
             "num_tokens": torch.tensor(tokens),
         }

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from utils.sharing import render_model_card
 from utils.sources import EVAL, TEST, TRAIN
 from utils.token_rows import TokenRows
 
+MAX_STATE_SHARE = 0.1  # of the free GPU memory: activations need the rest
 # Our flags that the Trainer does not have.
 OUR_FLAGS = {
     "overwrite_output_dir",
@@ -36,6 +39,7 @@ OUR_FLAGS = {
     "max_mmlu_samples",
     "mmlu_source_max_len",
     "packing",
+    "fast_lora",
     "extra",
 }
 
@@ -86,17 +90,20 @@ class QLoraTrainer(transformers.Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One micro-batch, or all those that the rows of an optimizer step were packed into."""
-        if self.last_log_time is None:
-            self.last_log_time = time.perf_counter()
         *earlier, last = find_micro_batches(inputs)
+        self.count_tokens([*earlier, last])
         with self.accelerator.no_sync(model) if earlier else contextlib.nullcontext():
             losses = [
                 super(QLoraTrainer, self).training_step(model, part, num_items_in_batch) for part in earlier
             ]
         losses.append(super().training_step(model, last, num_items_in_batch))
-        for part in (*earlier, last):
-            self.tokens_since_log += part["num_tokens"].to(self.tokens_since_log.device)
         return torch.stack(losses).sum()
+
+    def count_tokens(self, micro_batches: list[dict[str, torch.Tensor]]) -> None:
+        if self.last_log_time is None:
+            self.last_log_time = time.perf_counter()
+        for part in micro_batches:
+            self.tokens_since_log += part["num_tokens"].to(self.tokens_since_log.device)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         parts = [part for inputs in batch_samples for part in find_micro_batches(inputs)]
@@ -191,8 +198,10 @@ def build_trainer(
 ) -> QLoraTrainer:
     """The Trainer with this run's model, rows and callbacks."""
     collator = choose_collator(model, tokenizer, model_args, data_args, training_args)
+    training_args = choose_optimizer(model, training_args)
+    build = choose_path(model, training_args, dtype)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    trainer = QLoraTrainer(
+    trainer = build(
         model=model,
         processing_class=tokenizer,
         args=build_trainer_args(training_args, model_args, dtype, isinstance(collator, PackingCollator)),
@@ -207,6 +216,35 @@ def build_trainer(
     if not trainer.args.disable_tqdm:
         trainer.add_callback(ProgressLine)
     return trainer
+
+
+def choose_optimizer(model: torch.nn.Module, training_args: TrainingArguments) -> TrainingArguments:
+    """--optim auto: paged where the optimizer's state would crowd the GPU, fused where it is small."""
+    if training_args.optim != "auto":
+        return training_args
+    optim = "adamw_torch"
+    if model.device.type == "cuda":
+        state_bytes = 8 * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        free_bytes, _ = torch.cuda.mem_get_info(model.device)
+        optim = "paged_adamw_32bit" if state_bytes > MAX_STATE_SHARE * free_bytes else "adamw_torch_fused"
+    notice(f"--optim auto is {optim}")
+    return dataclasses.replace(training_args, optim=optim)
+
+
+def choose_path(
+    model: torch.nn.Module, training_args: TrainingArguments, dtype: torch.dtype
+) -> Callable[..., QLoraTrainer]:
+    """The trainer of the fused path (--fast_lora) where it covers model and optimizer, else the plain one."""
+    if not (training_args.fast_lora and training_args.do_train):
+        return QLoraTrainer
+    from utils.fast_model import prepare_fast_model
+    from utils.fast_trainer import FastQLoraTrainer, find_optimizer_obstacle
+
+    fast = find_optimizer_obstacle(training_args.optim) or prepare_fast_model(model, dtype)
+    if isinstance(fast, str):
+        notice(f"--fast_lora: the plain path is used ({fast})")
+        return QLoraTrainer
+    return functools.partial(FastQLoraTrainer, fast=fast)
 
 
 def choose_collator(
