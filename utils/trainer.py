@@ -18,11 +18,13 @@ from utils.console import notice
 from utils.model import has_gpu
 from utils.packing import Example, PackingCollator, PaddingCollator, keeps_rows_apart
 from utils.prompts import IGNORE_INDEX
+from utils.resumable_trainer import ResumableTrainer
 from utils.run_record import hide_secrets, render_model_card
 
 # Our flags that the Trainer does not have.
 OUR_FLAGS = {
     "overwrite_output_dir",
+    "force_resume",
     "predict_with_generate",
     "sample_generate",
     "sample_prompts",
@@ -36,7 +38,7 @@ OUR_FLAGS = {
 }
 
 
-class QLoraTrainer(transformers.Trainer):
+class QLoraTrainer(ResumableTrainer):
     """Trainer whose loss is the mean over the label tokens of the whole optimizer step.
 
     So (batch 4, accumulation 1) and (batch 1, accumulation 4) give the same gradients for rows of any length.
