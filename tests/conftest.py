@@ -122,6 +122,20 @@ def small_model(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def command(small_model, tmp_path):
+    """The arguments of a run but its --output_dir."""
+    from small_runs import FLAGS, write_rows
+
+    return [
+        "--model_name_or_path",
+        small_model,
+        "--dataset_name",
+        write_rows(tmp_path / "rows.jsonl"),
+        *FLAGS,
+    ]
+
+
 @pytest.fixture(scope="session")
 def server():
     """Starts runs without the seconds that imports take (fork_server.py)."""

@@ -35,6 +35,7 @@ class ForkServer:
 
     def start(self, log: Path, *argv, script="qlora_finetune", max_file_bytes=None) -> int:
         argv = [str(word) for word in argv]
+        log.touch()
         return self.ask(script=script, argv=argv, log=str(log), max_file_bytes=max_file_bytes)
 
     def wait(self, pid: int) -> int:

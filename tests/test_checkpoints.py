@@ -13,91 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_runs import FLAGS, assert_equal_runs, check_kills, write_rows
 
 from utils import checkpoints
 from utils.console import UserError
-
-FLAGS = """--template vanilla --source_max_len 100 --target_max_len 100 --lora_r 64 --lora_dropout 0.1
-    --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --gradient_checkpointing False
-    --learning_rate 1e-2 --lr_scheduler_type cosine --num_train_epochs 2 --save_steps 2 --logging_steps 3
-    --save_total_limit 3 --disable_tqdm True""".split()
-
-
-def write_rows(path, count=96, poisoned=()):
-    rows = [
-        {"instruction": f"{i} + {i % 7}?", "output": f"{i + i % 7}, said {'abc'[i % 3] * (i % 9 + 1)}"}
-        for i in range(count)
-    ]
-    for i in poisoned:
-        rows[i]["output"] += "~"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture
-def command(small_model, tmp_path):
-    """The arguments of a run but its --output_dir."""
-    return [
-        "--model_name_or_path",
-        small_model,
-        "--dataset_name",
-        write_rows(tmp_path / "rows.jsonl"),
-        *FLAGS,
-    ]
-
-
-def read_last_state(run):
-    """What must be equal, bit for bit: adapter, optimizer, schedule, random numbers, counters, logged losses."""
-    folder = checkpoints.list_checkpoints(run)[-1]
-    state = json.loads((folder / "training_state.json").read_text())
-    del state["progress"]["seconds"]
-    log = json.loads((run / "metrics.json").read_text())["log"]
-    kept = ("step", "loss", "grad_norm", "learning_rate", "eval_loss", "train_loss")
-    return {
-        "step": folder.name,
-        "adapter": (run / "adapter_model.safetensors").read_bytes(),
-        "optimizer": (folder / "optimizer.safetensors").read_bytes(),
-        "random numbers": (folder / "rng_state_0.json").read_text(),
-        "state": state,
-        "log": [{name: entry[name] for name in kept if name in entry} for entry in log],
-        "metrics": json.loads((run / "metrics.json").read_text())["train_loss"],
-    }
-
-
-def assert_equal_runs(run, expected):
-    first, second = read_last_state(run), read_last_state(expected)
-    assert [name for name in first if first[name] != second[name]] == []
-
-
-def kill_until_done(server, command, run, kills, log, number=signal.SIGKILL):
-    """Start the same command again and again, killed at random moments, every second one within a save."""
-    chance = random.Random(0)
-    codes = []
-    for kill in range(kills):
-        pid = server.start(log, *command, "--output_dir", run)
-        end = time.monotonic() + chance.uniform(0.8, 2.5)
-        while not server.has_ended(pid) and time.monotonic() < end:
-            if kill % 2 and kill > 1 and any(run.glob(".checkpoint-*.tmp")) and chance.random() < 0.1:
-                break
-            time.sleep(0.001)
-        os.kill(pid, number)
-        codes.append(server.wait(pid))
-        if codes[-1] == 0:
-            break
-    codes.append(server.run(log, *command, "--output_dir", run))
-    return codes
-
-
-def check_kills(server, command, tmp_path, optimizer, kills, number=signal.SIGKILL):
-    command = [*command, "--optim", optimizer]
-    log = tmp_path / "log"
-    assert server.run(log, *command, "--output_dir", tmp_path / "expected") == 0, log.read_text()
-    codes = kill_until_done(server, command, tmp_path / "killed", kills, log, number)
-    assert codes[-1] == 0, log.read_text()
-    assert_equal_runs(tmp_path / "killed", tmp_path / "expected")
-    left = {path.name for path in (tmp_path / "killed").iterdir()}
-    assert left == {path.name for path in (tmp_path / "expected").iterdir()}
-    return codes
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_bnb_8bit"])
@@ -184,13 +103,13 @@ def test_any_damage_to_any_file_is_named_and_the_checkpoint_before_is_taken(
     assert "checkpoint-6 is skipped" in printed and file in printed and printed.count("\n") == 1
 
 
-def test_every_single_bit_of_a_manifest_counts(saved_run, tmp_path):
+def test_a_bit_of_any_byte_of_a_manifest_counts(saved_run, tmp_path):
     folder = shutil.copytree(saved_run[0] / "checkpoint-6", tmp_path / "checkpoint-6")
     path = folder / "manifest.json"
     content = path.read_bytes()
-    for bit in range(len(content) * 8):
+    for place in range(len(content)):
         damaged = bytearray(content)
-        damaged[bit // 8] ^= 1 << bit % 8
+        damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
         with pytest.raises(ValueError):
             checkpoints.read_manifest(folder)

@@ -8,7 +8,7 @@ from typing import Any
 
 from utils.checkpoints import find_fault, find_valid_checkpoint, read_manifest
 from utils.console import UserError, notice
-from utils.run_lock import LOCK_FILE, check_unlocked
+from utils.run_lock import LOCK_FILE, check_usable
 from utils.run_record import RUN_FILE, find_run_record
 
 # May differ between two starts of one run: they change what is printed or kept, not what is learned.
@@ -73,7 +73,7 @@ def find_earlier_run(output_dir: Path, arguments: dict[str, Any], overwrite: boo
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file: name a folder")
-    check_unlocked(output_dir)
+    check_usable(output_dir)
     if overwrite or not output_dir.exists() or not any(p.name != LOCK_FILE for p in output_dir.iterdir()):
         return None
     record = find_run_record(output_dir) if (output_dir / RUN_FILE).is_file() else None

@@ -68,9 +68,12 @@ def take_lock(file: TextIO, path: Path) -> None:
         notice(f"{path.parent} has no file locks ({error.strerror}): start only one run there at a time")
 
 
-def check_unlocked(output_dir: Path) -> None:
-    """Raises UserError where a run holds the folder; changes nothing, so it can be asked before all else."""
+def check_usable(output_dir: Path) -> None:
+    """Raises UserError where a run holds the folder or nothing can be written there. Changes nothing."""
     path = output_dir / LOCK_FILE
+    nearest = next(parent for parent in (output_dir, *output_dir.absolute().parents) if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"--output_dir {output_dir}: {nearest} cannot be written, name another folder")
     if is_main_process() and path.is_file() and os.access(path, os.W_OK):
         with open(path, "a+", encoding="utf-8") as file:
             take_lock(file, path)
