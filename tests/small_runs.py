@@ -48,18 +48,30 @@ def assert_equal_runs(run, expected):
     assert [name for name in first if first[name] != second[name]] == []
 
 
+def wait_for_a_moment(server, pid, run, kind, chance):
+    """Until a random moment: of the whole start, of the training, or of a save."""
+    lock = run / "run.lock"
+    if kind != "start":
+        while not server.has_ended(pid) and not (lock.is_file() and f"process {pid} " in lock.read_text()):
+            time.sleep(0.002)
+    if kind == "save":
+        while not server.has_ended(pid) and not any(run.glob(".checkpoint-*.tmp")):
+            time.sleep(0.0005)
+    end = time.monotonic() + chance.uniform(0, {"start": 3, "training": 2, "save": 0.1}[kind])
+    while not server.has_ended(pid) and time.monotonic() < end:
+        time.sleep(0.001)
+
+
 def kill_until_done(server, command, run, kills, log, number=signal.SIGKILL):
-    """Start the same command again and again, killed at random moments, every second one within a save."""
-    chance = random.Random(0)
-    codes = []
+    """Start the same command again and again, killed at random moments; exit codes, the last one of its end."""
+    chance, codes = random.Random(0), []
     for kill in range(kills):
         pid = server.start(log, *command, "--output_dir", run)
-        end = time.monotonic() + chance.uniform(0.8, 2.5)
-        while not server.has_ended(pid) and time.monotonic() < end:
-            if kill % 2 and kill > 1 and any(run.glob(".checkpoint-*.tmp")) and chance.random() < 0.1:
-                break
-            time.sleep(0.001)
-        os.kill(pid, number)
+        try:
+            wait_for_a_moment(server, pid, run, ("training", "save", "start")[kill % 3], chance)
+            os.kill(pid, number)
+        except FileNotFoundError:  # the lock went as we looked: the run has just ended
+            pass
         codes.append(server.wait(pid))
         if codes[-1] == 0:
             break

@@ -436,6 +436,83 @@ def test_weights_that_are_not_finite_are_not_saved(server, command, tmp_path):
         assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
+@pytest.fixture
+def pickled_model(small_model, tmp_path):
+    folder = shutil.copytree(small_model, tmp_path / "pickled")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def test_pickled_base_is_refused_unless_allowed_and_then_trains_the_same(
+    server, command, pickled_model, tmp_path
+):
+    log, command = tmp_path / "log", [*command, "--max_steps", "2"]
+    assert server.run(log, *command, "--output_dir", tmp_path / "expected") == 0
+    command[1] = pickled_model
+    assert server.run(log, *command, "--output_dir", tmp_path / "run") == 2
+    assert "holds pickled weights (pytorch_model.bin)" in log.read_text()
+    assert server.run(log, *command, "--output_dir", tmp_path / "run", "--allow_pickle") == 0
+    first, second = (tmp_path / name / "adapter_model.safetensors" for name in ("expected", "run"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_pickle_that_would_run_code_does_not_even_when_allowed(server, command, pickled_model, tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "harm"),))
+
+    torch.save({"model.norm.weight": Harm()}, pickled_model / "pytorch_model.bin")
+    command[1] = pickled_model
+    argv = [*command, "--output_dir", tmp_path / "run", "--allow_pickle"]
+    assert server.run(tmp_path / "log", *argv) != 0
+    assert not (tmp_path / "harm").exists()
+
+
+def test_pickled_adapter_is_refused_unless_allowed(server, command, small_adapter, tmp_path):
+    _, folder = small_adapter
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    log = tmp_path / "log"
+    argv = [
+        *command,
+        "--checkpoint_dir",
+        folder,
+        "--do_train",
+        "--max_steps",
+        "1",
+        "--output_dir",
+        tmp_path / "run",
+    ]
+    assert server.run(log, *argv) == 2
+    assert "adapter_model.bin" in log.read_text() and "--allow_pickle" in log.read_text()
+    assert server.run(log, *argv, "--allow_pickle") == 0, log.read_text()
+
+
+def test_code_shipped_with_a_model_is_refused_unless_allowed_and_loud_then(
+    server, command, small_model, tmp_path
+):
+    folder, log = shutil.copytree(small_model, tmp_path / "own-code"), tmp_path / "log"
+    config = json.loads((folder / "config.json").read_text())
+    own = {
+        "model_type": "brand_new",
+        "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"},
+    }
+    (folder / "config.json").write_text(json.dumps(config | own))
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Config(LlamaConfig):\n    model_type = 'brand_new'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    command[1] = folder
+    argv = [*command, "--max_steps", "1", "--output_dir", tmp_path / "run"]
+    assert server.run(log, *argv) == 2
+    assert "brand_new" in log.read_text() and "Traceback" not in log.read_text()
+    log.unlink()
+    assert server.run(log, *argv, "--trust_remote_code") == 0, log.read_text()
+    assert log.read_text().startswith(f"--trust_remote_code: Python code shipped with {folder} may run here")
+
+
 @pytest.mark.slow
 def test_two_thousand_steps_with_saves_evaluations_and_kills_leak_nothing(server, command, tmp_path):
     """Resident memory below 1 MB per 100 steps, open files and disk constant, with a kill every minute."""

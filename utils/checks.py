@@ -1,6 +1,7 @@
 """Mistakes found from config.json, safetensors headers and run.json alone, before any weight is read."""
 
 import dataclasses
+import importlib.util
 import json
 import socket
 from pathlib import Path
@@ -14,6 +15,7 @@ from utils.prompts import read_template
 from utils.run_record import RUN_FILE, find_run_record
 
 ADAPTER_FILE = "adapter_model.safetensors"
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 # What a run fixes for inference; flags given beside --checkpoint_dir override it.
 RECORDED_MODEL_FIELDS = (
     "model_name_or_path",
@@ -90,6 +92,7 @@ def resolve_model(model_args: ModelArguments, given: set[str]) -> ModelArguments
     folder = Path(model_args.checkpoint_dir).expanduser()
     if not folder.is_dir():
         raise UserError(f"--checkpoint_dir {model_args.checkpoint_dir}: no such folder")
+    check_pickle(folder, ADAPTER_FILE, model_args.allow_pickle)
     recorded = read_recorded_fields(folder)
     for name, value in recorded.items():
         mine = getattr(model_args, name)
@@ -103,6 +106,37 @@ def resolve_model(model_args: ModelArguments, given: set[str]) -> ModelArguments
     return dataclasses.replace(resolved, model_name_or_path=base)
 
 
+def has_adapter(folder: Path) -> bool:
+    return any((folder / ADAPTER_FILE).with_suffix(suffix).is_file() for suffix in (".safetensors", ".bin"))
+
+
+def check_pickle(folder: Path, wanted: str, allow_pickle: bool) -> None:
+    """Raises UserError where `folder` has pickled files and none named like `wanted`, safetensors."""
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    if any(folder.glob(wanted)) or not pickled:
+        return
+    if not allow_pickle:
+        raise UserError(
+            f"{folder} holds pickled weights ({pickled[0]}) and no safetensors, and a pickle can run code: "
+            "convert them, or trust their author with --allow_pickle"
+        )
+    notice(f"--allow_pickle: {folder}/{pickled[0]} is read by torch.load(weights_only=True)")
+
+
+def check_remote_code(model_args: ModelArguments, config: dict[str, Any]) -> None:
+    """Say that a model's own Python may run; UserError where the model needs it and it is not allowed."""
+    name, kind = model_args.model_name_or_path, str(config.get("model_type"))
+    if model_args.trust_remote_code:
+        notice(f"--trust_remote_code: Python code shipped with {name} may run here, with all your rights")
+    elif "auto_map" in config:
+        package = importlib.util.find_spec("transformers").submodule_search_locations[0]
+        if not Path(package, "models", kind.replace("-", "_")).is_dir():
+            raise UserError(
+                f"{name} is of a kind that transformers does not know ({kind}) and ships its own Python: "
+                "read that code, then allow it with --trust_remote_code"
+            )
+
+
 def read_recorded_fields(folder: Path) -> dict[str, Any]:
     """Base and quantization of the run that `folder` belongs to, from run.json or adapter_config.json."""
     record = find_run_record(folder)
@@ -110,13 +144,13 @@ def read_recorded_fields(folder: Path) -> dict[str, Any]:
         fields = {name: record["arguments"].get(name) for name in RECORDED_MODEL_FIELDS}
         if record["arguments"].get("full_finetune"):
             fields["model_name_or_path"] = str(folder)  # the weights themselves were trained
-        elif not (folder / ADAPTER_FILE).is_file():
+        elif not has_adapter(folder):
             raise UserError(
                 f"--checkpoint_dir {folder} holds no {ADAPTER_FILE}: "
                 f"the run is {record['status']}; name one of its checkpoint-N folders"
             )
         return fields
-    if not (folder / ADAPTER_FILE).is_file() or not (folder / "adapter_config.json").is_file():
+    if not has_adapter(folder) or not (folder / "adapter_config.json").is_file():
         raise UserError(
             f"--checkpoint_dir {folder} holds no adapter (adapter_config.json and {ADAPTER_FILE}) "
             "and no run.json: name a run, a checkpoint-N of it, or a PEFT adapter folder"
@@ -155,9 +189,11 @@ def read_model_config(model_args: ModelArguments) -> dict[str, Any]:
     else:
         path = path / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is no JSON ({error}): download the model again") from error
+    check_remote_code(model_args, config)
+    return config
 
 
 def download_config(model_args: ModelArguments) -> Path:
@@ -223,7 +259,7 @@ def check_adapter_fits(model_args: ModelArguments, config: dict[str, Any]) -> No
     """
     if model_args.checkpoint_dir is None or model_args.full_finetune or "quantization_config" in config:
         return
-    adapter = read_shapes([Path(model_args.checkpoint_dir) / ADAPTER_FILE])
+    adapter = read_shapes(list(Path(model_args.checkpoint_dir).glob(ADAPTER_FILE)))
     base = read_shapes(sorted(Path(model_args.model_name_or_path).glob("*.safetensors")))
     misfit = find_misfit(adapter, base) if base else None
     if misfit:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
 from utils.arguments import DataArguments, LoraArguments, ModelArguments
-from utils.checks import ADAPTER_FILE
+from utils.checks import ADAPTER_FILE, PICKLE_SUFFIXES, check_pickle, has_adapter
 from utils.console import UserError, notice
 from utils.prompts import find_stop_tokens, read_template
 
@@ -117,11 +117,10 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
     `trainable`: gradients will flow through it; a process that only chats may use faster CPU kernels.
     """
     folder = Path(model_args.model_name_or_path)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"--model_name_or_path {folder} holds no .safetensors file: convert the weights, pickled "
-            "files are not read"
-        )
+    if folder.is_dir():
+        check_pickle(folder, "*.safetensors", model_args.allow_pickle)
+        if not any(path.suffix in {".safetensors", *PICKLE_SUFFIXES} for path in folder.iterdir()):
+            raise UserError(f"--model_name_or_path {folder} holds no .safetensors file")
     model = AutoModelForCausalLM.from_pretrained(
         model_args.model_name_or_path,
         revision=model_args.revision,
@@ -129,7 +128,7 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
         trust_remote_code=model_args.trust_remote_code,
         dtype=choose_weight_dtype(model_args, dtype),
         quantization_config=build_quantization(model_args, dtype),
-        use_safetensors=True,
+        use_safetensors=None if model_args.allow_pickle else True,
         **choose_placement(model_args),
     )
     if trainable or has_odd_width(model):
@@ -245,8 +244,8 @@ def find_linear_names(model: "PreTrainedModel") -> list[str]:
 
 
 def load_adapter(model: "PreTrainedModel", checkpoint_dir: str, trainable: bool = False) -> PeftModel:
-    """The adapter of a run on its base. Reads safetensors only."""
-    if not Path(checkpoint_dir, ADAPTER_FILE).is_file():
+    """The adapter of a run on its base, from safetensors; from a .bin where check_pickle has let it pass."""
+    if not has_adapter(Path(checkpoint_dir)):
         raise UserError(f"--checkpoint_dir {checkpoint_dir} holds no {ADAPTER_FILE}")
     try:
         return PeftModel.from_pretrained(model, checkpoint_dir, is_trainable=trainable)

@@ -207,27 +207,30 @@ class ResumableTrainer(transformers.Trainer):
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         if folder == self.last_checkpoint and not self.evaluating:
             return
-        with signals.stop_held(), self.written_beside(folder) as staging:
-            self._save(str(staging))
-            if not self.args.save_only_model and self.args.should_save:
-                save_training_state(self.describe_state(), staging)
-            self.note_best_checkpoint(folder)
+        with signals.stop_held():
+            with self.written_beside(folder) as staging:
+                self.write_checkpoint(folder, staging)
+            self.last_checkpoint = folder
             if self.args.should_save:
-                exportable = [
-                    c
-                    for c in [*self.callback_handler.callbacks, self.control]
-                    if isinstance(c, ExportableState)
-                ]
-                self.state.stateful_callbacks = TrainerState(stateful_callbacks=exportable).stateful_callbacks
-                self.store_flos()
-                self.state.save_to_json(str(staging / STATE_FILE))
-            if not self.args.save_only_model:
-                save_rng(self.rng_after_step or read_rng(), staging / self.name_rng_file())
-        self.last_checkpoint = folder
-        if self.args.should_save:
-            self.remove_old_checkpoints(folder)
+                self.remove_old_checkpoints(folder)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
+
+    def write_checkpoint(self, folder: Path, staging: Path) -> None:
+        """Every file of `folder`, as yet in `staging`."""
+        self.note_best_checkpoint(folder)
+        self.store_flos()
+        if not self.args.save_only_model:
+            save_rng(self.rng_after_step or read_rng(), staging / self.name_rng_file())
+        if not self.args.should_save:
+            return
+        self._save(str(staging))
+        if not self.args.save_only_model:
+            save_training_state(self.describe_state(), staging)
+        callbacks = [*self.callback_handler.callbacks, self.control]
+        exportable = [callback for callback in callbacks if isinstance(callback, ExportableState)]
+        self.state.stateful_callbacks = TrainerState(stateful_callbacks=exportable).stateful_callbacks
+        self.state.save_to_json(str(staging / STATE_FILE))
 
     @contextmanager
     def written_beside(self, folder: Path) -> Iterator[Path]:

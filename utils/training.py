@@ -28,7 +28,7 @@ from utils.run_record import (
     save_run_record,
     write_json,
 )
-from utils.signals import StopRequested, find_stop_signal, stop_held
+from utils.signals import StopRequested, find_stop_signal, hold_stop, stop_held
 from utils.trainer import QLoraTrainer
 
 
@@ -155,6 +155,7 @@ def saved_when_stopped(trainer: QLoraTrainer) -> Iterator[None]:
             error, StopRequested
         ):  # a data worker died of the same signal, a graph capture broke
             notice(f"{type(error).__name__} while stopping: {error}")
+        hold_stop()
         trainer.save_stopped()
         raise StopRequested from error
 
