@@ -20,7 +20,9 @@ from utils.checks import check_arguments
 from utils.console import run_main
 from utils.data import load_rows
 from utils.mmlu import load_mmlu
-from utils.run_record import collect_arguments, describe_finished, find_earlier_run
+from utils.resume import check_same_data, find_earlier_run
+from utils.run_record import collect_arguments, describe_finished
+from utils.signals import catch_stop_signals
 from utils.sources import load_sample_prompts
 
 FLAGS = [ModelArguments, DataArguments, LoraArguments, TrainingArguments, GenerationArguments]
@@ -36,11 +38,13 @@ def main() -> None:
     )
     output_dir = Path(training_args.output_dir)
     arguments = collect_arguments(model_args, data_args, lora_args, training_args)
+    earlier = None
     if training_args.do_train:
         earlier = find_earlier_run(output_dir, arguments, training_args.overwrite_output_dir)
         if earlier and earlier["status"] == "finished":
             return describe_finished(earlier, output_dir)
     rows = load_rows(model_args, data_args, training_args)  # bad files stop here, before torch is imported
+    check_same_data(earlier, rows.describe(), training_args.force_resume)
     sample_chats = load_sample_prompts(training_args.sample_prompts) if training_args.sample_generate else []
     mmlu_questions = load_mmlu(training_args, data_args) if training_args.do_mmlu_eval else []
 
@@ -75,4 +79,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    catch_stop_signals()
     run_main(main)

@@ -32,7 +32,8 @@ def train_rows(tokenizer, tmp_path, rows, **flags):
     """(rows as lists, findings) of a file of these rows."""
     path = write_rows(tmp_path / "rows.jsonl", rows)
     found = tokenize(tokenizer, path, **flags)[1][TRAIN]
-    return [{name: ids.tolist() for name, ids in found[i].items()} for i in range(len(found))], found.found[
+    kept = ("input_ids", "labels")
+    return [{name: found[i][name].tolist() for name in kept} for i in range(len(found))], found.found[
         "counts"
     ]
 

@@ -22,7 +22,7 @@ LENGTHS = json.loads(
 
 
 def example(ids, labels):
-    return {"input_ids": np.array(ids), "labels": np.array(labels)}
+    return {"input_ids": np.array(ids), "labels": np.array(labels), "row": 0}
 
 
 def test_every_row_is_packed_once_and_no_bin_overflows():

@@ -30,6 +30,7 @@ class ModelArguments:
     use_cpu: bool = HfArg(default=False, help="Stay on the CPU although a GPU is there.")
     max_memory_MB: int | None = HfArg(default=None, help="Cap on each GPU's memory for the base, MB.")
     trust_remote_code: bool = HfArg(default=False, help="Run Python code shipped in the model folder.")
+    allow_pickle: bool = HfArg(default=False, help="Read .bin weights too (torch.load, weights only).")
     cache_dir: str | None = HfArg(default=None, help="Where downloads from the hub are kept.")
 
     def __post_init__(self):
@@ -147,6 +148,7 @@ class TrainingArguments:
     _argument_group_name = "training"
     output_dir: str | None = HfArg(default=None, help="The run's folder; output/<data>-<model>.")
     overwrite_output_dir: bool = HfArg(default=False, help="Start anew over the run found there.")
+    force_resume: bool = HfArg(default=False, help="Go on although base, data or arguments changed.")
     do_train: bool = HfArg(default=False, help="Train. On when none of the three is given.")
     do_eval: bool = HfArg(default=False, help="Measure the loss on held-out rows.")
     do_predict: bool = HfArg(default=False, help="Answer the held-out rows into predictions.jsonl.")

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from utils.arguments import DataArguments, LoraArguments, ModelArguments
 from utils.baichuan import is_baichuan, load_baichuan
-from utils.checks import ADAPTER_FILE, CONVERT, read_model_config
+from utils.checks import ADAPTER_FILE, CONVERT, has_adapter, read_model_config
 from utils.console import UserError, notice
 from utils.prompts import find_stop_tokens, read_template
 from utils.tokenizer_files import load_own_tokenizer
@@ -129,7 +129,7 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
         "cache_dir": model_args.cache_dir,
         "dtype": choose_weight_dtype(model_args, dtype),
         "quantization_config": build_quantization(model_args, dtype),
-        "use_safetensors": True,
+        "use_safetensors": None if model_args.allow_pickle else True,
     } | choose_placement(model_args)
     name = model_args.model_name_or_path
     with unknown_models_explained(model_args):
@@ -270,8 +270,8 @@ def find_linear_names(model: "PreTrainedModel") -> list[str]:
 
 
 def load_adapter(model: "PreTrainedModel", checkpoint_dir: str, trainable: bool = False) -> PeftModel:
-    """The adapter of a run on its base. Reads safetensors only."""
-    if not Path(checkpoint_dir, ADAPTER_FILE).is_file():
+    """The adapter of a run on its base, from safetensors; from a .bin where check_pickle has let it pass."""
+    if not has_adapter(Path(checkpoint_dir)):
         raise UserError(f"--checkpoint_dir {checkpoint_dir} holds no {ADAPTER_FILE}")
     try:
         return PeftModel.from_pretrained(model, checkpoint_dir, is_trainable=trainable)

@@ -9,7 +9,7 @@ import torch
 
 from utils.prompts import IGNORE_INDEX
 
-Example = dict[str, np.ndarray]  # {input_ids, labels}  # int64 [tokens]
+Example = dict[str, np.ndarray]  # {input_ids, labels}  # int64 [tokens]; row, its index in the set
 MIN_GPU_TOKENS = 2048  # a smaller micro-batch leaves a GPU waiting for its next launch
 TILE = 64  # fixed sizes are multiples of this
 
@@ -74,7 +74,7 @@ class PackingCollator:
     Positions restart with each row: attention sees it and keeps the rows apart, as long as no attention_mask
     is passed. Gives {"micro_batches": [...]}, each of input_ids, labels, position_ids  # int64 [1, tokens]
     cu_seqlens (where rows begin and end)  # int32 [rows + 1]; max_length (of a row, an int)
-    label_positions  # int64 [positions]; num_tokens  # int64 []
+    label_positions  # int64 [positions]; num_tokens  # int64 []; rows (of the set)  # int64 [rows]
     `fixed`: filled up to one of choose_sizes(capacity), for GPUs.
     """
 
@@ -107,6 +107,7 @@ class PackingCollator:
             "max_length": max(lengths),
             "label_positions": torch.from_numpy(np.flatnonzero(labels[1:] != IGNORE_INDEX)),
             "num_tokens": torch.tensor(tokens),
+            "rows": torch.tensor([int(example["row"]) for example in examples]),
         }
 
 
@@ -135,6 +136,7 @@ class PaddingCollator:
             "attention_mask": (torch.arange(width)[None] < lengths[:, None]).long(),
             "label_positions": (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero().flatten(),
             "num_tokens": lengths.sum(),
+            "rows": torch.tensor([int(example["row"]) for example in examples]),
         }
 
 

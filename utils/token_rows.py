@@ -12,7 +12,7 @@ from utils.prompts import IGNORE_INDEX
 
 @dataclass
 class TokenRows:
-    """A map-style dataset of {input_ids, labels}  # int64 [tokens]
+    """A map-style dataset of {input_ids, labels, row}  # int64 [tokens], [tokens], []
 
     `tokens` holds the id of a trained token and the complement of the id (~id, negative) of one that is only
     read: half the space of two arrays, and labels can never be out of step with their tokens.
@@ -32,6 +32,7 @@ class TokenRows:
         return {
             "input_ids": np.where(trained, signed, ~signed),
             "labels": np.where(trained, signed, IGNORE_INDEX),
+            "row": np.int64(index),
         }
 
     @property

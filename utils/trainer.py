@@ -21,6 +21,7 @@ from utils.console import notice
 from utils.model import has_gpu
 from utils.packing import MIN_GPU_TOKENS, PackingCollator, PaddingCollator, keeps_rows_apart
 from utils.prompts import IGNORE_INDEX
+from utils.resumable_trainer import ResumableTrainer
 from utils.run_record import hide_secrets
 from utils.sharing import render_model_card
 from utils.sources import EVAL, TEST, TRAIN
@@ -30,6 +31,7 @@ MAX_STATE_SHARE = 0.1  # of the free GPU memory: activations need the rest
 # Our flags that the Trainer does not have.
 OUR_FLAGS = {
     "overwrite_output_dir",
+    "force_resume",
     "predict_with_generate",
     "sample_generate",
     "sample_prompts",
@@ -44,7 +46,7 @@ OUR_FLAGS = {
 }
 
 
-class QLoraTrainer(transformers.Trainer):
+class QLoraTrainer(ResumableTrainer):
     """Trainer whose loss is the mean over the label tokens of the whole optimizer step.
 
     So (batch 4, accumulation 1) and (batch 1, accumulation 4) give the same gradients for rows of any length.
