@@ -452,20 +452,23 @@ def test_two_thousand_steps_with_saves_evaluations_and_kills_leak_nothing(server
     slopes, code = [], None
     while code != 0:
         pid, samples, end = server.start(log, *argv), [], time.monotonic() + 60
-        while not server.has_ended(pid) and time.monotonic() < end:
+        # A minute, or on a busy machine the 400 steps that tell a slope from allocators filling their pools.
+        while not server.has_ended(pid) and not (
+            time.monotonic() > end and samples and samples[-1][0] - samples[0][0] >= 400
+        ):
             time.sleep(0.5)
             if not server.has_ended(pid) and checkpoints.list_checkpoints(run):
                 step = checkpoints.read_step(checkpoints.list_checkpoints(run)[-1])
                 resident = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
                 files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
-                disk = sum(path.stat().st_size for path in run.rglob("checkpoint-*/*.safetensors"))
+                disk = sum(path.stat().st_size for path in run.glob("checkpoint-*/*.safetensors"))
                 samples.append((step, resident, files, disk))
         if not server.has_ended(pid):
             os.kill(pid, signal.SIGKILL)
         code = server.wait(pid)
         assert code in (0, -signal.SIGKILL), log.read_text()[-2000:]
-        settled = samples[len(samples) // 3 :]  # allocators fill their pools first
-        if len(settled) > 10 and settled[-1][0] - settled[0][0] >= 200:
+        settled = [sample for sample in samples if sample[0] - samples[0][0] >= 150]
+        if settled and settled[-1][0] - settled[0][0] >= 200:
             steps = torch.tensor([float(sample[0]) for sample in settled])
             memory = torch.tensor([sample[1] / 1e6 for sample in settled])
             centred = steps - steps.mean()
