@@ -22,11 +22,21 @@ def notice(message: str) -> None:
         print(message, flush=True)
 
 
+def close_bars() -> None:
+    """End open progress bars, so that what follows starts a line of its own."""
+    if "tqdm.auto" in sys.modules:
+        from tqdm.auto import tqdm
+
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's main(); a UserError becomes one line on stderr and exit code 2."""
     try:
         main()
     except UserError as error:
+        close_bars()
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:

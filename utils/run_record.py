@@ -107,7 +107,7 @@ def save_run_record(record: dict[str, Any], run_dir: Path) -> None:
 def write_json(content: Any, path: Path) -> None:
     """Write beside, fsync and rename: no reader, and no crash, ever sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(beside, "w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         file.flush()
