@@ -121,7 +121,7 @@ def read_recorded_fields(folder: Path) -> dict[str, Any]:
             f"--checkpoint_dir {folder} holds no adapter (adapter_config.json and {ADAPTER_FILE}) "
             "and no run.json: name a run, a checkpoint-N of it, or a PEFT adapter folder"
         )
-    adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    adapter = read_json(folder / "adapter_config.json")
     notice(
         f"{folder} has no run.json: the base {adapter['base_model_name_or_path']} is read from "
         "adapter_config.json; quantization and prompt are the flags' and the tokenizer's"
@@ -154,6 +154,10 @@ def read_model_config(model_args: ModelArguments) -> dict[str, Any]:
         path = download_config(model_args)
     else:
         path = path / "config.json"
+    return read_json(path)
+
+
+def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
