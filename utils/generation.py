@@ -120,8 +120,12 @@ def decode_reply(tokenizer: Any, ids: list[int], stop_ids: list[int]) -> str:
 
 @dataclass
 class Kept:
-    """What a conversation keeps between its turns: keys and values of `ids`; and the last reply's figures."""
+    """What a conversation keeps between its turns: keys and values of `ids`; and the last reply's figures.
 
+    `reuse` False: nothing is kept, and closing a stream does not wait for the token under way.
+    """
+
+    reuse: bool = True
     ids: list[int] = field(default_factory=list)
     cache: DynamicCache | None = None
     prompt_tokens: int = 0
@@ -132,7 +136,8 @@ class Kept:
     ended: str = ""  # stop, length, time or interrupted
 
     def describe(self) -> str:
-        return f"{self.new_tokens} tokens, {self.new_tokens / self.seconds:.1f} tokens/s"
+        speed = self.new_tokens / self.seconds if self.seconds else 0.0
+        return f"{self.new_tokens} tokens, {speed:.1f} tokens/s"
 
 
 class ReplyStreamer(TextIteratorStreamer):
@@ -209,7 +214,8 @@ def stream_reply(
         yield from (piece for piece in streamer if piece)
     finally:
         between.stopped.set()
-        thread.join()
+        if kept.reuse:
+            thread.join()
     if failures:
         raise failures[0]
 
@@ -225,7 +231,7 @@ def generate_ids(
     """Generate into `streamer`, from the keys and values in `kept` on; leaves there those of this turn."""
     input_ids = torch.tensor([prompt], device=chat.model.device)
     beams = config.num_beams > 1  # final only at the end: nothing to stream before it, no one cache to keep
-    cache = None if beams else restore_cache(chat.model, kept, prompt)
+    cache = restore_cache(chat.model, kept, prompt) if kept.reuse and not beams else None
     kept.reused_tokens = 0 if cache is None else cache.get_seq_length()
     output = chat.model.generate(
         input_ids=input_ids,

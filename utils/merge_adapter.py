@@ -122,8 +122,6 @@ def save_companions(
     model_args: ModelArguments, base: Path, config: dict[str, Any], dtype: str, folder: Path
 ) -> None:
     """config.json, tokenizer with its template, generation_config.json with every stop token, model code."""
-    from transformers import GenerationConfig
-
     from utils.generation import find_stop_ids
     from utils.model import load_tokenizer
 
@@ -132,13 +130,11 @@ def save_companions(
     kept = {name: value for name, value in config.items() if name != "torch_dtype"}
     write_json(kept | {"dtype": dtype}, folder / "config.json")
     tokenizer.save_pretrained(folder)
-    if (base / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(base)
-    else:
-        generation = GenerationConfig(bos_token_id=tokenizer.bos_token_id)
-    generation.eos_token_id, generation.pad_token_id = stop_ids, tokenizer.pad_token_id
-    generation._from_model_config = False  # else transformers reads config.json's ids in place of these
-    generation.save_pretrained(folder)
+    path = base / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {"bos_token_id": tokenizer.bos_token_id}
+    generation.pop("_from_model_config", None)  # transformers would read config.json's ids in place of these
+    stops = {"eos_token_id": stop_ids, "pad_token_id": tokenizer.pad_token_id}
+    write_json(generation | stops, folder / path.name)
     for code in base.glob("*.py"):
         shutil.copyfile(code, folder / code.name)
 

@@ -1,0 +1,212 @@
+"""The chat page: gradio components, and what happens when a message is sent, stopped or cleared."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from utils.arguments import GenerationArguments
+from utils.console import UserError
+from utils.generation import ChatModel, Kept, stream_reply, trim_history
+from utils.page_arguments import PageArguments
+from utils.page_labels import CSS, ENDINGS, LABELS, TOO_LONG
+from utils.prompts import Messages
+
+CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
+CHARACTERS_PER_TOKEN = 16  # a text longer than this allows is refused without being tokenized
+FIGURES_EVERY = 8  # tokens
+IDLE_SECONDS = 3600  # a conversation that nobody continues is forgotten
+
+
+def build_page(
+    chat: ChatModel, generation_args: GenerationArguments, page_args: PageArguments, about: str
+) -> gr.Blocks:
+    """The page around `chat`. Conversations stay on this side: a browser can show them, not change them."""
+    with gr.Blocks(title="Chinese-Guanaco", fill_height=True, analytics_enabled=False) as page:
+        messages = gr.State([], time_to_live=IDLE_SECONDS)
+        controls = add_controls(generation_args, page_args, has_adapter=bool(chat.turns.layers))
+        chatbot = gr.Chatbot(
+            show_label=False,
+            elem_id="chat",
+            scale=1,
+            height="calc(100dvh - 190px)",
+            layout="bubble",
+            buttons=["copy"],
+            allow_tags=False,
+            latex_delimiters=[],
+        )
+        box = gr.Textbox(
+            placeholder=word("ask"),
+            show_label=False,
+            lines=1,
+            max_lines=8,
+            autofocus=True,
+            submit_btn=True,
+            elem_id="box",
+        )
+        with gr.Row(equal_height=True):
+            status = gr.Markdown(about, elem_id="status")
+            clear = gr.Button(word("clear"), size="sm", scale=0, min_width=160, elem_id="clear")
+
+        def answer(question: str, said: Messages, *settings: Any) -> Iterator[tuple[Any, ...]]:
+            yield from reply(chat, page_args, about, question, said, settings)
+
+        sent = box.submit(
+            answer,
+            [box, messages, *controls],
+            [box, chatbot, messages, status],
+            concurrency_limit=page_args.concurrent_replies,
+            show_progress="minimal",
+            trigger_mode="once",
+            api_visibility="private",
+        )
+        quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        box.stop(lambda: (idle_box(), ENDINGS["interrupted"]), None, [box, status], cancels=[sent], **quick)
+        clear.click(
+            lambda: (idle_box(""), [], [], about),
+            None,
+            [box, chatbot, messages, status],
+            cancels=[sent],
+            **quick,
+        )
+        page.load(lambda: idle_box(""), None, box, **quick)
+    page.queue(max_size=page_args.limit_queue, api_open=False)
+    return page
+
+
+def word(key: str) -> Any:
+    """A label that the browser shows in its own language."""
+    return gr.I18n(**LABELS)(key)
+
+
+def add_controls(
+    generation_args: GenerationArguments, page_args: PageArguments, has_adapter: bool
+) -> list[gr.components.Component]:
+    """In the order in which read_settings takes their values."""
+    starts = generation_args.temperature if generation_args.do_sample else 0.0
+    longest = min(generation_args.max_new_tokens, page_args.limit_new_tokens)
+    with gr.Sidebar(label=word("settings"), open=True, width=300, elem_id="settings"):
+        sides = [(word("tuned"), "tuned"), (word("base"), "base")]
+        side = gr.Radio(sides, value="tuned", label=word("model"), visible=has_adapter, elem_id="side")
+        system = gr.Textbox(page_args.system, label=word("system"), lines=2, max_lines=6, elem_id="system")
+        temperature = gr.Slider(0, 2, starts, step=0.05, label=word("temperature"), elem_id="temperature")
+        top_p = gr.Slider(0.05, 1, generation_args.top_p, step=0.05, label=word("top_p"), elem_id="top_p")
+        top_k = gr.Slider(1, 200, generation_args.top_k, step=1, label=word("top_k"), elem_id="top_k")
+        beams = gr.Slider(1, 4, generation_args.num_beams, step=1, label=word("beams"), elem_id="beams")
+        length = gr.Slider(
+            1, page_args.limit_new_tokens, longest, step=1, label=word("max_new_tokens"), elem_id="length"
+        )
+        stream = gr.Checkbox(True, label=word("stream"), elem_id="stream")
+    return [side, system, temperature, top_p, top_k, beams, length, stream]
+
+
+def reply(
+    chat: ChatModel, page_args: PageArguments, about: str, question: str, said: Messages, settings: tuple
+) -> Iterator[tuple[Any, ...]]:
+    """(box, chatbot, messages, status) as the reply comes. A refusal leaves the message in the box."""
+    side, system, *numbers, stream = settings
+    if not question.strip():
+        yield idle_box(), gr.skip(), gr.skip(), gr.skip()
+        return
+    generation_args = read_settings(page_args, *numbers)
+    start = [{"role": "system", "content": system.strip()}] if system.strip() else []
+    turns = [message for message in said if message["role"] != "system"]
+    asked = [*start, *turns, {"role": "user", "content": question.strip()}]
+    try:
+        asked = fit_messages(chat, asked, generation_args.max_new_tokens, page_args)
+    except UserError as error:
+        gr.Warning(str(error))
+        yield idle_box(), gr.skip(), gr.skip(), str(error)
+        return
+    yield busy_box(), show(asked), asked, about
+    kept, text = Kept(reuse=False), ""
+    pieces = stream_reply(chat, asked, generation_args, kept, side == "tuned", page_args.limit_seconds)
+    try:
+        for piece in pieces:
+            text += piece
+            if stream:
+                now = [*asked, {"role": "assistant", "content": text.strip()}]
+                yield gr.skip(), show(now), now, f"{about} · {kept.describe()}"
+    finally:
+        pieces.close()
+    now = [*asked, {"role": "assistant", "content": text.strip()}]
+    ending = ENDINGS[kept.ended].format(limit_seconds=page_args.limit_seconds)
+    figures = " · ".join(part for part in (about, kept.describe(), ending) if part)
+    yield idle_box(""), show(now), now, figures
+
+
+def read_settings(
+    page_args: PageArguments, temperature: float, top_p: float, top_k: float, beams: float, length: float
+) -> GenerationArguments:
+    """The controls as flags, within the page's limits whatever a browser sends."""
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": int(top_k)} if temperature > 0 else {}
+    return GenerationArguments(
+        max_new_tokens=max(1, min(int(length), page_args.limit_new_tokens)),
+        do_sample=temperature > 0,
+        num_beams=max(1, min(int(beams), 4)),
+        **sampling,
+    )
+
+
+def fit_messages(
+    chat: ChatModel, messages: Messages, max_new_tokens: int, page_args: PageArguments
+) -> Messages:
+    """`messages` without the oldest where they are too many. Raises UserError where the last is too long."""
+    limit = page_args.limit_prompt_tokens
+    if chat.context is not None:
+        limit = min(limit, chat.context - max_new_tokens)
+    characters = sum(len(message["content"]) for message in (messages[0], messages[-1]))
+    if characters > limit * CHARACTERS_PER_TOKEN:
+        raise UserError(TOO_LONG.format(size=f"{characters:,} characters", limit=limit))
+    within = dataclasses.replace(chat, context=limit + max_new_tokens)
+    try:
+        return trim_history(within, messages, max_new_tokens)[0]
+    except UserError as error:
+        size = re.search(r"\d+ tokens", str(error)).group()
+        raise UserError(TOO_LONG.format(size=size, limit=limit)) from error
+
+
+def show(messages: Messages) -> Messages:
+    """What the chatbot shows: no system message, markup as text, no pictures fetched from elsewhere."""
+    return [
+        {"role": message["role"], "content": escape_markup(message["content"])}
+        for message in messages
+        if message["role"] != "system"
+    ]
+
+
+def escape_markup(text: str) -> str:
+    """`text` whose Markdown works and whose HTML and images are shown as they were written."""
+    parts = CODE.split(text)  # code, at odd places, is shown as it is by Markdown itself
+    parts[::2] = [
+        part.replace("&", "&amp;").replace("<", "&lt;").replace("![", "!\\[") for part in parts[::2]
+    ]
+    return "".join(parts)
+
+
+def idle_box(text: str | None = None) -> Any:
+    changes = {} if text is None else {"value": text}
+    return gr.update(submit_btn=True, stop_btn=False, **changes)
+
+
+def busy_box() -> Any:
+    return gr.update(value="", submit_btn=False, stop_btn=True)
+
+
+def launch_page(page: gr.Blocks, page_args: PageArguments, auth: list[tuple[str, str]] | None) -> None:
+    """Serve until interrupted."""
+    fonts = ["system-ui", "-apple-system", "Segoe UI", "Noto Sans CJK SC", "sans-serif"]
+    page.launch(
+        server_name=page_args.server_name,
+        server_port=page_args.server_port,
+        share=page_args.share,
+        auth=auth,
+        theme=gr.themes.Soft(font=fonts, font_mono=["ui-monospace", "Consolas", "monospace"]),
+        css=CSS,
+        i18n=gr.I18n(**LABELS),
+        footer_links=[],
+        ssr_mode=False,
+        mcp_server=False,
+    )
