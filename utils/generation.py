@@ -212,6 +212,7 @@ def stream_reply(
     thread.start()
     try:
         yield from (piece for piece in streamer if piece)
+        thread.join()
     finally:
         between.stopped.set()
         if kept.reuse:

@@ -16,7 +16,7 @@ from utils.prompts import Messages
 
 CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
 CHARACTERS_PER_TOKEN = 16  # a text longer than this allows is refused without being tokenized
-FIGURES_EVERY = 8  # tokens
+MAX_BEAMS = 4
 IDLE_SECONDS = 3600  # a conversation that nobody continues is forgotten
 
 
@@ -26,29 +26,8 @@ def build_page(
     """The page around `chat`. Conversations stay on this side: a browser can show them, not change them."""
     with gr.Blocks(title="Chinese-Guanaco", fill_height=True, analytics_enabled=False) as page:
         messages = gr.State([], time_to_live=IDLE_SECONDS)
-        controls = add_controls(generation_args, page_args, has_adapter=bool(chat.turns.layers))
-        chatbot = gr.Chatbot(
-            show_label=False,
-            elem_id="chat",
-            scale=1,
-            height="calc(100dvh - 190px)",
-            layout="bubble",
-            buttons=["copy"],
-            allow_tags=False,
-            latex_delimiters=[],
-        )
-        box = gr.Textbox(
-            placeholder=word("ask"),
-            show_label=False,
-            lines=1,
-            max_lines=8,
-            autofocus=True,
-            submit_btn=True,
-            elem_id="box",
-        )
-        with gr.Row(equal_height=True):
-            status = gr.Markdown(about, elem_id="status")
-            clear = gr.Button(word("clear"), size="sm", scale=0, min_width=160, elem_id="clear")
+        side, chatbot, box, status, clear = add_conversation(about, has_adapter=bool(chat.turns.layers))
+        controls = [side, *add_controls(generation_args, page_args)]
 
         def answer(question: str, said: Messages, *settings: Any) -> Iterator[tuple[Any, ...]]:
             yield from reply(chat, page_args, about, question, said, settings)
@@ -64,14 +43,9 @@ def build_page(
         )
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         box.stop(lambda: (idle_box(), ENDINGS["interrupted"]), None, [box, status], cancels=[sent], **quick)
-        clear.click(
-            lambda: (idle_box(""), [], [], about),
-            None,
-            [box, chatbot, messages, status],
-            cancels=[sent],
-            **quick,
-        )
-        page.load(lambda: idle_box(""), None, box, **quick)
+        everything = [box, chatbot, messages, status]
+        for emptied in (clear.click, chatbot.clear):
+            emptied(lambda: (idle_box(""), [], [], about), None, everything, cancels=[sent], **quick)
     page.queue(max_size=page_args.limit_queue, api_open=False)
     return page
 
@@ -81,25 +55,59 @@ def word(key: str) -> Any:
     return gr.I18n(**LABELS)(key)
 
 
+def add_conversation(about: str, has_adapter: bool) -> tuple[gr.components.Component, ...]:
+    """Title and model choice, the messages, the box to write in, the status line with its button."""
+    with gr.Row(equal_height=True, elem_id="head"):
+        gr.Markdown("## Chinese-Guanaco", elem_id="title")
+        sides = [(word("tuned"), "tuned"), (word("base"), "base")]
+        side = gr.Radio(
+            sides, value="tuned", show_label=False, container=False, visible=has_adapter, elem_id="side"
+        )
+    chatbot = gr.Chatbot(
+        show_label=False,
+        elem_id="chat",
+        height="calc(100dvh - 240px)",
+        min_height=240,
+        buttons=["copy"],
+        allow_tags=False,
+        latex_delimiters=[],
+    )
+    box = gr.Textbox(
+        placeholder=word("ask"),
+        show_label=False,
+        container=False,
+        lines=1,
+        max_lines=8,
+        submit_btn=True,
+        elem_id="box",
+    )
+    with gr.Row(equal_height=True, elem_id="foot"):
+        status = gr.Markdown(about, elem_id="status")
+        clear = gr.Button(word("clear"), size="sm", scale=0, min_width=140, elem_id="clear")
+    return side, chatbot, box, status, clear
+
+
 def add_controls(
-    generation_args: GenerationArguments, page_args: PageArguments, has_adapter: bool
+    generation_args: GenerationArguments, page_args: PageArguments
 ) -> list[gr.components.Component]:
-    """In the order in which read_settings takes their values."""
+    """Settings, in the order in which `reply` takes their values."""
     starts = generation_args.temperature if generation_args.do_sample else 0.0
     longest = min(generation_args.max_new_tokens, page_args.limit_new_tokens)
-    with gr.Sidebar(label=word("settings"), open=True, width=300, elem_id="settings"):
-        sides = [(word("tuned"), "tuned"), (word("base"), "base")]
-        side = gr.Radio(sides, value="tuned", label=word("model"), visible=has_adapter, elem_id="side")
-        system = gr.Textbox(page_args.system, label=word("system"), lines=2, max_lines=6, elem_id="system")
-        temperature = gr.Slider(0, 2, starts, step=0.05, label=word("temperature"), elem_id="temperature")
-        top_p = gr.Slider(0.05, 1, generation_args.top_p, step=0.05, label=word("top_p"), elem_id="top_p")
-        top_k = gr.Slider(1, 200, generation_args.top_k, step=1, label=word("top_k"), elem_id="top_k")
-        beams = gr.Slider(1, 4, generation_args.num_beams, step=1, label=word("beams"), elem_id="beams")
-        length = gr.Slider(
-            1, page_args.limit_new_tokens, longest, step=1, label=word("max_new_tokens"), elem_id="length"
-        )
-        stream = gr.Checkbox(True, label=word("stream"), elem_id="stream")
-    return [side, system, temperature, top_p, top_k, beams, length, stream]
+    with gr.Accordion(word("settings"), open=False, elem_id="settings"):
+        system = gr.Textbox(page_args.system, label=word("system"), lines=1, max_lines=6, elem_id="system")
+        with gr.Row():
+            temperature = gr.Slider(0, 2, starts, step=0.05, label=word("temperature"), elem_id="temperature")
+            length = gr.Slider(
+                1, page_args.limit_new_tokens, longest, step=1, label=word("max_new_tokens"), elem_id="length"
+            )
+        with gr.Row():
+            top_p = gr.Slider(0.05, 1, generation_args.top_p, step=0.05, label=word("top_p"), elem_id="top_p")
+            top_k = gr.Slider(1, 200, generation_args.top_k, step=1, label=word("top_k"), elem_id="top_k")
+            beams = gr.Slider(
+                1, MAX_BEAMS, generation_args.num_beams, step=1, label=word("beams"), elem_id="beams"
+            )
+        stream = gr.Checkbox(True, label=word("stream"), container=False, elem_id="stream")
+    return [system, temperature, top_p, top_k, beams, length, stream]
 
 
 def reply(
@@ -141,12 +149,12 @@ def read_settings(
     page_args: PageArguments, temperature: float, top_p: float, top_k: float, beams: float, length: float
 ) -> GenerationArguments:
     """The controls as flags, within the page's limits whatever a browser sends."""
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": int(top_k)} if temperature > 0 else {}
+    sampling = {"temperature": float(temperature), "top_p": float(top_p), "top_k": int(top_k)}
     return GenerationArguments(
         max_new_tokens=max(1, min(int(length), page_args.limit_new_tokens)),
         do_sample=temperature > 0,
-        num_beams=max(1, min(int(beams), 4)),
-        **sampling,
+        num_beams=max(1, min(int(beams), MAX_BEAMS)),
+        **(sampling if temperature > 0 else {}),
     )
 
 
@@ -195,18 +203,23 @@ def busy_box() -> Any:
     return gr.update(value="", submit_btn=False, stop_btn=True)
 
 
-def launch_page(page: gr.Blocks, page_args: PageArguments, auth: list[tuple[str, str]] | None) -> None:
-    """Serve until interrupted."""
+def launch_page(
+    page: gr.Blocks, page_args: PageArguments, auth: list[tuple[str, str]] | None = None, wait: bool = True
+) -> None:
+    """Serve, until interrupted where `wait`. The system's fonts: nothing is fetched from elsewhere."""
     fonts = ["system-ui", "-apple-system", "Segoe UI", "Noto Sans CJK SC", "sans-serif"]
     page.launch(
         server_name=page_args.server_name,
         server_port=page_args.server_port,
         share=page_args.share,
         auth=auth,
-        theme=gr.themes.Soft(font=fonts, font_mono=["ui-monospace", "Consolas", "monospace"]),
+        theme=gr.themes.Default(
+            primary_hue="teal", font=fonts, font_mono=["ui-monospace", "Consolas", "monospace"]
+        ),
         css=CSS,
         i18n=gr.I18n(**LABELS),
         footer_links=[],
         ssr_mode=False,
         mcp_server=False,
+        prevent_thread_lock=not wait,
     )

@@ -43,9 +43,19 @@ ENDINGS = {
 }
 
 CSS = """
-.gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
-#status { font-size: 0.85em; opacity: 0.75; min-height: 1.5em; overflow-wrap: anywhere; }
-#chat { border: none; }
+.gradio-container { max-width: 900px !important; width: 100% !important; margin: 0 auto !important; }
+#head { align-items: center; flex-wrap: nowrap; }
+#title h2 { margin: 0; font-size: 1.15em; }
+#side { width: auto; min-width: max-content !important; flex-grow: 0; }
 #chat .message { overflow-wrap: anywhere; }
+#chat .top-panel { display: none; }
+#box textarea { padding: 12px; }
+#foot { align-items: center; flex-wrap: nowrap; }
+#status { font-size: 0.85em; opacity: 0.75; overflow-wrap: anywhere; }
 footer { display: none !important; }
+@media (max-width: 600px) {
+  #title { display: none; }
+  #status { font-size: 0.75em; }
+  #clear { min-width: 90px !important; }
+}
 """
