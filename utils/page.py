@@ -1,8 +1,10 @@
 """The chat page: gradio components, and what happens when a message is sent, stopped or cleared."""
 
 import dataclasses
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import gradio as gr
@@ -29,23 +31,40 @@ def build_page(
         side, chatbot, box, status, clear = add_conversation(about, has_adapter=bool(chat.turns.layers))
         controls = [side, *add_controls(generation_args, page_args)]
 
-        def answer(question: str, said: Messages, *settings: Any) -> Iterator[tuple[Any, ...]]:
-            yield from reply(chat, page_args, about, question, said, settings)
+        wishes: dict[str, str] = {}  # of each session whose reply is under way: "", "stop" or "clear"
+        everything = [box, chatbot, messages, status]
 
-        sent = box.submit(
+        def answer(request: gr.Request, question: str, said: Messages, *settings: Any) -> Iterator[tuple]:
+            wishes[request.session_hash] = ""
+            try:
+                wish = functools.partial(wishes.get, request.session_hash)
+                yield from stream_answer(chat, page_args, about, question, said, settings, wish)
+            finally:
+                del wishes[request.session_hash]
+
+        def stop(request: gr.Request) -> None:
+            if request.session_hash in wishes:
+                wishes[request.session_hash] = "stop"
+
+        def start_anew(request: gr.Request) -> tuple:
+            if request.session_hash not in wishes:
+                return empty_page(about)
+            wishes[request.session_hash] = "clear"  # the reply under way empties the page as it ends
+            return gr.skip(), gr.skip(), gr.skip(), gr.skip()
+
+        box.submit(
             answer,
             [box, messages, *controls],
-            [box, chatbot, messages, status],
+            everything,
             concurrency_limit=page_args.concurrent_replies,
             show_progress="minimal",
+            show_progress_on=chatbot,
             trigger_mode="once",
             api_visibility="private",
         )
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        box.stop(lambda: (idle_box(), ENDINGS["interrupted"]), None, [box, status], cancels=[sent], **quick)
-        everything = [box, chatbot, messages, status]
-        for emptied in (clear.click, chatbot.clear):
-            emptied(lambda: (idle_box(""), [], [], about), None, everything, cancels=[sent], **quick)
+        box.stop(stop, None, None, **quick)
+        clear.click(start_anew, None, everything, **quick)
     page.queue(max_size=page_args.limit_queue, api_open=False)
     return page
 
@@ -90,7 +109,7 @@ def add_conversation(about: str, has_adapter: bool) -> tuple[gr.components.Compo
 def add_controls(
     generation_args: GenerationArguments, page_args: PageArguments
 ) -> list[gr.components.Component]:
-    """Settings, in the order in which `reply` takes their values."""
+    """Settings, in the order in which stream_answer takes their values."""
     starts = generation_args.temperature if generation_args.do_sample else 0.0
     longest = min(generation_args.max_new_tokens, page_args.limit_new_tokens)
     with gr.Accordion(word("settings"), open=False, elem_id="settings"):
@@ -110,9 +129,15 @@ def add_controls(
     return [system, temperature, top_p, top_k, beams, length, stream]
 
 
-def reply(
-    chat: ChatModel, page_args: PageArguments, about: str, question: str, said: Messages, settings: tuple
-) -> Iterator[tuple[Any, ...]]:
+def stream_answer(
+    chat: ChatModel,
+    page_args: PageArguments,
+    about: str,
+    question: str,
+    said: Messages,
+    settings: tuple,
+    wish: Callable[[], str],
+) -> Iterator[tuple]:
     """(box, chatbot, messages, status) as the reply comes. A refusal leaves the message in the box."""
     side, system, *numbers, stream = settings
     if not question.strip():
@@ -129,20 +154,27 @@ def reply(
         yield idle_box(), gr.skip(), gr.skip(), str(error)
         return
     yield busy_box(), show(asked), asked, about
-    kept, text = Kept(reuse=False), ""
+    kept, now = Kept(reuse=False), asked
     pieces = stream_reply(chat, asked, generation_args, kept, side == "tuned", page_args.limit_seconds)
-    try:
+    with closing(pieces):
+        text = ""
         for piece in pieces:
             text += piece
+            now = [*asked, {"role": "assistant", "content": text.strip()}]
+            if wish():
+                break
             if stream:
-                now = [*asked, {"role": "assistant", "content": text.strip()}]
                 yield gr.skip(), show(now), now, f"{about} · {kept.describe()}"
-    finally:
-        pieces.close()
-    now = [*asked, {"role": "assistant", "content": text.strip()}]
-    ending = ENDINGS[kept.ended].format(limit_seconds=page_args.limit_seconds)
+    if wish() == "clear":
+        yield empty_page(about)
+        return
+    ending = ENDINGS["interrupted" if wish() else kept.ended].format(limit_seconds=page_args.limit_seconds)
     figures = " · ".join(part for part in (about, kept.describe(), ending) if part)
     yield idle_box(""), show(now), now, figures
+
+
+def empty_page(about: str) -> tuple:
+    return idle_box(""), [], [], about
 
 
 def read_settings(
