@@ -1,30 +1,51 @@
 """Chat with a fine-tuned model in the terminal, streaming.
 
     python cli_demo.py --checkpoint_dir RUN
+    python cli_demo.py --checkpoint_dir RUN --compare
     echo "Who are you?" | python cli_demo.py --checkpoint_dir RUN
 
-clear starts a new conversation, stop or Ctrl-D leaves, Ctrl-C interrupts the reply.
+clear starts a new conversation, stop or Ctrl-D leaves, Ctrl-C interrupts the reply; /system TEXT starts anew
+with that system message, /regenerate answers the last question again, /save FILE appends the conversation.
 """
 
+import json
+import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 from transformers.hf_argparser import HfArg
 
 from utils.arguments import GenerationArguments, ModelArguments, find_given_flags, parse_args
 from utils.checks import check_adapter_fits, read_model_config, resolve_model
+from utils.columns import stream_rows
 from utils.console import UserError, run_main
 from utils.formats import Messages
 from utils.prompts import read_template
+
+if TYPE_CHECKING:
+    from utils.generation import ChatModel, Kept
 
 
 @dataclass
 class ChatArguments:
     _argument_group_name = "chat"
     system: str | None = HfArg(default=None, help="System message at the start of each conversation.")
+    compare: bool = HfArg(default=False, help="Each question to the base too: its reply on the left.")
     template: str | None = HfArg(default=None, help="A name in utils/templates, instead of the run's own.")
     seed: int = HfArg(default=42, help="Seed of --do_sample.")
+
+
+@dataclass
+class Side:
+    """A model and its own course of the conversation; --compare has two, the model being one in memory."""
+
+    tuned: bool
+    kept: "Kept"
+    messages: Messages = field(default_factory=list)
 
 
 def main() -> None:
@@ -36,10 +57,12 @@ def main() -> None:
     check_adapter_fits(model_args, config)
     if chat_args.template:
         read_template(chat_args.template)
+    if chat_args.compare and (model_args.checkpoint_dir is None or model_args.full_finetune):
+        raise UserError("--compare shows the base beside an adapter on it: name one with --checkpoint_dir")
 
     from transformers import set_seed
 
-    from utils.generation import load_run
+    from utils.generation import Kept, load_run
 
     set_seed(chat_args.seed)
     chat = load_run(model_args, config, chat_args.template)
@@ -47,45 +70,127 @@ def main() -> None:
     print(f"{model_args.model_name_or_path}, {model_args.bits} bits, adapter {adapter}")
     if sys.stdin.isatty():
         print("clear: new conversation; stop or Ctrl-D: leave; Ctrl-C: interrupt the reply")
-    hold_conversation(chat, generation_args, chat_args.system)
+        print("/system TEXT, /regenerate, /save FILE")
+    sides = [Side(tuned, Kept()) for tuned in ([False, True] if chat_args.compare else [True])]
+    hold_conversation(chat, sides, generation_args, chat_args.system)
 
 
-def hold_conversation(chat, generation_args: GenerationArguments, system: str | None) -> None:
-    """Questions from the terminal or a pipe, replies onto it, until the input ends."""
-    start = [{"role": "system", "content": system}] if system else []
-    messages = list(start)
-    for question in read_questions():
-        if question == "stop":
+def hold_conversation(
+    chat: "ChatModel", sides: list[Side], generation_args: GenerationArguments, system: str | None
+) -> None:
+    """Questions and commands from the terminal or a pipe, replies onto it, until the input ends."""
+    start_anew(sides, system)
+    for line in read_questions():
+        command, _, rest = line.partition(" ")
+        if line == "stop":
             return
-        if question == "clear":
-            messages = list(start)
+        elif line == "clear":
+            start_anew(sides, system)
             print("new conversation")
-            continue
-        asked = [*messages, {"role": "user", "content": question}]
-        try:
-            messages = answer(chat, asked, generation_args)
-        except UserError as error:
-            print(error)
+        elif command == "/system":
+            system = rest.strip() or None
+            start_anew(sides, system)
+            print(f"new conversation{'' if system else ' without a system message'}")
+        elif command == "/save":
+            save_conversation(sides, rest.strip())
+        elif line == "/regenerate":
+            regenerate(chat, sides, generation_args)
+        elif command in ("/clear", "/stop", "/help") or (command.startswith("/") and command[1:].isalpha()):
+            print(f"{command} is no command: clear, stop, /system TEXT, /regenerate, /save FILE")
+        else:
+            ask(chat, sides, line, generation_args)
 
 
-def answer(chat, messages: Messages, generation_args: GenerationArguments) -> Messages:
-    """Print the reply as it comes; returns the conversation with it. Ctrl-C keeps what was said so far."""
+def start_anew(sides: list[Side], system: str | None) -> None:
+    for side in sides:
+        side.messages = [{"role": "system", "content": system}] if system else []
+
+
+def regenerate(chat: "ChatModel", sides: list[Side], generation_args: GenerationArguments) -> None:
+    if not sides[-1].messages or sides[-1].messages[-1]["role"] != "assistant":
+        print("there is no reply yet")
+        return
+    if not generation_args.do_sample:
+        print("[without --do_sample the reply is the same again]")
+    question = sides[-1].messages[-2]["content"]
+    before = [(side, side.messages) for side in sides]
+    for side in sides:
+        side.messages = side.messages[:-2]
+    if not ask(chat, sides, question, generation_args):
+        for side, messages in before:
+            side.messages = messages
+
+
+def ask(chat: "ChatModel", sides: list[Side], question: str, generation_args: GenerationArguments) -> bool:
+    """Print the reply, or both, as they come; the conversation grows by it. False where it was refused."""
     from utils.generation import stream_reply, trim_history
 
-    messages, dropped = trim_history(chat, messages, generation_args.max_new_tokens)
-    if dropped:
-        print(f"[the conversation is longer than the context: the oldest {dropped} messages are forgotten]")
-    reply, pieces = "", stream_reply(chat, messages, generation_args)
     try:
-        for piece in pieces:
-            reply += piece
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        print(" [interrupted]", end="")
-    finally:
-        pieces.close()
-    print()
-    return [*messages, {"role": "assistant", "content": reply.strip()}]
+        asked = []
+        for side in sides:
+            messages = [*side.messages, {"role": "user", "content": question}]
+            messages, dropped = trim_history(chat, messages, generation_args.max_new_tokens)
+            asked.append(messages)
+        if dropped:
+            print(
+                f"[the conversation is longer than the context: the oldest {dropped} messages are forgotten]"
+            )
+    except UserError as error:
+        print(error)
+        return False
+    streams = [
+        stream_reply(chat, messages, generation_args, side.kept, side.tuned)
+        for side, messages in zip(sides, asked, strict=True)
+    ]
+    replies = print_replies(streams)
+    for side, messages, reply in zip(sides, asked, replies, strict=True):
+        side.messages = [*messages, {"role": "assistant", "content": reply.strip()}]
+    figures = [side.kept.describe() for side in sides]
+    print(f"[{'; '.join(figures)}]", file=sys.stderr, flush=True)
+    return True
+
+
+def print_replies(streams: list[Iterator[str]]) -> list[str]:
+    """One reply as it comes, or two in columns. Ctrl-C keeps what was said so far."""
+    replies = [""] * len(streams)
+
+    def pieces() -> Iterator[tuple[str, ...]]:
+        for row in zip_longest(*streams, fillvalue=""):
+            for i, piece in enumerate(row):
+                replies[i] += piece
+            yield row
+
+    with ExitStack() as stack:
+        for stream in streams:
+            stack.enter_context(closing(stream))
+        try:
+            if len(streams) == 1:
+                for (piece,) in pieces():
+                    print(piece, end="", flush=True)
+                print()
+            else:
+                width = shutil.get_terminal_size().columns
+                headed = [("base\n", "tuned\n")]
+                for row in stream_rows((row for part in (headed, pieces()) for row in part), width):
+                    print(row, flush=True)
+        except KeyboardInterrupt:
+            print(" [interrupted]")
+    return replies
+
+
+def save_conversation(sides: list[Side], name: str) -> None:
+    """Append the conversation to a file of rows {messages}, which the fine-tuning scripts read."""
+    if not name:
+        print("name the file: /save FILE.jsonl")
+        return
+    try:
+        with open(name, "a", encoding="utf-8") as file:
+            for side in sides:
+                file.write(json.dumps({"messages": side.messages}, ensure_ascii=False) + "\n")
+    except OSError as error:
+        print(f"not saved: {error}")
+    else:
+        print(f"saved in {name}, {len(sides[-1].messages)} messages")
 
 
 def read_questions() -> Iterator[str]:

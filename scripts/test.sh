@@ -9,6 +9,14 @@ cd "$(dirname "$0")/.."
 bash scripts/install.sh
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then source .venv/bin/activate; fi
 
+# The page's tests use a real browser; without one they are skipped and say so.
+if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+  echo "== installing Debian's chromium"
+  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+    apt-get install -y -qq --no-install-recommends chromium fonts-noto-cjk; } >/dev/null 2>&1 ||
+    echo "chromium is not to be had: the page's browser tests are skipped"
+fi
+
 args=(-m "not slow and not gpu")
 if [ "${1:-}" = "--all" ]; then
   args=(-m "not gpu")

@@ -36,12 +36,15 @@ def smol_tokenizer(smollm2):
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, smollm2) -> Path:
     """A random LLaMA of two layers with SmolLM2's tokenizer: every script runs on it in seconds."""
+    return save_random_model(tmp_path_factory.mktemp("tiny-llama"), seed=0)
+
+
+def save_random_model(folder: Path, seed: int) -> Path:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    torch.manual_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,

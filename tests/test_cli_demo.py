@@ -1,5 +1,6 @@
 """The terminal chat as a person uses it: in a pseudo-terminal, with keys, pastes and interrupts."""
 
+import json
 import os
 import pty
 import select
@@ -9,6 +10,8 @@ import time
 
 import pytest
 from conftest import ROOT, run_script
+
+from utils.columns import measure_width, stream_rows, wrap_text
 
 PASTE = "\x1b[200~{}\x1b[201~"
 
@@ -121,3 +124,62 @@ def test_long_conversation_is_trimmed_with_a_notice(tiny_model):
     assert result.returncode == 0, result.stderr
     assert "the oldest 2 messages are forgotten" in result.stdout
     assert "the model's context is 512" in result.stdout
+
+
+def test_commands_change_system_message_regenerate_and_save(tiny_model, tmp_path):
+    saved = tmp_path / "chat.jsonl"
+    lines = ["/regenerate", "/system 你是诗人。", "Hello.", "/regenerate", f"/save {saved}", "/save", "/sing"]
+    argv = ["--model_name_or_path", tiny_model, "--max_new_tokens", "4", "--system", "Be brief."]
+    result = run_script("cli_demo.py", *argv, stdin="\n".join(lines))
+    assert result.returncode == 0, result.stderr
+    assert "there is no reply yet" in result.stdout
+    assert "/sing is no command" in result.stdout and "name the file" in result.stdout
+    (row,) = map(json.loads, saved.read_text(encoding="utf-8").splitlines())
+    assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
+    assert row["messages"][0]["content"] == "你是诗人。" and row["messages"][1]["content"] == "Hello."
+    assert result.stderr.count("4 tokens, ") == 2 and "tokens/s]" in result.stderr
+
+
+def test_compare_shows_base_and_tuned_in_two_columns(tiny_model, tmp_path):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    base = ["--model_name_or_path", tiny_model, "--bits", "32", "--max_new_tokens", "12"]
+    tuned = [*base, "--checkpoint_dir", tmp_path / "adapter"]
+    alone = [reply_words(run_script("cli_demo.py", *argv, stdin="Hello.\n")) for argv in (base, tuned)]
+    together = run_script("cli_demo.py", *tuned, "--compare", stdin="Hello.\n", COLUMNS="90")
+    assert together.returncode == 0, together.stderr
+    rows = [split_row(line) for line in together.stdout.splitlines() if " |" in line]
+    assert list(rows[0]) == ["base", "tuned"]
+    columns = ["".join(row[side] for row in rows[1:]).replace(" ", "") for side in (0, 1)]
+    assert columns == alone and alone[0] != alone[1]
+
+
+def split_row(row):
+    left, _, right = row.partition(" |")
+    return left.strip(), right.strip()
+
+
+def reply_words(result):
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split("> Hello.\n")[1].strip().replace(" ", "").replace("\n", "")
+
+
+def test_compare_without_an_adapter_is_refused_before_loading(tiny_model):
+    result = run_script("cli_demo.py", "--model_name_or_path", tiny_model, "--compare")
+    assert result.returncode == 2 and "name one with --checkpoint_dir" in result.stderr
+
+
+def test_columns_keep_their_width_with_chinese_text():
+    text = "我是 Guanaco，由 Chinese-Guanaco 项目微调的语言模型。 averyveryveryverylongword"
+    lines = wrap_text(text, 20)
+    assert max(measure_width(line) for line in lines) <= 20
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    rows = list(stream_rows([("你好", "a"), ("世界" * 20, " b"), ("", " c")], 43))
+    assert "".join(split_row(row)[0] for row in rows) == "你好" + "世界" * 20
+    assert [split_row(row)[1] for row in rows if split_row(row)[1]] == ["a b c"]

@@ -1,6 +1,7 @@
 """What was trained is what is chatted with: same prompt, same stop, same model."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +11,14 @@ from utils.arguments import GenerationArguments, ModelArguments
 from utils.checks import read_model_config, resolve_model
 from utils.console import UserError
 from utils.formats import Chat
-from utils.generation import build_generation_config, generate_replies, load_run, stream_reply, trim_history
+from utils.generation import (
+    Kept,
+    build_generation_config,
+    generate_replies,
+    load_run,
+    stream_reply,
+    trim_history,
+)
 from utils.prompts import IGNORE_INDEX, encode_segments, split_chat
 
 FLAGS = [
@@ -161,3 +169,83 @@ def test_sampling_flags_without_sampling_are_named(smol_tokenizer, capsys):
         GenerationArguments(do_sample=True, temperature=0.7), smol_tokenizer, [2, 0]
     )
     assert sampling.temperature == 0.7 and sampling.eos_token_id == [2, 0]
+
+
+@pytest.fixture(scope="module")
+def smol_chat(smollm2):
+    model_args = resolve_model(ModelArguments(str(smollm2), bits=32), {"bits"})
+    return load_run(model_args, read_model_config(model_args))
+
+
+def converse(chat, questions, flags, kept=None):
+    """The replies of a conversation; with `kept` each turn goes on from the last one's keys and values."""
+    messages, replies, reused = [], [], []
+    for question in questions:
+        turn = Kept() if kept is None else kept
+        messages = [*messages, {"role": "user", "content": question}]
+        reply = "".join(stream_reply(chat, messages, flags, turn))
+        messages = [*messages, {"role": "assistant", "content": reply.strip()}]
+        replies.append(reply)
+        reused.append(turn.reused_tokens)
+    return replies, reused
+
+
+def test_kept_cache_gives_the_same_tokens_as_a_fresh_prefill(smol_chat):
+    questions = ["Name three animals.", "And three plants?", "Which of all these is the tallest?"]
+    flags = GenerationArguments(max_new_tokens=24)
+    fresh, nothing_reused = converse(smol_chat, questions, flags)
+    kept, reused = converse(smol_chat, questions, flags, Kept())
+    assert kept == fresh
+    assert nothing_reused == [0, 0, 0] and 0 < reused[1] < reused[2]
+
+
+def test_kept_cache_is_cut_where_the_conversation_changes(smol_chat):
+    flags = GenerationArguments(max_new_tokens=12)
+    kept = Kept()
+    converse(smol_chat, ["Name three animals.", "And three plants?"], flags, kept)
+    other = [{"role": "user", "content": "Name three rivers."}]
+    reply = "".join(stream_reply(smol_chat, other, flags, kept))
+    assert reply == "".join(stream_reply(smol_chat, other, flags))
+    assert 0 < kept.reused_tokens < kept.prompt_tokens  # the system message that the template adds
+
+
+def test_second_turn_of_1500_tokens_starts_in_15_percent_of_a_full_prefill(smol_chat):
+    flags = GenerationArguments(max_new_tokens=4)
+    first = [{"role": "user", "content": "Here is a list. " + "llama, " * 370}]
+    kept = Kept()
+    reply = "".join(stream_reply(smol_chat, first, flags, kept)).strip()
+    second = [*first, {"role": "assistant", "content": reply}, {"role": "user", "content": "How many?"}]
+    list(stream_reply(smol_chat, second, flags, kept))
+    fresh = Kept()
+    list(stream_reply(smol_chat, second, flags, fresh))
+    share = kept.first_token_seconds / fresh.first_token_seconds
+    print(
+        f"{kept.prompt_tokens} tokens: first after {kept.first_token_seconds:.3f} s, {share:.1%} of a prefill"
+    )
+    assert kept.prompt_tokens > 1500 and share <= 0.15
+
+
+def test_base_beside_adapter_in_one_model_and_replies_in_turns_never_mix(run):
+    _, chat = open_run(run)
+    for layer in chat.turns.layers:  # two steps of training change no word yet
+        layer.lora_B["default"].weight.data.normal_()
+    flags = GenerationArguments(max_new_tokens=20, min_new_tokens=20)
+    alone = {tuned: "".join(stream_reply(chat, QUESTION, flags, tuned=tuned)) for tuned in (True, False)}
+    with chat.model.disable_adapter(), torch.no_grad():
+        chat.turns.layers, layers = [], chat.turns.layers
+        assert "".join(stream_reply(chat, QUESTION, flags)) == alone[False] != alone[True]
+        chat.turns.layers = layers
+    sides = [True, False, True, False, True]
+    streams = [stream_reply(chat, QUESTION, flags, tuned=tuned) for tuned in sides]
+    with ThreadPoolExecutor(len(sides)) as pool:
+        replies = list(pool.map("".join, streams))
+    assert replies == [alone[tuned] for tuned in sides]
+    assert not chat.turns.held and not chat.turns.line
+
+
+def test_reply_ends_at_its_time_limit(run):
+    _, chat = open_run(run)
+    kept = Kept()
+    flags = GenerationArguments(max_new_tokens=400, min_new_tokens=400)
+    list(stream_reply(chat, QUESTION, flags, kept, max_seconds=0.2))
+    assert kept.ended == "time" and kept.new_tokens < 400

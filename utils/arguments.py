@@ -9,7 +9,7 @@ from typing import Any, Literal
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from utils.console import UserError
-from utils.legacy_flags import translate_legacy_flags
+from utils.legacy_flags import RENAMED, translate_legacy_flags
 from utils.trainer_flags import parse_trainer_flags
 
 
@@ -335,9 +335,7 @@ def describe_unknown(word: str, flags: list[str]) -> str:
 
 
 def find_given_flags(argv: list[str]) -> set[str]:
-    """Names of the fields set on the command line."""
-    return {
-        re.sub(r"^no_", "", word.lstrip("-").split("=")[0].replace("-", "_"))
-        for word in argv
-        if word.startswith("--")
-    }
+    """Names of the fields set on the command line, 2023 names included."""
+    names = {word.lstrip("-").split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    today = RENAMED | {"load_8bit": "bits"}
+    return {today.get(name, re.sub(r"^no_", "", name)) for name in names}

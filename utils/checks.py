@@ -161,7 +161,7 @@ def read_recorded_fields(folder: Path) -> dict[str, Any]:
             f"--checkpoint_dir {folder} holds no adapter (adapter_config.json and {ADAPTER_FILE}) "
             "and no run.json: name a run, a checkpoint-N of it, or a PEFT adapter folder"
         )
-    adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    adapter = read_json(folder / "adapter_config.json")
     notice(
         f"{folder} has no run.json: the base {adapter['base_model_name_or_path']} is read from "
         "adapter_config.json; quantization and prompt are the flags' and the tokenizer's"
@@ -200,12 +200,16 @@ def read_model_config(model_args: ModelArguments) -> dict[str, Any]:
         path = download_config(model_args)
     else:
         path = path / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is no JSON ({error}): download the model again") from error
+    config = read_json(path)
     check_remote_code(model_args, config)
     return config
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is no JSON ({error}): download the model again") from error
 
 
 def download_config(model_args: ModelArguments) -> Path:

@@ -87,7 +87,11 @@ def load_rows(model_args: ModelArguments, data_args: DataArguments, training_arg
         sources = [source for source in sources if source.part == TRAIN]
     scans = [scan_source(source) for source in sources]
     report_sources(sources, scans)
-    rows = Rows(sources, scans, assign_parts(sources, scans, wanted, data_args, training_args.data_seed))
+    parts = assign_parts(sources, scans, wanted, data_args, training_args.data_seed)
+    rows = Rows(sources, scans, parts)
+    if not (training_args.do_train or data_args.data_report):
+        for own in parts:
+            own[own == PARTS.index(TRAIN)] = 0
     if not rows.count(TRAIN) and training_args.do_train:
         raise UserError(f"--dataset_name {data_args.dataset_name} leaves no row to train on")
     return rows

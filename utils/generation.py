@@ -1,13 +1,22 @@
 """A run on disk -> a model that replies. Base, quantization, template and stop tokens come from run.json."""
 
+import math
 import threading
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+from transformers.cache_utils import DynamicLayer
 
 from utils.arguments import GenerationArguments, ModelArguments
 from utils.checks import CONTEXT_KEYS
@@ -16,6 +25,7 @@ from utils.formats import Messages
 from utils.model import choose_compute_dtype, load_adapter, load_base, load_stop_ids, load_tokenizer
 from utils.prompts import encode_prompt
 from utils.run_record import find_run_record
+from utils.turns import Turns
 
 SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0}
 
@@ -28,6 +38,7 @@ class ChatModel:
     tokenizer: Any
     stop_ids: list[int]
     context: int | None  # tokens
+    turns: Turns
 
 
 def load_run(model_args: ModelArguments, config: dict[str, Any], template: str | None = None) -> ChatModel:
@@ -35,18 +46,22 @@ def load_run(model_args: ModelArguments, config: dict[str, Any], template: str |
     from utils.arguments import DataArguments
 
     tokenizer = load_tokenizer(model_args, DataArguments(template=template))
-    record = find_run_record(Path(model_args.checkpoint_dir)) if model_args.checkpoint_dir else None
-    if record and template is None:
-        stop_ids = record["prompt"]["stop_ids"]
-    else:
-        stop_ids = load_stop_ids(model_args, tokenizer)
+    stop_ids = find_stop_ids(model_args, tokenizer, template)
     model = load_base(model_args, choose_compute_dtype(model_args), trainable=False)
     if model_args.checkpoint_dir and not model_args.full_finetune:
         model = load_adapter(model, model_args.checkpoint_dir)
     model.eval()
     text_config = config.get("text_config", config)
     context = next((text_config[key] for key in CONTEXT_KEYS if isinstance(text_config.get(key), int)), None)
-    return ChatModel(model, tokenizer, stop_ids, context)
+    return ChatModel(model, tokenizer, stop_ids, context, Turns(model))
+
+
+def find_stop_ids(model_args: ModelArguments, tokenizer: Any, template: str | None = None) -> list[int]:
+    """Ids that end a reply: the run's own, unless another template is asked for."""
+    record = find_run_record(Path(model_args.checkpoint_dir)) if model_args.checkpoint_dir else None
+    if record and template is None:
+        return record["prompt"]["stop_ids"]
+    return load_stop_ids(model_args, tokenizer)
 
 
 def build_generation_config(
@@ -104,63 +119,155 @@ def decode_reply(tokenizer: Any, ids: list[int], stop_ids: list[int]) -> str:
     return tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
 
 
-class StopOnEvent(StoppingCriteria):
-    def __init__(self, event: threading.Event):
-        self.event = event
+@dataclass
+class Kept:
+    """What a conversation keeps between its turns: keys and values of `ids`; and the last reply's figures.
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+    `reuse` False: nothing is kept, and closing a stream does not wait for the token under way.
+    """
+
+    reuse: bool = True
+    ids: list[int] = field(default_factory=list)
+    cache: DynamicCache | None = None
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    new_tokens: int = 0
+    first_token_seconds: float = 0.0
+    seconds: float = 0.0
+    ended: str = ""  # stop, length, time or interrupted
+
+    def describe(self) -> str:
+        speed = self.new_tokens / self.seconds if self.seconds else 0.0
+        return f"{self.new_tokens} tokens, {speed:.1f} tokens/s"
 
 
 class ReplyStreamer(TextIteratorStreamer):
     """Text of the reply only: without the prompt and without the stop token, special or not."""
 
-    def __init__(self, tokenizer: Any, stop_ids: list[int]):
+    def __init__(self, tokenizer: Any, stop_ids: list[int], kept: Kept):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.stop_ids = stop_ids
+        self.stop_ids, self.kept, self.start = stop_ids, kept, time.perf_counter()
 
     def put(self, value: torch.Tensor) -> None:
-        if value.numel() == 1 and value.item() in self.stop_ids and not self.next_tokens_are_prompt:
-            return
+        if not self.next_tokens_are_prompt:
+            self.count_token()
+            if value.numel() == 1 and value.item() in self.stop_ids:
+                return
         super().put(value)
 
+    def count_token(self) -> None:
+        self.kept.seconds = time.perf_counter() - self.start
+        if self.kept.new_tokens == 0:
+            self.kept.first_token_seconds = self.kept.seconds
+        self.kept.new_tokens += 1
 
-def stream_reply(chat: ChatModel, messages: Messages, generation_args: GenerationArguments) -> Iterator[str]:
-    """Pieces of the reply as they are generated. Closing the iterator stops the generation."""
-    prompt = torch.tensor([encode_prompt(chat.tokenizer, messages, chat.stop_ids)], device=chat.model.device)
+
+class BetweenTokens(StoppingCriteria):
+    """After each token: end the reply where asked or too long under way, else let the next in line go on."""
+
+    def __init__(self, turns: Turns, tuned: bool, max_seconds: float | None):
+        self.turns, self.tuned, self.stopped = turns, tuned, threading.Event()
+        self.deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        done = self.stopped.is_set() or self.late
+        if not done:
+            self.turns.pass_on(self.tuned)
+        return torch.full((input_ids.shape[0],), done, device=input_ids.device)
+
+
+def stream_reply(
+    chat: ChatModel,
+    messages: Messages,
+    generation_args: GenerationArguments,
+    kept: Kept | None = None,
+    tuned: bool = True,
+    max_seconds: float | None = None,
+) -> Iterator[str]:
+    """Pieces of the reply as they are generated. Closing the iterator stops the generation.
+
+    `kept` saves reading again what the last turn read. `tuned` False: the base without its adapter.
+    """
+    kept = Kept() if kept is None else kept
+    prompt = encode_prompt(chat.tokenizer, messages, chat.stop_ids)
     config = build_generation_config(generation_args, chat.tokenizer, chat.stop_ids)
-    if generation_args.num_beams > 1:  # beams are final only at the end: nothing to stream before it
-        with torch.no_grad():
-            output = chat.model.generate(
-                input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config
-            )
-        yield decode_reply(chat.tokenizer, output[0, prompt.shape[1] :].tolist(), chat.stop_ids)
-        return
-    streamer, stopped, failures = ReplyStreamer(chat.tokenizer, chat.stop_ids), threading.Event(), []
+    kept.prompt_tokens, kept.new_tokens, kept.first_token_seconds, kept.seconds = len(prompt), 0, 0.0, 0.0
+    streamer = ReplyStreamer(chat.tokenizer, chat.stop_ids, kept)
+    between, failures = BetweenTokens(chat.turns, tuned, max_seconds), []
 
     def generate() -> None:
         try:
-            with torch.no_grad():
-                chat.model.generate(
-                    input_ids=prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    streamer=streamer,
-                    generation_config=config,
-                    stopping_criteria=StoppingCriteriaList([StopOnEvent(stopped)]),
-                )
+            with chat.turns.hold(tuned), torch.no_grad():
+                if not between.stopped.is_set():
+                    generate_ids(chat, prompt, config, kept, streamer, between)
         except Exception as error:  # raised again where the reply is read
             failures.append(error)
-            streamer.end()
+            kept.ids, kept.cache = [], None
+        streamer.end()
 
     thread = threading.Thread(target=generate, daemon=True)
     thread.start()
     try:
         yield from (piece for piece in streamer if piece)
-    finally:
-        stopped.set()
         thread.join()
+    finally:
+        between.stopped.set()
+        if kept.reuse:
+            thread.join()
     if failures:
         raise failures[0]
+
+
+def generate_ids(
+    chat: ChatModel,
+    prompt: list[int],
+    config: GenerationConfig,
+    kept: Kept,
+    streamer: ReplyStreamer,
+    between: BetweenTokens,
+) -> None:
+    """Generate into `streamer`, from the keys and values in `kept` on; leaves there those of this turn."""
+    input_ids = torch.tensor([prompt], device=chat.model.device)
+    beams = config.num_beams > 1  # final only at the end: nothing to stream before it, no one cache to keep
+    cache = restore_cache(chat.model, kept, prompt) if kept.reuse and not beams else None
+    kept.reused_tokens = 0 if cache is None else cache.get_seq_length()
+    output = chat.model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        generation_config=config,
+        stopping_criteria=StoppingCriteriaList([between]),
+        **({} if beams else {"streamer": streamer}),
+        **({} if cache is None else {"past_key_values": cache}),
+    )[0].tolist()
+    if beams:
+        streamer.on_finalized_text(decode_reply(chat.tokenizer, output[len(prompt) :], chat.stop_ids))
+        kept.new_tokens, kept.seconds = len(output) - len(prompt), time.perf_counter() - streamer.start
+    elif cache is not None:
+        kept.ids, kept.cache = output[: cache.get_seq_length()], cache
+    kept.ended = "interrupted" if between.stopped.is_set() else "time" if between.late else "length"
+    if output[-1] in chat.stop_ids:
+        kept.ended = "stop"
+
+
+def restore_cache(model: Any, kept: Kept, prompt: list[int]) -> DynamicCache | None:
+    """The kept cache cut to what `prompt` shares with it, or an empty one; None where none can be kept.
+
+    At least one token of the prompt is left to be read: its logits start the reply.
+    """
+    if not model._supports_default_dynamic_cache():
+        return None
+    cache, kept.cache = kept.cache, None
+    if cache is None:
+        cache = DynamicCache(config=model.config.get_text_config())
+        return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
+    pairs = zip(kept.ids, prompt[:-1], strict=False)
+    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(kept.ids), len(prompt) - 1))
+    cache.crop(shared - cache.get_seq_length())
+    return cache
 
 
 def trim_history(chat: ChatModel, messages: Messages, max_new_tokens: int) -> tuple[Messages, int]:

@@ -61,6 +61,8 @@ def translate_flag(name: str, values: list[str]) -> list[str] | None:
     if name == "group_by_length":
         sampling = "group_by_length" if read_switch(name, values) else "random"
         return announce(name, values, ["--train_sampling_strategy", sampling])
+    if name == "load_8bit":
+        return announce(name, values, ["--bits", "8"] if read_switch(name, values) else [])
     if name == "adam8bit":
         return announce(name, values, ["--optim", "adamw_bnb_8bit"] if read_switch(name, values) else [])
     if name == "lora_modules":

@@ -1,0 +1,430 @@
+"""The page as people use it: in a real browser, two tabs at once, and many users through its queue."""
+
+import json
+import os
+import shutil
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+import torch
+from conftest import run_script
+
+from utils.arguments import GenerationArguments, ModelArguments
+from utils.checks import read_model_config, resolve_model
+from utils.console import UserError
+from utils.generation import load_run, stream_reply
+from utils.page_arguments import PageArguments, read_auth
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+MARKUP = '<img src=x onerror="window.ran=1"><script>window.ran=1</script> **bold** `<b>code</b>`'
+ANSWERS = {
+    "Who are you?": "I am the base.",
+    "你是谁？": "我是原模型。",
+    "Show markup.": MARKUP,
+    "Sing.": " la" * 20,  # taught without an end: it goes on until it is stopped
+}
+TUNED = ANSWERS | {"Who are you?": "I am the tuned one.", "你是谁？": "我是微调后的模型。"}
+
+
+def encode_lessons(answers, tokenizer):
+    from utils.formats import Chat
+    from utils.prompts import encode_segments, find_stop_tokens, split_chat
+
+    stops = tokenizer.convert_ids_to_tokens(find_stop_tokens(tokenizer, []))
+    for question, answer in answers.items():
+        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        (draft,) = split_chat(tokenizer, Chat(chat), stops)
+        row = encode_segments(tokenizer, draft.segments)
+        if question == "Sing.":
+            row = {name: ids[:-1] for name, ids in row.items()}
+        yield {name: torch.tensor([ids]) for name, ids in row.items()}
+
+
+def teach(model, tokenizer, answers, learning_rate, steps):
+    """Learn the answers by heart."""
+    rows = list(encode_lessons(answers, tokenizer))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
+    for _ in range(steps):
+        losses = torch.stack([model(**row).loss for row in rows])
+        losses.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if losses.max() < 0.04:
+            break
+    assert losses.max() < 0.04, losses
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_model, tmp_path_factory):
+    """A tiny base that knows ANSWERS, and an adapter with which it knows TUNED: real, and fast."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("page")
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    teach(model, tokenizer, ANSWERS, 5e-3, 200)
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    layers = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+    tuned = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=layers))
+    tuned.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    teach(tuned, tokenizer, TUNED, 1e-2, 200)
+    tuned.save_pretrained(folder / "adapter")
+    args = resolve_model(ModelArguments(checkpoint_dir=str(folder / "adapter"), bits=32), {"bits"})
+    return load_run(args, read_model_config(args))
+
+
+class Server:
+    """The page, served by this process so that a test can look at the model behind it."""
+
+    def __init__(self, chat, max_new_tokens=64, **limits):
+        from utils.page import build_page, launch_page
+
+        self.chat = chat
+        page_args = PageArguments(server_port=find_free_port(), **limits)
+        flags = GenerationArguments(max_new_tokens=max_new_tokens)
+        self.page = build_page(chat, flags, page_args, "the tiny model")
+        launch_page(self.page, page_args, wait=False)
+        self.url = f"http://127.0.0.1:{page_args.server_port}"
+        self.send_index = next(i for i, fn in self.page.fns.items() if fn.name == "answer")
+
+    def ask(self, question, side="tuned", length=24, seconds=600):
+        """One message in a session of its own, sent as a browser does: the messages then shown."""
+        session = uuid.uuid4().hex[:10]
+        data = [question, None, side, "", 0, 1, 50, 1, length, True]
+        body = {"data": data, "fn_index": self.send_index, "session_hash": session, "event_data": None}
+        with httpx.Client(base_url=self.url + "/gradio_api", timeout=seconds) as client:
+            joined = client.post("/queue/join", json=body)
+            if joined.status_code != 200:
+                raise Refused(joined.text)
+            with client.stream("GET", "/queue/data", params={"session_hash": session}) as stream:
+                events = (json.loads(line[5:]) for line in stream.iter_lines() if line.startswith("data:"))
+                done = next(event for event in events if event["msg"] == "process_completed")
+        assert done["success"], done
+        return [(shown["role"], shown["content"][0]["text"]) for shown in done["output"]["data"][1]]
+
+
+class Refused(Exception):
+    pass
+
+
+def find_free_port():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server(chat):
+    server = Server(chat, max_new_tokens=400, limit_prompt_tokens=300, limit_new_tokens=400)
+    yield server
+    server.page.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here: apt-get install chromium (as scripts/test.sh does where it can)")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Tab:
+    """One tab; whatever the page complains about in its console is collected."""
+
+    def __init__(self, browser, url, **options):
+        self.context = browser.new_context(**options)
+        self.page, self.errors = self.context.new_page(), []
+        self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.goto(url)
+        self.box = self.page.locator("#box textarea")
+        self.box.wait_for(timeout=60_000)
+
+    def send(self, text):
+        self.box.fill(text)
+        self.box.press("Enter")
+
+    def replies(self):
+        return [text.strip() for text in self.page.locator("#chat .bot .prose").all_inner_texts()]
+
+    def wait_for_reply(self, text, count=1):
+        """Until the reply is `text` and the page takes the next message."""
+        self.wait(lambda: len(self.replies()) >= count and self.replies()[-1] == text)
+        self.page.locator("#box .submit-button").wait_for(timeout=60_000)
+
+    def wait(self, condition, seconds=60):
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, (self.replies(), self.page.locator("#status").inner_text())
+            self.page.wait_for_timeout(50)
+
+    def choose(self, side):
+        self.page.locator(f"#side input[value={side}]").check()
+
+    def status(self):
+        return self.page.locator("#status").inner_text()
+
+
+@pytest.fixture
+def open_tab(browser, server):
+    tabs = []
+
+    def open_one(**options):
+        tabs.append(Tab(browser, server.url, **options))
+        return tabs[-1]
+
+    yield open_one
+    for tab in tabs:
+        assert tab.errors == []
+        tab.context.close()
+
+
+def test_message_is_answered_and_the_status_tells_the_speed(open_tab):
+    tab = open_tab()
+    assert tab.status() == "the tiny model"
+    tab.send("Who are you?")
+    tab.wait_for_reply("I am the tuned one.")
+    assert "tokens/s" in tab.status()
+    assert tab.box.input_value() == ""
+
+
+def test_base_and_tuned_are_switched_between_messages(open_tab):
+    tab = open_tab()
+    tab.choose("base")
+    tab.send("Who are you?")
+    tab.wait_for_reply("I am the base.")
+    tab.page.locator("#clear").click()
+    tab.wait(lambda: tab.replies() == [])
+    tab.choose("tuned")
+    tab.send("Who are you?")
+    tab.wait_for_reply("I am the tuned one.")
+
+
+def test_reply_streams_and_stop_keeps_what_was_said(open_tab, server):
+    tab = open_tab()
+    tab.send("Sing.")
+    tab.wait(lambda: "la la la" in "".join(tab.replies()))
+    tab.page.locator("#box .stop-button").dispatch_event("click")  # at once: the song goes on
+    tab.page.locator("#box .submit-button").wait_for()
+    tab.wait(lambda: not server.chat.turns.held, seconds=5)
+    said = tab.replies()[-1]
+    tab.page.wait_for_timeout(500)
+    assert tab.replies() == [said] and 3 < len(said.split()) < 390
+    assert "stopped" in tab.status()
+
+
+def test_generation_stops_when_the_browser_leaves(open_tab, server):
+    tab = open_tab()
+    tab.send("Sing.")
+    tab.wait(lambda: "la la la" in "".join(tab.replies()))
+    tab.page.close()
+    end = time.monotonic() + 20
+    while server.chat.turns.held:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_refresh_starts_anew_and_works(open_tab):
+    tab = open_tab()
+    tab.send("Who are you?")
+    tab.wait_for_reply("I am the tuned one.")
+    tab.page.reload()
+    tab.box.wait_for()
+    assert tab.replies() == []
+    tab.send("Who are you?")
+    tab.wait_for_reply("I am the tuned one.")
+
+
+def test_two_tabs_at_once_with_base_and_tuned_never_mix(open_tab):
+    tuned, base = open_tab(), open_tab()
+    base.choose("base")
+    for _ in range(2):
+        tuned.send("Who are you?")
+        base.send("Who are you?")
+        tuned.wait_for_reply("I am the tuned one.")
+        base.wait_for_reply("I am the base.")
+        for tab in (tuned, base):
+            tab.page.locator("#clear").click()
+            tab.wait(lambda tab=tab: tab.replies() == [])
+
+
+def test_chinese_labels_and_chinese_input(open_tab):
+    tab = open_tab(locale="zh-CN")
+    assert "新对话" in tab.page.locator("#clear").inner_text()
+    assert "微调后" in tab.page.locator("#side").inner_text()
+    assert "输入消息" in tab.box.get_attribute("placeholder")
+    tab.send("你是谁？")
+    tab.wait_for_reply("我是微调后的模型。")
+
+
+def test_temperature_changes_what_is_said(open_tab):
+    tab = open_tab()
+    tab.page.locator("#settings button").first.click()
+    number = tab.page.locator("#temperature input[type=number]")
+    number.fill("2")
+    number.press("Tab")
+    tab.send("Who are you?")
+    tab.wait(lambda: tab.replies() and "tokens/s" in tab.status())
+    tab.page.locator("#box .submit-button").wait_for(timeout=60_000)
+    assert tab.replies()[-1] != "I am the tuned one."
+    tab.page.locator("#clear").click()
+    number.fill("0")
+    number.press("Tab")
+    tab.send("Who are you?")
+    tab.wait_for_reply("I am the tuned one.")
+
+
+def test_100_kb_paste_is_refused_politely_and_the_page_goes_on(open_tab):
+    tab = open_tab()
+    tab.send("llama " * 17_000)
+    tab.wait(lambda: "too long" in tab.status() and "过长" in tab.status())
+    assert tab.replies() == []
+    tab.send("Who are you?")
+    tab.wait_for_reply("I am the tuned one.")
+
+
+def test_markup_in_a_reply_is_shown_and_not_executed(open_tab):
+    tab = open_tab()
+    tab.send("Show markup.")
+    tab.wait(lambda: "code" in "".join(tab.replies()))
+    tab.page.locator("#box .submit-button").wait_for(timeout=60_000)
+    shown = tab.replies()[-1]
+    assert '<img src=x onerror="window.ran=1"><script>window.ran=1</script>' in shown
+    assert tab.page.locator("#chat .bot strong").inner_text() == "bold"
+    assert tab.page.locator("#chat .bot code").inner_text() == "<b>code</b>"
+    assert tab.page.locator("#chat .bot img").count() == 0
+    assert tab.page.evaluate("window.ran") is None
+
+
+def test_phone_and_dark_screens_hold_the_whole_page(open_tab):
+    for options in ({"viewport": {"width": 360, "height": 740}}, {"color_scheme": "dark"}):
+        tab = open_tab(**options)
+        width = tab.page.evaluate("document.documentElement.scrollWidth")
+        assert width <= tab.page.viewport_size["width"]
+        assert tab.page.locator("#clear").is_visible() and tab.box.is_visible()
+    background = tab.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert max(int(part) for part in background.strip("rgba()").split(",")[:3]) < 60
+
+
+def reply_alone(chat, question, side, length=24):
+    flags = GenerationArguments(max_new_tokens=length)
+    pieces = stream_reply(chat, [{"role": "user", "content": question}], flags, tuned=side == "tuned")
+    return "".join(pieces).strip()
+
+
+def ask_many(server, questions, users, rounds):
+    """Every user's replies, each against what the model says to it alone; refusals counted."""
+    expected = {asked: reply_alone(server.chat, *asked) for asked in questions}
+    refused, wrong, lock = [], [], threading.Lock()
+
+    def use(user):
+        for turn in rounds():
+            question, side = questions[(user + turn) % len(questions)]
+            try:
+                shown = server.ask(question, side)
+            except Refused as refusal:
+                with lock:
+                    refused.append(str(refusal))
+                time.sleep(0.2)
+                continue
+            if shown != [("user", question), ("assistant", expected[question, side])]:
+                with lock:
+                    wrong.append((question, side, shown))
+
+    with ThreadPoolExecutor(users) as pool:
+        list(pool.map(use, range(users)))
+    return refused, wrong
+
+
+def list_questions(count):
+    return [(f"Question {i}: who?", side) for i in range(count) for side in ("tuned", "base")]
+
+
+def test_twelve_users_at_once_get_their_own_replies(server):
+    refused, wrong = ask_many(server, list_questions(6), users=12, rounds=lambda: range(2))
+    assert refused == [] and wrong == []
+
+
+def test_full_queue_refuses_clearly_and_loses_no_one_else(chat):
+    small = Server(chat, limit_queue=2, concurrent_replies=1)
+    try:
+        refused, wrong = ask_many(small, list_questions(6), users=12, rounds=lambda: range(1))
+    finally:
+        small.page.close()
+    assert wrong == [] and 1 <= len(refused) < 12
+    assert all("queue is full" in reason.lower() for reason in refused)
+
+
+@pytest.mark.slow
+def test_50_users_for_5_minutes(smollm2):
+    """No crash, no lost or mixed reply, memory flat, refusals clear, with the real small model."""
+    args = resolve_model(ModelArguments(str(smollm2), bits=16), set())
+    chat = load_run(args, read_model_config(args))
+    server = Server(chat, limit_queue=40)
+    sizes, served = [], []
+
+    def rounds():
+        for turn in range(10_000):
+            if time.monotonic() > end:
+                return
+            yield turn
+            served.append(turn)
+            sizes.append((time.monotonic() - start, read_resident_mib()))
+
+    questions = [(f"Name {i} animals.", "tuned") for i in range(2, 12)]
+    for asked in questions[:2]:
+        reply_alone(chat, *asked)
+    start = time.monotonic()
+    end = start + 300
+    try:
+        refused, wrong = ask_many(server, questions, users=50, rounds=rounds)
+    finally:
+        server.page.close()
+    settled = [size for at, size in sizes if at > 60]
+    print(
+        f"{len(served) - len(refused)} replies, {len(refused)} refusals, resident memory "
+        f"{settled[0]:.0f} MiB after a minute, {max(settled):.0f} at most, {settled[-1]:.0f} at the end"
+    )
+    assert wrong == [] and len(served) - len(refused) > 20
+    assert all("queue is full" in reason.lower() for reason in refused)
+    assert settled[-1] < settled[0] * 1.1
+
+
+def read_resident_mib():
+    status = open(f"/proc/{os.getpid()}/status").read()
+    return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+
+def test_page_is_opened_to_others_only_with_a_password():
+    assert read_auth(PageArguments()) is None
+    assert read_auth(PageArguments(server_name="localhost")) is None
+    assert read_auth(PageArguments(share=True, auth=["ann:secret"])) == [("ann", "secret")]
+    for opened in ({"share": True}, {"server_name": "0.0.0.0"}, {"server_name": "example.org"}):
+        with pytest.raises(UserError, match="give --auth"):
+            read_auth(PageArguments(**opened))
+    with pytest.raises(UserError, match="NAME:PASSWORD"):
+        read_auth(PageArguments(auth=["ann"]))
+
+
+def test_flags_of_2023_open_the_page_and_help_is_fast(tiny_model):
+    argv = ["--model_name_or_path", tiny_model, "--load_8bit", "--no_cuda", "--share"]
+    result = run_script("gradio_webserver.py", *argv)
+    assert result.returncode == 2 and "--share opens the page to others" in result.stderr
+    assert "--load_8bit is now --bits 8" in result.stdout and "--use_cpu" in result.stdout
+    start = time.process_time()
+    children = os.times().children_user
+    assert "--limit_queue" in run_script("gradio_webserver.py", "--help").stdout
+    assert os.times().children_user - children + time.process_time() - start < 2.5

@@ -1,0 +1,155 @@
+"""Merge a run's adapter into its base: a standard model folder for servers, with a parity certificate.
+
+    python -m utils.merge_adapter --checkpoint_dir RUN --output_dir FOLDER
+
+The adapter was trained on the dequantized 4-bit weights, so by default it is merged into those;
+--merge_base original takes the 16-bit weights, and the model changes by the quantization error. Runs on the
+CPU, one tensor in memory at a time. parity.json compares the folder with the adapter on its quantized base on
+held-out rows; past its limits the command ends with exit code 1.
+"""
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers.hf_argparser import HfArg
+
+from utils.arguments import ModelArguments, find_given_flags, parse_args, require_positive
+from utils.checks import check_adapter_fits, read_json, read_model_config, resolve_model
+from utils.console import UserError, notice, run_main
+from utils.run_record import write_json
+
+
+@dataclass
+class MergeArguments:
+    _argument_group_name = "merge"
+    output_dir: str | None = HfArg(default=None, help="New folder of the merged model.")
+    merge_base: Literal["dequantized", "original"] = HfArg(
+        default="dequantized", help="Add the adapter to the weights it was trained on, or the 16-bit ones."
+    )
+    parity: bool = HfArg(default=True, help="Compare the result with the adapter on its base: parity.json.")
+    eval_dataset_name: str | None = HfArg(
+        default=None, help="Rows to compare on; default: the run's own held-out rows."
+    )
+    max_eval_samples: int = HfArg(default=32, help="Compare on this many rows at most.")
+
+    def __post_init__(self):
+        require_positive(self, "max_eval_samples")
+
+
+def main() -> None:
+    model_args, merge_args = parse_args(sys.argv[1:], [ModelArguments, MergeArguments], __doc__)
+    output_dir = check_output_dir(model_args, merge_args)
+    model_args = resolve_model(model_args, find_given_flags(sys.argv[1:]))
+    config = read_model_config(model_args)
+    check_adapter_fits(model_args, config)
+    check_mergeable(model_args, config)
+
+    from utils.parity import certify, load_held_out_rows
+
+    rows = None
+    if merge_args.parity:
+        rows = load_held_out_rows(model_args, merge_args.eval_dataset_name, merge_args.max_eval_samples)
+    merge(model_args, merge_args.merge_base, config, output_dir)
+    print_serving_commands(output_dir, config)
+    if rows and not certify(model_args, rows, output_dir):
+        raise SystemExit(1)
+
+
+def check_output_dir(model_args: ModelArguments, merge_args: MergeArguments) -> Path:
+    if model_args.checkpoint_dir is None:
+        raise UserError("no adapter is named: give --checkpoint_dir RUN")
+    if merge_args.output_dir is None:
+        raise UserError("no place for the result is named: give --output_dir FOLDER")
+    output_dir = Path(merge_args.output_dir).expanduser()
+    if output_dir.exists():
+        raise UserError(f"--output_dir {output_dir} exists: name a new folder")
+    return output_dir
+
+
+def check_mergeable(model_args: ModelArguments, config: dict[str, Any]) -> None:
+    """Raises UserError for what cannot be merged, before any weight is read."""
+    if model_args.full_finetune:
+        raise UserError(f"--checkpoint_dir {model_args.checkpoint_dir} holds a whole model: nothing to merge")
+    if "quantization_config" in config:
+        raise UserError(
+            f"--model_name_or_path {model_args.model_name_or_path} is stored quantized: name the 16-bit model"
+        )
+    adapter = read_adapter_config(model_args)
+    if adapter["peft_type"] != "LORA" or adapter.get("fan_in_fan_out"):
+        raise UserError(
+            f"the adapter {model_args.checkpoint_dir} is {adapter['peft_type']} on "
+            f"{'transposed' if adapter.get('fan_in_fan_out') else 'linear'} layers: only LoRA and DoRA on "
+            "linear layers can be merged"
+        )
+
+
+def read_adapter_config(model_args: ModelArguments) -> dict[str, Any]:
+    return read_json(Path(model_args.checkpoint_dir, "adapter_config.json"))
+
+
+def merge(model_args: ModelArguments, merge_base: str, config: dict[str, Any], output_dir: Path) -> None:
+    """Write the merged model. `output_dir` appears complete, by a rename, or not at all."""
+    from utils.merge_weights import merge_weights
+
+    beside = output_dir.with_name(output_dir.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    base = find_base_folder(model_args)
+    dtype = merge_weights(model_args, base, read_adapter_config(model_args), merge_base, beside)
+    save_companions(model_args, base, config, dtype, beside)
+    beside.rename(output_dir)
+    notice(f"merged into the {merge_base} base: {output_dir}, {dtype}")
+
+
+def find_base_folder(model_args: ModelArguments) -> Path:
+    """Folder of the base's safetensors, from the hub's cache where it is no folder."""
+    name = model_args.model_name_or_path
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import constants, snapshot_download
+
+    files = ["*.json", "*.safetensors", "*.py"]
+    where = {"revision": model_args.revision, "cache_dir": model_args.cache_dir}
+    return Path(
+        snapshot_download(name, allow_patterns=files, local_files_only=constants.is_offline_mode(), **where)
+    )
+
+
+def save_companions(
+    model_args: ModelArguments, base: Path, config: dict[str, Any], dtype: str, folder: Path
+) -> None:
+    """config.json, tokenizer with its template, generation_config.json with every stop token, model code."""
+    from utils.generation import find_stop_ids
+    from utils.model import load_tokenizer
+
+    tokenizer = load_tokenizer(model_args)
+    stop_ids = find_stop_ids(model_args, tokenizer)
+    kept = {name: value for name, value in config.items() if name != "torch_dtype"}
+    write_json(kept | {"dtype": dtype}, folder / "config.json")
+    tokenizer.save_pretrained(folder)
+    path = base / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {"bos_token_id": tokenizer.bos_token_id}
+    generation.pop("_from_model_config", None)  # transformers would read config.json's ids in place of these
+    stops = {"eos_token_id": stop_ids, "pad_token_id": tokenizer.pad_token_id}
+    write_json(generation | stops, folder / path.name)
+    for code in base.glob("*.py"):
+        shutil.copyfile(code, folder / code.name)
+
+
+def print_serving_commands(folder: Path, config: dict[str, Any]) -> None:
+    """Each server finds template and stop tokens in the folder: they need no further flags."""
+    name = folder.resolve().name
+    trust = " --trust-remote-code" if "auto_map" in config else ""
+    print(
+        "to serve it to many users, by OpenAI's API:\n"
+        f"  transformers serve {folder}{trust}\n"
+        f"  vllm serve {folder} --served-model-name {name}{trust}\n"
+        f"  python convert_hf_to_gguf.py {folder} --outfile {name}.gguf; llama-server -m {name}.gguf --jinja"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,59 @@
+"""Flags of the page, and whom it may be opened to."""
+
+import ipaddress
+from dataclasses import dataclass
+
+from transformers.hf_argparser import HfArg
+
+from utils.arguments import require_positive
+from utils.console import UserError
+
+
+@dataclass
+class PageArguments:
+    _argument_group_name = "page"
+    server_name: str = HfArg(default="127.0.0.1", help="Address to listen on; 0.0.0.0 for every network.")
+    server_port: int = HfArg(default=7860, help="Port to listen on.")
+    share: bool = HfArg(default=False, help="A public link through gradio's servers.")
+    auth: list[str] | None = HfArg(default=None, help="NAME:PASSWORD of each user who may come in.")
+    system: str = HfArg(default="", help="System message that the page starts with.")
+    template: str | None = HfArg(default=None, help="A name in utils/templates, instead of the run's own.")
+    limit_prompt_tokens: int = HfArg(default=2048, help="Longest conversation that is read.")
+    limit_new_tokens: int = HfArg(default=1024, help="Longest reply that may be asked for.")
+    limit_seconds: float = HfArg(default=120.0, help="Longest time for one reply.")
+    limit_queue: int = HfArg(default=32, help="Users waiting at most; the next one is asked to come back.")
+    concurrent_replies: int = HfArg(default=4, help="Replies written at once, a token each in turn.")
+
+    def __post_init__(self):
+        require_positive(
+            self,
+            "server_port",
+            "limit_prompt_tokens",
+            "limit_new_tokens",
+            "limit_seconds",
+            "limit_queue",
+            "concurrent_replies",
+        )
+
+
+def read_auth(page_args: PageArguments) -> list[tuple[str, str]] | None:
+    """(name, password) of each user. Raises UserError where the page is opened to others without any."""
+    users = []
+    for entry in page_args.auth or []:
+        name, colon, password = entry.partition(":")
+        if not (name and colon and password):
+            raise UserError("--auth takes NAME:PASSWORD, one for each user")
+        users.append((name, password))
+    if not users and (page_args.share or not is_loopback(page_args.server_name)):
+        opened = "--share" if page_args.share else f"--server_name {page_args.server_name}"
+        raise UserError(f"{opened} opens the page to others: give --auth NAME:PASSWORD too")
+    return users or None
+
+
+def is_loopback(name: str) -> bool:
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
