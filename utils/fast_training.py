@@ -42,7 +42,7 @@ def run_micro_batches(
 ) -> torch.Tensor:
     """Forward and backward of an optimizer step's micro-batches, for Trainer.training_step.
 
-    `num_items`: label tokens of the whole step, of all processes. Returns this process's part of the loss  # []
+    `num_items`: label tokens of the whole step, of all processes. Returns this process's part of the loss
     """
     scaler, device = trainer.accelerator.scaler, step.fast.seed.device
     one = torch.ones((), device=device)
