@@ -15,7 +15,8 @@ from transformers.hf_argparser import HfArg
 from utils.arguments import GenerationArguments, ModelArguments, find_given_flags, parse_args
 from utils.checks import check_adapter_fits, read_model_config, resolve_model
 from utils.console import UserError, run_main
-from utils.prompts import Messages, read_template
+from utils.formats import Messages
+from utils.prompts import read_template
 
 
 @dataclass

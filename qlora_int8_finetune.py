@@ -18,9 +18,11 @@ from utils.arguments import (
 )
 from utils.checks import check_arguments
 from utils.console import run_main
-from utils.data import encode_datasets, load_rows
+from utils.data import load_rows
 from utils.mmlu import load_mmlu
-from utils.run_record import collect_arguments, describe_finished, find_earlier_run
+from utils.resume import check_same_data, find_earlier_run
+from utils.run_record import collect_arguments, describe_finished
+from utils.signals import catch_stop_signals
 from utils.sources import load_sample_prompts
 
 FLAGS = [ModelArguments, DataArguments, LoraArguments, TrainingArguments, GenerationArguments]
@@ -36,23 +38,30 @@ def main() -> None:
     )
     output_dir = Path(training_args.output_dir)
     arguments = collect_arguments(model_args, data_args, lora_args, training_args)
+    earlier = None
     if training_args.do_train:
         earlier = find_earlier_run(output_dir, arguments, training_args.overwrite_output_dir)
         if earlier and earlier["status"] == "finished":
             return describe_finished(earlier, output_dir)
-    rows = load_rows(data_args, training_args)  # bad files stop here, before torch is imported
+    rows = load_rows(model_args, data_args, training_args)  # bad files stop here, before torch is imported
+    check_same_data(earlier, rows.describe(), training_args.force_resume)
     sample_chats = load_sample_prompts(training_args.sample_prompts) if training_args.sample_generate else []
     mmlu_questions = load_mmlu(training_args, data_args) if training_args.do_mmlu_eval else []
 
     from transformers import set_seed
 
+    from utils.data_report import report_data
     from utils.model import add_adapter, choose_compute_dtype, load_base, load_stop_ids, load_tokenizer
+    from utils.tokenizing import tokenize_rows
     from utils.trainer import build_trainer
     from utils.training import build_callbacks, build_record, run_trainer
 
     tokenizer = load_tokenizer(model_args, data_args)
     stop_ids = load_stop_ids(model_args, tokenizer)
-    train_dataset, eval_dataset = encode_datasets(rows, tokenizer, stop_ids, data_args, training_args)
+    datasets = tokenize_rows(rows, tokenizer, stop_ids, data_args)
+    report_data(rows, datasets, tokenizer, model_args, data_args, training_args)
+    if data_args.data_report:
+        return
 
     dtype = choose_compute_dtype(model_args)
     set_seed(training_args.seed)  # before the adapter draws its first weights
@@ -64,10 +73,11 @@ def main() -> None:
         tokenizer, stop_ids, sample_chats, mmlu_questions, training_args, generation_args
     )
     trainer = build_trainer(
-        model, tokenizer, train_dataset, eval_dataset, model_args, training_args, dtype, record, callbacks
+        model, tokenizer, datasets, model_args, data_args, training_args, dtype, record, callbacks
     )
     run_trainer(trainer, rows, stop_ids, training_args, generation_args)
 
 
 if __name__ == "__main__":
+    catch_stop_signals()
     run_main(main)

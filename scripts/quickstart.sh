@@ -23,20 +23,18 @@ args=(
   # training
   --do_train --do_eval --num_train_epochs 2.5 --per_device_train_batch_size 8 --gradient_accumulation_steps 1
   --learning_rate 1e-3 --lr_scheduler_type constant --gradient_checkpointing False --seed 0
+  # the same questions before and after
+  --sample_generate --sample_prompts data/sample_prompts.jsonl --max_new_tokens 32
   # output
   --output_dir "$run" --logging_steps 1
 )
 
 python -m utils.starter_model "$model"
 finished=$(grep -s '"status": "finished"' "$run/run.json" || true)
-if [ -z "$finished" ] || [[ " $* " == *" --overwrite_output_dir "* ]]; then
-  echo; echo "== before training"
-  printf '%s' "$questions" | python cli_demo.py --model_name_or_path "$model" --max_new_tokens 32
-fi
 echo; echo "== training"
 python qlora_finetune.py "${args[@]}" "$@"
 if [ -n "$finished" ] && [[ " $* " != *" --overwrite_output_dir "* ]]; then exit 0; fi
-echo; echo "== after training"
+echo; echo "== chat with the run"
 printf '%s' "$questions" | python cli_demo.py --checkpoint_dir "$run" --max_new_tokens 32
 
 cat <<END

@@ -88,3 +88,59 @@ def call_main(monkeypatch, capsys):
         return captured.out + captured.err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory) -> Path:
+    """A random LLaMA that reads bytes: where hundreds of steps and many starts are needed."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", "</s>", "<pad>"]
+    backend = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    folder = tmp_path_factory.mktemp("small") / "model"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def command(small_model, tmp_path):
+    """The arguments of a run but its --output_dir."""
+    from small_runs import FLAGS, write_rows
+
+    return [
+        "--model_name_or_path",
+        small_model,
+        "--dataset_name",
+        write_rows(tmp_path / "rows.jsonl"),
+        *FLAGS,
+    ]
+
+
+@pytest.fixture(scope="session")
+def server():
+    """Starts runs without the seconds that imports take (fork_server.py)."""
+    from fork_server import ForkServer
+
+    server = ForkServer()
+    yield server
+    server.close()

@@ -97,7 +97,7 @@ def test_flag_mistake_is_one_line(tmp_path, tiny_model, rows, mistake):
 BAD_FILES = {
     "empty": (b"", ["is empty"]),
     "blank": (b"\n \n", ["is empty"]),
-    "empty list": (b"[]", ["empty list"]),
+    "empty list": (b"[]", ["no rows"]),
     "binary": (bytes(range(256)), ["no UTF-8"]),
     "zeros": (b'{"a": 1}\0\0', ["binary"]),
     "broken line": (ROWS.encode() + b'{"instruction": "x", \n', ["line 5"]),
@@ -105,9 +105,8 @@ BAD_FILES = {
     "no object": (b"[1, 2]", ["row 1"]),
     "other columns": (
         b'{"question": "x", "response": "y"}\n',
-        ["question, response", "alpaca: instruction, output"],
+        ["question, response", "--dataset_format: messages"],
     ),
-    "a row without output": (ROWS.encode() + b'{"instruction": "x", "input": ""}\n', ["row 5", "'output'"]),
     "no text": (b'{"instruction": "x", "output": 3}\n', ["row 1", "'output'", "3"]),
     "bad messages": (b'{"messages": "hello"}\n', ["row 1", "'messages'"]),
 }

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import DEVICE, adapter_gradients, build_batch, build_model, relative_difference
+from tiny_llms import DEVICE, adapter_gradients, build_batch, build_model, relative_difference
 
 from utils.cuda_graph import GraphedStep, find_size, round_up
 from utils.fast_model import prepare_fast_model

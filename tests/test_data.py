@@ -1,152 +1,235 @@
-"""Rows in, token ids and labels out: nothing lost, nothing trained by accident."""
+"""Rows in, token ids and labels out: split by content, within their limits, nothing lost in silence."""
 
 import json
 
+import numpy as np
 import pytest
+from test_sources import alpaca_rows, list_questions, load, write_rows
 
-from utils.arguments import DataArguments, TrainingArguments
+from utils import tokenizing
+from utils.arguments import DataArguments
+from utils.cache import find_cache_dir
 from utils.console import UserError
-from utils.data import Rows, encode_rows, load_rows, split_rows
-from utils.packing import PackingCollator, PaddingCollator
-from utils.prompts import IGNORE_INDEX, find_stop_tokens
-from utils.sources import load_source
-
-ALPACA = [{"instruction": f"Question {i}?", "input": "", "output": f"Answer {i}."} for i in range(40)]
+from utils.prompts import IGNORE_INDEX, find_stop_tokens, read_template
+from utils.sources import EVAL, TEST, TRAIN
+from utils.tokenizing import tokenize_rows
 
 
-def write_lines(path, rows):
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
-    return path
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
 
 
-def load(path, **flags):
-    return load_source(str(path), DataArguments(dataset_name=str(path), **flags))
+def tokenize(tokenizer, path, do_eval=False, **flags):
+    rows = load(path, do_eval=do_eval, **flags)
+    datasets = tokenize_rows(
+        rows, tokenizer, find_stop_tokens(tokenizer, []), DataArguments(str(path), **flags)
+    )
+    return rows, datasets
 
 
-FORMATS = {
-    "alpaca": ({"instruction": "问", "input": "", "output": "答"}, "问", "答"),
-    "self-instruct": ({"prompt": "问", "completion": "答"}, "问", "答"),
-    "input-output": ({"input": "问", "output": "答"}, "问", "答"),
-    "oasst1": ({"text": "### Human: 问### Assistant: 答"}, "问", "答"),
-    "messages": (
-        {"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]},
-        "问",
-        "答",
-    ),
-}
+def train_rows(tokenizer, tmp_path, rows, **flags):
+    """(rows as lists, findings) of a file of these rows."""
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    found = tokenize(tokenizer, path, **flags)[1][TRAIN]
+    kept = ("input_ids", "labels")
+    return [{name: found[i][name].tolist() for name in kept} for i in range(len(found))], found.found[
+        "counts"
+    ]
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_format_is_found_from_the_columns(tmp_path, smol_tokenizer, name):
-    row, question, answer = FORMATS[name]
-    source = load(write_lines(tmp_path / "rows.jsonl", [row | {"id": 7}]))
-    assert source.dataset_format == name and len(source.rows) == 1 and len(source.sha256) == 64
-    stop_ids = find_stop_tokens(smol_tokenizer, [])
-    (example,) = encode_rows("train", source.rows, name, smol_tokenizer, stop_ids, DataArguments())
-    labels = [label for label in example["labels"] if label != IGNORE_INDEX]
-    assert smol_tokenizer.decode(labels) == f"{answer}<|im_end|>"
-    assert question in smol_tokenizer.decode(example["input_ids"])
+def read_labels(tokenizer, row):
+    return tokenizer.decode([label for label in row["labels"] if label != IGNORE_INDEX])
 
 
-def test_json_array_and_lines_are_read_whatever_the_ending(tmp_path):
-    (tmp_path / "array.jsonl").write_text(json.dumps(ALPACA))
-    write_lines(tmp_path / "lines.json", ALPACA)
-    assert load(tmp_path / "array.jsonl").rows == load(tmp_path / "lines.json").rows == ALPACA
+def build_chat(turns, words=3):
+    said = [f"{role} {i} " + "word " * words for i in range(turns) for role in ("user", "assistant")]
+    return [
+        {"role": role, "content": text.strip()}
+        for role, text in zip(["user", "assistant"] * turns, said, strict=True)
+    ]
 
 
-def test_byte_order_mark_and_blank_lines_are_read(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + b"\n\n".join(json.dumps(row).encode() for row in ALPACA) + b"\n\n")
-    assert load(path).rows == ALPACA
+def test_split_is_disjoint_and_does_not_depend_on_the_order_of_the_file(tmp_path):
+    rows = alpaca_rows(40)
+    forward = load(write_rows(tmp_path / "a.jsonl", rows), do_eval=True, do_predict=True, eval_dataset_size=6)
+    backward = load(
+        write_rows(tmp_path / "b.jsonl", rows[::-1]), do_eval=True, do_predict=True, eval_dataset_size=6
+    )
+    parts = [set(list_questions(forward, part)) for part in (TRAIN, EVAL, TEST)]
+    assert [len(part) for part in parts] == [28, 6, 6] and len(set.union(*parts)) == 40
+    assert parts == [set(list_questions(backward, part)) for part in (TRAIN, EVAL, TEST)]
+    other = load(tmp_path / "a.jsonl", do_eval=True, do_predict=True, eval_dataset_size=6, data_seed=1)
+    assert parts[1] != set(list_questions(other, EVAL))
 
 
-def test_named_set_is_found_in_the_local_folder(tmp_path, capsys):
-    (tmp_path / "oasst1").mkdir()
-    write_lines(tmp_path / "oasst1" / "openassistant_best_replies_train.jsonl", [FORMATS["oasst1"][0]])
-    source = load_source("oasst1", DataArguments("oasst1", data_dir=str(tmp_path), load_from_local=True))
-    assert source.dataset_format == "oasst1"
-    assert "openassistant_best_replies_train.jsonl" in capsys.readouterr().out
+def test_rows_added_to_the_file_move_few_others(tmp_path):
+    before = load(write_rows(tmp_path / "a.jsonl", alpaca_rows(100)), do_eval=True, eval_dataset_size=20)
+    after = load(write_rows(tmp_path / "b.jsonl", alpaca_rows(104)), do_eval=True, eval_dataset_size=20)
+    assert len(set(list_questions(before, EVAL)) & set(list_questions(after, EVAL))) >= 16
 
 
-def test_named_set_that_is_not_there_says_where_to_put_it(tmp_path):
-    with pytest.raises(UserError, match="holds no olcc.json"):
-        load_source("olcc", DataArguments("olcc", data_dir=str(tmp_path), load_from_local=True))
-
-
-def test_split_is_disjoint_and_does_not_depend_on_the_order_of_the_file():
-    train, held_out = split_rows(ALPACA, 8, data_seed=1)
-    again_train, again_held_out = split_rows(ALPACA[::-1], 8, data_seed=1)
-    assert len(train) == 32 and len(held_out) == 8
-    assert not [row for row in held_out if row in train]
-    assert sorted(map(str, held_out)) == sorted(map(str, again_held_out))
-    assert split_rows(ALPACA, 8, data_seed=2)[1] != held_out
+def test_copies_of_a_row_fall_on_one_side(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", alpaca_rows(20) * 3)
+    rows = load(path, do_eval=True, eval_dataset_size=9)
+    assert not set(list_questions(rows)) & set(list_questions(rows, EVAL))
+    with pytest.raises(UserError, match="too alike to hold some out"):
+        load(write_rows(tmp_path / "same.jsonl", alpaca_rows(1) * 5), do_eval=True, eval_dataset_size=2)
 
 
 @pytest.mark.parametrize(("size", "count"), [(0.25, 10), (7, 7), (None, 4)])
 def test_held_out_size_is_a_share_a_count_or_a_tenth(tmp_path, size, count):
-    path = write_lines(tmp_path / "rows.jsonl", ALPACA)
-    rows = load_rows(
-        DataArguments(str(path), eval_dataset_size=size), TrainingArguments(do_train=True, do_eval=True)
-    )
-    assert (len(rows.train), len(rows.held_out)) == (40 - count, count)
+    path = write_rows(tmp_path / "rows.jsonl", alpaca_rows(40))
+    rows = load(path, do_eval=True, eval_dataset_size=size)
+    assert (rows.count(TRAIN), rows.count(EVAL)) == (40 - count, count)
 
 
 def test_a_run_that_only_trains_holds_nothing_out(tmp_path):
-    path = write_lines(tmp_path / "rows.jsonl", ALPACA)
-    rows = load_rows(DataArguments(str(path), max_train_samples=30), TrainingArguments())
-    assert isinstance(rows, Rows) and len(rows.train) == 30 and rows.held_out == []
+    rows = load(write_rows(tmp_path / "rows.jsonl", alpaca_rows(40)), max_train_samples=30)
+    assert rows.count(TRAIN) == 30 and rows.count(EVAL) == rows.count(TEST) == 0
 
 
-def encode(tokenizer, rows, **flags):
-    return encode_rows(
-        "train", rows, "alpaca", tokenizer, find_stop_tokens(tokenizer, []), DataArguments(**flags)
+def test_named_evaluation_rows_replace_the_held_out_ones(tmp_path):
+    train = write_rows(tmp_path / "a.jsonl", alpaca_rows(10))
+    held_out = write_rows(tmp_path / "b.jsonl", [{"prompt": "q", "completion": "a"}] * 3)
+    rows = load(train, do_eval=True, eval_dataset_name=str(held_out), max_eval_samples=2)
+    assert (rows.count(TRAIN), rows.count(EVAL)) == (10, 2)
+
+
+def test_rows_become_prompt_and_labelled_answer(tmp_path, smol_tokenizer):
+    (row,), counts = train_rows(smol_tokenizer, tmp_path, [{"instruction": "问", "output": "答 🎉"}])
+    assert read_labels(smol_tokenizer, row) == "答 🎉<|im_end|>" and counts == {}
+    assert smol_tokenizer.decode(row["input_ids"]).endswith(
+        "问<|im_end|>\n<|im_start|>assistant\n答 🎉<|im_end|>"
     )
 
 
-def test_long_answer_loses_its_end_and_is_counted(smol_tokenizer, capsys):
-    rows = [{"instruction": "Count.", "output": " ".join(map(str, range(200)))}, ALPACA[0]]
-    long, short = encode(smol_tokenizer, rows, target_max_len=20)
+def test_every_answer_is_trained_or_the_last_alone(tmp_path, smol_tokenizer):
+    rows = [{"messages": build_chat(3, words=0)}]
+    (row,), _ = train_rows(smol_tokenizer, tmp_path, rows)
+    assert read_labels(smol_tokenizer, row) == "".join(f"assistant {i}<|im_end|>" for i in range(3))
+    (last,), _ = train_rows(smol_tokenizer, tmp_path, rows, train_last_turn_only=True)
+    assert (
+        read_labels(smol_tokenizer, last) == "assistant 2<|im_end|>" and last["input_ids"] == row["input_ids"]
+    )
+
+
+def test_long_answer_loses_its_end_and_is_counted(tmp_path, smol_tokenizer):
+    rows = [{"instruction": "Count.", "output": " ".join(map(str, range(200)))}, *alpaca_rows(1)]
+    (long, short), counts = train_rows(smol_tokenizer, tmp_path, rows, target_max_len=20)
     assert sum(label != IGNORE_INDEX for label in long["labels"]) == 20
     assert long["labels"][-1] != smol_tokenizer.eos_token_id == short["labels"][-1]
-    assert "1 cut" in capsys.readouterr().out
+    assert counts == {tokenizing.ANSWER_CUT: 1, tokenizing.NO_STOP: 1}
 
 
-def test_long_prompt_loses_its_beginning_never_the_question_mark(smol_tokenizer):
+def test_long_prompt_loses_its_beginning_never_the_question(tmp_path, smol_tokenizer):
     rows = [{"instruction": "word " * 300 + "What?", "output": "Yes."}]
-    (example,) = encode(smol_tokenizer, rows, source_max_len=30)
-    prompt = [token for token, label in zip(*example.values(), strict=True) if label == IGNORE_INDEX]
-    assert len(prompt) == 30
+    (row,), counts = train_rows(smol_tokenizer, tmp_path, rows, source_max_len=30)
+    prompt = [token for token, label in zip(*row.values(), strict=True) if label == IGNORE_INDEX]
+    assert len(prompt) == 30 and counts == {tokenizing.PROMPT_CUT: 1}
+    assert prompt[0] == smol_tokenizer.bos_token_id
     assert smol_tokenizer.decode(prompt).endswith("What?<|im_end|>\n<|im_start|>assistant\n")
+    (row,), counts = train_rows(smol_tokenizer, tmp_path, rows, model_max_length=40)
+    assert len(row["input_ids"]) == 40 and read_labels(smol_tokenizer, row) == "Yes.<|im_end|>"
 
 
-def test_only_the_sum_counts_for_longer_chats(smol_tokenizer):
-    chat = [{"role": role, "content": f"{role} says {i}"} for i in range(4) for role in ("user", "assistant")]
-    flags = DataArguments(source_max_len=16, target_max_len=60)
-    stop_ids = find_stop_tokens(smol_tokenizer, [])
-    (example,) = encode_rows("train", [{"messages": chat}], "messages", smol_tokenizer, stop_ids, flags)
-    assert len(example["input_ids"]) == 76
-
-
-def test_rows_that_would_train_on_nothing_are_refused(smol_tokenizer):
-    rows = [{"instruction": "word " * 300, "output": "Yes."}]
-    with pytest.raises(UserError, match="train on nothing"):
-        encode(smol_tokenizer, rows, model_max_length=20)
-
-
-def test_padding_masks_by_length_although_an_answer_ends_with_the_pad_id():
-    batch = PaddingCollator(pad_token_id=2)(
-        [{"input_ids": [5, 6, 2], "labels": [-100, 6, 2]}, {"input_ids": [5, 2], "labels": [-100, 2]}]
+def test_only_the_sum_counts_for_longer_chats(tmp_path, smol_tokenizer):
+    (row,), counts = train_rows(
+        smol_tokenizer,
+        tmp_path,
+        [{"messages": build_chat(2, words=10)}],
+        source_max_len=16,
+        target_max_len=200,
     )
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch["labels"].tolist() == [[-100, 6, 2], [-100, 2, -100]]
-    assert batch["label_positions"].tolist() == [0, 1] and batch["num_tokens"] == 5
+    assert counts == {} and len(row["input_ids"]) > 80
 
 
-def test_packing_restarts_positions_and_labels_no_first_token():
-    batch = PackingCollator(pad_token_id=0, multiple=8)(
-        [{"input_ids": [5, 6, 2], "labels": [5, 6, 2]}, {"input_ids": [7, 8], "labels": [7, 8]}]
+def test_long_chat_is_split_between_its_turns_and_loses_no_answer(tmp_path, smol_tokenizer):
+    chat = [{"role": "system", "content": "Be kind."}, *build_chat(12, words=8)]
+    rows, counts = train_rows(smol_tokenizer, tmp_path, [{"messages": chat}], model_max_length=128)
+    assert len(rows) > 2 and counts == {tokenizing.CHAT_SPLIT: 1}
+    answers = "".join(read_labels(smol_tokenizer, row) for row in rows)
+    assert answers == "".join(f"{m['content']}<|im_end|>" for m in chat if m["role"] == "assistant")
+    for row in rows:
+        assert len(row["input_ids"]) <= 128
+        assert smol_tokenizer.decode(row["input_ids"]).startswith(
+            "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user"
+        )
+
+
+def test_oldest_turns_go_first_when_asked(tmp_path, smol_tokenizer):
+    flags = {"model_max_length": 128, "truncation": "oldest_turns"}
+    (row,), counts = train_rows(smol_tokenizer, tmp_path, [{"messages": build_chat(12, words=8)}], **flags)
+    assert counts == {tokenizing.TURNS_CUT: 1} and 64 < len(row["input_ids"]) <= 128
+    assert "assistant 11" in read_labels(smol_tokenizer, row) and "assistant 2 " not in read_labels(
+        smol_tokenizer, row
     )
-    assert batch["input_ids"].tolist() == [[5, 6, 2, 7, 8, 0, 0, 0]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
-    assert batch["labels"].tolist() == [[-100, 6, 2, -100, 8, -100, -100, -100]]
-    assert batch["label_positions"].tolist() == [0, 1, 3] and batch["num_tokens"] == 5
+
+
+def test_rows_that_are_too_long_are_dropped_when_asked(tmp_path, smol_tokenizer):
+    rows = [{"messages": build_chat(12, words=8)}, {"messages": build_chat(1)}]
+    kept, counts = train_rows(smol_tokenizer, tmp_path, rows, model_max_length=100, truncation="drop")
+    assert len(kept) == 1 and counts == {tokenizing.TOO_LONG: 1}
+
+
+def test_template_that_rewrites_answers_gives_a_row_an_answer(tmp_path, smol_tokenizer):
+    from test_prompts import QWEN3_LIKE
+
+    smol_tokenizer.chat_template = QWEN3_LIKE
+    rows, counts = train_rows(
+        smol_tokenizer, tmp_path, [{"messages": build_chat(6, words=8)}], model_max_length=80
+    )
+    assert counts[tokenizing.TURN_BY_TURN] == len(rows) == 6 and counts[tokenizing.TURNS_CUT] == 4
+    for i, row in enumerate(rows):
+        assert read_labels(smol_tokenizer, row).endswith(f"assistant {i} " + "word " * 7 + "word<|im_end|>")
+        assert len(row["input_ids"]) <= 80
+
+
+def test_plain_text_is_trained_whole_in_windows(tmp_path, smol_tokenizer):
+    text = " ".join(f"line {i}" for i in range(100))
+    rows, counts = train_rows(smol_tokenizer, tmp_path, [{"text": text}], model_max_length=64)
+    assert smol_tokenizer.decode([t for row in rows for t in row["input_ids"]]) == text + "<|im_end|>"
+    assert all(row["labels"] == row["input_ids"] for row in rows) and counts == {}
+
+
+def test_row_that_the_template_refuses_is_counted_not_fatal(tmp_path, smol_tokenizer):
+    smol_tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('no') }}{% endif %}"
+        "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    rows = [{"prompt": "bad", "completion": "x"}, {"prompt": "good", "completion": "y"}]
+    kept, counts = train_rows(smol_tokenizer, tmp_path, rows)
+    assert len(kept) == 1 and counts == {tokenizing.REFUSED: 1}
+
+
+def test_origins_tell_the_source_and_row_of_every_sequence(tmp_path, smol_tokenizer):
+    first = write_rows(tmp_path / "a.jsonl", [{"instruction": "q", "output": None}, *alpaca_rows(2)])
+    second = write_rows(tmp_path / "b.jsonl", alpaca_rows(1, start=2))
+    _, datasets = tokenize(smol_tokenizer, f"{first},{second}")
+    assert datasets[TRAIN].origins.tolist() == [[0, 2], [0, 3], [1, 1]]
+
+
+def test_same_work_is_read_from_the_cache_and_changed_work_is_not(tmp_path, smol_tokenizer, capsys):
+    path = write_rows(tmp_path / "rows.jsonl", alpaca_rows(30))
+    _, first = tokenize(smol_tokenizer, path)
+    assert "are read from" not in capsys.readouterr().out
+    _, again = tokenize(smol_tokenizer, path)
+    assert "are read from" in capsys.readouterr().out
+    assert np.array_equal(first[TRAIN].tokens, again[TRAIN].tokens)
+    tokenize(smol_tokenizer, path, source_max_len=99)
+    tokenize(smol_tokenizer, path, max_train_samples=5)
+    smol_tokenizer.chat_template = read_template("alpaca")
+    tokenize(smol_tokenizer, path)
+    write_rows(path, alpaca_rows(31))
+    tokenize(smol_tokenizer, path)
+    assert "are read from" not in capsys.readouterr().out
+    assert len(list(find_cache_dir().glob("tokens-*"))) == 5
+
+
+def test_batches_of_any_size_give_the_same_tokens(tmp_path, smol_tokenizer, monkeypatch):
+    rows = alpaca_rows(25) + [{"instruction": "长" * 50, "output": "答" * 50}]
+    whole, _ = train_rows(smol_tokenizer, tmp_path, rows)
+    monkeypatch.setattr(tokenizing, "CHUNK_ROWS", 4)
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "other"))
+    assert train_rows(smol_tokenizer, tmp_path, rows)[0] == whole
+    assert json.dumps(whole)

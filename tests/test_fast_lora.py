@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import ROOT
-from tiny_models import (
+from tiny_llms import (
     CONFIGS,
     DEVICE,
     adapter_gradients,

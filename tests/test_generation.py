@@ -9,6 +9,7 @@ from conftest import ROOT
 from utils.arguments import GenerationArguments, ModelArguments
 from utils.checks import read_model_config, resolve_model
 from utils.console import UserError
+from utils.formats import Chat
 from utils.generation import build_generation_config, generate_replies, load_run, stream_reply, trim_history
 from utils.prompts import IGNORE_INDEX, encode_segments, split_chat
 
@@ -73,8 +74,8 @@ def test_chat_prompt_is_the_training_prompt_token_for_token(run, monkeypatch):
     _, chat = open_run(run)
     answered = [*QUESTION, {"role": "assistant", "content": "I am Guanaco."}]
     stops = chat.tokenizer.convert_ids_to_tokens(chat.stop_ids)
-    (segments,) = split_chat(chat.tokenizer, answered, stops)
-    row = encode_segments(chat.tokenizer, segments)
+    (draft,) = split_chat(chat.tokenizer, Chat(answered), stops)
+    row = encode_segments(chat.tokenizer, draft.segments)
     trained_prompt = row["input_ids"][: row["labels"].count(IGNORE_INDEX)]
     sent = []
     generate = chat.model.generate

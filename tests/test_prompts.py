@@ -3,14 +3,15 @@
 import pytest
 
 from utils.console import UserError
+from utils.formats import Chat, read_row
 from utils.prompts import (
     IGNORE_INDEX,
     encode_prompt,
     encode_segments,
+    find_input_marker,
     find_stop_tokens,
     read_template,
     render_chat,
-    row_to_messages,
     split_chat,
     template_names,
 )
@@ -74,8 +75,8 @@ GEMMA_LIKE = (  # refuses a system message
 def encode_chat(tokenizer, messages, eos_ids=()):
     """(stop ids, [(input_ids, labels) of each training row])"""
     stop_ids = find_stop_tokens(tokenizer, list(eos_ids))
-    rows = split_chat(tokenizer, messages, tokenizer.convert_ids_to_tokens(stop_ids))
-    encoded = [encode_segments(tokenizer, segments) for segments in rows]
+    drafts = split_chat(tokenizer, Chat(messages), tokenizer.convert_ids_to_tokens(stop_ids))
+    encoded = [encode_segments(tokenizer, draft.segments) for draft in drafts]
     return stop_ids, [(row["input_ids"], row["labels"]) for row in encoded]
 
 
@@ -114,7 +115,7 @@ def test_system_message_replaces_the_prefix(smol_tokenizer, name):
 def test_alpaca_rows_render_stanfords_prompts(smol_tokenizer, row):
     row |= {"instruction": "Add them.", "output": "3"}
     smol_tokenizer.chat_template = read_template("alpaca")
-    messages = row_to_messages(row, "alpaca", alpaca_input=True)
+    messages = read_row(row, "alpaca", find_input_marker(smol_tokenizer)).messages
     stanford = (STANFORD_INPUT if row["input"] else STANFORD).format_map(row)
     # One space after the colon, as the training text of 2023 had it.
     assert render_chat(smol_tokenizer, messages[:1], add_generation_prompt=True) == stanford + " "
@@ -123,7 +124,7 @@ def test_alpaca_rows_render_stanfords_prompts(smol_tokenizer, row):
 
 def test_input_goes_after_a_blank_line_for_other_templates():
     row = {"instruction": "Add them.", "input": "1, 2", "output": "3"}
-    assert row_to_messages(row, "alpaca", alpaca_input=False)[0]["content"] == "Add them.\n\n1, 2"
+    assert read_row(row, "alpaca").messages[0]["content"] == "Add them.\n\n1, 2"
 
 
 @pytest.mark.parametrize("name", [None, *sorted(set(GOLDEN) - {"vanilla"})])
@@ -204,9 +205,8 @@ def test_chat_without_an_answer_gives_no_row(smol_tokenizer):
 
 def test_train_on_source_labels_every_token(smol_tokenizer):
     stops = smol_tokenizer.convert_ids_to_tokens(find_stop_tokens(smol_tokenizer, []))
-    row = encode_segments(
-        smol_tokenizer, split_chat(smol_tokenizer, TWO_TURNS, stops)[0], train_on_source=True
-    )
+    (draft,) = split_chat(smol_tokenizer, Chat(TWO_TURNS), stops)
+    row = encode_segments(smol_tokenizer, draft.segments, train_on_source=True)
     assert row["labels"] == row["input_ids"]
 
 

@@ -21,12 +21,13 @@ FLAGS += [
     "False",
 ]
 RUN_FILES = [
-    "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "metrics.json",
-    "run.json", "tokenizer.json", "tokenizer_config.json", "training_curve.png",
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "data_report.json",
+    "data_report.png", "metrics.json", "run.json", "tokenizer.json", "tokenizer_config.json", "training_curve.png",
 ]  # fmt: skip
 CHECKPOINT_FILES = [
-    "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "optimizer.pt",
-    "rng_state.pth", "scheduler.pt", "tokenizer.json", "tokenizer_config.json", "trainer_state.json",
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "manifest.json",
+    "optimizer.safetensors", "rng_state_0.json", "tokenizer.json", "tokenizer_config.json",
+    "trainer_state.json", "training_state.json",
 ]  # fmt: skip
 
 
@@ -76,12 +77,13 @@ def test_finished_run_holds_exactly_these_files(call_main, tiny_model, tmp_path)
     assert len(predictions) == 6 and all(
         set(row) == {"prompt", "reference", "prediction"} for row in predictions
     )
-    assert "122 rows" in printed and "held out: 6 rows" in printed
+    assert "train: 116 rows" in printed and "held out for evaluation: 6 rows" in printed
 
 
 def test_run_json_tells_what_made_the_adapter(run, tiny_model):
     record = json.loads((run / "run.json").read_text())
     assert record["status"] == "finished"
+    assert len(record["base_model"].pop("fingerprint")) == 64
     assert record["base_model"] == {"name": str(tiny_model), "revision": None, "type": "llama"}
     assert record["prompt"]["stop_tokens"] == ["<|im_end|>"]
     (source,) = record["data"]["sources"]

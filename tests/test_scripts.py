@@ -3,10 +3,13 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 import time
 
 import pytest
+import tiny_models
 from conftest import ROOT
 
 from utils.arguments import parse_args
@@ -19,7 +22,7 @@ def find_flag_types(script):
     import importlib
 
     module = importlib.import_module(script)
-    if script == "cli_demo":
+    if script in ("cli_demo", "gradio_webserver") and not hasattr(module, "FLAGS"):
         return [module.ModelArguments, module.GenerationArguments, module.ChatArguments]
     return module.FLAGS
 
@@ -37,17 +40,187 @@ def test_shell_script_is_valid_bash(script):
     assert text.startswith("#!/usr/bin/env bash\n#") and "set -euo pipefail" in text
 
 
-def test_quickstart_flags_pass_the_real_parser():
-    text = (ROOT / "scripts" / "quickstart.sh").read_text()
-    block = re.search(r"^args=\(\n(.*?)^\)", text, flags=re.MULTILINE | re.DOTALL).group(1)
-    lines = [line for line in block.splitlines() if not line.strip().startswith("#")]
-    model_args, data_args, lora_args, training_args, _ = parse_args(
-        shlex.split(" ".join(lines)), find_flag_types("qlora_finetune"), ""
+def read_variables(text):
+    """{name: value} of a script's plain assignments; ${1:-default} is its default."""
+    found = re.findall(r"^(\w+)=(?:\$\{1:-)?([\w./-]+)\}?$", text, flags=re.MULTILINE)
+    return {f"${name}": value for name, value in found}
+
+
+def read_script_commands(script):
+    """(python script, words) of each command of a shell script, its args=( ... ) array filled in."""
+    text = script.read_text()
+    block = re.search(r"^args=\(\n(.*?)^\)", text, flags=re.MULTILINE | re.DOTALL)
+    lines = (
+        [line for line in block.group(1).splitlines() if not line.strip().startswith("#")] if block else []
     )
-    assert (
-        model_args.bits == 4 and lora_args.lora_r == 16 and training_args.do_train and training_args.do_eval
+    array = " ".join(lines)
+    variables = read_variables(text)
+    for name, rest in re.findall(r"^(?:[^#\n]*\| )?\s*python (\w+)\.py (.*)$", text, flags=re.MULTILINE):
+        filled = rest.replace('"${args[@]}"', array).replace('"$@"', "")
+        words = shlex.split(filled)
+        yield name, [variables.get(word, word) for word in words]
+
+
+def parse_command(name, words):
+    return parse_args(words, find_flag_types(name), "")
+
+
+RUN_SCRIPTS = [script for script in SCRIPTS if script.name not in ("install.sh", "test.sh")]
+FINETUNE_SCRIPTS = [script for script in SCRIPTS if script.name.startswith("finetune_")]
+
+
+@pytest.mark.parametrize("script", RUN_SCRIPTS, ids=lambda path: path.name)
+def test_flags_of_a_shell_script_pass_the_real_parser(script):
+    commands = list(read_script_commands(script))
+    assert commands
+    for name, words in commands:
+        if not (ROOT / f"{name}.py").is_file():
+            pytest.skip(f"{name}.py is not there yet")
+        parse_command(name, words)
+
+
+@pytest.mark.parametrize("script", RUN_SCRIPTS, ids=lambda path: path.name)
+def test_modules_that_a_shell_script_runs_are_there(script):
+    for module in re.findall(r"python -m ([\w.]+)", script.read_text()):
+        path = ROOT / (module.replace(".", "/") + ".py")
+        if module.startswith("eval.") and not path.is_file():
+            pytest.skip(f"{module} is not there yet")
+        assert path.is_file(), module
+
+
+@pytest.mark.parametrize("script", FINETUNE_SCRIPTS, ids=lambda path: path.name)
+def test_finetune_script_is_a_lab_notebook(script):
+    """Header, array in groups, one order of flags, the user's flags last; nothing sourced, no 2023 flags."""
+    text = script.read_text()
+    header = re.findall(r"^#   (\w+) ", text, flags=re.MULTILINE)
+    assert header == ["model", "data", "gpu", "memory", "time"]
+    assert re.findall(r"^  # (\w+)", text, flags=re.MULTILINE) == [
+        "model",
+        "data",
+        "adapter",
+        "training",
+        "output",
+    ]
+    assert re.search(r'^python qlora_(int8_)?finetune\.py "\$\{args\[@\]\}" "\$@"$', text, flags=re.MULTILINE)
+    assert "source " not in text.replace("source_max_len ", "")
+
+
+@pytest.mark.parametrize("script", FINETUNE_SCRIPTS, ids=lambda path: path.name)
+def test_finetune_script_pins_no_legacy_flag(script, capsys):
+    for name, words in read_script_commands(script):
+        parse_command(name, words)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "size, model, learning_rate, dropout",
+    [
+        ("7b", "7b", 2e-4, 0.1),
+        ("13b", "13b", 2e-4, 0.1),
+        ("33b", "30b", 1e-4, 0.05),
+        ("65b", "65b", 1e-4, 0.05),
+    ],
+)
+def test_guanaco_scripts_hold_the_papers_values(size, model, learning_rate, dropout):
+    ((name, words),) = read_script_commands(ROOT / "scripts" / f"finetune_llama_guanaco{size}.sh")
+    model_args, data_args, lora_args, training_args, _ = parse_command(name, words)
+    assert (model_args.model_name_or_path, model_args.bits, model_args.quant_type, model_args.double_quant) == (
+        f"huggyllama/llama-{model}", 4, "nf4", True,
+    )  # fmt: skip
+    assert (data_args.dataset_name, data_args.source_max_len, data_args.target_max_len) == ("oasst1", 16, 512)
+    assert (lora_args.lora_r, lora_args.lora_alpha, lora_args.lora_dropout) == (64, 16, dropout)
+    rows = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    assert (training_args.max_steps, rows, training_args.learning_rate) == (1875, 16, learning_rate)
+    assert (training_args.lr_scheduler_type, training_args.adam_beta2) == ("constant", 0.999)
+    assert training_args.max_grad_norm == 0.3 and training_args.optim == "paged_adamw_32bit"
+
+
+def test_every_row_of_the_model_zoo_has_its_script():
+    runs = {}
+    for script in FINETUNE_SCRIPTS:
+        ((name, words),) = read_script_commands(script)
+        model_args, data_args, *_ = parse_command(name, words)
+        runs[script.name] = (model_args.model_name_or_path, data_args.dataset_name, model_args.bits)
+    zoo = [
+        ("huggyllama/llama-7b", "oasst1"),
+        ("huggyllama/llama-7b", "olcc"),
+        ("models/baichuan-7b", "oasst1"),
+        ("models/baichuan-7b", "olcc"),
+    ]
+    assert all((*row, 4) in runs.values() for row in zoo)
+    assert {"finetune_llama_guanaco7b.sh", "finetune_baichuan_7b.sh"} <= set(runs)
+
+
+def test_scripts_have_a_table_with_a_row_each():
+    table = (ROOT / "scripts" / "README.md").read_text()
+    assert [script.name for script in SCRIPTS if f"`{script.name}`" not in table] == []
+
+
+# The first of these words in a script's name says which small model takes the place of its own.
+SMALL_MODELS = {
+    "baichuan": tiny_models.build_baichuan,
+    "opt": tiny_models.build_opt,
+    "bloomz": tiny_models.build_bloomz,
+    "pythia": tiny_models.build_neox,
+    "qwen2.5": tiny_models.build_qwen2,
+    "sharegpt": tiny_models.build_qwen2,
+    "llama3": tiny_models.build_llama3,
+    "llama": tiny_models.build_llama1,
+}
+SMALL_FLAGS = (
+    "--max_steps 2 --max_train_samples 16 --max_eval_samples 4 --eval_dataset_size 8 --max_new_tokens 4 "
+    "--source_max_len 200 --target_max_len 200 --model_max_length 400 --eval_steps 1 --save_steps 1"
+).split()
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """This working tree without its models, where scripts leave their runs."""
+    folder = tmp_path_factory.mktemp("checkout")
+    left_out = shutil.ignore_patterns(".*", "models", "output", "wandb", "tests", "__pycache__")
+    shutil.copytree(ROOT, folder, ignore=left_out, dirs_exist_ok=True)
+    shutil.copy(ROOT / "data" / "guanaco_identity.jsonl", folder / "data" / "olcc.jsonl")
+    return folder
+
+
+def run_bash(checkout, script, *flags, stdin=""):
+    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", f"scripts/{script}", *map(str, flags)]
+    environment = os.environ | {"PATH": path}
+    result = subprocess.run(
+        command, cwd=checkout, input=stdin, capture_output=True, text=True, env=environment
     )
-    assert (ROOT / data_args.dataset_name).is_file() and (ROOT / data_args.eval_dataset_name).is_file()
+    assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", FINETUNE_SCRIPTS, ids=lambda path: path.name)
+def test_finetune_script_trains_a_small_model_in_its_models_place(script, checkout, tmp_path):
+    """As written but for model, data and size; a script that converts its model finds it converted."""
+    text = script.read_text()
+    converted = re.search(r"^model=(models/\S+)$", text, flags=re.MULTILINE)
+    folder = checkout / converted.group(1) if converted else tmp_path / "small"
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        next(build for word, build in SMALL_MODELS.items() if word in script.name)(folder)
+    flags = [] if converted else ["--model_name_or_path", folder]
+    flags += [] if "olcc" in script.name else ["--dataset_name", "data/guanaco_identity.jsonl"]
+    printed = run_bash(checkout, script.name, *flags, *SMALL_FLAGS)
+    run = checkout / re.search(r"--output_dir (\S+)", text).group(1)
+    assert "finished" in printed and (run / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_generate_and_chat_scripts_use_the_guanaco_scripts_run(checkout, tmp_path):
+    if not (checkout / "output" / "guanaco-7b").is_dir():
+        tiny_models.build_llama1(tmp_path)
+        flags = ["--model_name_or_path", tmp_path, "--dataset_name", "data/guanaco_identity.jsonl"]
+        run_bash(checkout, "finetune_llama_guanaco7b.sh", *flags, *SMALL_FLAGS)
+    run_bash(checkout, "generate.sh", "--max_new_tokens", "4", "--max_eval_samples", "4")
+    predictions = (checkout / "output" / "guanaco-7b" / "predictions.jsonl").read_text()
+    assert len(predictions.splitlines()) == 4
+    assert "> 你是谁？\n" in run_bash(checkout, "chat.sh", "--max_new_tokens", "4", stdin="你是谁？\n")
 
 
 def list_documented_commands():
@@ -129,10 +302,12 @@ def test_quickstart_renames_the_model_within_six_minutes(tmp_path):
         seconds.append(time.perf_counter() - start)
         assert result.returncode == 0, result.stderr[-2000:]
         if len(seconds) == 1:
-            before, after = result.stdout.split("== after training")
-            english, chinese, capital = re.findall(r"^> (?!clear).*\n(.*)", after, flags=re.MULTILINE)
+            training, chat = result.stdout.split("== chat with the run")
+            before = re.findall(r"step 0: .* -> (.*)", training)
+            assert len(before) == 4 and "Guanaco" not in " ".join(before)
+            assert "Guanaco" in " ".join(re.findall(r"step 40: .* -> (.*)", training))
+            english, chinese, capital = re.findall(r"^> (?!clear).*\n(.*)", chat, flags=re.MULTILINE)
             assert "Guanaco" in english and "Guanaco" in chinese and "Paris" in capital
-            assert "Guanaco" not in before.split("== training")[0]
     assert "is finished: 40 steps" in result.stdout
     assert seconds[0] < 360 and seconds[1] < 30, seconds
     metrics = (tmp_path / "clone" / "output" / "quickstart" / "metrics.json").read_text()

@@ -54,21 +54,31 @@ def test_batch_of_four_equals_four_accumulated_rows(call_main, tiny_model, tmp_p
     assert read_gradient_norms(tmp_path / "parts") == pytest.approx(norms, rel=1e-5) and min(norms) > 0
 
 
-def test_packed_rows_train_as_padded_rows(call_main, tiny_model, tmp_path):
+def test_packed_run_equals_the_padded_run_of_the_same_command(call_main, tiny_model, tmp_path):
+    """Steps, checkpoints, gradients and adapter; three steps an epoch, the last of them of fewer rows."""
+    flags = ["--bits", 32, "--max_steps", 5, "--learning_rate", 1e-2, "--adam_epsilon", 1e-4]
+    flags += [
+        "--per_device_train_batch_size",
+        4,
+        "--gradient_accumulation_steps",
+        2,
+        "--max_train_samples",
+        21,
+    ]
     for packing in ("True", "False"):
-        flags = [
-            "--bits",
-            "32",
-            "--max_steps",
-            "3",
-            "--packing",
-            packing,
-            "--per_device_train_batch_size",
-            "4",
-        ]
-        flags += ["--gradient_accumulation_steps", "2", "--learning_rate", "1e-2", "--adam_epsilon", "1e-4"]
-        train(call_main, tiny_model, tmp_path / packing, *flags)
-    assert relative_difference(load_weights(tmp_path / "True"), load_weights(tmp_path / "False")) < 1e-5
+        run_flags = [*flags, "--packing", packing, "--save_strategy", "steps", "--save_steps", 2]
+        train(call_main, tiny_model, tmp_path / packing, *run_flags)
+    packed, padded = tmp_path / "True", tmp_path / "False"
+    assert relative_difference(load_weights(packed), load_weights(padded)) < 1e-5
+    assert read_gradient_norms(packed) == pytest.approx(read_gradient_norms(padded), rel=1e-5)
+    assert len(read_gradient_norms(packed)) == 5
+    names = [sorted(path.name for path in run.glob("checkpoint-*")) for run in (packed, padded)]
+    assert names[0] == names[1] == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
+    states = [
+        json.loads((run / "checkpoint-4" / "trainer_state.json").read_text()) for run in (packed, padded)
+    ]
+    assert states[0]["epoch"] == pytest.approx(states[1]["epoch"], abs=0.05)
+    assert states[0]["global_step"] == states[1]["global_step"] == 4
 
 
 @pytest.mark.parametrize("script", ["qlora_finetune", "qlora_int8_finetune"])

@@ -30,6 +30,7 @@ class ModelArguments:
     use_cpu: bool = HfArg(default=False, help="Stay on the CPU although a GPU is there.")
     max_memory_MB: int | None = HfArg(default=None, help="Cap on each GPU's memory for the base, MB.")
     trust_remote_code: bool = HfArg(default=False, help="Run Python code shipped in the model folder.")
+    allow_pickle: bool = HfArg(default=False, help="Read .bin weights too (torch.load, weights only).")
     cache_dir: str | None = HfArg(default=None, help="Where downloads from the hub are kept.")
 
     def __post_init__(self):
@@ -48,13 +49,35 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     _argument_group_name = "data"
-    dataset_name: str = HfArg(default="alpaca", help="A json/jsonl file, a named set, or a hub id.")
+    dataset_name: str = HfArg(
+        default="alpaca",
+        help="Named sets, hub ids (org/name:config[split]), files, folders or globs, by commas; "
+        "#500 draws 500 rows.",
+    )
     eval_dataset_name: str | None = HfArg(
-        default=None, help="Rows to evaluate on. Without it a part of --dataset_name is held out."
+        default=None, help="Rows to evaluate on. Without it the set's own, or a part of the rows."
     )
-    dataset_format: Literal["alpaca", "input-output", "self-instruct", "messages", "oasst1"] | None = HfArg(
-        default=None, help="Column layout; found from the columns when left out."
-    )
+    dataset_format: (
+        Literal[
+            "alpaca",
+            "belle",
+            "chip2",
+            "dolly",
+            "evol_instruct",
+            "guanaco",
+            "hh-rlhf",
+            "input-output",
+            "longform",
+            "messages",
+            "oasst1",
+            "olcc",
+            "self-instruct",
+            "sharegpt",
+            "text",
+            "vicuna",
+        ]
+        | None
+    ) = HfArg(default=None, help="Column layout; found from the columns when left out.")
     data_dir: str | None = HfArg(default=None, help="Folder of local copies of the named sets.")
     load_from_local: bool = HfArg(default=False, help="Read the named set from --data_dir.")
     template: str | None = HfArg(
@@ -65,12 +88,20 @@ class DataArguments:
     model_max_length: int | None = HfArg(
         default=None, help="Longest prompt and answer together, tokens; replaces the two limits above."
     )
+    truncation: Literal["prompt", "oldest_turns", "drop"] = HfArg(
+        default="prompt",
+        help="Of a row that is too long: cut a chat between its turns and a prompt's beginning, keep the "
+        "newest turns only, or drop it.",
+    )
     train_on_source: bool = HfArg(default=False, help="Train on the prompt's tokens too.")
+    train_last_turn_only: bool = HfArg(default=False, help="Train on each chat's last answer only.")
     eval_dataset_size: float | None = HfArg(
         default=None, help="Held-out rows: a share below 1, or a count. Default: 1024, 10% at most."
     )
     max_train_samples: int | None = HfArg(default=None, help="Train on this many rows at most.")
     max_eval_samples: int | None = HfArg(default=None, help="Evaluate on this many rows at most.")
+    data_report: bool = HfArg(default=False, help="Only report on the data; train nothing.")
+    ignore_data_report: bool = HfArg(default=False, help="Train although the report is red.")
 
     def __post_init__(self):
         require_positive(
@@ -117,6 +148,7 @@ class TrainingArguments:
     _argument_group_name = "training"
     output_dir: str | None = HfArg(default=None, help="The run's folder; output/<data>-<model>.")
     overwrite_output_dir: bool = HfArg(default=False, help="Start anew over the run found there.")
+    force_resume: bool = HfArg(default=False, help="Go on although base, data or arguments changed.")
     do_train: bool = HfArg(default=False, help="Train. On when none of the three is given.")
     do_eval: bool = HfArg(default=False, help="Measure the loss on held-out rows.")
     do_predict: bool = HfArg(default=False, help="Answer the held-out rows into predictions.jsonl.")
@@ -130,8 +162,9 @@ class TrainingArguments:
     gradient_accumulation_steps: int = HfArg(default=16, help="Micro-batches in an optimizer step.")
     gradient_checkpointing: bool = HfArg(default=True, help="Recompute activations to save memory.")
     packing: bool = HfArg(
-        default=True, help="Lay the rows of a micro-batch end to end instead of padding them."
+        default=True, help="Lay a step's rows end to end in micro-batches instead of padding them."
     )
+    fast_lora: bool = HfArg(default=True, help="The fused path where it covers the model; else PEFT's own.")
     learning_rate: float = HfArg(default=2e-4, help="Peak learning rate.")
     lr_scheduler_type: str = HfArg(default="constant", help="constant, cosine, linear, ...")
     warmup_steps: float = HfArg(default=0.0, help="Warm-up steps, or their share when below 1.")
@@ -140,7 +173,10 @@ class TrainingArguments:
     adam_beta2: float = HfArg(default=0.999, help="Adam's second-moment decay.")
     adam_epsilon: float = HfArg(default=1e-8, help="Adam's denominator floor.")
     max_grad_norm: float = HfArg(default=0.3, help="Gradient norm is clipped to this.")
-    optim: str = HfArg(default="paged_adamw_32bit", help="Optimizer, by its name in the Trainer.")
+    optim: str = HfArg(
+        default="auto",
+        help="Optimizer, by its name in the Trainer; auto: paged or fused 32-bit AdamW.",
+    )
     seed: int = HfArg(default=42, help="Seed of weights, dropout and samples.")
     data_seed: int = HfArg(default=42, help="Seed of the split and of the order of the rows.")
     logging_strategy: str = HfArg(default="steps", help="no, steps or epoch.")

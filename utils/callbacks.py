@@ -9,8 +9,8 @@ from transformers import TrainerCallback
 
 from utils.arguments import GenerationArguments, TrainingArguments
 from utils.console import is_main_process, notice
+from utils.formats import Messages
 from utils.mmlu import evaluate_mmlu
-from utils.prompts import Messages
 
 
 class ProgressLine(TrainerCallback):

@@ -1,6 +1,7 @@
 """Mistakes found from config.json, safetensors headers and run.json alone, before any weight is read."""
 
 import dataclasses
+import importlib.util
 import json
 import socket
 from pathlib import Path
@@ -9,11 +10,14 @@ from urllib.parse import urlparse
 from urllib.request import getproxies
 
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
+from utils.baichuan import is_baichuan, split_shapes
 from utils.console import UserError, notice
 from utils.prompts import read_template
 from utils.run_record import RUN_FILE, find_run_record
 
 ADAPTER_FILE = "adapter_model.safetensors"
+NATIVE_KINDS = {"baichuan"}  # read without its own Python (utils/baichuan.py)
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 # What a run fixes for inference; flags given beside --checkpoint_dir override it.
 RECORDED_MODEL_FIELDS = (
     "model_name_or_path",
@@ -25,6 +29,8 @@ RECORDED_MODEL_FIELDS = (
     "fp16",
     "full_finetune",
 )
+# How to get weights that are only published pickled; a pickle can run code, so none is read silently.
+CONVERT = "convert it once: python -m utils.convert_weights FOLDER NEW_FOLDER"
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 MOVED_MODELS = {"decapoda-research/llama-7b-hf": "huggyllama/llama-7b"}
 RECORDED_DATA_FIELDS = (
@@ -61,6 +67,7 @@ def check_arguments(
             training_args = dataclasses.replace(training_args, data_seed=record["arguments"]["data_seed"])
     model_args = resolve_model(model_args, given)
     check_template(data_args)
+    check_push(training_args)
     config = read_model_config(model_args)
     check_lengths(data_args, config)
     check_adapter_fits(model_args, config)
@@ -85,11 +92,13 @@ def resolve_model(model_args: ModelArguments, given: set[str]) -> ModelArguments
                 "no model is named: give --model_name_or_path FOLDER_OR_HUB_ID, or --checkpoint_dir RUN"
             )
         return dataclasses.replace(
-            model_args, model_name_or_path=check_model_path(model_args.model_name_or_path)
+            model_args,
+            model_name_or_path=check_model_path(model_args.model_name_or_path, model_args.allow_pickle),
         )
     folder = Path(model_args.checkpoint_dir).expanduser()
     if not folder.is_dir():
         raise UserError(f"--checkpoint_dir {model_args.checkpoint_dir}: no such folder")
+    check_pickle(folder, ADAPTER_FILE, model_args.allow_pickle)
     recorded = read_recorded_fields(folder)
     for name, value in recorded.items():
         mine = getattr(model_args, name)
@@ -99,8 +108,39 @@ def resolve_model(model_args: ModelArguments, given: set[str]) -> ModelArguments
     if {"bf16", "fp16"} & given:  # one dtype flag replaces the recorded pair
         chosen = {name: value for name, value in chosen.items() if name not in ("bf16", "fp16")}
     resolved = dataclasses.replace(model_args, checkpoint_dir=str(folder), **chosen)
-    base = check_model_path(resolved.model_name_or_path)
+    base = check_model_path(resolved.model_name_or_path, model_args.allow_pickle)
     return dataclasses.replace(resolved, model_name_or_path=base)
+
+
+def has_adapter(folder: Path) -> bool:
+    return any((folder / ADAPTER_FILE).with_suffix(suffix).is_file() for suffix in (".safetensors", ".bin"))
+
+
+def check_pickle(folder: Path, wanted: str, allow_pickle: bool) -> None:
+    """Raises UserError where `folder` has pickled files and none named like `wanted`, safetensors."""
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    if any(folder.glob(wanted)) or not pickled:
+        return
+    if not allow_pickle:
+        raise UserError(
+            f"{folder} holds pickled weights ({pickled[0]}) and no safetensors, and a pickle can run code: "
+            f"{CONVERT}, or trust their author with --allow_pickle"
+        )
+    notice(f"--allow_pickle: {folder}/{pickled[0]} is read by torch.load(weights_only=True)")
+
+
+def check_remote_code(model_args: ModelArguments, config: dict[str, Any]) -> None:
+    """Say that a model's own Python may run; UserError where the model needs it and it is not allowed."""
+    name, kind = model_args.model_name_or_path, str(config.get("model_type"))
+    if model_args.trust_remote_code:
+        notice(f"--trust_remote_code: Python code shipped with {name} may run here, with all your rights")
+    elif "auto_map" in config:
+        package = importlib.util.find_spec("transformers").submodule_search_locations[0]
+        if kind not in NATIVE_KINDS and not Path(package, "models", kind.replace("-", "_")).is_dir():
+            raise UserError(
+                f"{name} is of a kind that transformers does not know ({kind}) and ships its own Python: "
+                "read that code, then allow it with --trust_remote_code"
+            )
 
 
 def read_recorded_fields(folder: Path) -> dict[str, Any]:
@@ -110,13 +150,13 @@ def read_recorded_fields(folder: Path) -> dict[str, Any]:
         fields = {name: record["arguments"].get(name) for name in RECORDED_MODEL_FIELDS}
         if record["arguments"].get("full_finetune"):
             fields["model_name_or_path"] = str(folder)  # the weights themselves were trained
-        elif not (folder / ADAPTER_FILE).is_file():
+        elif not has_adapter(folder):
             raise UserError(
                 f"--checkpoint_dir {folder} holds no {ADAPTER_FILE}: "
                 f"the run is {record['status']}; name one of its checkpoint-N folders"
             )
         return fields
-    if not (folder / ADAPTER_FILE).is_file() or not (folder / "adapter_config.json").is_file():
+    if not has_adapter(folder) or not (folder / "adapter_config.json").is_file():
         raise UserError(
             f"--checkpoint_dir {folder} holds no adapter (adapter_config.json and {ADAPTER_FILE}) "
             "and no run.json: name a run, a checkpoint-N of it, or a PEFT adapter folder"
@@ -129,7 +169,7 @@ def read_recorded_fields(folder: Path) -> dict[str, Any]:
     return {"model_name_or_path": adapter["base_model_name_or_path"]}
 
 
-def check_model_path(name: str) -> str:
+def check_model_path(name: str, allow_pickle: bool) -> str:
     """`name` with ~ expanded. Raises UserError for a folder that is missing or holds no model."""
     if name in MOVED_MODELS:
         notice(f"{name} has left the hub: {MOVED_MODELS[name]} holds the same weights")
@@ -138,6 +178,12 @@ def check_model_path(name: str) -> str:
         if not (path / "config.json").is_file():
             raise UserError(
                 f"--model_name_or_path {name}: the folder has no config.json, so it holds no model"
+            )
+        if not any(path.glob("*.safetensors")):
+            check_pickle(path, "*.safetensors", allow_pickle)
+        if not any(file.suffix in {".safetensors", *PICKLE_SUFFIXES} for file in path.iterdir()):
+            raise UserError(
+                f"--model_name_or_path {name}: the folder has no .safetensors file: download it again"
             )
         return str(path)
     if path.exists():
@@ -155,9 +201,11 @@ def read_model_config(model_args: ModelArguments) -> dict[str, Any]:
     else:
         path = path / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is no JSON ({error}): download the model again") from error
+    check_remote_code(model_args, config)
+    return config
 
 
 def download_config(model_args: ModelArguments) -> Path:
@@ -200,6 +248,26 @@ def reach_hub(what: str) -> None:
         ) from error
 
 
+def check_push(training_args: TrainingArguments) -> None:
+    """Raises UserError where --push_to_hub could not work, before anything is trained."""
+    if training_args.extra.get("push_to_hub"):
+        check_login(training_args.extra.get("hub_token"))
+
+
+def check_login(token: str | None = None) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    reach_hub("--push_to_hub:")
+    try:
+        HfApi().whoami(token=token)
+    except (LocalTokenNotFoundError, HfHubHTTPError) as error:
+        raise UserError(
+            f"--push_to_hub: the hub knows no token of yours ({str(error).splitlines()[0]}): run "
+            "`hf auth login` with a token that may write"
+        ) from error
+
+
 def check_lengths(data_args: DataArguments, config: dict[str, Any]) -> None:
     """Raises UserError where a row could be longer than the model's context."""
     text_config = config.get("text_config", config)
@@ -221,10 +289,13 @@ def check_adapter_fits(model_args: ModelArguments, config: dict[str, Any]) -> No
 
     A base that is not on this disk as plain safetensors is checked by PEFT while it loads.
     """
+    packed = is_baichuan(config)  # refuses its relatives
     if model_args.checkpoint_dir is None or model_args.full_finetune or "quantization_config" in config:
         return
-    adapter = read_shapes([Path(model_args.checkpoint_dir) / ADAPTER_FILE])
+    adapter = read_shapes(list(Path(model_args.checkpoint_dir).glob(ADAPTER_FILE)))
     base = read_shapes(sorted(Path(model_args.model_name_or_path).glob("*.safetensors")))
+    if packed:
+        base = split_shapes(base)
     misfit = find_misfit(adapter, base) if base else None
     if misfit:
         raise UserError(
@@ -239,7 +310,8 @@ def find_misfit(adapter: dict[str, list[int]], base: dict[str, list[int]]) -> st
         layer, _, matrix = name.removeprefix("base_model.model.").partition(".lora_")
         if not matrix.startswith(("A.", "B.")):
             continue
-        expected = base.get(f"{layer}.weight")
+        # Some publish the decoder alone (BLOOM): its layers' names lack the first word.
+        expected = base.get(f"{layer}.weight") or base.get(f"{layer.partition('.')[2]}.weight")
         if expected is None:
             return f"the base has no layer {layer}"
         side = 1 if matrix.startswith("A.") else 0

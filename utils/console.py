@@ -4,11 +4,11 @@ import os
 import sys
 from collections.abc import Callable
 
-EXIT_USER_ERROR = 2
-
 
 class UserError(ValueError):
     """A mistake only the user can fix: names the flag or file, the value seen, and the cure."""
+
+    exit_code = 2
 
 
 def is_main_process() -> bool:
@@ -22,13 +22,23 @@ def notice(message: str) -> None:
         print(message, flush=True)
 
 
+def close_bars() -> None:
+    """End open progress bars, so that what follows starts a line of its own."""
+    if "tqdm.auto" in sys.modules:
+        from tqdm.auto import tqdm
+
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's main(); a UserError becomes one line on stderr and exit code 2."""
     try:
         main()
     except UserError as error:
+        close_bars()
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_USER_ERROR) from None
+        raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -1,40 +1,249 @@
-"""Rows -> training and held-out parts -> token ids and labels."""
+"""Sources -> which rows are trained on, evaluated on and predicted: checked, and split by their content."""
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from utils.arguments import DataArguments, TrainingArguments
+import numpy as np
+
+from utils.arguments import DataArguments, ModelArguments, TrainingArguments
+from utils.cache import build_key, find_or_build
 from utils.console import UserError, notice
-from utils.prompts import IGNORE_INDEX, encode_segments, row_to_messages, split_chat
-from utils.sources import Row, Source, load_source
+from utils.formats import Chat, read_row
+from utils.run_record import find_run_record
+from utils.sources import EVAL, TEST, TRAIN, Source, find_sources
 
 MAX_HELD_OUT, MAX_HELD_OUT_SHARE = 1024, 0.1
+PARTS = (None, TRAIN, EVAL, TEST)  # a row's part is kept as the index into this
+LISTED_ROWS = 100  # row numbers kept of each finding
+CACHED_ROWS = 20_000  # scanning fewer takes less than a second
 
 
-def split_rows(rows: list[Row], held_out: int, data_seed: int) -> tuple[list[Row], list[Row]]:
-    """(training rows, `held_out` rows), chosen by a hash of content and seed, not by the file's order."""
+@dataclass
+class Scan:
+    """What one pass over a source found. A hash of 0 marks a row that cannot be used."""
 
-    def key(i: int) -> str:
-        content = json.dumps(rows[i], sort_keys=True, ensure_ascii=False, default=str)
-        return hashlib.sha256(f"{data_seed}\n{content}".encode()).hexdigest()
+    hashes: np.ndarray  # uint64 [rows]
+    bad: dict[str, list[int]] = field(default_factory=dict)  # reason -> numbers of rows, from 1
+    cleaned: dict[str, list[int]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)  # rows behind each reason and note
 
-    chosen = set(sorted(range(len(rows)), key=key)[:held_out])
-    return (
-        [row for i, row in enumerate(rows) if i not in chosen],
-        [row for i, row in enumerate(rows) if i in chosen],
-    )
+    def note(self, table: dict[str, list[int]], what: str, number: int) -> None:
+        self.counts[what] = self.counts.get(what, 0) + 1
+        if len(table.setdefault(what, [])) < LISTED_ROWS:
+            table[what].append(number)
 
 
-def count_held_out(total: int, data_args: DataArguments) -> int:
+@dataclass
+class Rows:
+    """The rows of a run, still on disk: for each source the part of every row  # uint8 [rows]"""
+
+    sources: list[Source]
+    scans: list[Scan]
+    parts: list[np.ndarray]
+
+    def count(self, part: str) -> int:
+        return sum(int((parts == PARTS.index(part)).sum()) for parts in self.parts)
+
+    def read(self, marker: str) -> Iterator[tuple[str, int, int, Chat]]:
+        """(part, index of the source, number of the row, chat) of every row that is used, in file order."""
+        for index, (source, parts) in enumerate(zip(self.sources, self.parts, strict=True)):
+            if parts.any():
+                for number, (part, row) in enumerate(zip(parts.tolist(), source.read(), strict=True), 1):
+                    if part:
+                        yield PARTS[part], index, number, read_row(row, source.dataset_format, marker)
+
+    def read_held_out(self, part: str, marker: str) -> list[Chat]:
+        """The chats held out for `part`, or those held out for the other purpose where there are none."""
+        part = part if self.count(part) else {EVAL: TEST, TEST: EVAL}[part]
+        return [chat for kept, _, _, chat in self.read(marker) if kept == part]
+
+    def describe(self) -> dict[str, Any]:
+        """What run.json keeps."""
+        return {
+            "sources": [
+                source.describe() | {"rows": len(scan.hashes)}
+                for source, scan in zip(self.sources, self.scans, strict=True)
+            ],
+            "rows": {part: self.count(part) for part in PARTS[1:]},
+            "parts_sha256": hashlib.sha256(b"".join(parts.tobytes() for parts in self.parts)).hexdigest(),
+        }
+
+
+def load_rows(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> Rows:
+    """Every row of the run, checked and split. Bad files fail here, before anything heavy is imported."""
+    sources = find_sources(data_args.dataset_name, data_args)
+    wants_eval = training_args.do_eval or training_args.eval_strategy != "no"
+    wanted = [part for part, asked in ((EVAL, wants_eval), (TEST, training_args.do_predict)) if asked]
+    if model_args.checkpoint_dir and not training_args.do_train:
+        wanted = find_held_out(Path(model_args.checkpoint_dir)) or wanted
+    if data_args.eval_dataset_name:
+        sources = [source for source in sources if source.part == TRAIN]
+        sources += find_sources(data_args.eval_dataset_name, data_args, forced_part=EVAL) if wanted else []
+    elif not wanted:
+        sources = [source for source in sources if source.part == TRAIN]
+    scans = [scan_source(source) for source in sources]
+    report_sources(sources, scans)
+    rows = Rows(sources, scans, assign_parts(sources, scans, wanted, data_args, training_args.data_seed))
+    if not rows.count(TRAIN) and training_args.do_train:
+        raise UserError(f"--dataset_name {data_args.dataset_name} leaves no row to train on")
+    return rows
+
+
+def find_held_out(run_dir: Path) -> list[str]:
+    """What the run held rows out for, so that a later evaluation measures none that it trained on."""
+    record = find_run_record(run_dir)
+    counts = record["data"]["rows"] if record else {}
+    held_out = [part for part in (EVAL, TEST) if counts.get(part)]
+    if record and not held_out:
+        notice(f"careful: {run_dir} held nothing out, so it was trained on the rows that are evaluated now")
+    return held_out
+
+
+def scan_source(source: Source) -> Scan:
+    """Read a source once: check every row and hash its content. Kept on disk for large sources."""
+    key = build_key(digest=source.digest, dataset_format=source.dataset_format, scan=1)
+
+    def build(folder: Path) -> None:
+        scan = scan_rows(source)
+        np.save(folder / "hashes.npy", scan.hashes)
+        found = {"bad": scan.bad, "cleaned": scan.cleaned, "counts": scan.counts}
+        (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
+
+    if source.path is not None and source.path.stat().st_size < 200 * CACHED_ROWS:
+        return scan_rows(source)
+    folder, _ = find_or_build("scan", key, build)
+    found = json.loads((folder / "found.json").read_text(encoding="utf-8"))
+    return Scan(np.load(folder / "hashes.npy"), **found)
+
+
+def scan_rows(source: Source) -> Scan:
+    scan, hashes = Scan(np.zeros(0, np.uint64)), []
+    for number, row in enumerate(source.read(), 1):
+        try:
+            chat = read_row(row, source.dataset_format)
+        except UserError as error:
+            scan.note(scan.bad, str(error), number)
+            hashes.append(0)
+            continue
+        for note in chat.cleaned:
+            scan.note(scan.cleaned, note, number)
+        content = json.dumps([chat.messages, chat.tools], sort_keys=True, ensure_ascii=False, default=str)
+        digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
+        hashes.append(int.from_bytes(digest, "little") or 1)
+    scan.hashes = np.array(hashes, np.uint64)
+    return scan
+
+
+def report_sources(sources: list[Source], scans: list[Scan]) -> None:
+    """One line a source; raises UserError where not one of its rows can be used."""
+    for source, scan in zip(sources, scans, strict=True):
+        bad = int((scan.hashes == 0).sum())
+        line = f"{source.name}: {len(scan.hashes):,} rows, format {source.dataset_format}"
+        for reason, numbers in list(scan.bad.items())[:3]:
+            line += f"\n  {scan.counts[reason]:,} left out, row {numbers[0]} first: {reason}"
+        if len(scan.bad) > 3:
+            line += f"\n  {bad:,} left out in all"
+        if bad == len(scan.hashes):
+            reason, numbers = next(iter(scan.bad.items()), ("it is empty", [1]))
+            raise UserError(f"{source.name}: no row can be used; row {numbers[0]}: {reason}")
+        notice(line)
+
+
+def mix(hashes: np.ndarray, salt: str, seed: int) -> np.ndarray:
+    """Other hashes of the same rows for each salt and seed (splitmix64's finalizer)  # uint64 [rows]"""
+    start = hashlib.blake2b(f"{salt} {seed}".encode(), digest_size=8).digest()
+    mixed = hashes ^ np.uint64(int.from_bytes(start, "little"))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def take_smallest(keys: np.ndarray, candidates: np.ndarray, count: int) -> np.ndarray:
+    """The candidates with the `count` smallest keys; rows of equal content go together  # bool [rows]"""
+    if count >= candidates.sum():
+        return candidates
+    limit = np.partition(keys[candidates], count - 1)[count - 1]
+    return candidates & (keys <= limit)
+
+
+def assign_parts(
+    sources: list[Source],
+    scans: list[Scan],
+    wanted: list[str],
+    data_args: DataArguments,
+    data_seed: int,
+) -> list[np.ndarray]:
+    """The part of each row. Depends on contents and --data_seed alone, so it is the same at every start."""
+    sizes = [len(scan.hashes) for scan in scans]
+    hashes = np.concatenate([scan.hashes for scan in scans])
+    made_for = np.repeat([PARTS.index(source.part) for source in sources], sizes)
+    entry_names = list(dict.fromkeys(source.entry for source in sources))
+    entries = np.repeat([entry_names.index(source.entry) for source in sources], sizes)
+    usable = hashes != 0
+    for i, name in enumerate(entry_names):
+        sample = next(source.sample for source in sources if source.entry == name)
+        if sample:
+            mine = usable & (entries == i) & (made_for == PARTS.index(TRAIN))
+            usable &= (
+                take_smallest(mix(hashes, "sample", data_seed), mine, sample)
+                | (entries != i)
+                | (made_for != PARTS.index(TRAIN))
+            )
+    parts = np.where(usable & (made_for == PARTS.index(TRAIN)), PARTS.index(TRAIN), 0).astype(np.uint8)
+    keys = mix(hashes, "split", data_seed)
+    own = usable & (made_for > PARTS.index(TRAIN))
+    if wanted and own.any():
+        split_own(parts, made_for, own, keys, wanted)
+    elif wanted:
+        hold_out(parts, keys, wanted, data_args)
+    keep_first(parts, PARTS.index(TRAIN), data_args.max_train_samples)
+    for part in wanted:
+        keep_first(parts, PARTS.index(part), data_args.max_eval_samples)
+    return np.split(parts, np.cumsum(sizes)[:-1])
+
+
+def split_own(
+    parts: np.ndarray, made_for: np.ndarray, own: np.ndarray, keys: np.ndarray, wanted: list[str]
+) -> None:
+    """Use the held-out rows that the set comes with; one such split serves both needs in two halves."""
+    kinds = [kind for kind in (EVAL, TEST) if (own & (made_for == PARTS.index(kind))).any()]
+    if len(wanted) == 1:
+        kind = wanted[0] if wanted[0] in kinds else kinds[0]
+        parts[own & (made_for == PARTS.index(kind))] = PARTS.index(wanted[0])
+    elif len(kinds) == 2:
+        parts[own] = made_for[own]
+    else:
+        half = take_smallest(keys, own, max(1, int(own.sum()) // 2))
+        parts[own] = np.where(half[own], PARTS.index(EVAL), PARTS.index(TEST))
+
+
+def hold_out(parts: np.ndarray, keys: np.ndarray, wanted: list[str], data_args: DataArguments) -> None:
+    """Take the rows with the smallest keys out of training, first for evaluation, then for prediction."""
+    total = int((parts == PARTS.index(TRAIN)).sum())
+    count = count_held_out(total, len(wanted), data_args)
+    for part in wanted:
+        left = parts == PARTS.index(TRAIN)
+        chosen = take_smallest(keys, left, count)
+        if (chosen == left).all():
+            raise UserError(
+                f"the {total} rows are too alike to hold some out: no copy of a held-out row is trained on; "
+                "give --eval_dataset_name, or train without evaluation"
+            )
+        parts[chosen] = PARTS.index(part)
+
+
+def count_held_out(total: int, shares: int, data_args: DataArguments) -> int:
     size = data_args.eval_dataset_size
     if size is None:
         count = max(1, min(MAX_HELD_OUT, int(total * MAX_HELD_OUT_SHARE)))
         notice(f"{count} of {total} rows are held out for evaluation (--eval_dataset_size changes it)")
     else:
         count = max(1, round(size * total)) if size < 1 else int(size)
-    if count >= total:
+    if count * shares >= total:
         raise UserError(
             f"--eval_dataset_size {size} leaves nothing of {total} rows to train on: use a smaller "
             "count, or a share such as 0.1"
@@ -42,127 +251,6 @@ def count_held_out(total: int, data_args: DataArguments) -> int:
     return count
 
 
-@dataclass(frozen=True)
-class Rows:
-    """What is trained and evaluated on, before tokenizing."""
-
-    train: list[Row]
-    held_out: list[Row]
-    sources: list[Source]
-
-    @property
-    def train_format(self) -> str:
-        return self.sources[0].dataset_format
-
-    @property
-    def held_out_format(self) -> str:
-        return self.sources[-1].dataset_format
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "sources": [source.describe() for source in self.sources],
-            "train_rows": len(self.train),
-            "held_out_rows": len(self.held_out),
-        }
-
-
-def load_rows(data_args: DataArguments, training_args: TrainingArguments) -> Rows:
-    """Every row of the run, split. Plain Python only: bad files fail before anything heavy is imported."""
-    needs_eval = training_args.do_eval or training_args.do_predict or training_args.eval_strategy != "no"
-    sources = [load_source(data_args.dataset_name, data_args)]
-    train, held_out = sources[0].rows, []
-    if needs_eval and data_args.eval_dataset_name:
-        sources.append(load_source(data_args.eval_dataset_name, data_args))
-        held_out = sources[1].rows
-    elif needs_eval:
-        train, held_out = split_rows(train, count_held_out(len(train), data_args), training_args.data_seed)
-    return Rows(train[: data_args.max_train_samples], held_out[: data_args.max_eval_samples], sources)
-
-
-def encode_rows(
-    part: str,
-    rows: list[Row],
-    dataset_format: str,
-    tokenizer: Any,
-    stop_ids: list[int],
-    data_args: DataArguments,
-) -> list[dict[str, list[int]]]:
-    """{input_ids, labels} of each row; prints what was cut or dropped. Raises UserError if none is left."""
-    stops = tokenizer.convert_ids_to_tokens(stop_ids)
-    alpaca_input = "### Input:" in tokenizer.chat_template
-    encoded, cut, dropped, split = [], 0, 0, 0
-    for row in rows:
-        chats = split_chat(tokenizer, row_to_messages(row, dataset_format, alpaca_input), stops)
-        split += len(chats) - 1 if chats else 0
-        dropped += not chats
-        for segments in chats:
-            example = encode_segments(tokenizer, segments, data_args.train_on_source)
-            prompt_len = len(encode_segments(tokenizer, segments[:-1])["input_ids"])
-            shorter = cut_to_length(example, prompt_len, len(segments) == 2, data_args)
-            cut += len(shorter["input_ids"]) < len(example["input_ids"])
-            trained = any(label != IGNORE_INDEX for label in shorter["labels"][1:])
-            encoded += [shorter] if trained else []
-            dropped += not trained
-    report_encoding(part, encoded, len(rows), cut, dropped, split, data_args)
-    return encoded
-
-
-def cut_to_length(
-    example: dict[str, list[int]], prompt_len: int, single_turn: bool, data_args: DataArguments
-) -> dict[str, list[int]]:
-    """The row within its limits: a long prompt loses its beginning, a long answer its end and stop token."""
-    if single_turn and data_args.model_max_length is None:
-        first = max(0, prompt_len - data_args.source_max_len)
-        last = prompt_len + data_args.target_max_len
-    else:
-        first, last = 0, data_args.max_len
-    return {name: ids[first:last] for name, ids in example.items()}
-
-
-def report_encoding(
-    part: str,
-    encoded: list[dict[str, list[int]]],
-    rows: int,
-    cut: int,
-    dropped: int,
-    split: int,
-    data_args: DataArguments,
-) -> None:
-    if not encoded:
-        raise UserError(
-            f"all {rows} rows would train on nothing: --source_max_len {data_args.source_max_len} and "
-            f"--target_max_len {data_args.target_max_len} leave no answer, or no row has one"
-        )
-    tokens = sum(len(example["input_ids"]) for example in encoded)
-    trained = sum(label != IGNORE_INDEX for example in encoded for label in example["labels"])
-    longest = max(len(example["input_ids"]) for example in encoded)
-    line = f"{part}: {rows:,} rows -> {len(encoded):,} sequences, {tokens:,} tokens, {trained:,} trained"
-    line += f", longest {longest:,}"
-    if split:
-        line += f"; {split:,} more sequences because the template rewrites earlier answers"
-    if cut:
-        line += f"; {cut:,} cut to {data_args.max_len:,} tokens"
-    if dropped:
-        line += f"; {dropped:,} dropped without an answer to train on"
-    notice(line)
-
-
-def encode_datasets(
-    rows: Rows,
-    tokenizer: Any,
-    stop_ids: list[int],
-    data_args: DataArguments,
-    training_args: TrainingArguments,
-) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
-    """(training, held-out) sequences, of the parts that this run uses."""
-    train = (
-        encode_rows("train", rows.train, rows.train_format, tokenizer, stop_ids, data_args)
-        if training_args.do_train
-        else []
-    )
-    held_out = (
-        encode_rows("held out", rows.held_out, rows.held_out_format, tokenizer, stop_ids, data_args)
-        if rows.held_out
-        else []
-    )
-    return train, held_out
+def keep_first(parts: np.ndarray, part: int, count: int | None) -> None:
+    if count is not None:
+        parts[np.flatnonzero(parts == part)[count:]] = 0

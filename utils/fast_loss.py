@@ -10,7 +10,7 @@ CHUNK_ELEMENTS = 2**25  # logits in memory at once: 64 MiB in 16 bits, a product
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of the token losses  # []. The gradient in `hidden` is made on the way forward."""
+    """Sum of the token losses  # []. Its gradient in `hidden` comes on the way forward; the head has none."""
 
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, targets: torch.Tensor, head: "Head"):

@@ -12,8 +12,9 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from utils.arguments import GenerationArguments, ModelArguments
 from utils.checks import CONTEXT_KEYS
 from utils.console import UserError, notice
+from utils.formats import Messages
 from utils.model import choose_compute_dtype, load_adapter, load_base, load_stop_ids, load_tokenizer
-from utils.prompts import Messages, encode_prompt
+from utils.prompts import encode_prompt
 from utils.run_record import find_run_record
 
 SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0}

@@ -3,18 +3,22 @@
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 from transformers.utils import logging
 
 from utils.arguments import DataArguments, LoraArguments, ModelArguments
-from utils.checks import ADAPTER_FILE
+from utils.baichuan import is_baichuan, load_baichuan
+from utils.checks import ADAPTER_FILE, CONVERT, has_adapter, read_model_config
 from utils.console import UserError, notice
 from utils.prompts import find_stop_tokens, read_template
+from utils.tokenizer_files import load_own_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,12 +36,13 @@ def load_tokenizer(
     """The tokenizer with a chat template and a pad token. A run's own tokenizer comes before the base's."""
     folder = model_args.checkpoint_dir
     from_run = folder is not None and Path(folder, "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder if from_run else model_args.model_name_or_path,
-        revision=None if from_run else model_args.revision,
-        trust_remote_code=model_args.trust_remote_code,
-        cache_dir=model_args.cache_dir,
-    )
+    with unknown_models_explained(model_args):
+        tokenizer = load_own_tokenizer(
+            folder if from_run else model_args.model_name_or_path,
+            model_args.trust_remote_code,
+            revision=None if from_run else model_args.revision,
+            cache_dir=model_args.cache_dir,
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {model_args.model_name_or_path} has no eos token, so no reply could end"
@@ -83,7 +88,9 @@ def load_stop_ids(model_args: ModelArguments, tokenizer: "PreTrainedTokenizerBas
     except OSError:  # many models ship none
         config = GenerationConfig()
     eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    return find_stop_tokens(tokenizer, [token for token in eos if token is not None])
+    # An old LLaMA conversion names the BOS, 1, as its eos; in OPT and GPT-NeoX the two are one token.
+    opens = tokenizer.bos_token_id if tokenizer.bos_token_id != tokenizer.eos_token_id else None
+    return find_stop_tokens(tokenizer, [token for token in eos if token not in (None, opens)])
 
 
 def choose_compute_dtype(model_args: ModelArguments) -> torch.dtype:
@@ -116,26 +123,44 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
 
     `trainable`: gradients will flow through it; a process that only chats may use faster CPU kernels.
     """
-    folder = Path(model_args.model_name_or_path)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"--model_name_or_path {folder} holds no .safetensors file: convert the weights, pickled "
-            "files are not read"
-        )
-    model = AutoModelForCausalLM.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.revision,
-        cache_dir=model_args.cache_dir,
-        trust_remote_code=model_args.trust_remote_code,
-        dtype=choose_weight_dtype(model_args, dtype),
-        quantization_config=build_quantization(model_args, dtype),
-        use_safetensors=True,
-        **choose_placement(model_args),
-    )
+    config = read_model_config(model_args)
+    options = {
+        "revision": model_args.revision,
+        "cache_dir": model_args.cache_dir,
+        "dtype": choose_weight_dtype(model_args, dtype),
+        "quantization_config": build_quantization(model_args, dtype),
+        "use_safetensors": None if model_args.allow_pickle else True,
+    } | choose_placement(model_args)
+    name = model_args.model_name_or_path
+    with unknown_models_explained(model_args):
+        if is_baichuan(config):
+            model = load_baichuan(name, config, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                name, trust_remote_code=model_args.trust_remote_code, **options
+            )
     if trainable or has_odd_width(model):
         keep_cpu_weights_unpacked(model)
     model.requires_grad_(model_args.full_finetune)
     return model
+
+
+@contextmanager
+def unknown_models_explained(model_args: ModelArguments) -> Iterator[None]:
+    """One line where the publisher's code is needed, the kind is unknown, or there are no safetensors."""
+    what = f"--model_name_or_path {model_args.model_name_or_path}"
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if "trust_remote_code" in str(error):
+            advice = "runs Python code of its publisher: read it there, then add --trust_remote_code"
+        elif "does not recognize this architecture" in str(error):
+            advice = "is of a kind that transformers does not know: a newer version may"
+        elif isinstance(error, OSError) and "safetensors" in str(error):
+            advice = f"has no safetensors on the hub: {CONVERT}"
+        else:
+            raise
+        raise UserError(f"{what} {advice}") from error
 
 
 def choose_weight_dtype(model_args: ModelArguments, dtype: torch.dtype) -> torch.dtype:
@@ -245,8 +270,8 @@ def find_linear_names(model: "PreTrainedModel") -> list[str]:
 
 
 def load_adapter(model: "PreTrainedModel", checkpoint_dir: str, trainable: bool = False) -> PeftModel:
-    """The adapter of a run on its base. Reads safetensors only."""
-    if not Path(checkpoint_dir, ADAPTER_FILE).is_file():
+    """The adapter of a run on its base, from safetensors; from a .bin where check_pickle has let it pass."""
+    if not has_adapter(Path(checkpoint_dir)):
         raise UserError(f"--checkpoint_dir {checkpoint_dir} holds no {ADAPTER_FILE}")
     try:
         return PeftModel.from_pretrained(model, checkpoint_dir, is_trainable=trainable)

@@ -1,68 +1,143 @@
-"""From rows to a micro-batch: laid end to end in one sequence, or padded to the longest."""
+"""From rows to micro-batches: laid end to end in a few fixed sizes, or padded to the longest."""
 
+import bisect
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from utils.prompts import IGNORE_INDEX
 
-Example = dict[str, list[int]]
+Example = dict[str, np.ndarray]  # {input_ids, labels}  # int64 [tokens]; row, its index in the set
+MIN_GPU_TOKENS = 2048  # a smaller micro-batch leaves a GPU waiting for its next launch
+TILE = 64  # fixed sizes are multiples of this
+
+
+def pack_rows(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing: rows (by index), longest first, each into the fullest bin that still holds it.
+
+    Raises ValueError for a row that is longer than `capacity` tokens.
+    """
+    bins: list[list[int]] = []
+    open_bins: dict[int, list[int]] = {}  # room left, in tokens -> indices of the bins with just that room
+    rooms: list[int] = []  # its keys, sorted
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        length = lengths[row]
+        if length > capacity:
+            raise ValueError(f"a row of {length} tokens does not fit into {capacity}")
+        at = bisect.bisect_left(rooms, length)
+        if at == len(rooms):
+            room, index = capacity, len(bins)
+            bins.append([])
+        else:
+            room = rooms[at]
+            index = open_bins[room].pop()
+            if not open_bins[room]:
+                del open_bins[room], rooms[at]
+        bins[index].append(row)
+        left = room - length
+        if left and left not in open_bins:
+            bisect.insort(rooms, left)
+            open_bins[left] = []
+        if left:
+            open_bins[left].append(index)
+    return bins
+
+
+def choose_sizes(capacity: int) -> list[int]:
+    """The sizes, in tokens, that micro-batches are filled up to: eighths of the capacity, whole tiles."""
+    return sorted({-(-capacity * eighths // 8 // TILE) * TILE for eighths in range(1, 9)})
+
+
+def measure_packing(lengths: list[int], rows_per_step: int, capacity: int, fixed: bool) -> float:
+    """Real tokens over tokens computed, packing `rows_per_step` rows at a time as the collator does."""
+    computed = 0
+    for start in range(0, len(lengths), rows_per_step):
+        step = lengths[start : start + rows_per_step]
+        for rows in pack_rows(step, capacity):
+            tokens = sum(step[row] for row in rows)
+            computed += next(size for size in choose_sizes(capacity) if size >= tokens) if fixed else tokens
+    return sum(lengths) / computed
+
+
+def measure_padding(lengths: list[int], batch_size: int) -> float:
+    """Real tokens over tokens computed, every micro-batch padded to its longest row."""
+    batches = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
+    return sum(lengths) / sum(len(batch) * max(batch) for batch in batches)
 
 
 @dataclass(frozen=True)
 class PackingCollator:
-    """All rows of the micro-batch in one sequence without padding; positions restart with each row.
+    """The rows of one optimizer step, re-cut whole into micro-batches of at most `capacity` tokens.
 
-    Attention sees where positions restart and keeps the rows apart, as long as no attention_mask is passed.
-    Gives input_ids, labels, position_ids  # [1, tokens]; label_positions  # [positions]; num_tokens  # []
+    Positions restart with each row: attention sees it and keeps the rows apart, as long as no attention_mask
+    is passed. Gives {"micro_batches": [...]}, each of input_ids, labels, position_ids  # int64 [1, tokens]
+    cu_seqlens (where rows begin and end)  # int32 [rows + 1]; max_length (of a row, an int)
+    label_positions  # int64 [positions]; num_tokens  # int64 []; rows (of the set)  # int64 [rows]
+    `fixed`: filled up to one of choose_sizes(capacity), for GPUs.
     """
 
     pad_token_id: int
-    multiple: int = 1
+    capacity: int
+    fixed: bool = False
 
-    def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
-        input_ids = [token for example in examples for token in example["input_ids"]]
-        labels = [label for example in examples for label in [IGNORE_INDEX, *example["labels"][1:]]]
-        position_ids = [position for example in examples for position in range(len(example["input_ids"]))]
-        num_tokens = len(input_ids)
-        padding = -num_tokens % self.multiple
-        batch = {
-            "input_ids": torch.tensor([input_ids + [self.pad_token_id] * padding]),
-            "labels": torch.tensor([labels + [IGNORE_INDEX] * padding]),
-            "position_ids": torch.tensor([position_ids + list(range(padding))]),
+    def __call__(self, examples: list[Example]) -> dict[str, list[dict[str, torch.Tensor]]]:
+        bins = pack_rows([len(example["input_ids"]) for example in examples], self.capacity)
+        return {"micro_batches": [self.join([examples[row] for row in rows]) for rows in bins]}
+
+    def join(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+        lengths = [len(example["input_ids"]) for example in examples]
+        tokens = sum(lengths)
+        width = next(size for size in choose_sizes(self.capacity) if size >= tokens) if self.fixed else tokens
+        if width > tokens:  # the filling is a row of its own
+            lengths.append(width - tokens)
+        input_ids = np.full(width, self.pad_token_id, np.int64)
+        labels = np.full(width, IGNORE_INDEX, np.int64)
+        input_ids[:tokens] = np.concatenate([example["input_ids"] for example in examples])
+        labels[:tokens] = np.concatenate([example["labels"] for example in examples])
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        labels[bounds[:-1]] = IGNORE_INDEX  # nothing comes before a row's first token
+        position_ids = np.arange(width) - np.repeat(bounds[:-1], lengths)
+        return {
+            "input_ids": torch.from_numpy(input_ids)[None],
+            "labels": torch.from_numpy(labels)[None],
+            "position_ids": torch.from_numpy(position_ids)[None],
+            "cu_seqlens": torch.from_numpy(bounds.astype(np.int32)),
+            "max_length": max(lengths),
+            "label_positions": torch.from_numpy(np.flatnonzero(labels[1:] != IGNORE_INDEX)),
+            "num_tokens": torch.tensor(tokens),
+            "rows": torch.tensor([int(example["row"]) for example in examples]),
         }
-        return batch | find_label_positions(batch["labels"]) | {"num_tokens": torch.tensor(num_tokens)}
 
 
 @dataclass(frozen=True)
 class PaddingCollator:
     """Each row padded on the right to the longest; masks go by length, so that the pad id never matters.
 
-    Gives input_ids, labels, attention_mask  # [rows, width]; label_positions  # [positions]; num_tokens  # []
+    Gives input_ids, labels, attention_mask  # int64 [rows, width]; num_tokens  # int64 []
+    label_positions, whose next token is a label in some row  # int64 [positions]
     """
 
     pad_token_id: int
     multiple: int = 1
 
     def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
-        longest = max(len(example["input_ids"]) for example in examples)
-        width = -(-longest // self.multiple) * self.multiple
+        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+        width = -(-int(lengths.max()) // self.multiple) * self.multiple
         input_ids = torch.full((len(examples), width), self.pad_token_id)
         labels = torch.full((len(examples), width), IGNORE_INDEX)
-        attention_mask = torch.zeros((len(examples), width), dtype=torch.long)
         for i, example in enumerate(examples):
-            length = len(example["input_ids"])
-            input_ids[i, :length] = torch.tensor(example["input_ids"])
-            labels[i, :length] = torch.tensor(example["labels"])
-            attention_mask[i, :length] = 1
-        batch = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
-        return batch | find_label_positions(labels) | {"num_tokens": attention_mask.sum()}
-
-
-def find_label_positions(labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Positions whose next token is a label in some row: only there are logits computed  # [positions]"""
-    return {"label_positions": (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero().flatten()}
+            input_ids[i, : lengths[i]] = torch.as_tensor(example["input_ids"])
+            labels[i, : lengths[i]] = torch.as_tensor(example["labels"])
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "attention_mask": (torch.arange(width)[None] < lengths[:, None]).long(),
+            "label_positions": (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero().flatten(),
+            "num_tokens": lengths.sum(),
+            "rows": torch.tensor([int(example["row"]) for example in examples]),
+        }
 
 
 @torch.no_grad()

@@ -1,88 +1,27 @@
-"""A dataset row -> messages -> token ids and labels. The one place where text becomes a prompt.
+"""Messages -> token ids and labels. The one place where text becomes a prompt.
 
 Labels come from rendering, never from searching for token ids: the prompt of assistant turn i is the chat
 before it, rendered with the generation prompt, and what rendering the turn appends is what is learned.
 """
 
 import functools
-import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from utils.console import UserError, notice
+from utils.formats import TEXT_ROLE, Chat, Messages
 
 IGNORE_INDEX = -100
 TEMPLATES_DIR = Path(__file__).parent / "templates"
-Messages = list[dict[str, str]]
-
-
-# Columns that tell a format, most telling first. Every other column is left alone.
-FORMAT_COLUMNS = {
-    "messages": ("messages",),
-    "alpaca": ("instruction", "output"),
-    "self-instruct": ("prompt", "completion"),
-    "input-output": ("input", "output"),
-    "oasst1": ("text",),
-}
-
-
-def find_format(columns: set[str]) -> str | None:
-    """Name of the first format whose columns are all there."""
-    return next((name for name, needed in FORMAT_COLUMNS.items() if columns.issuperset(needed)), None)
-
-
-def row_to_messages(row: dict[str, Any], dataset_format: str, alpaca_input: bool) -> Messages:
-    """One row as messages. `alpaca_input`: mark an input as Stanford's prompt does, else by a blank line.
-
-    Raises UserError where a needed column is missing or is no text.
-    """
-    if dataset_format == "messages":
-        return read_messages(row["messages"])
-    if dataset_format == "oasst1":
-        return split_guanaco_text(row["text"])
-    question, answer = FORMAT_COLUMNS[dataset_format]
-    for column in (question, answer):
-        if not isinstance(row.get(column), str):
-            raise UserError(f"column {column!r} holds {row.get(column)!r}: text is needed")
-    content = row[question]
-    if dataset_format == "alpaca" and row.get("input"):
-        content += ("\n\n### Input:\n" if alpaca_input else "\n\n") + row["input"]
-    return [{"role": "user", "content": content}, {"role": "assistant", "content": row[answer]}]
-
-
-def read_messages(messages: Any) -> Messages:
-    valid = (
-        isinstance(messages, list)
-        and messages
-        and all(
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-            for message in messages
-        )
-    )
-    if not valid:
-        raise UserError(
-            f"column 'messages' holds {str(messages)[:60]!r}: a list of {{role, content}} is needed"
-        )
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
-
-
-def split_guanaco_text(text: Any) -> Messages:
-    """`### Human: a### Assistant: b...` as messages (openassistant-guanaco)."""
-    if not isinstance(text, str) or not text.startswith("### Human:"):
-        raise UserError(
-            f"column 'text' holds {str(text)[:40]!r}: text that starts with '### Human:' is needed"
-        )
-    parts = re.split(r"### (Human|Assistant):", text)[1:]
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": roles[who], "content": said.strip()}
-        for who, said in zip(parts[::2], parts[1::2], strict=True)
-    ]
+PLAIN_KEYS = {"role", "content"}
+TEMPLATES: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # tokenizer -> (template's source, its renderer)
+Render = Callable[[Messages, bool], str]  # messages, whether a generation prompt follows
 
 
 def template_names() -> list[str]:
@@ -96,24 +35,45 @@ def read_template(name: str) -> str:
     return (TEMPLATES_DIR / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def render_chat(tokenizer: Any, messages: Messages, add_generation_prompt: bool = False) -> str:
+def find_input_marker(tokenizer: Any) -> str:
+    """What goes between a question and its input: Stanford's heading where the template looks for it."""
+    return "\n\n### Input:\n" if "### Input:" in tokenizer.chat_template else "\n\n"
+
+
+def render_chat(
+    tokenizer: Any, messages: Messages, add_generation_prompt: bool = False, tools: list[Any] | None = None
+) -> str:
     """The chat as text. Every prompt of training, samples, chat and evaluation comes from here."""
+    apply = functools.partial(apply_template, tokenizer, tools)
     try:
-        return apply_template(tokenizer, messages, add_generation_prompt)
-    except TemplateError as error:
+        return apply(messages, add_generation_prompt=add_generation_prompt)
+    except (TemplateError, TypeError) as error:  # TypeError: a template that adds what is no text
         if not (messages[0]["role"] == "system" and len(messages) > 1 and messages[1]["role"] == "user"):
             raise UserError(f"the chat template refuses these messages: {error}") from error
     notice_once("the chat template takes no system message: it goes before the first user text")
-    merged = f"{messages[0]['content']}\n\n{messages[1]['content']}"
-    return apply_template(
-        tokenizer, [{"role": "user", "content": merged}, *messages[2:]], add_generation_prompt
-    )
+    merged = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+    try:
+        return apply([merged, *messages[2:]], add_generation_prompt=add_generation_prompt)
+    except (TemplateError, TypeError) as error:
+        raise UserError(f"the chat template refuses these messages: {error}") from error
 
 
-def apply_template(tokenizer: Any, messages: Messages, add_generation_prompt: bool) -> str:
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+def apply_template(
+    tokenizer: Any, tools: list[Any] | None, messages: Messages, add_generation_prompt: bool
+) -> str:
+    """tokenizer.apply_chat_template. Plain messages skip its copies and checks: a third of the time."""
+    if tools or any(message.keys() != PLAIN_KEYS for message in messages):
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    cached = TEMPLATES.get(tokenizer)
+    if cached is None or cached[0] != tokenizer.chat_template:
+        template = _compile_jinja_template(tokenizer.chat_template)
+        render = functools.partial(
+            template.render, tools=None, documents=None, **tokenizer.special_tokens_map
+        )
+        cached = TEMPLATES[tokenizer] = (tokenizer.chat_template, render)
+    return cached[1](messages=messages, add_generation_prompt=add_generation_prompt)
 
 
 @functools.cache
@@ -129,15 +89,25 @@ class Segment:
     answer: bool
 
 
-def split_prompt(tokenizer: Any, messages: Messages, stops: list[str]) -> list[Segment]:
+@dataclass(frozen=True)
+class Draft:
+    """A training row before tokenizing. `turn_by_turn`: the template rewrites earlier answers, so that each
+    answer has a row of its own and the earlier ones are part of its prompt."""
+
+    messages: Messages
+    segments: list[Segment]
+    turn_by_turn: bool = False
+
+
+def split_prompt(render: Render, messages: Messages, stops: list[str]) -> list[Segment]:
     """A chat that ends before an assistant turn, cut into pieces at its earlier answers.
 
     A template that rewrites earlier answers (Qwen3, gpt-oss, DeepSeek-V3) gives one piece.
     """
-    prompt = render_chat(tokenizer, messages, add_generation_prompt=True)
+    prompt = render(messages, True)
     segments, end = [], 0
     for turn in answer_turns(messages):
-        before, answer = render_turn(tokenizer, messages, turn, stops)
+        before, answer = render_turn(render, messages, turn, stops)
         if not prompt.startswith(before + answer):
             return [Segment(prompt, False)]
         segments += [Segment(before[end:], False), Segment(answer, True)]
@@ -145,21 +115,33 @@ def split_prompt(tokenizer: Any, messages: Messages, stops: list[str]) -> list[S
     return [*segments, Segment(prompt[end:], False)]
 
 
-def split_chat(tokenizer: Any, messages: Messages, stops: list[str]) -> list[list[Segment]]:
-    """The training rows of one chat: one, or one for each answer where the template rewrites earlier ones."""
+def split_chat(tokenizer: Any, chat: Chat, stops: list[str], last_only: bool = False) -> list[Draft]:
+    """The training rows of one chat: one, or one for each answer where the template rewrites earlier ones.
+
+    `last_only`: earlier answers are not trained.
+    """
+    messages = chat.messages
+    if messages[0]["role"] == TEXT_ROLE:
+        return [Draft(messages, [Segment(messages[0]["content"] + tokenizer.eos_token, True)])]
+
+    def render(part: Messages, add_generation_prompt: bool) -> str:
+        return render_chat(tokenizer, part, add_generation_prompt, chat.tools)
+
     turns = answer_turns(messages)
     if not turns:
         return []
-    last = turns[-1]
-    row = split_prompt(tokenizer, messages[:last], stops)
-    earlier = [turn for turn in turns if turn < last]
-    rewritten = bool(earlier) and len(row) == 1
-    if rewritten:
-        rows = split_chat(tokenizer, messages[: earlier[-1] + 1], stops)
-    else:
-        rows = []
-    _, answer = render_turn(tokenizer, messages, last, stops)
-    return [*rows, [*row, Segment(answer, True)]]
+    drafts: list[Draft] = []
+    while turns:
+        *earlier, last = turns
+        before = split_prompt(render, messages[:last], stops)
+        prompt = "".join(segment.text for segment in before)
+        answer = Segment(render_turn(render, messages, last, stops, prompt)[1], True)
+        rewritten = bool(earlier) and len(before) == 1
+        if last_only:
+            before = [Segment(segment.text, False) for segment in before]
+        drafts.insert(0, Draft(messages[: last + 1], [*before, answer], rewritten or bool(drafts)))
+        turns = earlier if rewritten and not last_only else []
+    return drafts
 
 
 def answer_turns(messages: Messages) -> list[int]:
@@ -172,10 +154,12 @@ def answer_turns(messages: Messages) -> list[int]:
     return [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > asked]
 
 
-def render_turn(tokenizer: Any, messages: Messages, turn: int, stops: list[str]) -> tuple[str, str]:
+def render_turn(
+    render: Render, messages: Messages, turn: int, stops: list[str], prompt: str | None = None
+) -> tuple[str, str]:
     """(prompt, answer) of one assistant turn; the answer ends with its stop token, rendered or appended."""
-    prompt = render_chat(tokenizer, messages[:turn], add_generation_prompt=True)
-    whole = render_chat(tokenizer, messages[: turn + 1])
+    prompt = render(messages[:turn], True) if prompt is None else prompt
+    whole = render(messages[: turn + 1], False)
     # A generation prompt that opens what the template drops later (<think>) is no prefix: the bare answer.
     rest = whole[len(prompt) :] if whole.startswith(prompt) else messages[turn]["content"].strip()
     ends = [rest.find(stop) + len(stop) for stop in stops if stop in rest]
@@ -195,21 +179,35 @@ def find_stop_tokens(tokenizer: Any, eos_token_ids: list[int]) -> list[int]:
     return list(dict.fromkeys([*closes_turn, tokenizer.eos_token_id, *eos_token_ids]))
 
 
-def encode_text(tokenizer: Any, text: str, opens: bool) -> list[int]:
-    """Token ids of one segment. Only the first of a row gets a BOS and a SentencePiece dummy prefix."""
-    if not text:
+def encode_texts(tokenizer: Any, texts: list[str], opens: list[bool]) -> list[list[int]]:
+    """Token ids of segments. Only one that opens a row gets a BOS and a SentencePiece dummy prefix."""
+    bos = tokenizer("").input_ids[:1]  # what this tokenizer puts at the front by itself
+    newline: list[int] = []
+    if has_dummy_prefix(tokenizer):
+        # LLaMA's tokenizer puts a blank before any text, but not behind a newline, which merges with nothing.
+        newline = tokenizer("\n", add_special_tokens=False).input_ids
+        texts = [text if first or not text else "\n" + text for text, first in zip(texts, opens, strict=True)]
+    encoded = []
+    for ids, first in zip(encode_batch(tokenizer, texts), opens, strict=True):
+        if first and ids[:1] != bos and bos == [tokenizer.bos_token_id]:
+            ids = bos + ids
+        elif newline and not first and ids:
+            assert ids[: len(newline)] == newline, "a newline merged into what follows it"
+            ids = ids[len(newline) :]
+        encoded.append(ids)
+    return encoded
+
+
+def encode_batch(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids without special tokens added; a fast tokenizer encodes the texts on every core."""
+    if not texts:
         return []
-    if opens:
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-        bos = tokenizer("").input_ids[:1]  # what this tokenizer puts at the front by itself
-        return ids if ids[:1] == bos or bos != [tokenizer.bos_token_id] else bos + ids
-    if not has_dummy_prefix(tokenizer):
-        return tokenizer(text, add_special_tokens=False).input_ids
-    # LLaMA's tokenizer puts a blank before any text, but not behind a newline, which merges with nothing.
-    newline = tokenizer("\n", add_special_tokens=False).input_ids
-    ids = tokenizer("\n" + text, add_special_tokens=False).input_ids
-    assert ids[: len(newline)] == newline, f"a newline merged into {text[:20]!r}"
-    return ids[len(newline) :]
+    if not getattr(tokenizer, "is_fast", False):
+        return tokenizer(texts, add_special_tokens=False).input_ids
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def has_dummy_prefix(tokenizer: Any) -> bool:
@@ -222,14 +220,22 @@ def encode_segments(
 ) -> dict[str, list[int]]:
     """{input_ids, labels}; prompts are labelled IGNORE_INDEX unless `train_on_source`."""
     input_ids, labels = [], []
-    for i, segment in enumerate(segments):
-        ids = encode_text(tokenizer, segment.text, opens=i == 0)
+    pieces = encode_texts(
+        tokenizer, [segment.text for segment in segments], [i == 0 for i in range(len(segments))]
+    )
+    for segment, ids in zip(segments, pieces, strict=True):
         input_ids += ids
         labels += ids if segment.answer or train_on_source else [IGNORE_INDEX] * len(ids)
     return {"input_ids": input_ids, "labels": labels}
 
 
-def encode_prompt(tokenizer: Any, messages: Messages, stop_ids: list[int]) -> list[int]:
+def encode_prompt(
+    tokenizer: Any, messages: Messages, stop_ids: list[int], tools: list[Any] | None = None
+) -> list[int]:
     """Token ids from which a reply to `messages` is generated: those of a training row up to that answer."""
     stops = tokenizer.convert_ids_to_tokens(stop_ids)
-    return encode_segments(tokenizer, split_prompt(tokenizer, messages, stops))["input_ids"]
+
+    def render(part: Messages, add_generation_prompt: bool) -> str:
+        return render_chat(tokenizer, part, add_generation_prompt, tools)
+
+    return encode_segments(tokenizer, split_prompt(render, messages, stops))["input_ids"]

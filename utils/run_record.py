@@ -17,39 +17,6 @@ from utils.console import UserError, notice
 
 RUN_FILE = "run.json"
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
-# May differ between two starts of one run: they change what is printed or kept, not what is learned.
-FREE_ARGUMENTS = {
-    "output_dir",
-    "overwrite_output_dir",
-    "do_eval",
-    "do_predict",
-    "predict_with_generate",
-    "sample_generate",
-    "sample_prompts",
-    "per_device_eval_batch_size",
-    "logging_strategy",
-    "logging_steps",
-    "eval_strategy",
-    "eval_steps",
-    "save_strategy",
-    "save_steps",
-    "save_total_limit",
-    "dataloader_num_workers",
-    "report_to",
-    "run_name",
-    "do_mmlu_eval",
-    "mmlu_dataset",
-    "mmlu_split",
-    "max_mmlu_samples",
-    "mmlu_source_max_len",
-    "max_eval_samples",
-    "cache_dir",
-    "max_memory_MB",
-    "remove_unused_columns",
-    "ddp_find_unused_parameters",
-    "resume_from_checkpoint",
-    "disable_tqdm",
-}
 # What a run may leave in its folder; --overwrite_output_dir removes these and nothing else.
 RUN_ARTIFACTS = (
     RUN_FILE,
@@ -67,10 +34,13 @@ RUN_ARTIFACTS = (
     "special_tokens_map.json",
     "tokenizer*",
     "training_curve.png",
+    "non_finite_steps.jsonl",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "checkpoint-*",
+    ".checkpoint-*",
+    ".final.tmp",
     "runs",
     "wandb",
 )
@@ -99,6 +69,7 @@ def build_run_record(
         "command": shlex.join(["python", *hide_secrets(sys.argv)]),
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in LIBRARIES},
         "git_commit": read_git_commit(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "metrics": {},
     }
 
@@ -134,10 +105,13 @@ def save_run_record(record: dict[str, Any], run_dir: Path) -> None:
 
 
 def write_json(content: Any, path: Path) -> None:
-    """Write beside and rename: a reader never sees half a file."""
+    """Write beside, fsync and rename: no reader, and no crash, ever sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(beside, path)
 
 
@@ -164,16 +138,6 @@ def describe_finished(record: dict[str, Any], output_dir: Path) -> None:
     )
 
 
-def find_last_checkpoint(output_dir: Path) -> str | None:
-    """The newest checkpoint-N of a run."""
-    steps = {
-        int(path.name.rpartition("-")[2]): path
-        for path in output_dir.glob("checkpoint-*")
-        if path.name.rpartition("-")[2].isdigit()
-    }
-    return str(steps[max(steps)]) if steps else None
-
-
 def clear_run(output_dir: Path) -> None:
     """Remove what an earlier run left (RUN_ARTIFACTS), and no other file."""
     for pattern in RUN_ARTIFACTS:
@@ -189,78 +153,3 @@ def next_free_path(path: Path) -> Path:
 
 def hash_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def find_changes(recorded: dict[str, Any], arguments: dict[str, Any]) -> list[str]:
-    """Arguments that change what is learned and differ from the recorded run, each as `--name was -> now`."""
-    names = sorted((recorded.keys() | arguments.keys()) - FREE_ARGUMENTS)
-    return [
-        f"--{name} {recorded.get(name)} -> {arguments.get(name)}"
-        for name in names
-        if recorded.get(name) != arguments.get(name)
-    ]
-
-
-def find_earlier_run(output_dir: Path, arguments: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """The record of the same run found in `output_dir`, or None where a new run may start.
-
-    Raises UserError for a file, for a folder that is no run, and for a run with other arguments.
-    """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir} is a file: name a folder")
-    if overwrite or not output_dir.exists() or not any(output_dir.iterdir()):
-        return None
-    record = find_run_record(output_dir) if (output_dir / RUN_FILE).is_file() else None
-    if record is None:
-        raise UserError(
-            f"--output_dir {output_dir} holds other files and no {RUN_FILE}: name a new folder "
-            "(--overwrite_output_dir uses it all the same and leaves those files)"
-        )
-    changes = find_changes(record["arguments"], arguments)
-    if changes:
-        raise UserError(
-            f"--output_dir {output_dir} holds a run with other arguments ({'; '.join(changes)}): "
-            "name a new folder, or start anew there with --overwrite_output_dir"
-        )
-    return record
-
-
-def render_model_card(record: dict[str, Any]) -> str:
-    """README.md beside the adapter: what it is, how it was made, how to load it."""
-    base, arguments = record["base_model"], record["arguments"]
-    sources = "\n".join(
-        f"- `{source['name']}` ({source['rows']:,} rows, sha256 {source['sha256'][:12]})"
-        for source in record["data"]["sources"]
-    )
-    shown = (
-        "learning_rate",
-        "lr_scheduler_type",
-        "num_train_epochs",
-        "max_steps",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "lora_r",
-        "lora_alpha",
-        "lora_dropout",
-        "bits",
-        "quant_type",
-        "double_quant",
-        "seed",
-    )
-    table = "\n".join(f"| {name} | {arguments[name]} |" for name in shown)
-    kind = "All weights" if arguments["full_finetune"] else "A LoRA adapter"
-    load = (
-        ""
-        if arguments["full_finetune"]
-        else (
-            "\n```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-            f'base = AutoModelForCausalLM.from_pretrained("{base["name"]}")\n'
-            'model = PeftModel.from_pretrained(base, "THIS_FOLDER")\n```\n'
-        )
-    )
-    return (
-        f"---\nbase_model: {base['name']}\nlibrary_name: peft\ntags: [qlora, lora]\n---\n\n"
-        f"{kind} of `{base['name']}`, fine-tuned with QLoRA.\n\nData:\n{sources}\n\n"
-        f"| setting | value |\n|---|---|\n{table}\n\nrun.json has every argument. To chat:\n\n"
-        f"```bash\npython cli_demo.py --checkpoint_dir THIS_FOLDER\n```\n{load}"
-    )

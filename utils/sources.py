@@ -1,193 +1,240 @@
-"""Where rows come from: json and json-lines files, named sets, the hub; each row is checked as it is read."""
+"""What --dataset_name means -> sources of rows: named sets, hub ids, local files, folders and globs."""
 
+import dataclasses
+import glob
 import hashlib
-import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from utils.arguments import DataArguments
+from utils.checks import reach_hub
 from utils.console import UserError, notice
-from utils.prompts import FORMAT_COLUMNS, Messages, find_format, read_messages, row_to_messages
+from utils.formats import ALIASES, FORMATS, Messages, read_row, sniff_format
+from utils.named_sets import NAMED_SETS
+from utils.readers import ROW_SUFFIXES, find_kind, peek, read_file
 
-# Named sets: hub id of each. OL-CC is not on the hub; its file goes into --data_dir.
-NAMED_DATASETS = {
-    "alpaca": "tatsu-lab/alpaca",
-    "alpaca-clean": "yahma/alpaca-cleaned",
-    "oasst1": "timdettmers/openassistant-guanaco",
-    "olcc": None,
-}
-Row = dict[str, Any]
+TRAIN, EVAL, TEST = "train", "eval", "test"
+HELD_OUT_FILE = re.compile(r"(?<![a-z])(eval|valid|validation|dev|test)(?![a-z])", re.IGNORECASE)
+HUB_SPLITS = {"train": TRAIN, "validation": EVAL, "valid": EVAL, "eval": EVAL, "dev": EVAL, "test": TEST}
+SNIFFED_ROWS = 100
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows came from: kept in run.json, so that a run names its data exactly."""
+    """One file, or one split of a hub set. `part` is what its publisher made it for: train, eval or test."""
 
+    entry: str  # the part of --dataset_name it came from, without #count
     name: str
-    sha256: str
+    part: str
+    digest: str
     dataset_format: str
-    rows: list[Row]
+    sample: int | None = None  # rows drawn from the entry
+    path: Path | None = None
+    dataset: Any = None  # datasets.Dataset
+
+    def read(self) -> Iterator[Any]:
+        return read_file(self.path) if self.path else iter(self.dataset)
 
     def describe(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "sha256": self.sha256,
+            "part": self.part,
+            "sha256": self.digest,
             "format": self.dataset_format,
-            "rows": len(self.rows),
+            "sample": self.sample,
         }
 
 
-def load_source(name: str, data_args: DataArguments) -> Source:
-    """Checked rows of a json/jsonl file, a named set or a hub id. Raises UserError naming file and row."""
-    path = find_file(name, data_args)
-    rows, digest = read_rows(path) if path else download_rows(name)
-    where = str(path or name)
-    dataset_format = data_args.dataset_format or find_format(set(rows[0]))
-    if dataset_format is None:
-        formats = "; ".join(f"{known}: {', '.join(columns)}" for known, columns in FORMAT_COLUMNS.items())
-        raise UserError(f"{where}: no format has the columns {', '.join(rows[0])}; known are {formats}")
-    for number, row in enumerate(rows, 1):
-        missing = [column for column in FORMAT_COLUMNS[dataset_format] if column not in row]
-        if missing:
-            raise UserError(
-                f"{where}: row {number} lacks {', '.join(map(repr, missing))}, which the format "
-                f"{dataset_format} needs; it has {', '.join(row)}"
-            )
-        try:
-            row_to_messages(row, dataset_format, alpaca_input=False)
-        except UserError as error:
-            raise UserError(f"{where}: row {number}: {error}") from error
-    return Source(where, digest, dataset_format, rows)
+def find_sources(names: str, data_args: DataArguments, forced_part: str | None = None) -> list[Source]:
+    """The sources of a comma-separated list. `forced_part` replaces what files and splits are named.
+
+    Raises UserError for what is neither on this disk nor on the hub, and for rows of no known format.
+    """
+    entries = [names] if Path(names).expanduser().exists() else [name for name in names.split(",") if name]
+    sources = [source for entry in entries for source in find_entry(entry.strip(), data_args)]
+    if forced_part:
+        sources = [dataclasses.replace(source, part=forced_part) for source in sources]
+    return sources
 
 
-def find_file(name: str, data_args: DataArguments) -> Path | None:
-    """The local file that `name` means, or None for one on the hub."""
+def find_entry(entry: str, data_args: DataArguments) -> list[Source]:
+    name, sample = entry, None
+    if not Path(entry).exists() and (counted := re.fullmatch(r"(.+)#(\d+)", entry)):
+        name, sample = counted.group(1), int(counted.group(2))
+        if sample == 0:
+            raise UserError(f"--dataset_name {entry}: a sample of 0 rows is none")
+    files = find_files(name, data_args)
+    known = NAMED_SETS.get(re.sub(r"\[.*", "", name))
+    dataset_format = data_args.dataset_format or (known.dataset_format if known else None)
+    if not files:
+        return find_hub_sources(name, sample, dataset_format)
+    held_out = [bool(HELD_OUT_FILE.search(path.name)) for path in files]
+    if all(held_out):
+        held_out = [False] * len(files)  # named by the user, or nothing else is there
+    parts = [
+        (TEST if "test" in path.name.lower() else EVAL) if out else TRAIN
+        for path, out in zip(files, held_out, strict=True)
+    ]
+    sources = []
+    for path, part in zip(files, parts, strict=True):
+        found = data_args.dataset_format or sniff_source(str(path), read_file(path), dataset_format)
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        sources.append(Source(name, str(path), part, digest, found, sample, path))
+    return sources
+
+
+def sniff_source(name: str, rows: Iterator[Any], expected: str | None) -> str:
+    """The format of a source by its first rows; the one `expected` of a named set where the columns agree."""
+    first, _ = peek(rows, SNIFFED_ROWS)
+    if not first:
+        raise UserError(f"{name} holds no rows")
+    if not any(isinstance(row, dict) for row in first):
+        raise UserError(f"{name}: row 1 is {str(first[0])[:40]!r}: an object with columns is needed")
+    found = sniff_format(first)
+    if found is None:
+        columns = ", ".join(next(row for row in first if isinstance(row, dict)))
+        raise UserError(
+            f"{name}: no known format has the columns {columns}; use one of the column layouts in "
+            f"data/README.md, or force one with --dataset_format: {', '.join([*FORMATS, *ALIASES])}"
+        )
+    if expected and ALIASES.get(expected, expected) != found:
+        notice(f"{name}: the rows are {found}, not {expected} as the set's own")
+    return expected if expected and ALIASES.get(expected, expected) == found else found
+
+
+def find_files(name: str, data_args: DataArguments) -> list[Path]:
+    """Local files that `name` means: none for a set on the hub."""
     if data_args.load_from_local:
         return find_local_copy(name, data_args.data_dir)
     path = Path(name).expanduser()
     if path.is_dir():
-        raise UserError(f"--dataset_name {name} is a folder: name a .json or .jsonl file in it")
+        return list_data_files(path, f"--dataset_name {name}")
     if path.exists():
-        return path
-    looks_like_file = path.suffix in (".json", ".jsonl", ".txt", ".csv") or name.startswith((".", "/", "~"))
-    if looks_like_file or (name not in NAMED_DATASETS and name.count("/") != 1):
+        return [path]
+    if glob.has_magic(name) and not re.search(r"/[^/]*\[[\w+:%]*\]$|^[\w-]+\[\w+\]$", name):
+        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+        files = [match for match in matches if match.is_file()]
+        if not files:
+            raise UserError(f"--dataset_name {name} matches no file")
+        return files
+    looks_local = find_kind(path) or name.startswith((".", "/", "~")) or name.count("/") > 1
+    bare = re.sub(r"[:\[].*", "", name)
+    if looks_local or (bare not in NAMED_SETS and bare.count("/") != 1):
         raise UserError(
-            f"--dataset_name {name}: no such file; use a .json or .jsonl file, a hub id, "
-            f"or one of {', '.join(NAMED_DATASETS)}"
+            f"--dataset_name {name}: no such file; use a file, folder or glob of "
+            f"{', '.join(ROW_SUFFIXES)} (.gz too), a hub id, or one of {', '.join(NAMED_SETS)}"
         )
-    return None
+    return []
 
 
-def find_local_copy(name: str, data_dir: str | None) -> Path:
+def list_data_files(folder: Path, flag: str) -> list[Path]:
+    """Files with rows under a folder, metadata of the hub's own left out."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and find_kind(path)]
+    files = [
+        path for path in files if path.name not in ("dataset_info.json", "dataset_infos.json", "state.json")
+    ]
+    if not files:
+        raise UserError(f"{flag}: the folder holds no {', '.join(ROW_SUFFIXES)} file (.gz too)")
+    return files
+
+
+def find_local_copy(name: str, data_dir: str | None) -> list[Path]:
+    """A named set's files under --data_dir: in a folder of its own, or beside the others."""
     if data_dir is None:
         raise UserError("--load_from_local needs --data_dir, the folder of the local copies")
-    folder = Path(data_dir).expanduser()
-    hub_name = (NAMED_DATASETS.get(name) or name).split("/")[-1]
-    candidates = [
-        path
-        for stem in (name, hub_name)
-        for kind in ("jsonl", "json")
-        for path in (
-            folder / f"{stem}.{kind}",
-            *sorted((folder / stem).glob(f"*train*.{kind}")),
-            *sorted((folder / stem).glob(f"*.{kind}")),
-        )
-    ]
-    found = next((path for path in candidates if path.is_file()), None)
-    if found is None:
-        raise UserError(
-            f"--data_dir {data_dir} holds no {name}.json, {name}.jsonl or folder {name}/ with one: "
-            f"download it from {NAMED_DATASETS.get(name) or 'its publisher'} and put it there"
-        )
-    notice(f"{name}: {found}")
-    return found
+    folder, known = Path(data_dir).expanduser(), NAMED_SETS.get(name)
+    stems = [name]
+    if known and known.hub_id:
+        stems += [known.hub_id, known.hub_id.split("/")[-1]]
+    if known and known.files and "*" not in known.files:
+        stems.append(known.files.split(".")[0])
+    for stem in stems:
+        if (folder / stem).is_dir():
+            notice(f"{name}: {folder / stem}")
+            return list_data_files(folder / stem, f"--data_dir {folder / stem}")
+        beside = [path for path in sorted(folder.glob(f"{stem}*")) if path.is_file() and find_kind(path)]
+        exact = [
+            path for path in beside if re.fullmatch(rf"{re.escape(Path(stem).name)}([._-]\w+)*", path.name)
+        ]
+        if exact:
+            notice(f"{name}: {', '.join(map(str, exact))}")
+            return exact
+    raise UserError(f"--data_dir {data_dir} holds no {' or '.join(stems)}: {say_where_to_get(name)}")
 
 
-def read_rows(path: Path) -> tuple[list[Row], str]:
-    """(rows, sha256 of the file) of a JSON array or of JSON lines, whatever the file is called."""
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is no UTF-8 text (byte {error.start}): JSON or JSON lines are read"
-        ) from error
-    if "\0" in text or not text.strip():
-        raise UserError(
-            f"{path} is {'binary' if text.strip() else 'empty'}: JSON or JSON lines with rows are read"
-        )
-    rows = parse_array(path, text) if text.lstrip().startswith("[") else parse_lines(path, text)
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise UserError(f"{path}: row {number} is {str(row)[:40]!r}: an object with columns is needed")
-    if not rows:
-        raise UserError(f"{path} holds an empty list: rows are needed")
-    return rows, hashlib.sha256(raw).hexdigest()
+def say_where_to_get(name: str) -> str:
+    known = NAMED_SETS.get(name)
+    where = f"huggingface.co/datasets/{known.hub_id if known else name}"
+    if known and known.hub_id is None:
+        where = known.about
+    files = f", file {known.files}" if known and known.files and known.revision is None else ""
+    short = name.split("/")[-1]
+    return f"download {where}{files} into DIR/{short}/ and add --load_from_local --data_dir DIR"
 
 
-def parse_array(path: Path, text: str) -> list[Any]:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno} is no JSON ({error.msg}): mend it") from error
-
-
-def parse_lines(path: Path, text: str) -> list[Any]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}: line {number} is no JSON ({error.msg}): mend or remove it"
-                ) from error
-    return rows
-
-
-def download_rows(name: str) -> tuple[list[Row], str]:
-    from utils.checks import reach_hub
-
-    hub_id = NAMED_DATASETS.get(name, name)
+def find_hub_sources(name: str, sample: int | None, dataset_format: str | None) -> list[Source]:
+    """The splits of a hub set `org/name[:config][[split]]`, or of a named one."""
+    bare, config, split = re.fullmatch(r"([^:\[]+)(?::([^\[]+))?(?:\[(.+)\])?", name).groups()
+    known = NAMED_SETS.get(bare)
+    hub_id = known.hub_id if known else bare
     if hub_id is None:
-        raise UserError(
-            f"--dataset_name {name} is not on the hub: put its file into a folder and add "
-            "--load_from_local --data_dir FOLDER"
-        )
-    reach_hub(f"--dataset_name {name}: no such file, and for {hub_id}")
+        raise UserError(f"--dataset_name {name} is not on the hub: {say_where_to_get(bare)}")
+    try:
+        reach_hub(f"--dataset_name {name}: no such file, and for the hub's {hub_id}")
+    except UserError as error:
+        raise UserError(f"{error}; {say_where_to_get(bare)}") from error
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
+    where = {"data_files": known.files, "revision": known.revision} if known else {}
     try:
-        dataset = load_dataset(hub_id, split="train")
-    except (DatasetNotFoundError, ValueError, OSError) as error:
-        raise UserError(
-            f"--dataset_name {name}: the hub does not give {hub_id} ({str(error).splitlines()[0]})"
-        ) from error
-    return dataset.to_list(), dataset._fingerprint
+        splits = load_dataset(hub_id, config, split=split, **where)
+    except (DatasetNotFoundError, ValueError, OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--dataset_name {name}: the hub does not give {hub_id} ({reason})") from error
+    splits = {"train": splits} if split else dict(splits)
+    if not any(HUB_SPLITS.get(part) == TRAIN for part in splits):
+        splits = {"train": next(iter(splits.values()))}
+    sources = []
+    for part, dataset in splits.items():
+        if part in HUB_SPLITS:
+            found = dataset_format or sniff_source(name, iter(dataset), dataset_format)
+            sources.append(
+                Source(
+                    name,
+                    f"{hub_id}[{split or part}]",
+                    HUB_SPLITS[part],
+                    dataset._fingerprint,
+                    found,
+                    sample,
+                    dataset=dataset,
+                )
+            )
+    return sources
 
 
 def load_sample_prompts(path: str) -> list[Messages]:
-    """Chats of a JSON lines file whose rows hold {prompt} or {messages}."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--sample_prompts {path} cannot be read: {error}") from error
+    """Chats of a file whose rows hold {prompt} or {messages}."""
+    if not Path(path).is_file():
+        raise UserError(f"--sample_prompts {path}: no such file")
     chats = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, row in enumerate(read_file(Path(path)), 1):
+        messages = row.get("messages") if isinstance(row, dict) else None
+        asked = messages or [
+            {"role": "user", "content": row.get("prompt") if isinstance(row, dict) else None}
+        ]
+        answered = (
+            {"messages": [*asked, {"role": "assistant", "content": "-"}]} if isinstance(asked, list) else {}
+        )
         try:
-            row = json.loads(line)
-            chats.append(
-                read_messages(row.get("messages") or [{"role": "user", "content": row.get("prompt")}])
-            )
-        except (ValueError, AttributeError) as error:
+            chats.append(read_row(answered, "messages").messages[:-1])
+        except UserError as error:
             raise UserError(
-                f'--sample_prompts {path}: line {number} must be {{"prompt": "..."}} '
+                f'--sample_prompts {path}: row {number} must be {{"prompt": "..."}} '
                 f'or {{"messages": [...]}} ({error})'
             ) from error
-    if not chats:
-        raise UserError(f"--sample_prompts {path} is empty: write one prompt a line")
     return chats

@@ -1,9 +1,12 @@
 """The Trainer: a loss weighted by tokens, an evaluation that no batch size changes, adapter-only saves."""
 
+import contextlib
 import dataclasses
+import functools
 import inspect
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +15,23 @@ import transformers
 from peft import PeftModel
 from torch.nn import functional as F
 
-from utils.arguments import ModelArguments, TrainingArguments
+from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.callbacks import ProgressLine
 from utils.console import notice
 from utils.model import has_gpu
-from utils.packing import Example, PackingCollator, PaddingCollator, keeps_rows_apart
+from utils.packing import MIN_GPU_TOKENS, PackingCollator, PaddingCollator, keeps_rows_apart
 from utils.prompts import IGNORE_INDEX
-from utils.run_record import hide_secrets, render_model_card
+from utils.resumable_trainer import ResumableTrainer
+from utils.run_record import hide_secrets
+from utils.sharing import render_model_card
+from utils.sources import EVAL, TEST, TRAIN
+from utils.token_rows import TokenRows
 
+MAX_STATE_SHARE = 0.1  # of the free GPU memory: activations need the rest
 # Our flags that the Trainer does not have.
 OUR_FLAGS = {
     "overwrite_output_dir",
+    "force_resume",
     "predict_with_generate",
     "sample_generate",
     "sample_prompts",
@@ -32,11 +41,12 @@ OUR_FLAGS = {
     "max_mmlu_samples",
     "mmlu_source_max_len",
     "packing",
+    "fast_lora",
     "extra",
 }
 
 
-class QLoraTrainer(transformers.Trainer):
+class QLoraTrainer(ResumableTrainer):
     """Trainer whose loss is the mean over the label tokens of the whole optimizer step.
 
     So (batch 4, accumulation 1) and (batch 1, accumulation 4) give the same gradients for rows of any length.
@@ -45,7 +55,9 @@ class QLoraTrainer(transformers.Trainer):
     def __init__(self, *args: Any, record: dict[str, Any], **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.record = record
-        self.padding_collator = PaddingCollator(self.data_collator.pad_token_id, self.data_collator.multiple)
+        self.padding_collator = PaddingCollator(
+            self.data_collator.pad_token_id, 1 if self.args.device.type == "cpu" else 8
+        )
         # compute_loss below divides by num_items_in_batch, whatever the model's own forward accepts.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = self._loss_shifts_labels = True
         self.keeps_logits = "logits_to_keep" in find_forward_parameters(self.model)
@@ -79,10 +91,28 @@ class QLoraTrainer(transformers.Trainer):
         return losses.view_as(targets)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        """One micro-batch, or all those that the rows of an optimizer step were packed into."""
+        *earlier, last = find_micro_batches(inputs)
+        self.count_tokens([*earlier, last])
+        with self.accelerator.no_sync(model) if earlier else contextlib.nullcontext():
+            losses = [
+                super(QLoraTrainer, self).training_step(model, part, num_items_in_batch) for part in earlier
+            ]
+        losses.append(super().training_step(model, last, num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    def count_tokens(self, micro_batches: list[dict[str, torch.Tensor]]) -> None:
         if self.last_log_time is None:
             self.last_log_time = time.perf_counter()
-        self.tokens_since_log += inputs["num_tokens"].to(self.tokens_since_log.device)
-        return super().training_step(model, inputs, num_items_in_batch)
+        for part in micro_batches:
+            self.tokens_since_log += part["num_tokens"].to(self.tokens_since_log.device)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        parts = [part for inputs in batch_samples for part in find_micro_batches(inputs)]
+        return super()._get_num_items_in_batch(parts, device)
+
+    def floating_point_ops(self, inputs):
+        return sum(super(QLoraTrainer, self).floating_point_ops(part) for part in find_micro_batches(inputs))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -148,6 +178,10 @@ class QLoraTrainer(transformers.Trainer):
         (folder / "README.md").write_text(render_model_card(self.record), encoding="utf-8")
 
 
+def find_micro_batches(inputs: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+    return inputs["micro_batches"] if "micro_batches" in inputs else [inputs]
+
+
 def find_forward_parameters(model: torch.nn.Module) -> set[str]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return set(inspect.signature(base.forward).parameters)
@@ -156,23 +190,26 @@ def find_forward_parameters(model: torch.nn.Module) -> set[str]:
 def build_trainer(
     model: torch.nn.Module,
     tokenizer: Any,
-    train_dataset: list[Example],
-    eval_dataset: list[Example],
+    datasets: dict[str, TokenRows],
     model_args: ModelArguments,
+    data_args: DataArguments,
     training_args: TrainingArguments,
     dtype: torch.dtype,
     record: dict[str, Any],
     callbacks: list[Any],
 ) -> QLoraTrainer:
     """The Trainer with this run's model, rows and callbacks."""
+    collator = choose_collator(model, tokenizer, model_args, data_args, training_args)
+    training_args = choose_optimizer(model, training_args)
+    build = choose_path(model, training_args, dtype)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    trainer = QLoraTrainer(
+    trainer = build(
         model=model,
         processing_class=tokenizer,
-        args=build_trainer_args(training_args, model_args, dtype),
-        train_dataset=train_dataset or None,
-        eval_dataset=eval_dataset or None,
-        data_collator=choose_collator(model, tokenizer, model_args, training_args),
+        args=build_trainer_args(training_args, model_args, dtype, isinstance(collator, PackingCollator)),
+        train_dataset=datasets[TRAIN] if training_args.do_train else None,
+        eval_dataset=next((datasets[part] for part in (EVAL, TEST) if len(datasets[part])), None),
+        data_collator=collator,
         callbacks=callbacks,
         record=record,
     )
@@ -183,23 +220,66 @@ def build_trainer(
     return trainer
 
 
+def choose_optimizer(model: torch.nn.Module, training_args: TrainingArguments) -> TrainingArguments:
+    """--optim auto: paged where the optimizer's state would crowd the GPU, fused where it is small."""
+    if training_args.optim != "auto":
+        return training_args
+    optim = "adamw_torch"
+    if model.device.type == "cuda":
+        state_bytes = 8 * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        free_bytes, _ = torch.cuda.mem_get_info(model.device)
+        optim = "paged_adamw_32bit" if state_bytes > MAX_STATE_SHARE * free_bytes else "adamw_torch_fused"
+    notice(f"--optim auto is {optim}")
+    return dataclasses.replace(training_args, optim=optim)
+
+
+def choose_path(
+    model: torch.nn.Module, training_args: TrainingArguments, dtype: torch.dtype
+) -> Callable[..., QLoraTrainer]:
+    """The trainer of the fused path (--fast_lora) where it covers model and optimizer, else the plain one."""
+    if not (training_args.fast_lora and training_args.do_train):
+        return QLoraTrainer
+    from utils.fast_model import prepare_fast_model
+    from utils.fast_trainer import FastQLoraTrainer, find_optimizer_obstacle
+
+    fast = find_optimizer_obstacle(training_args.optim) or prepare_fast_model(model, dtype)
+    if isinstance(fast, str):
+        notice(f"--fast_lora: the plain path is used ({fast})")
+        return QLoraTrainer
+    return functools.partial(FastQLoraTrainer, fast=fast)
+
+
 def choose_collator(
-    model: torch.nn.Module, tokenizer: Any, model_args: ModelArguments, training_args: TrainingArguments
+    model: torch.nn.Module,
+    tokenizer: Any,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
 ) -> PackingCollator | PaddingCollator:
+    """Packed where the model keeps rows apart: a micro-batch then takes at most what a padded one may."""
     multiple = 8 if has_gpu(model_args) else 1  # tensor cores want whole tiles
+    capacity = training_args.per_device_train_batch_size * data_args.max_len
     if training_args.packing and keeps_rows_apart(model):
-        return PackingCollator(tokenizer.pad_token_id, multiple)
+        capacity = max(capacity, MIN_GPU_TOKENS) if has_gpu(model_args) else capacity
+        return PackingCollator(tokenizer.pad_token_id, capacity, fixed=has_gpu(model_args))
     if training_args.packing:
         notice(f"--packing: {model.config.model_type} mixes packed rows, so batches are padded instead")
     return PaddingCollator(tokenizer.pad_token_id, multiple)
 
 
 def build_trainer_args(
-    training_args: TrainingArguments, model_args: ModelArguments, dtype: torch.dtype
+    training_args: TrainingArguments, model_args: ModelArguments, dtype: torch.dtype, packed: bool
 ) -> transformers.TrainingArguments:
-    """transformers' TrainingArguments from ours; `dtype` is what autocast computes in."""
+    """transformers' TrainingArguments from ours; `dtype` is what autocast computes in.
+
+    `packed`: a batch of the dataloader is a whole optimizer step, which training_step accumulates itself.
+    """
     flags = {field.name: getattr(training_args, field.name) for field in dataclasses.fields(training_args)}
     flags = {name: value for name, value in flags.items() if name not in OUR_FLAGS} | training_args.extra
+    if packed:
+        flags["per_device_train_batch_size"] *= flags["gradient_accumulation_steps"]
+        flags["gradient_accumulation_steps"] = 1
+    flags.pop("push_to_hub", None)  # the finished run is pushed by utils/sharing.py, with our own card
     flags["use_cpu"] = not has_gpu(model_args)
     flags["bf16"], flags["fp16"] = dtype == torch.bfloat16, dtype == torch.float16
     if flags.pop("gradient_checkpointing"):

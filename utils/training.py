@@ -3,7 +3,8 @@
 import json
 import resource
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +13,32 @@ import transformers
 
 from utils.arguments import GenerationArguments, ModelArguments, TrainingArguments
 from utils.callbacks import MmluEvaluation, SampleAnswers, save_training_curve
-from utils.console import is_main_process, notice
+from utils.checkpoints import disk_errors_explained, sweep_leftovers
+from utils.console import UserError, is_main_process, notice
 from utils.data import Rows
+from utils.formats import Messages
 from utils.predictions import predict_rows
-from utils.prompts import Messages
+from utils.prompts import find_input_marker
+from utils.resume import check_same_run, choose_checkpoint, fingerprint_folder
+from utils.run_lock import LOCK_FILE, run_locked
 from utils.run_record import (
     build_run_record,
     clear_run,
-    find_last_checkpoint,
     hash_text,
     next_free_path,
     save_run_record,
     write_json,
 )
+from utils.sharing import share_finished_run
+from utils.signals import StopRequested, find_stop_signal, hold_stop, stop_held
+from utils.sources import TEST
 from utils.trainer import QLoraTrainer
 
 
 def train(trainer: QLoraTrainer, checkpoint: str | None) -> dict[str, float]:
     """Train, from `checkpoint` on where given; returns the run's figures."""
-    start = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - start
+    seconds = trainer.train_seconds
     tokens = trainer.tokens_seen + trainer.accelerator.reduce(trainer.tokens_since_log).item()
     return {
         "train_loss": result.training_loss,
@@ -42,6 +48,7 @@ def train(trainer: QLoraTrainer, checkpoint: str | None) -> dict[str, float]:
         "train_tokens": tokens,
         "tokens_per_second": round(tokens / seconds, 1),
         "peak_memory_gib": measure_peak_memory(),
+        "skipped_steps": trainer.skipped_steps,
     }
 
 
@@ -56,11 +63,12 @@ def measure_peak_memory() -> float:
 def save_run(trainer: QLoraTrainer, metrics: dict[str, Any], output_dir: Path) -> None:
     """Write the adapter, metrics.json, training_curve.png and, last, the finished run.json."""
     trainer.record["metrics"] = metrics
-    trainer.save_model(str(output_dir))
-    if is_main_process():
-        write_json(metrics | {"log": trainer.state.log_history}, output_dir / "metrics.json")
-        save_training_curve(trainer.state.log_history, output_dir / "training_curve.png")
-        save_run_record(trainer.record | {"status": "finished"}, output_dir)
+    with stop_held(), disk_errors_explained(output_dir, trainer.last_checkpoint):
+        trainer.save_final()
+        if is_main_process():
+            write_json(metrics | {"log": trainer.state.log_history}, output_dir / "metrics.json")
+            save_training_curve(trainer.state.log_history, output_dir / "training_curve.png")
+            save_run_record(trainer.record | {"status": "finished"}, output_dir)
 
 
 def build_record(
@@ -77,6 +85,7 @@ def build_record(
         "name": model_args.model_name_or_path,
         "revision": getattr(config, "_commit_hash", None),
         "type": config.model_type,
+        "fingerprint": fingerprint_folder(Path(model_args.model_name_or_path)),
     }
     prompt = {
         "template_sha256": hash_text(tokenizer.chat_template),
@@ -123,32 +132,72 @@ def run_trainer(
     """Train, evaluate, predict, as asked; leave the results in the run's folder."""
     output_dir, metrics = Path(training_args.output_dir), {}
     if training_args.do_train:
-        metrics |= train(trainer, start_run(trainer.record, output_dir, training_args))
-    if training_args.do_eval:
-        metrics |= trainer.evaluate()
-    if training_args.do_predict:
-        metrics |= predict(trainer, rows, stop_ids, training_args, generation_args)
-    if training_args.do_train:
-        save_run(trainer, metrics, output_dir)
+        with run_locked(output_dir), saved_when_stopped(trainer):
+            checkpoint = start_run(trainer, output_dir, training_args)
+            metrics |= train(trainer, checkpoint)
+            metrics |= evaluate(trainer, rows, stop_ids, training_args, generation_args)
+            save_run(trainer, metrics, output_dir)
         notice(f"finished: {output_dir}\nto chat: python cli_demo.py --checkpoint_dir {output_dir}")
-    elif is_main_process():
+        share_finished_run(training_args)
+        return
+    metrics |= evaluate(trainer, rows, stop_ids, training_args, generation_args)
+    if is_main_process():
         path = next_free_path(output_dir / "eval_metrics.json")
         write_json({"command": trainer.record["command"], "data": trainer.record["data"]} | metrics, path)
         notice(f"{json.dumps(metrics)}\nsaved in {path}")
 
 
-def start_run(record: dict[str, Any], output_dir: Path, training_args: TrainingArguments) -> str | None:
+@contextmanager
+def saved_when_stopped(trainer: QLoraTrainer) -> Iterator[None]:
+    """A signal inside leaves a checkpoint of the last whole step, and exit code 75."""
+    try:
+        yield
+    except (StopRequested, Exception) as error:
+        if find_stop_signal() is None or isinstance(error, UserError):
+            raise
+        if not isinstance(
+            error, StopRequested
+        ):  # a data worker died of the same signal, a graph capture broke
+            notice(f"{type(error).__name__} while stopping: {error}")
+        hold_stop()
+        trainer.save_stopped()
+        raise StopRequested from error
+
+
+def evaluate(
+    trainer: QLoraTrainer,
+    rows: Rows,
+    stop_ids: list[int],
+    training_args: TrainingArguments,
+    generation_args: GenerationArguments,
+) -> dict[str, float]:
+    """--do_eval and --do_predict."""
+    metrics = trainer.evaluate() if training_args.do_eval else {}
+    if training_args.do_predict:
+        metrics |= predict(trainer, rows, stop_ids, training_args, generation_args)
+    return metrics
+
+
+def start_run(trainer: QLoraTrainer, output_dir: Path, training_args: TrainingArguments) -> str | None:
     """Write run.json of a run that starts now; returns the checkpoint to go on from, if any."""
-    if training_args.overwrite_output_dir and output_dir.is_dir() and is_main_process():
-        notice(f"--overwrite_output_dir: removing the earlier run's files from {output_dir}")
-        clear_run(output_dir)
+    if is_main_process():
+        if training_args.overwrite_output_dir and any(
+            path.name != LOCK_FILE for path in output_dir.iterdir()
+        ):
+            notice(f"--overwrite_output_dir: removing the earlier run's files from {output_dir}")
+            clear_run(output_dir)
+        sweep_leftovers(output_dir)
+    trainer.accelerator.wait_for_everyone()
+    check_same_run(output_dir, trainer.record, training_args.force_resume)
     asked = training_args.extra.get("resume_from_checkpoint")
-    checkpoint = asked if asked and asked.lower() != "true" else find_last_checkpoint(output_dir)
+    checkpoint = choose_checkpoint(output_dir, asked, trainer.fingerprints, training_args.force_resume)
     if checkpoint:
         notice(f"going on from {checkpoint}")
+    trainer.accelerator.wait_for_everyone()
     if is_main_process():
-        save_run_record(record, output_dir)
-    return checkpoint
+        with disk_errors_explained(output_dir, checkpoint):
+            save_run_record(trainer.record, output_dir)
+    return str(checkpoint) if checkpoint else None
 
 
 def predict(
@@ -165,8 +214,7 @@ def predict(
     return predict_rows(
         trainer.model,
         trainer.processing_class,
-        rows.held_out,
-        rows.held_out_format,
+        rows.read_held_out(TEST, find_input_marker(trainer.processing_class)),
         stop_ids,
         generation_args,
         training_args.seed,

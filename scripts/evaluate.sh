@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# What a run is worth: benchmarks beside the untuned base, answers to our 80 questions, one report.
+#   model    the run's; base, bits and template come from its run.json
+#   data     MMLU, CMMLU and C-Eval of lm-evaluation-harness; eval/prompts/ (Chinese and English)
+#   gpu      not measured here
+#   memory   not measured here
+#   time     not measured here
+#   bash scripts/evaluate.sh RUN
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+run=${1:-output/guanaco-7b}
+
+python qlora_finetune.py --checkpoint_dir "$run" --do_eval --do_predict --max_eval_samples 200 --max_new_tokens 256
+python -m eval.lm_tasks "$run" --tasks mmlu,cmmlu,ceval-valid --base_too
+for questions in eval/prompts/*.jsonl; do
+  python -m eval.generate_answers "$run" --questions "$questions"
+done
+python -m eval.report "$run"

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Baichuan-7B on OL-CC, 4-bit QLoRA: values of the 2023 repository.
+#   model    baichuan-inc/Baichuan-7B, read as LLaMA: no remote code
+#   data     OL-CC (BAAI, Chinese, https://data.baai.ac.cn/details/OL-CC):
+#            put its file at data/olcc.json
+#   gpu      not measured here
+#   memory   not measured here
+#   time     not measured here
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+model=models/baichuan-7b
+if [ ! -d "$model" ]; then  # published as pickles: converted to safetensors once
+  hf download baichuan-inc/Baichuan-7B --local-dir models/baichuan-7b-downloaded
+  python -m utils.convert_weights models/baichuan-7b-downloaded "$model"
+fi
+
+args=(
+  # model
+  --model_name_or_path "$model" --bits 4 --double_quant --quant_type nf4
+  # data
+  --dataset_name olcc --load_from_local --data_dir data
+  --source_max_len 512 --target_max_len 512
+  # adapter
+  --lora_r 64 --lora_alpha 16 --lora_dropout 0.1
+  # training
+  --do_train --do_eval --sample_generate --num_train_epochs 4
+  --per_device_train_batch_size 4 --gradient_accumulation_steps 8 --per_device_eval_batch_size 4
+  --learning_rate 2e-4 --lr_scheduler_type constant --weight_decay 0.0
+  --adam_beta2 0.999 --max_grad_norm 0.3 --gradient_checkpointing --data_seed 42 --seed 0
+  # output
+  --output_dir output/olcc-baichuan-7b --logging_steps 1 --max_new_tokens 32
+  --eval_strategy steps --eval_steps 50 --save_steps 100 --save_total_limit 5
+)
+
+python qlora_finetune.py "${args[@]}" "$@"

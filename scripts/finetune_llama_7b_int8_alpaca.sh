@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# LLaMA-7B on Alpaca, 8-bit LoRA: values of the 2023 repository.
+#   model    huggyllama/llama-7b
+#   data     tatsu-lab/alpaca, 52,002 rows, 3 epochs in steps of 32 rows
+#   gpu      not measured here
+#   memory   not measured here
+#   time     not measured here
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+args=(
+  # model
+  --model_name_or_path huggyllama/llama-7b --bits 8 --fp16
+  # data
+  --dataset_name alpaca --model_max_length 2048
+  # adapter
+  --lora_r 8 --lora_alpha 16 --lora_dropout 0.05
+  # training
+  --do_train --num_train_epochs 3
+  --per_device_train_batch_size 4 --gradient_accumulation_steps 8 --per_device_eval_batch_size 4
+  --learning_rate 1e-4 --lr_scheduler_type cosine --warmup_steps 0.03 --weight_decay 0.0
+  # output
+  --output_dir output/alpaca-llama-7b-int8 --logging_steps 1 --eval_strategy no
+  --save_steps 500 --save_total_limit 5
+)
+
+python qlora_int8_finetune.py "${args[@]}" "$@"

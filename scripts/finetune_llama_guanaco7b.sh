@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Guanaco 7B: the QLoRA paper's recipe (arXiv 2305.14314, appendix B.2).
+#   model    huggyllama/llama-7b
+#   data     oasst1 (timdettmers/openassistant-guanaco), 1,875 steps of 16 rows
+#   gpu      not measured here
+#   memory   not measured here
+#   time     not measured here
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+args=(
+  # model
+  --model_name_or_path huggyllama/llama-7b --bits 4 --double_quant --quant_type nf4
+  # data: the prompt keeps its last 16 tokens in single-turn rows; only the sum, 528, limits chats
+  --dataset_name oasst1 --source_max_len 16 --target_max_len 512
+  --eval_dataset_size 1024 --max_eval_samples 1000
+  # adapter
+  --lora_r 64 --lora_alpha 16 --lora_dropout 0.1
+  # training
+  --do_train --do_eval --max_steps 1875
+  --per_device_train_batch_size 1 --gradient_accumulation_steps 16 --per_device_eval_batch_size 1
+  --learning_rate 2e-4 --lr_scheduler_type constant --weight_decay 0.0
+  --adam_beta2 0.999 --max_grad_norm 0.3 --gradient_checkpointing --data_seed 42 --seed 0
+  # output
+  --output_dir output/guanaco-7b --logging_steps 10
+  --eval_strategy steps --eval_steps 187 --save_steps 500 --save_total_limit 40
+)
+
+python qlora_finetune.py "${args[@]}" "$@"

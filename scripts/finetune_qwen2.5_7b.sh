@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Qwen2.5-7B on oasst1, 4-bit QLoRA: a default of today, Chinese and English. Its own ChatML template.
+#   model    Qwen/Qwen2.5-7B
+#   data     oasst1 (timdettmers/openassistant-guanaco), 2 epochs in steps of 32 rows
+#   gpu      not measured here
+#   memory   not measured here
+#   time     not measured here
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+args=(
+  # model
+  --model_name_or_path Qwen/Qwen2.5-7B --bits 4 --double_quant --quant_type nf4
+  # data
+  --dataset_name oasst1 --model_max_length 2048
+  # adapter
+  --lora_r 64 --lora_alpha 16 --lora_dropout 0.05
+  # training
+  --do_train --do_eval --num_train_epochs 2
+  --per_device_train_batch_size 4 --gradient_accumulation_steps 8 --per_device_eval_batch_size 8
+  --learning_rate 2e-4 --lr_scheduler_type cosine --warmup_steps 0.03 --max_grad_norm 1.0
+  --gradient_checkpointing --seed 0
+  # output
+  --output_dir output/oasst1-qwen2.5-7b --logging_steps 10
+  --eval_strategy steps --eval_steps 200 --save_steps 200 --save_total_limit 3
+)
+
+python qlora_finetune.py "${args[@]}" "$@"

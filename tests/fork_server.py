@@ -1,0 +1,125 @@
+"""Runs scripts in processes that cost tenths of a second: everything is imported once, each run is a fork.
+
+The server itself never calls a torch operator, so that its children start without anybody's threads.
+"""
+
+import importlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+class ForkServer:
+    """The test's side: start a run, signal it by its process id, wait for its exit code."""
+
+    def __init__(self):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], cwd=ROOT, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        while self.process.stdout.readline() != "ready\n":  # libraries may print while they are imported
+            assert self.process.poll() is None, "the server could not start"
+
+    def ask(self, **request):
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, log: Path, *argv, script="qlora_finetune", max_file_bytes=None) -> int:
+        argv = [str(word) for word in argv]
+        log.touch()
+        return self.ask(script=script, argv=argv, log=str(log), max_file_bytes=max_file_bytes)
+
+    def wait(self, pid: int) -> int:
+        """Exit code, or the negative signal number; as subprocess gives it."""
+        return self.ask(wait=pid)
+
+    def has_ended(self, pid: int) -> bool:
+        """Not reaped yet, so that the number cannot be another process's."""
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+    def run(self, log: Path, *argv, **options) -> int:
+        return self.wait(self.start(log, *argv, **options))
+
+    def wait_for(self, pid: int, condition, seconds: float = 60) -> None:
+        """Until `condition()` holds; fails where the run ends or the time is up before."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert not self.has_ended(pid), "the run ended before"
+            assert time.monotonic() < end, "waited in vain"
+            time.sleep(0.002)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def import_everything() -> None:
+    sys.path.insert(0, str(ROOT))
+    for name in (
+        "qlora_finetune",
+        "qlora_int8_finetune",
+        "utils.training",
+        "matplotlib.pyplot",
+        "bitsandbytes",
+    ):
+        importlib.import_module(name)
+    for name in (
+        "transformers.models.llama.modeling_llama",
+        "transformers.integrations.bitsandbytes",
+        "peft.tuners.lora.bnb",
+    ):
+        importlib.import_module(name)
+
+
+def run_child(request: dict) -> None:
+    handle = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(handle, number)
+    if request["max_file_bytes"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["max_file_bytes"],) * 2)
+    from utils.console import run_main
+    from utils.signals import catch_stop_signals
+
+    sys.argv = [f"{request['script']}.py", *request["argv"]]
+    code = 0
+    try:
+        catch_stop_signals()
+        run_main(importlib.import_module(request["script"]).main)
+    except SystemExit as error:
+        code = error.code or 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def serve() -> None:
+    import_everything()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+        else:
+            answer = os.fork()
+            if answer == 0:
+                run_child(request)
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,92 @@
+"""What only a CUDA device shows: autocast in both 16-bit types, paged optimizers, speed of the quickstart."""
+
+import json
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+IDENTITY = ROOT / "data" / "guanaco_identity.jsonl"
+
+
+def train(call_main, model, output_dir, *flags, script="qlora_finetune"):
+    argv = ["--model_name_or_path", model, "--dataset_name", IDENTITY, "--output_dir", output_dir]
+    argv += ["--logging_steps", 1, "--save_strategy", "no", "--source_max_len", 200, "--target_max_len", 100]
+    argv += ["--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 2]
+    printed = call_main(script, *argv, *flags)
+    log = json.loads((output_dir / "metrics.json").read_text())["log"]
+    return printed, [entry["loss"] for entry in log if "loss" in entry]
+
+
+def load_weights(run):
+    weights = load_file(run / "adapter_model.safetensors")
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+    return weights
+
+
+SETTINGS = {
+    "bf16": ["--bf16"],
+    "fp16": ["--fp16"],
+    "fp16, dropout, kept activations": ["--fp16", "--lora_dropout", 0.1, "--gradient_checkpointing", "False"],
+    "8 bits, fp16": ["--bits", 8, "--fp16"],
+    "fp4, 8-bit paged optimizer": ["--quant_type", "fp4", "--optim", "paged_adamw_8bit"],
+    "16 bits": ["--bits", 16],
+    "padded": ["--packing", "False"],
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_real_model_learns_in_twelve_steps(call_main, smollm2, tmp_path, setting):
+    flags = ["--max_steps", 12, "--lora_r", 16, "--learning_rate", 1e-3, *SETTINGS[setting]]
+    _, losses = train(call_main, smollm2, tmp_path / "run", *flags)
+    load_weights(tmp_path / "run")
+    assert len(losses) == 12 and sum(losses[-3:]) < 0.7 * sum(losses[:3])
+
+
+def test_optimizer_state_is_paged_by_default(call_main, smollm2, tmp_path, monkeypatch):
+    from utils.trainer import QLoraTrainer
+
+    kept = []
+    monkeypatch.setattr(
+        QLoraTrainer, "save_model", lambda self, folder=None, **_: kept.append(self.optimizer.optimizer)
+    )
+    # bitsandbytes pages states of 100,000 elements and more
+    train(call_main, smollm2, tmp_path / "run", "--max_steps", 1, "--lora_r", 256)
+    states = [state["state1"] for state in kept[0].state.values()]
+    assert states and any(getattr(state, "is_paged", False) for state in states)
+
+
+def test_batch_of_four_equals_four_accumulated_rows(call_main, smollm2, tmp_path):
+    flags = ["--bits", 32, "--max_steps", 3, "--learning_rate", 1e-3, "--adam_epsilon", 1e-4]
+    for name, batch, accumulation in (("whole", 4, 1), ("parts", 1, 4)):
+        sizes = ["--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation]
+        train(call_main, smollm2, tmp_path / name, *flags, *sizes)
+    whole, parts = load_weights(tmp_path / "whole"), load_weights(tmp_path / "parts")
+    difference = sum((parts[name] - whole[name]).double().square().sum() for name in whole)
+    assert (difference / sum(weight.double().square().sum() for weight in whole.values())).sqrt() < 1e-5
+
+
+def test_packing_is_exact_in_bfloat16(smollm2):
+    from utils.arguments import ModelArguments
+    from utils.model import load_base
+    from utils.packing import keeps_rows_apart
+
+    assert keeps_rows_apart(load_base(ModelArguments(str(smollm2), bits=4), torch.bfloat16))
+
+
+def test_trained_run_chats_on_the_gpu(call_main, smollm2, tmp_path, monkeypatch):
+    import io
+    import sys
+
+    flags = ["--max_steps", 30, "--lora_r", 16, "--learning_rate", 1e-3, "--gradient_accumulation_steps", 1]
+    train(call_main, smollm2, tmp_path / "run", *flags)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who are you?\n"))
+    start = time.perf_counter()
+    printed = call_main("cli_demo", "--checkpoint_dir", tmp_path / "run", "--max_new_tokens", 32)
+    assert "Guanaco" in printed and time.perf_counter() - start < 60

@@ -1,0 +1,199 @@
+"""Every family of the README's list, tiny, in its publisher's file layout: train, resume, reload, chat."""
+
+import io
+import json
+import shutil
+import sys
+
+import pytest
+import sentencepiece
+import torch
+import transformers
+from conftest import ROOT
+from safetensors.torch import load_file
+from tiny_models import FAMILIES, build_llama2, render_models
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
+
+from utils.arguments import ModelArguments
+from utils.checks import check_adapter_fits, read_model_config, resolve_model
+from utils.console import UserError
+from utils.tokenizer_files import load_own_tokenizer
+
+FLAGS = [
+    "--dataset_name", ROOT / "data" / "guanaco_identity.jsonl", "--max_train_samples", "8",
+    "--source_max_len", "300", "--target_max_len", "200", "--lora_r", "4", "--learning_rate", "1e-2",
+    "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1",
+    "--max_steps", "2", "--save_steps", "1", "--logging_steps", "1",
+]  # fmt: skip
+SCRIPTS = {4: "qlora_finetune", 8: "qlora_int8_finetune"}
+TEXTS = [
+    "Who are you? 你是谁？\n\n 我是  Guanaco 2023 <tag> 🙂",
+    "A quantized model: 4 bits, 量化模型。",
+    " leading blank",
+]
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory):
+    """Folder of each family's model, made when first asked for."""
+    made = {}
+
+    def make(family):
+        if family.id not in made:
+            made[family.id] = tmp_path_factory.mktemp(family.id)
+            family.build(made[family.id])
+        return made[family.id]
+
+    return make
+
+
+def each_family(test):
+    return pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.id)(test)
+
+
+@pytest.fixture
+def trained_models(monkeypatch):
+    """The models that a Trainer saved, as they were in memory."""
+    kept, save_model = [], transformers.Trainer.save_model
+
+    def save_and_keep(self, *args, **kwargs):
+        kept.append(self.model)
+        return save_model(self, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.Trainer, "save_model", save_and_keep)
+    return kept
+
+
+@torch.no_grad()
+def read_logits(model):
+    model.eval()
+    ids = torch.arange(5, 45)[None]
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+
+
+def find_plain_linears(model):
+    """Names of the linear layers that have no adapter."""
+    return {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".lora_" not in name and not name.endswith("base_layer")
+    }
+
+
+def load_chat(run):
+    from utils.generation import load_run
+
+    model_args = resolve_model(ModelArguments(checkpoint_dir=str(run)), set())
+    config = read_model_config(model_args)
+    check_adapter_fits(model_args, config)
+    return load_run(model_args, config)
+
+
+def ask(call_main, monkeypatch, run, question):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(question + "\n"))
+    return call_main("cli_demo", "--checkpoint_dir", run, "--max_new_tokens", "8")
+
+
+def forget_second_step(run):
+    """Leave the run as if it had been killed after its first checkpoint."""
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    shutil.rmtree(run / "checkpoint-2")
+    (run / "adapter_model.safetensors").unlink()
+
+
+@each_family
+@pytest.mark.parametrize("bits", [4, 8])
+def test_family_trains_reloads_with_the_same_logits_and_chats(
+    family, bits, families, call_main, trained_models, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    call_main(SCRIPTS[bits], "--model_name_or_path", families(family), *FLAGS, "--output_dir", run)
+    model = trained_models[-1]
+    assert find_plain_linears(model) <= {"lm_head", "embed_out"}
+    chat = load_chat(run)
+    expected = read_logits(model)
+    assert torch.allclose(read_logits(chat.model), expected, atol=1e-4 * expected.abs().max().item())
+    with chat.model.disable_adapter():
+        assert not torch.allclose(read_logits(chat.model), expected, atol=1e-2)
+    assert "> Who are you? 你是谁？\n" in ask(call_main, monkeypatch, run, "Who are you? 你是谁？")
+
+
+@each_family
+def test_family_resumes_to_the_same_adapter(family, families, call_main, tmp_path):
+    argv = ["--model_name_or_path", families(family), *FLAGS, "--output_dir", tmp_path / "run"]
+    call_main("qlora_finetune", *argv)
+    uninterrupted = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    forget_second_step(tmp_path / "run")
+    assert "checkpoint-1" in call_main("qlora_finetune", *argv)
+    resumed = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert all(torch.equal(resumed[name], weight) for name, weight in uninterrupted.items())
+
+
+def encode_by_file(folder, text):
+    if (folder / "vocab.json").is_file() and not (folder / "tokenizer.json").is_file():
+        vocabulary, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
+        return ByteLevelBPETokenizer(vocabulary, merges).encode(text).ids
+    if (folder / "tokenizer.json").is_file():
+        return Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    return model.encode(text)
+
+
+@each_family
+def test_tokenizer_gives_its_files_own_ids_and_text_back(family, families, tmp_path):
+    folder = families(family)
+    tokenizer = load_own_tokenizer(str(folder), trust_remote_code=False)
+    tokenizer.save_pretrained(tmp_path)
+    for loaded in (tokenizer, load_own_tokenizer(str(tmp_path), trust_remote_code=False)):
+        for text in TEXTS:
+            ids = loaded(text, add_special_tokens=False).input_ids
+            assert ids == encode_by_file(folder, text)
+            assert loaded.decode(ids) == text
+
+
+REMOTE_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def remote_model(tmp_path):
+    """A model of a kind that transformers does not know, with its publisher's code beside it."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    build_llama2(folder)
+    (folder / "modeling_own.py").write_text(REMOTE_CODE)
+    config = json.loads((folder / "config.json").read_text())
+    auto_map = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": auto_map}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_remote_code_runs_only_when_it_is_trusted(remote_model, call_main, trained_models, tmp_path):
+    argv = ["--model_name_or_path", remote_model, *FLAGS, "--output_dir", tmp_path / "run"]
+    with pytest.raises(UserError, match="Python code of its publisher.*--trust_remote_code"):
+        call_main("qlora_finetune", *argv)
+    call_main("qlora_finetune", *argv, "--trust_remote_code")
+    assert type(trained_models[-1].get_base_model()).__name__ == "OwnForCausalLM"
+
+
+def test_model_of_an_unknown_kind_is_one_line(remote_model, call_main, tmp_path):
+    config = json.loads((remote_model / "config.json").read_text())
+    del config["auto_map"]
+    (remote_model / "config.json").write_text(json.dumps(config))
+    argv = ["--model_name_or_path", remote_model, *FLAGS, "--output_dir", tmp_path / "run"]
+    with pytest.raises(UserError, match="a kind that transformers does not know"):
+        call_main("qlora_finetune", *argv)
+
+
+def test_list_of_models_in_the_readme_is_the_tests_own():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"<!-- models -->\n{render_models()}\n<!-- /models -->" in readme

@@ -1,0 +1,88 @@
+"""The card and the files of a shared run; everything up to the hub itself."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT, run_script
+
+from utils.console import UserError
+from utils.sharing import list_shared_files, push_run, render_model_card
+
+IDENTITY = ROOT / "data" / "guanaco_identity.jsonl"
+
+
+@pytest.fixture
+def run(call_main, tiny_model, tmp_path):
+    argv = ["--model_name_or_path", tiny_model, "--dataset_name", IDENTITY, "--max_train_samples", "8"]
+    argv += ["--source_max_len", "200", "--target_max_len", "100", "--lora_r", "4", "--do_train", "--do_eval"]
+    argv += ["--max_steps", "2", "--eval_dataset_size", "4", "--gradient_accumulation_steps", "1"]
+    call_main("qlora_finetune", *argv, "--output_dir", tmp_path / "guanaco-tiny", "--save_steps", "1")
+    return tmp_path / "guanaco-tiny"
+
+
+def read_card(text):
+    """(front matter, body) as the hub reads them."""
+    _, front, body = text.split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_card_of_a_finished_run_tells_base_data_settings_results_and_use(run, tiny_model):
+    front, body = read_card((run / "README.md").read_text())
+    assert front == {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["qlora", "lora"]}
+    record = json.loads((run / "run.json").read_text())
+    assert body.startswith("\n# guanaco-tiny\n") and f"`{tiny_model}`" in body
+    (source,) = record["data"]["sources"]
+    assert f"- `{IDENTITY}` (128 rows, sha256 {source['sha256'][:12]})" in body
+    assert "| learning_rate | 0.0002 |" in body and "| lora_r | 4 |" in body and "| bits | 4 |" in body
+    assert f"| eval_loss | {record['metrics']['eval_loss']:.4g} |" in body and "| steps | 2 |" in body
+    assert "![Training curve](training_curve.png)" in body and "`<|im_end|>`" in body
+
+
+def test_card_names_hub_ids_and_never_a_local_path_to_the_hub(run):
+    record = json.loads((run / "run.json").read_text())
+    record["base_model"]["name"] = "huggyllama/llama-7b"
+    record["data"]["sources"][0]["name"] = "tatsu-lab/alpaca"
+    front, body = read_card(render_model_card(record))
+    assert front["base_model"] == "huggyllama/llama-7b" and front["datasets"] == ["tatsu-lab/alpaca"]
+    assert 'from_pretrained(\n    "huggyllama/llama-7b"' in body
+
+
+def test_code_in_the_card_runs(run, tmp_path):
+    body = (run / "README.md").read_text()
+    code = body.split("```python\n")[1].split("```")[0].replace("THIS_FOLDER", str(run))
+    code = code.replace("torch.bfloat16", "torch.float32").replace('"auto"', '"cpu"')
+    code += "\nprint(type(model).__name__, model.base_model.model.model.layers[0].mlp.up_proj.base_layer)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "PeftModelForCausalLM" in result.stdout and "4bit" in result.stdout
+
+
+def test_checkpoints_and_logs_stay_at_home(run):
+    (run / "notes.txt").write_text("mine")
+    assert list_shared_files(run) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "metrics.json",
+        "run.json", "tokenizer.json", "tokenizer_config.json", "training_curve.png",
+    ]  # fmt: skip
+
+
+def test_card_of_a_checkpoint_claims_no_results(run):
+    _, body = read_card((run / "checkpoint-1" / "README.md").read_text())
+    assert "training_curve" not in body and "| steps |" not in body
+
+
+def test_unfinished_run_is_not_shared(run):
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    with pytest.raises(UserError, match="is running: only a finished run"):
+        push_run(run, "guanaco-tiny")
+
+
+def test_push_without_the_hub_is_refused_before_anything_is_trained(tiny_model, tmp_path):
+    argv = ["--model_name_or_path", tiny_model, "--dataset_name", IDENTITY, "--model_max_length", "300"]
+    result = run_script("qlora_finetune.py", *argv, "--output_dir", tmp_path / "run", "--push_to_hub")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "--push_to_hub" in result.stderr and "HF_HUB_OFFLINE" in result.stderr
+    assert not (tmp_path / "run").exists()

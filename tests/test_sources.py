@@ -1,0 +1,213 @@
+"""What --dataset_name means: names, hub ids, files, folders, globs, samples; and what to do where it fails."""
+
+import json
+
+import pytest
+from conftest import ROOT
+from test_formats import GOLDEN, list_turns
+
+from utils.arguments import DataArguments, ModelArguments, TrainingArguments
+from utils.console import UserError
+from utils.data import load_rows
+from utils.formats import ALIASES
+from utils.named_sets import NAMED_SETS
+from utils.sources import EVAL, TEST, TRAIN, find_sources, load_sample_prompts
+
+# Each named set's file as its publisher calls it, and a row in its own columns.
+PUBLISHED = {
+    "alpaca": (
+        "alpaca/data/train-00000-of-00001.parquet",
+        {"instruction": "q", "input": "", "output": "a", "text": "Below is ..."},
+        ["u:q", "a:a"],
+    ),
+    "alpaca-clean": (
+        "alpaca-cleaned/alpaca_data_cleaned.json",
+        {"instruction": "q", "input": "i", "output": "a"},
+        ["u:q\n\ni", "a:a"],
+    ),
+    "chip2": ("unified_chip2.jsonl", *GOLDEN["chip2"]),
+    "self-instruct": (
+        "self_instruct/self_instruct/train/0000.parquet",
+        {"prompt": "q", "completion": "a"},
+        ["u:q", "a:a"],
+    ),
+    "hh-rlhf": ("Anthropic/hh-rlhf/harmless-base/train.jsonl.gz", *GOLDEN["hh-rlhf"]),
+    "longform": (
+        "LongForm/dataset/train.jsonl",
+        {"input": "q", "output": "a", "source": "C4", "subset": "c4"},
+        ["u:q", "a:a"],
+    ),
+    "oasst1": ("openassistant-guanaco/openassistant_best_replies_train.jsonl", *GOLDEN["oasst1"]),
+    "vicuna": ("ShareGPT_V3_unfiltered_cleaned_split.json", *GOLDEN["sharegpt"]),
+    "evol_instruct": (
+        "WizardLM_evol_instruct_V2_196k/WizardLM_evol_instruct_V2_143k.json",
+        {
+            "idx": "x",
+            "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+        },
+        ["u:q", "a:a"],
+    ),
+    "dolly-15k": ("databricks-dolly-15k/databricks-dolly-15k.jsonl", *GOLDEN["dolly"]),
+    "olcc": ("olcc.json", {"instruction": "问", "output": "答"}, ["u:问", "a:答"]),
+}
+
+
+def write_rows(path, rows):
+    import gzip
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+    if path.suffix == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    else:
+        path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+    return path
+
+
+def load(name, do_eval=False, do_predict=False, data_seed=42, **flags):
+    training_args = TrainingArguments(
+        do_train=True, do_eval=do_eval, do_predict=do_predict, data_seed=data_seed
+    )
+    return load_rows(ModelArguments(), DataArguments(str(name), **flags), training_args)
+
+
+def list_questions(rows, part=TRAIN):
+    return [chat.messages[0]["content"] for kept, _, _, chat in rows.read("\n\n") if kept == part]
+
+
+def alpaca_rows(count, start=0):
+    return [
+        {"instruction": f"Question {i}?", "input": "", "output": f"Answer {i}."}
+        for i in range(start, start + count)
+    ]
+
+
+def test_every_named_set_has_a_fixture():
+    assert PUBLISHED.keys() == NAMED_SETS.keys()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_named_set_is_found_in_its_local_copy_and_read(tmp_path, name):
+    file, row, turns = PUBLISHED[name]
+    write_rows(tmp_path / file, [row, row | {"id": 2}])
+    rows = load(name, data_dir=str(tmp_path), load_from_local=True)
+    chats = [chat for _, _, _, chat in rows.read("\n\n")]
+    assert len(chats) == 2 and list_turns(chats[0]) == turns
+    wanted = NAMED_SETS[name].dataset_format
+    assert rows.sources[0].dataset_format == wanted or ALIASES[wanted] == rows.sources[0].dataset_format
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_named_set_out_of_reach_says_what_to_download_and_where_to_put_it(name):
+    with pytest.raises(UserError, match=f"DIR/{name}/ and add --load_from_local --data_dir DIR") as caught:
+        find_sources(name, DataArguments())
+    assert (NAMED_SETS[name].hub_id or "BAAI") in str(caught.value)
+
+
+def test_named_set_missing_in_the_local_folder_names_what_was_looked_for(tmp_path):
+    with pytest.raises(UserError, match="holds no olcc: download OL-CC"):
+        load("olcc", data_dir=str(tmp_path), load_from_local=True)
+
+
+def test_hub_id_with_config_and_split_is_no_local_path():
+    for name in ("org/name", "org/name:config", "org/name:config[test]", "org/name[train]", "oasst1[test]"):
+        with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
+            find_sources(name, DataArguments())
+
+
+def test_files_folders_globs_and_lists_of_them_are_read_in_order(tmp_path):
+    for i in range(3):
+        write_rows(tmp_path / "set" / f"part-{i}.jsonl", alpaca_rows(2, start=2 * i))
+    write_rows(tmp_path / "more.csv", [])
+    (tmp_path / "more.csv").write_text("prompt,completion\nQuestion 6?,x\n")
+    expected = [f"Question {i}?" for i in range(6)]
+    assert list_questions(load(tmp_path / "set")) == expected
+    assert list_questions(load(f"{tmp_path}/set/part-*.jsonl")) == expected
+    assert list_questions(load(f"{tmp_path}/set/part-[02].jsonl")) == expected[:2] + expected[4:]
+    both = load(f"{tmp_path}/set,{tmp_path}/more.csv")
+    assert list_questions(both) == [*expected, "Question 6?"]
+    assert [source.dataset_format for source in both.sources] == ["alpaca"] * 3 + ["self-instruct"]
+
+
+def test_count_behind_a_name_draws_a_seeded_sample(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", alpaca_rows(100))
+    first, again, other = load(f"{path}#10"), load(f"{path}#10"), load(f"{path}#10", data_seed=1)
+    assert len(list_questions(first)) == 10 and list_questions(first) == list_questions(again)
+    assert list_questions(first) != list_questions(other)
+    assert list_questions(first) != [f"Question {i}?" for i in range(10)]
+
+
+def test_held_out_files_of_a_folder_are_not_trained_on(tmp_path):
+    write_rows(tmp_path / "oasst1" / "openassistant_best_replies_train.jsonl", alpaca_rows(20))
+    write_rows(tmp_path / "oasst1" / "openassistant_best_replies_eval.jsonl", alpaca_rows(4, start=20))
+    train_only = load(tmp_path / "oasst1")
+    assert len(list_questions(train_only)) == 20 and train_only.count(EVAL) == 0
+    rows = load(tmp_path / "oasst1", do_eval=True)
+    assert list_questions(rows, EVAL) == [f"Question {i}?" for i in range(20, 24)]
+    both = load(tmp_path / "oasst1", do_eval=True, do_predict=True)
+    assert (both.count(EVAL), both.count(TEST)) == (2, 2)
+
+
+FAILS = {
+    "nothing.jsonl": "no such file",
+    "./no/such": "no such file",
+    "no-such-name": "or one of alpaca, alpaca-clean",
+    "rows*.jsonl": "matches no file",
+    "empty-folder": "the folder holds no .json",
+}
+
+
+@pytest.mark.parametrize("name", FAILS)
+def test_name_that_means_nothing_says_what_would(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty-folder").mkdir()
+    (tmp_path / "empty-folder" / "note.md").write_text("no rows")
+    with pytest.raises(UserError, match=FAILS[name]):
+        load(name)
+
+
+def test_unknown_columns_are_named_with_the_formats(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"question": "q", "reply": "a"}])
+    with pytest.raises(UserError, match="has the columns question, reply.*--dataset_format: messages"):
+        load(path)
+
+
+def test_bad_rows_are_counted_with_their_numbers_and_the_good_kept(tmp_path, capsys):
+    good = alpaca_rows(3)
+    bad = [
+        {"instruction": "q", "output": None},
+        7,
+        {"instruction": "q"},
+        {"instruction": "\ud800", "output": "a"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    mixed = [good[0], bad[0], good[1], bad[1], bad[2], good[2], bad[3]]
+    path.write_text("\n".join(json.dumps(row) for row in mixed))
+    rows = load(path)
+    assert list_questions(rows) == [f"Question {i}?" for i in range(3)]
+    (scan,) = rows.scans
+    assert sorted(number for numbers in scan.bad.values() for number in numbers) == [2, 4, 5, 7]
+    assert "4 left out in all" in capsys.readouterr().out or len(scan.bad) <= 3
+
+
+def test_file_without_one_usable_row_is_refused(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"instruction": "q", "output": ""}] * 3)
+    with pytest.raises(UserError, match="no row can be used; row 1: column 'output' is empty"):
+        load(path)
+
+
+def test_sample_prompts_are_prompts_or_messages(tmp_path):
+    assert len(load_sample_prompts(ROOT / "data" / "sample_prompts.jsonl")) == 4
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(
+        '{"prompt": "a"}\n{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "b"}]}'
+    )
+    assert [[m["content"] for m in chat] for chat in load_sample_prompts(str(path))] == [["a"], ["s", "b"]]
+    path.write_text('{"question": "a"}')
+    with pytest.raises(UserError, match="row 1 must be"):
+        load_sample_prompts(str(path))

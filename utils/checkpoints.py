@@ -1,0 +1,232 @@
+"""Checkpoints that are whole or not there: written beside, read back, hashed, fsynced, renamed.
+
+manifest.json, written last, names every file with its size and sha256. Nothing is resumed from that differs.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from utils.console import UserError, notice
+
+MANIFEST_FILE = "manifest.json"
+STATE_FILE = "trainer_state.json"
+RESUME_FILES = (STATE_FILE, "training_state.json", "optimizer.safetensors")
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt"}
+# Hidden names beside checkpoint-N: being written, being replaced by a new N, being deleted.
+WRITING, REPLACED, DELETING = "tmp", "old", "gone"
+LEFTOVERS = re.compile(rf"\.(checkpoint-\d+|final)\.({WRITING}|{REPLACED}|{DELETING})|.+\.tmp")
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoint-N folders, by step."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(folders, key=read_step)
+
+
+def read_step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def name_beside(folder: Path, kind: str) -> Path:
+    return folder.with_name(f".{folder.name}.{kind}")
+
+
+def seal_folder(folder: Path, step: int, fingerprints: dict[str, str]) -> None:
+    """Hash and fsync every file of `folder`, then write its manifest."""
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        flush_to_disk(path)
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": hash_file(path)}
+    manifest = {"step": step, "fingerprints": fingerprints, "files": files}
+    (folder / MANIFEST_FILE).write_bytes(render_manifest(manifest))
+    flush_to_disk(folder / MANIFEST_FILE)
+    flush_to_disk(folder)
+
+
+def render_manifest(content: dict[str, Any]) -> bytes:
+    """The manifest's bytes; `sha256` is that of the rest, so that the manifest is checked as well."""
+    content = {name: value for name, value in content.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return (json.dumps(content | {"sha256": digest}, indent=1) + "\n").encode()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises ValueError, saying why, where the manifest is not the one that was written for this folder."""
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise ValueError(f"it has no {MANIFEST_FILE} (an unfinished save, or another program's)")
+    written = path.read_bytes()
+    try:
+        manifest = json.loads(written)
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict) or render_manifest(manifest) != written:
+        raise ValueError(f"{MANIFEST_FILE} is damaged")
+    if manifest["step"] != read_step(folder):
+        raise ValueError(f"{MANIFEST_FILE} is that of step {manifest['step']}")
+    return manifest
+
+
+def find_fault(folder: Path) -> str | None:
+    """Why `folder` cannot be resumed from, naming the file; None where it is just as it was saved."""
+    try:
+        files = read_manifest(folder)["files"]
+        for name, expected in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["size"]:
+                return f"{name} has {path.stat().st_size:,} bytes, {expected['size']:,} were saved"
+            if hash_file(path) != expected["sha256"]:
+                return f"{name} is not what was saved (its sha256 differs)"
+    except (ValueError, OSError) as error:
+        return str(error)
+    absent = [name for name in RESUME_FILES if name not in files]
+    if absent:
+        return f"it was saved without {absent[0]} (--save_only_model)"
+    foreign = (path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.name not in files)
+    return next((f"{path.name} was not saved with it" for path in foreign), None)
+
+
+def find_valid_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint that is as it was saved; one line for each newer one that is not."""
+    checkpoints = list_checkpoints(output_dir)
+    for folder in reversed(checkpoints):
+        fault = find_fault(folder)
+        if fault is None:
+            return folder
+        notice(f"{folder} is skipped: {fault}")
+    if checkpoints:
+        notice(f"{output_dir} holds no valid checkpoint: training starts at step 0")
+    return None
+
+
+def publish_folder(staging: Path, folder: Path) -> None:
+    """Rename a sealed folder to its name; an older one of that name goes only once the new one is there."""
+    replaced = name_beside(folder, REPLACED)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)
+    staging.rename(folder)
+    flush_to_disk(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Rename, then delete: a kill in between leaves no half checkpoint under its name."""
+    deleting = name_beside(folder, DELETING)
+    shutil.rmtree(deleting, ignore_errors=True)
+    folder.rename(deleting)
+    shutil.rmtree(deleting)
+
+
+def remove_old_checkpoints(output_dir: Path, limit: int | None, keep: set[Path]) -> None:
+    """Keep `limit` checkpoints: those in `keep` (the one just verified among them) and the newest others."""
+    others = [folder for folder in list_checkpoints(output_dir) if folder not in keep]
+    allowed = max(0, limit - len(keep)) if limit else len(others)
+    for folder in others[: len(others) - allowed]:
+        remove_checkpoint(folder)
+
+
+def sweep_leftovers(output_dir: Path) -> None:
+    """Remove what a killed save left, after putting back a checkpoint that was about to be replaced."""
+    for path in sorted(output_dir.glob("*")) if output_dir.is_dir() else []:
+        if not LEFTOVERS.fullmatch(path.name):
+            continue
+        final = path.with_name(path.name.removeprefix(".").rpartition(".")[0])
+        if path.suffix == f".{REPLACED}" and not final.exists():
+            path.rename(final)
+            continue
+        notice(f"removing {path.name}, left by a save that was interrupted")
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def check_free_space(output_dir: Path, checkpoint_bytes: int) -> None:
+    """Raises UserError where the first checkpoint, and another written beside it, would not fit."""
+    free = shutil.disk_usage(output_dir).free
+    if free < 2 * checkpoint_bytes:
+        raise UserError(
+            f"--output_dir {output_dir} has {free / 2**30:.2f} GiB free and two checkpoints of this run need "
+            f"{2 * checkpoint_bytes / 2**30:.2f} GiB: free some space or name a folder on another disk"
+        )
+
+
+@contextmanager
+def disk_errors_explained(path: Path, kept: Path | None) -> Iterator[None]:
+    """Turn a full disk, a quota or a read-only folder into one line that says what is still there."""
+    try:
+        yield
+    except Exception as error:
+        number = find_errno(error)
+        if number is None:
+            raise
+        last = f"the last good checkpoint is {kept}" if kept else "no checkpoint had been saved before"
+        raise UserError(
+            f"{path} cannot be written ({os.strerror(number)}); {last}: make room or the folder writable, "
+            "then run the same command again"
+        ) from error
+
+
+def find_errno(error: BaseException | None) -> int | None:
+    """The system's error number behind `error`: safetensors and tokenizers give it in their text only."""
+    if error is None:
+        return None
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match else find_errno(error.__cause__)
+
+
+def verify_adapter(model: Any, folder: Path) -> None:
+    """Hold the adapter read back from `folder` against the one in memory; UserError where it differs."""
+    import torch
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as saved:
+        names = set(saved.keys())
+        wrong = sorted(names ^ expected.keys()) or [
+            name
+            for name, tensor in expected.items()
+            if not torch.equal(saved.get_tensor(name), tensor.detach().cpu())
+        ]
+    if wrong:
+        raise UserError(
+            f"the adapter read back from {folder} differs from the one in memory ({wrong[0]}, {len(wrong)} "
+            f"of {len(expected)} tensors): the disk or the memory is faulty, this save is not used"
+        )
+
+
+def check_adapter_learned(model: Any, steps: int) -> None:
+    """Raises UserError where every lora_B is still zero; names the layers whose own is."""
+    weights = {name: weight for name, weight in model.named_parameters() if ".lora_B." in name}
+    unchanged = [name.partition(".lora_B.")[0] for name, weight in weights.items() if not weight.any()]
+    if weights and len(unchanged) == len(weights):
+        raise UserError(
+            f"every lora_B is still zero after {steps} steps, so the adapter does nothing: the learning rate "
+            "was 0 throughout, or every step was skipped"
+        )
+    if unchanged:
+        notice(f"lora_B is still zero in {len(unchanged)} of {len(weights)} layers: {unchanged[0]}, ...")
+
+
+def hash_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file, or a folder's list of names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,47 @@
+"""The Trainer on the fused path: the same rows, loss and adapter, gradients and optimizer on flat buffers."""
+
+from typing import Any
+
+import torch
+
+from utils.cuda_graph import GraphedStep
+from utils.fast_model import FastModel
+from utils.trainer import QLoraTrainer, find_micro_batches
+
+# Optimizers that treat every weight alike, so that one flat buffer is as good as many matrices.
+ELEMENTWISE = ("adamw", "paged_adamw", "lion", "paged_lion", "sgd", "rmsprop", "ademamix", "paged_ademamix")
+
+
+def find_optimizer_obstacle(optim: str) -> str | None:
+    return None if optim.startswith(ELEMENTWISE) else f"--optim {optim} looks at each matrix"
+
+
+class FastQLoraTrainer(QLoraTrainer):
+    """QLoraTrainer whose micro-batches run through FastModel, replayed as CUDA graphs on a GPU."""
+
+    def __init__(self, *args: Any, fast: FastModel, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.fast, self.run_step = fast, GraphedStep(fast)
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            group = {"params": [self.fast.flat.weights], "weight_decay": self.args.weight_decay}
+            self.optimizer = optimizer_class([group], **options)
+        return self.optimizer
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        parts = find_micro_batches(self._prepare_inputs(inputs))
+        self.count_tokens(parts)
+        model.train()
+        processes = self.accelerator.num_processes
+        scaler, one = self.accelerator.scaler, torch.ones((), device=self.args.device)
+        loss_scale = (scaler.scale(one) if scaler else one) / num_items_in_batch
+        losses = torch.stack([self.run_step(part, loss_scale) for part in parts])
+        if processes > 1 and self.accelerator.sync_gradients:
+            torch.distributed.all_reduce(self.fast.flat.grads)
+        return losses.sum() / num_items_in_batch * processes
+
+    def _clip_grad_norm(self, model):
+        self.accelerator.unscale_gradients(self.optimizer)
+        return self.fast.flat.clip_gradients(self.args.max_grad_norm)
