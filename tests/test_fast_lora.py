@@ -52,6 +52,24 @@ def test_checkpointing_changes_no_gradient(name):
         model.seed.fill_(7)
         model.run(batch, SCALE)
     assert relative_difference(adapter_gradients(again.model), adapter_gradients(fast.model)) < 1e-6
+    assert all(
+        block._gradient_checkpointing_func.keywords["preserve_rng_state"] is False for block in again.blocks
+    )
+
+
+def test_dropout_of_the_base_keeps_the_rng_state_of_checkpointing():
+    assert not prepare(build_model("opt")).has_own_dropout
+    model = build_model("opt")
+    model.config.dropout = 0.1
+    fast = prepare(model)
+    fast.model.gradient_checkpointing_enable({"use_reentrant": False})
+    fast.run(build_batch(packed=False), SCALE)
+    kept = [
+        block
+        for block in fast.blocks
+        if "preserve_rng_state" not in block._gradient_checkpointing_func.keywords
+    ]
+    assert fast.has_own_dropout and kept == fast.blocks
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])

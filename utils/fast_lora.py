@@ -212,7 +212,7 @@ class SharedInput:
         if args or kwargs or not torch.is_grad_enabled() or self.group.layers[i].disable_adapters:
             return plain(x, *args, **kwargs)  # evaluation and generation take PEFT's own way
         if self.x is not x or i not in self.ys:
-            flat_x = x.reshape(-1, x.shape[-1]).to(self.group.dtype)
+            flat_x = x.reshape(-1, x.shape[-1]).to(self.group.dtype).contiguous()
             with torch.autocast(x.device.type, enabled=False):
                 ys = FusedProjections.apply(flat_x, self.group.flat.weights, self.group)
             self.x, self.ys = x, dict(enumerate(ys))
@@ -227,7 +227,7 @@ def forward_mlp(
 ) -> torch.Tensor:
     if not torch.is_grad_enabled() or down.layers[0].disable_adapters:
         return plain(x)
-    flat_x = x.reshape(-1, x.shape[-1]).to(down.dtype)
+    flat_x = x.reshape(-1, x.shape[-1]).to(down.dtype).contiguous()
     with torch.autocast(x.device.type, enabled=False):
         y = FusedMLP.apply(flat_x, down.flat.weights, gate_up, down, act)
     return y.view(*x.shape[:-1], -1)

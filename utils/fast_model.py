@@ -16,6 +16,7 @@ from utils.prompts import IGNORE_INDEX
 from utils.varlen_attention import find_attention_obstacle, packed_attention
 
 MicroBatch = dict[str, Any]
+RERUN = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class FastModel:
@@ -38,13 +39,7 @@ class FastModel:
             if obstacle:
                 notice(f"fast path: the model's own {what} is used ({obstacle})")
         self.has_own_dropout = has_own_dropout(model)
-        if (
-            not self.has_own_dropout
-        ):  # our dropout repeats by its seed: no RNG state to keep for the recompute
-            rerun = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-            for module in model.modules():
-                if hasattr(module, "_gradient_checkpointing_func"):
-                    module._gradient_checkpointing_func = rerun
+        self.blocks = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
 
     def draw_masks(self) -> None:
         """New dropout masks, from torch's CPU generator: a resumed run draws what an unbroken one would."""
@@ -58,6 +53,7 @@ class FastModel:
         """
         self.flat.attach_gradients()
         self.flat.refresh_copy()
+        self.forget_rng_state()
         if "cu_seqlens" not in batch or self.attention_obstacle:
             loss = self.sum_losses(batch)
             loss.backward(loss_scale)
@@ -67,6 +63,14 @@ class FastModel:
             loss = self.sum_losses(batch, **lengths)
             loss.backward(loss_scale)
         return loss.detach()
+
+    def forget_rng_state(self) -> None:
+        """Let checkpointing recompute without torch's RNG state: our masks repeat by their seed.
+
+        No graph can hold that state. Done here, as the Trainer turns checkpointing on when training begins.
+        """
+        for block in self.blocks if not self.has_own_dropout else []:
+            block._gradient_checkpointing_func = RERUN
 
     def sum_losses(self, batch: MicroBatch, **lengths: Any) -> torch.Tensor:
         names = ("input_ids", "position_ids", "attention_mask")
@@ -113,7 +117,14 @@ def apply_liger(causal_model: nn.Module) -> None:
 
 def has_own_dropout(model: nn.Module) -> bool:
     """Whether the base drops anything itself: that mask comes from torch's generator, not from our seed."""
-    return any(
+    modules = any(
         isinstance(module, nn.Dropout) and module.p > 0 and ".lora_dropout." not in name
         for name, module in model.named_modules()
+    )
+    # Others hand a number of their config to torch's function.
+    config = model.config.get_text_config().to_dict()
+    return modules or any(
+        value > 0
+        for name, value in config.items()
+        if "drop" in name and isinstance(value, float) and not name.startswith(("classifier", "summary"))
     )
