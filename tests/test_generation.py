@@ -231,6 +231,7 @@ def test_base_beside_adapter_in_one_model_and_replies_in_turns_never_mix(run):
         layer.lora_B["default"].weight.data.normal_()
     flags = GenerationArguments(max_new_tokens=20, min_new_tokens=20)
     alone = {tuned: "".join(stream_reply(chat, QUESTION, flags, tuned=tuned)) for tuned in (True, False)}
+    chat.turns.set_adapter(True)  # PEFT's context leaves the adapter as it finds it
     with chat.model.disable_adapter(), torch.no_grad():
         chat.turns.layers, layers = [], chat.turns.layers
         assert "".join(stream_reply(chat, QUESTION, flags)) == alone[False] != alone[True]
