@@ -120,7 +120,9 @@ class TrainingArguments:
     do_train: bool = HfArg(default=False, help="Train. On when none of the three is given.")
     do_eval: bool = HfArg(default=False, help="Measure the loss on held-out rows.")
     do_predict: bool = HfArg(default=False, help="Answer the held-out rows into predictions.jsonl.")
-    predict_with_generate: bool = HfArg(default=True, help="Predictions are generated text.")
+    predict_with_generate: bool = HfArg(
+        default=False, help="Evaluations answer the held-out rows too, scored by ROUGE and BLEU."
+    )
     sample_generate: bool = HfArg(default=False, help="Answer --sample_prompts at each evaluation.")
     sample_prompts: str = HfArg(default="data/sample_prompts.jsonl", help="Rows {prompt} or {messages}.")
     num_train_epochs: float = HfArg(default=3.0, help="Passes over the training rows.")

@@ -1,14 +1,54 @@
-"""--do_predict: answers to the held-out rows, beside their references."""
+"""Answers to held-out rows, beside their references: --do_predict, and --predict_with_generate's scores."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
+
 from utils.arguments import GenerationArguments
-from utils.console import notice
+from utils.console import is_main_process, notice, read_rank_and_size
 from utils.generation import generate_replies
-from utils.prompts import row_to_messages
+from utils.metrics import score_answers
+from utils.prompts import Messages, row_to_messages
 from utils.run_record import next_free_path
+
+
+def read_asked_chats(rows: list[dict[str, Any]], dataset_format: str, tokenizer: Any) -> list[Messages]:
+    """The rows whose last turn answers something, as messages."""
+    alpaca_input = "### Input:" in tokenizer.chat_template
+    chats = [row_to_messages(row, dataset_format, alpaca_input) for row in rows]
+    return [chat for chat in chats if chat[-1]["role"] == "assistant" and len(chat) > 1]
+
+
+def answer_chats(
+    model: Any,
+    tokenizer: Any,
+    chats: list[Messages],
+    stop_ids: list[int],
+    generation_args: GenerationArguments,
+    seed: int,
+    batch_size: int,
+) -> list[dict[str, str]]:
+    """{prompt, reference, prediction} of each chat's last answer; several processes share the chats."""
+    rank, size = read_rank_and_size()
+    mine = list(range(rank, len(chats), size))
+    replies = generate_replies(
+        model, tokenizer, [chats[i][:-1] for i in mine], stop_ids, generation_args, seed, batch_size
+    )
+    answered = dict(gather_object(list(zip(mine, replies, strict=True))))
+    return [
+        {"prompt": chat[-2]["content"], "reference": chat[-1]["content"], "prediction": answered[i]}
+        for i, chat in enumerate(chats)
+    ]
+
+
+def score_predictions(rows: list[dict[str, str]], prefix: str) -> dict[str, float]:
+    """ROUGE and BLEU in percent, named `<prefix>_rouge-1` and so on."""
+    if not rows:
+        return {}
+    scores = score_answers([row["prediction"] for row in rows], [row["reference"] for row in rows])
+    return {f"{prefix}_{name}": value for name, value in scores.items()}
 
 
 def predict_rows(
@@ -21,19 +61,14 @@ def predict_rows(
     seed: int,
     batch_size: int,
     output_dir: Path,
-) -> dict[str, int]:
-    """Write {prompt, reference, prediction} of each row's last answer to predictions.jsonl."""
-    alpaca_input = "### Input:" in tokenizer.chat_template
-    chats = [row_to_messages(row, dataset_format, alpaca_input) for row in rows]
-    chats = [chat for chat in chats if chat[-1]["role"] == "assistant" and len(chat) > 1]
-    replies = generate_replies(
-        model, tokenizer, [chat[:-1] for chat in chats], stop_ids, generation_args, seed, batch_size
-    )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    path = next_free_path(output_dir / "predictions.jsonl")
-    with open(path, "x", encoding="utf-8") as file:
-        for chat, reply in zip(chats, replies, strict=True):
-            row = {"prompt": chat[-2]["content"], "reference": chat[-1]["content"], "prediction": reply}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    notice(f"{len(replies)} predictions are in {path}")
-    return {"predict_rows": len(replies)}
+) -> dict[str, float]:
+    """Write {prompt, reference, prediction} of each row's last answer to predictions.jsonl; score them."""
+    chats = read_asked_chats(rows, dataset_format, tokenizer)
+    answered = answer_chats(model, tokenizer, chats, stop_ids, generation_args, seed, batch_size)
+    if is_main_process():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        path = next_free_path(output_dir / "predictions.jsonl")
+        with open(path, "x", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in answered)
+        notice(f"{len(answered)} predictions are in {path}")
+    return {"predict_rows": len(answered)} | score_predictions(answered, "predict")

@@ -11,10 +11,10 @@ import torch
 import transformers
 
 from utils.arguments import GenerationArguments, ModelArguments, TrainingArguments
-from utils.callbacks import MmluEvaluation, SampleAnswers, save_training_curve
+from utils.callbacks import AnswerScores, MmluEvaluation, SampleAnswers, save_training_curve
 from utils.console import is_main_process, notice
 from utils.data import Rows
-from utils.predictions import predict_rows
+from utils.predictions import predict_rows, read_asked_chats
 from utils.prompts import Messages
 from utils.run_record import (
     build_run_record,
@@ -122,6 +122,10 @@ def run_trainer(
 ) -> None:
     """Train, evaluate, predict, as asked; leave the results in the run's folder."""
     output_dir, metrics = Path(training_args.output_dir), {}
+    if training_args.predict_with_generate and rows.held_out:
+        tokenizer = trainer.processing_class
+        chats = read_asked_chats(rows.held_out, rows.held_out_format, tokenizer)
+        trainer.add_callback(AnswerScores(tokenizer, stop_ids, chats, generation_args))
     if training_args.do_train:
         metrics |= train(trainer, start_run(trainer.record, output_dir, training_args))
     if training_args.do_eval:
@@ -158,10 +162,6 @@ def predict(
     training_args: TrainingArguments,
     generation_args: GenerationArguments,
 ) -> dict[str, float]:
-    if not training_args.predict_with_generate:
-        return trainer.evaluate(metric_key_prefix="predict")
-    if not is_main_process():
-        return {}
     return predict_rows(
         trainer.model,
         trainer.processing_class,
