@@ -300,6 +300,11 @@ def describe_unknown(word: str, flags: list[str]) -> str:
     )
 
 
+def name_leading_words(argv: list[str], flag: str) -> list[str]:
+    """`argv` with the words before its first flag given to `flag`: `RUN --bits 4` names a checkpoint_dir."""
+    return [flag, *argv] if argv and not argv[0].startswith("-") else argv
+
+
 def find_given_flags(argv: list[str]) -> set[str]:
     """Names of the fields set on the command line."""
     return {
