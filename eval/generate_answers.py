@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers.hf_argparser import HfArg
 
-from eval.questions import Question, load_questions, name_answer
+from eval.questions import Question, load_questions
 from utils.arguments import (
     GenerationArguments,
     ModelArguments,
@@ -25,7 +25,6 @@ from utils.arguments import (
 )
 from utils.checks import check_adapter_fits, read_model_config, resolve_model
 from utils.console import UserError, notice, run_main
-from utils.prompts import render_chat
 from utils.run_record import next_free_path
 
 
@@ -83,6 +82,8 @@ def write_answers(
     """Answer batch by batch into answer-NAME.jsonl, so that a stopped run leaves what it had."""
     from tqdm import tqdm
 
+    from eval.answers import answer_batch
+
     folder = Path(answer_args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = next_free_path(folder / f"answer-{name}.jsonl")
@@ -92,44 +93,11 @@ def write_answers(
         for start in range(0, len(questions), size):
             batch = questions[start : start + size]
             for row in answer_batch(chat, batch, generation_args, answer_args.seed + start, size):
+                del row["ids"]
                 file.write(json.dumps(row | settings, ensure_ascii=False) + "\n")
             file.flush()
             bar.update(len(batch))
     notice(f"{len(questions)} answers of {name} are in {path}")
-
-
-def answer_batch(
-    chat: Any, questions: list[Question], generation_args: GenerationArguments, seed: int, batch_size: int
-) -> list[dict[str, Any]]:
-    """{question_id, text, category, prompt, generation, answer_id, tokens, stopped} of each question.
-
-    `tokens` counts the stop token; `stopped` says whether the answer came to one. The oldest turns of a chat
-    that is too long for the context are dropped; a question that is too long by itself raises UserError.
-    """
-    from utils.generation import decode_reply, generate_ids, trim_history
-
-    chats = [
-        trim_history(chat, question.messages, generation_args.max_new_tokens)[0] for question in questions
-    ]
-    replies = generate_ids(
-        chat.model, chat.tokenizer, chats, chat.stop_ids, generation_args, seed, batch_size
-    )
-    rows = []
-    for question, messages, ids in zip(questions, chats, replies, strict=True):
-        text = decode_reply(chat.tokenizer, ids, chat.stop_ids)
-        rows.append(
-            {
-                "question_id": question.question_id,
-                "text": question.text,
-                "category": question.category,
-                "prompt": render_chat(chat.tokenizer, messages, add_generation_prompt=True),
-                "generation": text,
-                "answer_id": name_answer(question.question_id, text),
-                "tokens": len(ids),
-                "stopped": bool(ids) and ids[-1] in chat.stop_ids,
-            }
-        )
-    return rows
 
 
 if __name__ == "__main__":

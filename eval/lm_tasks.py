@@ -80,9 +80,13 @@ def render_scores(scores: dict[str, list[dict[str, Any]]]) -> str:
     names = list(scores)
     lines = [f"| task | metric | {' | '.join(names)} |", "|---|---|" + "---:|" * len(names)]
     for rows in zip(*scores.values(), strict=True):
-        cells = [f"{row['value']:.4f}" + (f" ± {row['stderr']:.4f}" if row["stderr"] else "") for row in rows]
+        cells = [format_score(row) for row in rows]
         lines.append(f"| {rows[0]['task']} | {rows[0]['metric']} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def format_score(row: dict[str, Any]) -> str:
+    return f"{row['value']:.4f}" + ("" if row["stderr"] is None else f" ± {row['stderr']:.4f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What is compared before and after a run: each measure item by item, with an interval of the difference.
 
-Both sides see the same items, so the interval is of the paired difference: items are drawn anew 10,000 times with
-replacement. It says how far other items of this kind could move the result; one training seed stays one seed.
+Both sides see the same items, so the interval is of the paired difference: items are drawn anew 10,000 times
+with replacement. It says how far other items of this kind could move the result, not another training seed.
 """
 
 import re
@@ -16,7 +16,7 @@ CODE = re.compile(r"```.*?(```|$)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Measure:
-    """Values of the same items before and after; `better` is the wanted direction, None where there is none."""
+    """Values of the same items before and after; `better` is the wanted direction, if there is one."""
 
     name: str
     before: Sequence[float]
@@ -87,16 +87,13 @@ def detect_language(text: str) -> Literal["zh", "en"] | None:
 def measure_answers(
     questions: list[str], before: list[dict[str, Any]], after: list[dict[str, Any]]
 ) -> list[Measure]:
-    """Stop rate, length, repetition and language of answers {generation, ids, stopped} to the same questions."""
+    """Stops, length, repetition, language of answers {generation, ids, stopped} to the same questions."""
 
     def compare(name: str, key: Any, better: Any, chosen: list[int], percent: bool = True) -> list[Measure]:
         if not chosen:
             return []
-        return [
-            Measure(
-                name, [key(before[i]) for i in chosen], [key(after[i]) for i in chosen], better, None, percent
-            )
-        ]
+        sides = ([key(rows[i]) for i in chosen] for rows in (before, after))
+        return [Measure(name, *sides, better, percent=percent)]
 
     everything = list(range(len(questions)))
     language = [detect_language(question) for question in questions]
