@@ -137,8 +137,8 @@ def test_chat_template_changes_what_is_asked(run, tmp_path):
         run_tasks(chat, ["quiz_en"], manager, 4, limit=2, chat_template=on)["samples"]["quiz_en"]
         for on in (False, True)
     )
-    assert plain[0]["arguments"]["gen_args_0"]["arg_0"].startswith("Question: What is the capital of France?")
-    assert templated[0]["arguments"]["gen_args_0"]["arg_0"].startswith("<|im_start|>")
+    assert plain[0]["arguments"][0][0].startswith("Question: What is the capital of France?")
+    assert templated[0]["arguments"][0][0].startswith("<|im_start|>")
 
 
 def test_quizzes_hold_40_questions_with_one_right_answer_each():

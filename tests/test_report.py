@@ -1,9 +1,13 @@
 """The report says what happened, and plainly where the model got worse."""
 
 import json
+import shutil
+import sys
 
 import pytest
+import torch
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 
 from eval.measures import Measure, compute_row_losses, detect_language, measure_answers, measure_repetition
 from eval.render_report import escape_cell, render_verdict
@@ -22,26 +26,15 @@ QUICK = ["--max_questions", "6", "--max_held_out_answers", "2", "--max_new_token
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory, tiny_model):
-    import importlib
-    import sys
+def good_run(tmp_path_factory, tiny_model):
+    import qlora_finetune
 
-    def run_training(name, *argv):
-        folder = tmp_path_factory.mktemp(name) / name
-        script = importlib.import_module("qlora_finetune")
-        argv = ["--model_name_or_path", tiny_model, "--output_dir", folder, *FLAGS, *argv]
-        previous, sys.argv = sys.argv, ["qlora_finetune.py", *map(str, argv)]
-        script.main()
-        sys.argv = previous
-        return folder
-
-    return run_training
-
-
-@pytest.fixture(scope="module")
-def good_run(train):
-    data = ROOT / "data" / "guanaco_identity.jsonl"
-    return train("good", "--dataset_name", data, "--max_steps", "30", "--learning_rate", "1e-2")
+    folder = tmp_path_factory.mktemp("runs") / "good"
+    argv = ["--model_name_or_path", tiny_model, "--output_dir", folder, *FLAGS]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["qlora_finetune.py", *map(str, argv)])
+        qlora_finetune.main()
+    return folder
 
 
 def find(results, name):
@@ -64,12 +57,14 @@ def test_report_of_a_run_is_true_to_its_metrics(good_run, call_main):
     assert (good_run / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_run_that_made_the_model_worse_is_called_worse(train, tmp_path, call_main):
-    """Trained on other text at a rate that wrecks it, evaluated on rows it never saw the like of."""
-    rows = [{"instruction": f"Say {i}", "output": "zzz qqq " * 12} for i in range(64)]
-    (tmp_path / "noise.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    argv = ["--dataset_name", tmp_path / "noise.jsonl", "--max_steps", "30", "--learning_rate", "5e-2"]
-    folder = train("wrecked", *argv)
+def test_run_that_made_the_model_worse_is_called_worse(good_run, tmp_path, call_main):
+    """The run's adapter with noise for weights: wrong and sure of it, where the random base only guesses."""
+    folder = tmp_path / "wrecked"
+    shutil.copytree(good_run, folder)
+    weights = load_file(folder / "adapter_model.safetensors")
+    torch.manual_seed(0)
+    noise = {name: torch.randn_like(weight) for name, weight in weights.items()}
+    save_file(noise, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     call_main("eval.report", folder, *QUICK, "--tasks", "none")
     results = json.loads((folder / "report.json").read_text())["results"]
     assert find(results, "held-out loss")["verdict"] == "worse"
@@ -119,13 +114,12 @@ def test_interval_holds_the_truth_19_times_of_20():
     for _ in range(200):
         before = generator.normal(size=100)
         after = before + generator.normal(0.3, 1.0, size=100)
-        row = Measure("x", before, after, "higher").compare(draws=500)
+        row = Measure("x", before, after, "higher").compare(draws=2000)
         held += row["low"] < 0.3 < row["high"]
     assert 180 <= held <= 198
 
 
 def test_row_losses_weighted_by_tokens_are_the_trainers_loss(smollm2):
-    import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(smollm2).eval()
