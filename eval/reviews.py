@@ -120,15 +120,17 @@ def measure_order_agreement(matches: list[Match]) -> tuple[int, int]:
 
 
 def relate_scores(matches: list[Match]) -> dict[tuple[str, str], float]:
-    """{(A, B): sum of A's scores over sum of B's} of score-relative reviews, both orders (paper, table 6)."""
-    sums: dict[tuple[str, str], list[float]] = {}
+    """{(A, B): A's total score over B's, the mean of both orders} of score-relative reviews (paper, table 6)."""
+    totals: dict[tuple[str, str], list[float]] = {}
     for match in matches:
         if match.scores:
-            pair = (match.player1, match.player2)
-            order = match.scores
-            if pair[::-1] in sums:
-                pair, order = pair[::-1], order[::-1]
-            total = sums.setdefault(pair, [0.0, 0.0])
-            total[0] += order[0]
-            total[1] += order[1]
-    return {pair: first / second for pair, (first, second) in sums.items() if second}
+            total = totals.setdefault((match.player1, match.player2), [0.0, 0.0])
+            total[0] += match.scores[0]
+            total[1] += match.scores[1]
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for (one, two), (first, second) in totals.items():
+        if (two, one) in ratios:
+            ratios[two, one].append(second / first)
+        else:
+            ratios[one, two] = [first / second]
+    return {pair: sum(orders) / len(orders) for pair, orders in ratios.items()}

@@ -137,7 +137,7 @@ def test_score_relative_reviews_give_winners_and_a_share_over_both_orders(tmp_pa
     ]
     matches = load_matches(files)
     assert [match.winner for match in matches] == [2, 3, 1]
-    assert relate_scores(matches) == {("mine", "gpt-3.5"): 23 / 26}
+    assert relate_scores(matches) == {("mine", "gpt-3.5"): pytest.approx((15 / 17 + 8 / 9) / 2)}
 
 
 def test_reviews_without_verdict_are_left_out_and_said(tmp_path, capsys):
