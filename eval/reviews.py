@@ -120,7 +120,7 @@ def measure_order_agreement(matches: list[Match]) -> tuple[int, int]:
 
 
 def relate_scores(matches: list[Match]) -> dict[tuple[str, str], float]:
-    """{(A, B): A's total score over B's, the mean of both orders} of score-relative reviews (paper, table 6)."""
+    """{(A, B): A's total score over B's, mean of both orders} of score-relative reviews (paper, table 6)."""
     totals: dict[tuple[str, str], list[float]] = {}
     for match in matches:
         if match.scores:
