@@ -68,29 +68,48 @@ def main() -> None:
     record = find_run_record(run_dir)
     questions = spread(load_questions(report_args.questions), report_args.max_questions)
 
-    from eval.held_out import load_held_out
+    from eval.harness import load_task_manager
     from utils.generation import load_run
 
+    tasks = [] if report_args.tasks == "none" else report_args.tasks.split(",")
+    manager = load_task_manager(tasks, report_args.include_path) if tasks else None
     chat = load_run(model_args, config)
+    measures = measure_tasks(chat, tasks, manager, report_args) if tasks else []
+    content = measure_run(chat, record, questions, measures, generation_args, report_args)
+    save_report(content | {"run": str(run_dir)}, Path(report_args.output_dir or run_dir))
+
+
+def measure_run(
+    chat: Any,
+    record: dict[str, Any] | None,
+    questions: list[Question],
+    measures: list[Measure],
+    generation_args: GenerationArguments,
+    report_args: ReportArguments,
+) -> dict[str, Any]:
+    """What report.json holds: every measure compared, `measures` of the benchmarks among them, and answers."""
+    from eval.held_out import load_held_out
+
     held_out = load_held_out(record, chat, report_args.max_held_out)
     asked = held_out.questions[: report_args.max_held_out_answers]
-    references = held_out.references[: len(asked)]
-    measures = measure_loss(chat, held_out.encoded) + measure_tasks(chat, report_args)
     answers = answer_both(chat, questions, generation_args, report_args)
-    measures += measure_answers([question.text for question in questions], *answers)
     held_out_answers = answer_both(chat, asked, generation_args, report_args)
-    measures += measure_rouge(references, *held_out_answers)
-    content = {
-        "run": str(run_dir),
+    measures = [
+        *measure_loss(chat, held_out.encoded),
+        *measures,
+        *measure_answers([question.text for question in questions], *answers),
+        *measure_rouge(held_out.references[: len(asked)], *held_out_answers),
+    ]
+    record = record or {}
+    return {
         "results": [measure.compare() for measure in measures],
         "left_out": held_out.reason,
-        "cost": (record or {}).get("metrics", {}),
-        "record": {name: (record or {}).get(name) for name in ("base_model", "command", "data", "versions")},
+        "cost": record.get("metrics", {}),
+        "record": {name: record.get(name) for name in ("base_model", "command", "data", "versions")},
         "settings": dataclasses.asdict(report_args) | {"max_new_tokens": generation_args.max_new_tokens},
         "answers": pair_answers(questions, *answers),
         "held_out_answers": pair_answers(asked, *held_out_answers),
     }
-    save_report(content, Path(report_args.output_dir or run_dir))
 
 
 def save_report(content: dict[str, Any], folder: Path) -> None:
@@ -123,14 +142,10 @@ def measure_loss(chat: Any, rows: list[dict[str, list[int]]]) -> list[Measure]:
     return [Measure("held-out loss, nats a token", *losses, "lower", counts)]
 
 
-def measure_tasks(chat: Any, report_args: ReportArguments) -> list[Measure]:
+def measure_tasks(chat: Any, tasks: list[str], manager: Any, report_args: ReportArguments) -> list[Measure]:
     """Accuracy of each task, question by question."""
-    if report_args.tasks == "none":
-        return []
-    from eval.harness import load_task_manager, run_tasks
+    from eval.harness import run_tasks
 
-    tasks = report_args.tasks.split(",")
-    manager = load_task_manager(tasks, report_args.include_path)
     before, after = (
         run_tasks(
             chat,
