@@ -87,7 +87,7 @@ def measure_run(
     generation_args: GenerationArguments,
     report_args: ReportArguments,
 ) -> dict[str, Any]:
-    """What report.json holds: every measure compared, `measures` of the benchmarks among them, and answers."""
+    """What report.json holds: every measure compared, the benchmarks' `measures` too, and answers."""
     from eval.held_out import load_held_out
 
     held_out = load_held_out(record, chat, report_args.max_held_out)
