@@ -152,7 +152,9 @@ class TrainingArguments:
     do_train: bool = HfArg(default=False, help="Train. On when none of the three is given.")
     do_eval: bool = HfArg(default=False, help="Measure the loss on held-out rows.")
     do_predict: bool = HfArg(default=False, help="Answer the held-out rows into predictions.jsonl.")
-    predict_with_generate: bool = HfArg(default=True, help="Predictions are generated text.")
+    predict_with_generate: bool = HfArg(
+        default=False, help="Evaluations answer the held-out rows too, scored by ROUGE and BLEU."
+    )
     sample_generate: bool = HfArg(default=False, help="Answer --sample_prompts at each evaluation.")
     sample_prompts: str = HfArg(default="data/sample_prompts.jsonl", help="Rows {prompt} or {messages}.")
     num_train_epochs: float = HfArg(default=3.0, help="Passes over the training rows.")
@@ -332,6 +334,11 @@ def describe_unknown(word: str, flags: list[str]) -> str:
     return f"unknown flag {name}" + (
         f": did you mean {close[0]}? Flags are not abbreviated" if close else ": --help lists all flags"
     )
+
+
+def name_leading_words(argv: list[str], flag: str) -> list[str]:
+    """`argv` with the words before its first flag given to `flag`: `RUN --bits 4` names a checkpoint_dir."""
+    return [flag, *argv] if argv and not argv[0].startswith("-") else argv
 
 
 def find_given_flags(argv: list[str]) -> set[str]:

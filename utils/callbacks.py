@@ -1,4 +1,4 @@
-"""What happens beside the steps: the progress line, sample answers, MMLU, the training curve."""
+"""What happens beside the steps: the progress line, sample answers, MMLU, ROUGE and BLEU, the curve."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from utils.arguments import GenerationArguments, TrainingArguments
 from utils.console import is_main_process, notice
 from utils.formats import Messages
-from utils.mmlu import evaluate_mmlu
+from utils.mmlu import Question, evaluate_mmlu, find_letter_tokens
 
 
 class ProgressLine(TrainerCallback):
@@ -89,21 +89,48 @@ class SampleAnswers(TrainerCallback):
 class MmluEvaluation(TrainerCallback):
     """MMLU accuracy at each evaluation, logged with it (the QLoRA paper's MMLU callback)."""
 
-    def __init__(self, tokenizer: Any, questions: list[dict[str, str]], training_args: TrainingArguments):
+    def __init__(self, tokenizer: Any, questions: list[Question], training_args: TrainingArguments):
         self.tokenizer, self.questions, self.training_args = tokenizer, questions, training_args
+        tokens = ", ".join(f"{letter!r} {token}" for letter, token in find_letter_tokens(tokenizer).items())
+        notice(f"MMLU: {len(questions)} questions, comparing the tokens {tokens}")
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
-        scores = evaluate_mmlu(
+        metrics |= evaluate_mmlu(
             model,
             self.tokenizer,
             self.questions,
             self.training_args.mmlu_source_max_len,
             self.training_args.per_device_eval_batch_size,
         )
+        accuracy = metrics["mmlu_accuracy"]
+        notice(f"step {state.global_step}: MMLU {accuracy:.1%} over {len(self.questions)} questions")
+
+
+class AnswerScores(TrainerCallback):
+    """ROUGE and BLEU of answers to the held-out rows at each evaluation, logged with it."""
+
+    def __init__(
+        self, tokenizer: Any, stop_ids: list[int], chats: list[Messages], generation_args: GenerationArguments
+    ):
+        self.tokenizer, self.stop_ids, self.chats = tokenizer, stop_ids, chats
+        self.generation_args = generation_args
+
+    def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
+        from utils.predictions import answer_chats, score_predictions
+
+        answered = answer_chats(
+            model,
+            self.tokenizer,
+            self.chats,
+            self.stop_ids,
+            self.generation_args,
+            args.seed,
+            args.per_device_eval_batch_size,
+        )
+        scores = score_predictions(answered, "eval")
         metrics |= scores
-        state.log_history.append(scores | {"step": state.global_step})
-        accuracy, count = scores["mmlu_accuracy"], len(self.questions)
-        notice(f"step {state.global_step}: MMLU {accuracy:.1%} over {count} questions")
+        shown = ", ".join(f"{name.removeprefix('eval_')} {value:.1f}" for name, value in scores.items())
+        notice(f"step {state.global_step}: {shown} over {len(answered)} answers")
 
 
 def save_training_curve(log_history: list[dict[str, Any]], path: Path) -> None:

@@ -16,6 +16,11 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def read_rank_and_size() -> tuple[int, int]:
+    """(number of this process, number of processes), 0 and 1 where no launcher started it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def notice(message: str) -> None:
     """Print something inferred, replaced or ignored, once per run."""
     if is_main_process():

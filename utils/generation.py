@@ -89,6 +89,20 @@ def generate_replies(
     batch_size: int = 8,
 ) -> list[str]:
     """One reply to each chat, in batches padded on the left. Leaves training mode and RNG as they were."""
+    replies = generate_ids(model, tokenizer, chats, stop_ids, generation_args, seed, batch_size)
+    return [decode_reply(tokenizer, ids, stop_ids) for ids in replies]
+
+
+def generate_ids(
+    model: Any,
+    tokenizer: Any,
+    chats: list[Messages],
+    stop_ids: list[int],
+    generation_args: GenerationArguments,
+    seed: int,
+    batch_size: int = 8,
+) -> list[list[int]]:
+    """Token ids of one reply to each chat, its stop token last where it came to one."""
     config = build_generation_config(generation_args, tokenizer, stop_ids)
     prompts = [encode_prompt(tokenizer, chat, stop_ids) for chat in chats]
     replies, was_training = [], model.training
@@ -108,9 +122,13 @@ def generate_replies(
                 attention_mask=mask.to(model.device),
                 generation_config=config,
             )
-            replies += [decode_reply(tokenizer, ids[width:], stop_ids) for ids in output.tolist()]
+            replies += [cut_after_stop(ids[width:], stop_ids) for ids in output.tolist()]
     model.train(was_training)
     return replies
+
+
+def cut_after_stop(ids: list[int], stop_ids: list[int]) -> list[int]:
+    return ids[: next((i + 1 for i, token in enumerate(ids) if token in stop_ids), len(ids))]
 
 
 def decode_reply(tokenizer: Any, ids: list[int], stop_ids: list[int]) -> str:
@@ -203,7 +221,7 @@ def stream_reply(
         try:
             with chat.turns.hold(tuned), torch.no_grad():
                 if not between.stopped.is_set():
-                    generate_ids(chat, prompt, config, kept, streamer, between)
+                    generate_streamed(chat, prompt, config, kept, streamer, between)
         except Exception as error:  # raised again where the reply is read
             failures.append(error)
             kept.ids, kept.cache = [], None
@@ -222,7 +240,7 @@ def stream_reply(
         raise failures[0]
 
 
-def generate_ids(
+def generate_streamed(
     chat: ChatModel,
     prompt: list[int],
     config: GenerationConfig,

@@ -158,8 +158,9 @@ class QLoraTrainer(ResumableTrainer):
             "seconds": round(seconds, 2),
         }
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.log(metrics)
+        # Callbacks measure too (MMLU, ROUGE) and add to `metrics`, so they come before the log.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.log(metrics)
         if self.last_log_time is not None:
             self.last_log_time += time.perf_counter() - start  # evaluation is no training time
         return metrics

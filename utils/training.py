@@ -12,12 +12,12 @@ import torch
 import transformers
 
 from utils.arguments import GenerationArguments, ModelArguments, TrainingArguments
-from utils.callbacks import MmluEvaluation, SampleAnswers, save_training_curve
+from utils.callbacks import AnswerScores, MmluEvaluation, SampleAnswers, save_training_curve
 from utils.checkpoints import disk_errors_explained, sweep_leftovers
 from utils.console import UserError, is_main_process, notice
 from utils.data import Rows
 from utils.formats import Messages
-from utils.predictions import predict_rows
+from utils.predictions import find_answered, predict_rows
 from utils.prompts import find_input_marker
 from utils.resume import check_same_run, choose_checkpoint, fingerprint_folder
 from utils.run_lock import LOCK_FILE, run_locked
@@ -31,7 +31,7 @@ from utils.run_record import (
 )
 from utils.sharing import share_finished_run
 from utils.signals import StopRequested, find_stop_signal, hold_stop, stop_held
-from utils.sources import TEST
+from utils.sources import EVAL, TEST
 from utils.trainer import QLoraTrainer
 
 
@@ -131,6 +131,10 @@ def run_trainer(
 ) -> None:
     """Train, evaluate, predict, as asked; leave the results in the run's folder."""
     output_dir, metrics = Path(training_args.output_dir), {}
+    if training_args.predict_with_generate and (rows.count(EVAL) or rows.count(TEST)):
+        tokenizer = trainer.processing_class
+        chats = find_answered(rows.read_held_out(EVAL, find_input_marker(tokenizer)))
+        trainer.add_callback(AnswerScores(tokenizer, stop_ids, chats, generation_args))
     if training_args.do_train:
         with run_locked(output_dir), saved_when_stopped(trainer):
             checkpoint = start_run(trainer, output_dir, training_args)
@@ -207,10 +211,6 @@ def predict(
     training_args: TrainingArguments,
     generation_args: GenerationArguments,
 ) -> dict[str, float]:
-    if not training_args.predict_with_generate:
-        return trainer.evaluate(metric_key_prefix="predict")
-    if not is_main_process():
-        return {}
     return predict_rows(
         trainer.model,
         trainer.processing_class,

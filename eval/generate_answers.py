@@ -1,0 +1,104 @@
+"""Answer a question file with a run, and with its untuned base in the same process.
+
+    python -m eval.generate_answers RUN --questions eval/prompts/questions_zh.jsonl --base_too
+    python -m eval.generate_answers --model_name_or_path MODEL --questions FILE.jsonl
+
+Writes JSON lines in the QLoRA paper's format; then: python -m eval.judge FILE FILE.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.hf_argparser import HfArg
+
+from eval.questions import Question, load_questions
+from utils.arguments import (
+    GenerationArguments,
+    ModelArguments,
+    find_given_flags,
+    name_leading_words,
+    parse_args,
+    require_positive,
+)
+from utils.checks import check_adapter_fits, read_model_config, resolve_model
+from utils.console import UserError, notice, run_main
+from utils.run_record import next_free_path
+
+
+@dataclass
+class AnswerArguments:
+    _argument_group_name = "answers"
+    questions: list[str] = HfArg(default_factory=list, help="Question files: ours, Vicuna's, OASST's.")
+    output_dir: str = HfArg(default="output/answers", help="Folder of the answer files.")
+    base_too: bool = HfArg(default=False, help="Answer with the adapter off too, into a second file.")
+    max_questions: int | None = HfArg(default=None, help="Answer this many questions at most.")
+    batch_size: int = HfArg(default=8, help="Questions answered at once.")
+    template: str | None = HfArg(default=None, help="A name in utils/templates, instead of the run's own.")
+    seed: int = HfArg(default=42, help="Seed of --do_sample.")
+
+    def __post_init__(self):
+        require_positive(self, "max_questions", "batch_size")
+        if not self.questions:
+            raise UserError("--questions: name a question file, such as eval/prompts/questions_zh.jsonl")
+
+
+def main() -> None:
+    model_args, generation_args, answer_args = parse_args(
+        name_leading_words(sys.argv[1:], "--checkpoint_dir"),
+        [ModelArguments, GenerationArguments, AnswerArguments],
+        __doc__,
+    )
+    given = find_given_flags(name_leading_words(sys.argv[1:], "--checkpoint_dir"))
+    model_args = resolve_model(model_args, given)
+    config = read_model_config(model_args)
+    check_adapter_fits(model_args, config)
+    if answer_args.base_too and (model_args.checkpoint_dir is None or model_args.full_finetune):
+        raise UserError(
+            "--base_too switches an adapter off, and there is none: answer with the base by itself"
+        )
+    questions = load_questions(answer_args.questions)[: answer_args.max_questions]
+
+    from utils.generation import load_run
+
+    chat = load_run(model_args, config, answer_args.template)
+    base = Path(model_args.model_name_or_path).name
+    tuned = Path(model_args.checkpoint_dir).resolve().name if model_args.checkpoint_dir else base
+    write_answers(chat, questions, tuned, generation_args, answer_args)
+    if answer_args.base_too:
+        with chat.model.disable_adapter():
+            write_answers(chat, questions, base, generation_args, answer_args)
+
+
+def write_answers(
+    chat: Any,
+    questions: list[Question],
+    name: str,
+    generation_args: GenerationArguments,
+    answer_args: AnswerArguments,
+) -> None:
+    """Answer batch by batch into answer-NAME.jsonl, so that a stopped run leaves what it had."""
+    from tqdm import tqdm
+
+    from eval.answers import answer_batch
+
+    folder = Path(answer_args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = next_free_path(folder / f"answer-{name}.jsonl")
+    size = answer_args.batch_size
+    settings = {"seed": answer_args.seed, "model_id": name, "generation_args": vars(generation_args)}
+    with open(path, "x", encoding="utf-8") as file, tqdm(total=len(questions), unit="answer") as bar:
+        for start in range(0, len(questions), size):
+            batch = questions[start : start + size]
+            for row in answer_batch(chat, batch, generation_args, answer_args.seed + start, size):
+                del row["ids"]
+                file.write(json.dumps(row | settings, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(len(batch))
+    notice(f"{len(questions)} answers of {name} are in {path}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,54 @@
+"""The held-out rows of a run, read again as its run.json says."""
+
+import dataclasses
+from typing import Any
+
+from eval.questions import Question
+from utils.arguments import DataArguments, ModelArguments, TrainingArguments
+from utils.console import UserError
+from utils.data import load_rows
+from utils.generation import ChatModel
+from utils.predictions import find_answered
+from utils.prompts import find_input_marker
+from utils.sources import EVAL, TEST
+from utils.tokenizing import tokenize_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """`encoded` rows {input_ids, labels} for the loss; `questions` and their `references`; or why none."""
+
+    encoded: list[dict[str, Any]]
+    questions: list[Question]
+    references: list[str]
+    reason: str | None = None
+
+
+def load_held_out(record: dict[str, Any] | None, chat: ChatModel, count: int) -> HeldOut:
+    """The first `count` rows of the run's own split; none where its data is gone or has changed."""
+    if record is None:
+        return HeldOut(
+            [], [], [], "There is no run.json, so the held-out rows are unknown: no held-out loss."
+        )
+    arguments = record["arguments"]
+    names = {field.name for field in dataclasses.fields(DataArguments)}
+    data_args = DataArguments(**{name: value for name, value in arguments.items() if name in names})
+    try:
+        rows = load_rows(
+            ModelArguments(), data_args, TrainingArguments(do_eval=True, data_seed=arguments["data_seed"])
+        )
+    except UserError as error:
+        return HeldOut([], [], [], f"The run's data cannot be read ({error}): no held-out loss.")
+    recorded = {source["name"]: source["sha256"] for source in record["data"]["sources"]}
+    changed = [one.name for one in rows.sources if recorded.get(one.name, one.digest) != one.digest]
+    if changed:
+        return HeldOut([], [], [], f"{', '.join(changed)} has changed since the run: no held-out loss.")
+    parts = tokenize_rows(rows, chat.tokenizer, chat.stop_ids, data_args)
+    found = next((parts[part] for part in (EVAL, TEST) if len(parts[part])), [])
+    encoded = [found[i] for i in range(min(count, len(found)))]
+    chats = find_answered(rows.read_held_out(EVAL, find_input_marker(chat.tokenizer))[:count])
+    questions = [
+        Question(f"held-out-{i}", messages[-2]["content"], "held out", messages[:-1])
+        for i, messages in enumerate(chats, 1)
+    ]
+    return HeldOut(encoded, questions, [messages[-1]["content"] for messages in chats])

@@ -1,0 +1,93 @@
+"""Benchmarks by lm-evaluation-harness, of a run and of its untuned base in the same process.
+
+    python -m eval.lm_tasks RUN --tasks mmlu,cmmlu,ceval-valid --base_too
+    python -m eval.lm_tasks RUN --tasks quiz_en,quiz_zh --base_too
+
+The second is our own quiz and needs no hub. Writes lm_tasks.json into the run's folder.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.hf_argparser import HfArg
+
+from utils.arguments import (
+    ModelArguments,
+    find_given_flags,
+    name_leading_words,
+    parse_args,
+    require_positive,
+)
+from utils.checks import check_adapter_fits, read_model_config, resolve_model
+from utils.console import UserError, notice, run_main
+from utils.run_record import next_free_path, write_json
+
+
+@dataclass
+class TaskArguments:
+    _argument_group_name = "tasks"
+    tasks: str = HfArg(default="quiz_en,quiz_zh", help="Tasks or groups of lm_eval, with commas.")
+    include_path: str | None = HfArg(default=None, help="Folder of task files of your own.")
+    base_too: bool = HfArg(default=False, help="Measure the base, the adapter off, in the same process.")
+    chat_template: bool = HfArg(default=False, help="Ask through the run's chat template.")
+    template: str | None = HfArg(default=None, help="A name in utils/templates, instead of the run's own.")
+    num_fewshot: int | None = HfArg(default=None, help="Examples before a question; default: the task's.")
+    limit: int | None = HfArg(default=None, help="This many questions of each task at most.")
+    batch_size: int = HfArg(default=8, help="Sequences in a batch.")
+    output_dir: str | None = HfArg(default=None, help="Folder of lm_tasks.json; default: the run's.")
+    seed: int = HfArg(default=42, help="Seed of the few-shot examples.")
+
+    def __post_init__(self):
+        require_positive(self, "limit", "batch_size")
+
+
+def main() -> None:
+    argv = name_leading_words(sys.argv[1:], "--checkpoint_dir")
+    model_args, task_args = parse_args(argv, [ModelArguments, TaskArguments], __doc__)
+    model_args = resolve_model(model_args, find_given_flags(argv))
+    config = read_model_config(model_args)
+    check_adapter_fits(model_args, config)
+    if task_args.base_too and (model_args.checkpoint_dir is None or model_args.full_finetune):
+        raise UserError("--base_too switches an adapter off, and there is none: measure the base by itself")
+
+    from eval.harness import load_task_manager, read_scores, run_tasks
+    from utils.generation import load_run
+
+    tasks = task_args.tasks.split(",")
+    manager = load_task_manager(tasks, task_args.include_path)
+    chat = load_run(model_args, config, task_args.template)
+    options = {
+        "batch_size": task_args.batch_size,
+        "num_fewshot": task_args.num_fewshot,
+        "limit": task_args.limit,
+        "chat_template": task_args.chat_template,
+        "seed": task_args.seed,
+    }
+    scores = {"run": read_scores(run_tasks(chat, tasks, manager, **options))}
+    if task_args.base_too:
+        scores["base"] = read_scores(run_tasks(chat, tasks, manager, **options, adapter_off=True))
+    print(render_scores(scores))
+    folder = Path(task_args.output_dir or model_args.checkpoint_dir or "output/lm_tasks")
+    path = next_free_path(folder / "lm_tasks.json")
+    write_json({"model": vars(model_args), "tasks": tasks, "options": options} | scores, path)
+    notice(f"saved in {path}")
+
+
+def render_scores(scores: dict[str, list[dict[str, Any]]]) -> str:
+    """A markdown table, value and standard error, run beside base."""
+    names = list(scores)
+    lines = [f"| task | metric | {' | '.join(names)} |", "|---|---|" + "---:|" * len(names)]
+    for rows in zip(*scores.values(), strict=True):
+        cells = [format_score(row) for row in rows]
+        lines.append(f"| {rows[0]['task']} | {rows[0]['metric']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def format_score(row: dict[str, Any]) -> str:
+    return f"{row['value']:.4f}" + ("" if row["stderr"] is None else f" ± {row['stderr']:.4f}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,76 @@
+"""Question and answer files: eval/prompts, the Vicuna and OASST questions, the paper's generations."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.console import UserError
+from utils.prompts import Messages, split_guanaco_text
+from utils.run_record import hash_text
+from utils.sources import read_rows
+
+
+@dataclass(frozen=True)
+class Question:
+    """`text` as the file has it; `messages` what is asked, earlier turns of an OASST chat included."""
+
+    question_id: str | int
+    text: str
+    category: str
+    messages: Messages
+
+
+def load_questions(paths: list[str]) -> list[Question]:
+    """Rows {question_id, text, category} of all files. Raises UserError for a bad row and an id twice."""
+    questions: dict[str | int, Question] = {}
+    for path in paths:
+        for number, row in enumerate(read_question_rows(Path(path)), 1):
+            if not isinstance(row.get("text"), str) or "question_id" not in row:
+                raise UserError(f"{path}: row {number} is no question: question_id and text are needed")
+            question_id = row["question_id"]
+            if question_id in questions:
+                raise UserError(f"{path}: question_id {question_id!r} is there twice")
+            questions[question_id] = Question(
+                question_id, row["text"], row.get("category", "generic"), read_question(row["text"])
+            )
+    return list(questions.values())
+
+
+def read_question_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; our own questions are in eval/prompts")
+    return read_rows(path)[0]
+
+
+def read_question(text: str) -> Messages:
+    """A plain question, or `### Human: ... ### Assistant:` with earlier turns."""
+    if not text.startswith("### Human:"):
+        return [{"role": "user", "content": text}]
+    messages = split_guanaco_text(text)
+    return messages if messages[-1]["content"] else messages[:-1]
+
+
+@dataclass(frozen=True)
+class Answer:
+    answer_id: str
+    text: str
+
+
+def load_answers(path: str) -> dict[str | int, Answer]:
+    """{question_id: answer} of a file with `generation` (the runs) or `text` (the paper's baselines)."""
+    answers = {}
+    for number, row in enumerate(read_question_rows(Path(path)), 1):
+        text = row.get("generation", row.get("text"))
+        if not isinstance(text, str) or "question_id" not in row:
+            raise UserError(
+                f"{path}: row {number} is no answer: question_id, and generation or text, are needed"
+            )
+        answers[row["question_id"]] = Answer(
+            row.get("answer_id") or name_answer(row["question_id"], text), text
+        )
+    return answers
+
+
+def name_answer(question_id: str | int, text: str) -> str:
+    """An id that changes with the answer, so that no review of another answer counts for it."""
+    return hash_text(f"{question_id}\n{text}")[:22]

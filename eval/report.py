@@ -1,0 +1,213 @@
+"""One page on a run, before and after: loss, benchmarks, how it answers, what it cost, where it got worse.
+
+    python -m eval.report RUN
+
+The adapter is switched off for "before". Writes report.md, report.json and report.png into the run's folder.
+"""
+
+import dataclasses
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.hf_argparser import HfArg
+
+from eval.measures import Measure, compute_row_losses, measure_answers
+from eval.questions import Question, load_questions
+from eval.render_report import draw_measures, render_report
+from utils.arguments import (
+    GenerationArguments,
+    ModelArguments,
+    find_given_flags,
+    name_leading_words,
+    parse_args,
+    require_positive,
+)
+from utils.checks import check_adapter_fits, read_model_config, resolve_model
+from utils.console import UserError, notice, run_main
+from utils.run_record import find_run_record, write_json
+
+OWN_QUESTIONS = ["eval/prompts/questions_zh.jsonl", "eval/prompts/questions_en.jsonl"]
+
+
+@dataclass
+class ReportArguments:
+    _argument_group_name = "report"
+    questions: list[str] = HfArg(default_factory=lambda: list(OWN_QUESTIONS), help="Question files.")
+    max_questions: int = HfArg(default=24, help="Questions asked, spread evenly over the files.")
+    max_held_out: int = HfArg(default=256, help="Held-out rows whose loss is measured, at most.")
+    max_held_out_answers: int = HfArg(default=12, help="Held-out rows that are answered, at most.")
+    tasks: str = HfArg(default="quiz_en,quiz_zh", help="Benchmarks of lm_eval, or none.")
+    include_path: str | None = HfArg(default=None, help="Folder of task files of your own.")
+    limit: int | None = HfArg(default=None, help="This many questions of each benchmark at most.")
+    batch_size: int = HfArg(default=8, help="Sequences in a batch.")
+    output_dir: str | None = HfArg(default=None, help="Folder of the report; default: the run's.")
+    seed: int = HfArg(default=42, help="Seed of --do_sample and of few-shot examples.")
+
+    def __post_init__(self):
+        require_positive(self, "max_questions", "max_held_out", "max_held_out_answers", "limit", "batch_size")
+
+
+def main() -> None:
+    argv = name_leading_words(sys.argv[1:], "--checkpoint_dir")
+    model_args, generation_args, report_args = parse_args(
+        argv, [ModelArguments, GenerationArguments, ReportArguments], __doc__, max_new_tokens=128
+    )
+    if model_args.checkpoint_dir is None:
+        raise UserError("no run is named: python -m eval.report RUN")
+    model_args = resolve_model(model_args, find_given_flags(argv))
+    config = read_model_config(model_args)
+    check_adapter_fits(model_args, config)
+    if model_args.full_finetune:
+        raise UserError(
+            "a full fine-tune has no adapter to switch off: use eval.lm_tasks on it and on its base"
+        )
+    run_dir = Path(model_args.checkpoint_dir)
+    record = find_run_record(run_dir)
+    questions = spread(load_questions(report_args.questions), report_args.max_questions)
+
+    from eval.harness import load_task_manager
+    from utils.generation import load_run
+
+    tasks = [] if report_args.tasks == "none" else report_args.tasks.split(",")
+    manager = load_task_manager(tasks, report_args.include_path) if tasks else None
+    chat = load_run(model_args, config)
+    measures = measure_tasks(chat, tasks, manager, report_args) if tasks else []
+    content = measure_run(chat, record, questions, measures, generation_args, report_args)
+    save_report(content | {"run": str(run_dir)}, Path(report_args.output_dir or run_dir))
+
+
+def measure_run(
+    chat: Any,
+    record: dict[str, Any] | None,
+    questions: list[Question],
+    measures: list[Measure],
+    generation_args: GenerationArguments,
+    report_args: ReportArguments,
+) -> dict[str, Any]:
+    """What report.json holds: every measure compared, the benchmarks' `measures` too, and answers."""
+    from eval.held_out import load_held_out
+
+    held_out = load_held_out(record, chat, report_args.max_held_out)
+    asked = held_out.questions[: report_args.max_held_out_answers]
+    answers = answer_both(chat, questions, generation_args, report_args)
+    held_out_answers = answer_both(chat, asked, generation_args, report_args)
+    measures = [
+        *measure_loss(chat, held_out.encoded),
+        *measures,
+        *measure_answers([question.text for question in questions], *answers),
+        *measure_rouge(held_out.references[: len(asked)], *held_out_answers),
+    ]
+    record = record or {}
+    return {
+        "results": [measure.compare() for measure in measures],
+        "left_out": held_out.reason,
+        "cost": record.get("metrics", {}),
+        "record": {name: record.get(name) for name in ("base_model", "command", "data", "versions")},
+        "settings": dataclasses.asdict(report_args) | {"max_new_tokens": generation_args.max_new_tokens},
+        "answers": pair_answers(questions, *answers),
+        "held_out_answers": pair_answers(asked, *held_out_answers),
+    }
+
+
+def save_report(content: dict[str, Any], folder: Path) -> None:
+    write_json(content, folder / "report.json")
+    draw_measures(content["results"], folder / "report.png")
+    (folder / "report.md").write_text(render_report(content, folder), encoding="utf-8")
+    notice(f"report.md, report.json and report.png are in {folder}")
+
+
+def spread(questions: list[Question], count: int) -> list[Question]:
+    """`count` questions at even distances: every file and every kind is there."""
+    if count >= len(questions):
+        return questions
+    return [questions[i * len(questions) // count] for i in range(count)]
+
+
+def switch_off(chat: Any, off: bool) -> Any:
+    return chat.model.disable_adapter() if off else nullcontext()
+
+
+def measure_loss(chat: Any, rows: list[dict[str, list[int]]]) -> list[Measure]:
+    """Held-out loss, weighted by label tokens as in training."""
+    if not rows:
+        return []
+    losses = []
+    for off in (True, False):
+        with switch_off(chat, off):
+            values, counts = compute_row_losses(chat.model, rows)
+            losses.append(values)
+    return [Measure("held-out loss, nats a token", *losses, "lower", counts)]
+
+
+def measure_tasks(chat: Any, tasks: list[str], manager: Any, report_args: ReportArguments) -> list[Measure]:
+    """Accuracy of each task, question by question."""
+    from eval.harness import run_tasks
+
+    before, after = (
+        run_tasks(
+            chat,
+            tasks,
+            manager,
+            report_args.batch_size,
+            limit=report_args.limit,
+            seed=report_args.seed,
+            adapter_off=off,
+        )["samples"]
+        for off in (True, False)
+    )
+    measures = []
+    for task in sorted(name for name, rows in before.items() if "acc" in rows[0]):
+        marks = ([row["acc"] for row in side[task]] for side in (before, after))
+        measures.append(Measure(f"{task}, accuracy", *marks, "higher", percent=True))
+    return measures
+
+
+def answer_both(
+    chat: Any, questions: list[Question], generation_args: GenerationArguments, report_args: ReportArguments
+) -> list[list[dict[str, Any]]]:
+    """[answers without the adapter, answers with it]."""
+    from eval.answers import answer_batch
+
+    sides = []
+    for off in (True, False):
+        with switch_off(chat, off):
+            sides.append(
+                answer_batch(chat, questions, generation_args, report_args.seed, report_args.batch_size)
+            )
+    return sides
+
+
+def measure_rouge(
+    references: list[str], before: list[dict[str, Any]], after: list[dict[str, Any]]
+) -> list[Measure]:
+    """ROUGE-L of the answers to held-out rows."""
+    from utils.metrics import score_answer
+
+    if not references:
+        return []
+    sides = []
+    for rows in (before, after):
+        pairs = zip([row["generation"] for row in rows], references, strict=True)
+        sides.append([score_answer(*pair)["rouge-l"] / 100 for pair in pairs])
+    return [Measure("ROUGE-L of held-out answers", *sides, "higher", percent=True)]
+
+
+def pair_answers(
+    questions: list[Question], before: list[dict[str, Any]], after: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "question": question.messages[-1]["content"],
+            "category": question.category,
+            "before": first["generation"],
+            "after": second["generation"],
+        }
+        for question, first, second in zip(questions, before, after, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    run_main(main)
