@@ -59,8 +59,8 @@ def compute_row_losses(model: Any, rows: list[dict[str, list[int]]]) -> tuple[li
     losses, counts = [], []
     with torch.no_grad():
         for row in rows:
-            logits = model(input_ids=torch.tensor([row["input_ids"]], device=model.device)).logits[0, :-1]
-            targets = torch.tensor(row["labels"][1:], device=logits.device)
+            logits = model(input_ids=torch.as_tensor(row["input_ids"])[None].to(model.device)).logits[0, :-1]
+            targets = torch.as_tensor(row["labels"][1:]).to(logits.device)
             losses.append(
                 torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX).item()
             )

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.console import UserError
-from utils.prompts import Messages, split_guanaco_text
+from utils.formats import Messages, split_turns
+from utils.readers import read_file
 from utils.run_record import hash_text
-from utils.sources import read_rows
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,19 @@ def load_questions(paths: list[str]) -> list[Question]:
 def read_question_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; our own questions are in eval/prompts")
-    return read_rows(path)[0]
+    rows = list(read_file(path))
+    bad = next((number for number, row in enumerate(rows, 1) if not isinstance(row, dict)), None)
+    if bad:
+        raise UserError(f"{path}: row {bad} is {str(rows[bad - 1])[:40]!r}: an object is needed")
+    return rows
 
 
 def read_question(text: str) -> Messages:
     """A plain question, or `### Human: ... ### Assistant:` with earlier turns."""
     if not text.startswith("### Human:"):
         return [{"role": "user", "content": text}]
-    messages = split_guanaco_text(text)
+    turns = split_turns(text, r"### (Human|Assistant):")
+    messages = [{"role": role, "content": said} for role, said in turns]
     return messages if messages[-1]["content"] else messages[:-1]
 
 
