@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from eval.measures import Measure, compute_row_losses, detect_language, measure_answers, measure_repetition
 from eval.render_report import escape_cell, render_verdict
 
-FLAGS = ["--eval_dataset_name", ROOT / "data" / "guanaco_identity_eval.jsonl", "--lora_r", "4"]
+FLAGS = ["--dataset_name", ROOT / "data" / "guanaco_identity.jsonl", "--lora_r", "4"]
+FLAGS += ["--eval_dataset_name", ROOT / "data" / "guanaco_identity_eval.jsonl"]
 FLAGS += ["--source_max_len", "200", "--target_max_len", "100", "--gradient_accumulation_steps", "1"]
 FLAGS += [
     "--gradient_checkpointing",
@@ -63,7 +64,7 @@ def test_run_that_made_the_model_worse_is_called_worse(good_run, tmp_path, call_
     shutil.copytree(good_run, folder)
     weights = load_file(folder / "adapter_model.safetensors")
     torch.manual_seed(0)
-    noise = {name: torch.randn_like(weight) for name, weight in weights.items()}
+    noise = {name: 3 * torch.randn_like(weight) for name, weight in weights.items()}
     save_file(noise, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     call_main("eval.report", folder, *QUICK, "--tasks", "none")
     results = json.loads((folder / "report.json").read_text())["results"]
