@@ -44,20 +44,22 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_real_model_learns_in_twelve_steps(call_main, smollm2, tmp_path, setting):
     flags = ["--max_steps", 12, "--lora_r", 16, "--learning_rate", 1e-3, *SETTINGS[setting]]
-    _, losses = train(call_main, smollm2, tmp_path / "run", *flags)
+    printed, losses = train(call_main, smollm2, tmp_path / "run", *flags)
+    assert "plain path" not in printed and "without CUDA graphs" not in printed
     load_weights(tmp_path / "run")
     assert len(losses) == 12 and sum(losses[-3:]) < 0.7 * sum(losses[:3])
 
 
-def test_optimizer_state_is_paged_by_default(call_main, smollm2, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flags", [[], ["--fast_lora", "False", "--lora_r", 256]])  # pages 100,000 and more
+def test_optimizer_state_is_paged(call_main, smollm2, tmp_path, monkeypatch, flags):
     from utils.trainer import QLoraTrainer
 
-    kept = []
+    kept, save_final = [], QLoraTrainer.save_final
     monkeypatch.setattr(
-        QLoraTrainer, "save_model", lambda self, folder=None, **_: kept.append(self.optimizer.optimizer)
+        QLoraTrainer, "save_final", lambda self: (kept.append(self.optimizer.optimizer), save_final(self))
     )
-    # bitsandbytes pages states of 100,000 elements and more
-    train(call_main, smollm2, tmp_path / "run", "--max_steps", 1, "--lora_r", 256)
+    flags = ["--max_steps", 1, "--optim", "paged_adamw_32bit", *flags]
+    train(call_main, smollm2, tmp_path / "run", *flags)
     states = [state["state1"] for state in kept[0].state.values()]
     assert states and any(getattr(state, "is_paged", False) for state in states)
 
@@ -90,3 +92,11 @@ def test_trained_run_chats_on_the_gpu(call_main, smollm2, tmp_path, monkeypatch)
     start = time.perf_counter()
     printed = call_main("cli_demo", "--checkpoint_dir", tmp_path / "run", "--max_new_tokens", 32)
     assert "Guanaco" in printed and time.perf_counter() - start < 60
+
+
+def test_fast_path_learns_what_the_plain_path_learns(call_main, smollm2, tmp_path):
+    losses = {}
+    for fast in ("True", "False"):
+        flags = ["--max_steps", 20, "--lora_r", 16, "--bf16", "--fast_lora", fast]
+        losses[fast] = train(call_main, smollm2, tmp_path / fast, *flags)[1]
+    assert losses["True"] == pytest.approx(losses["False"], abs=1e-2 * max(losses["False"]))
