@@ -11,7 +11,6 @@ if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then source .venv/bin/activate; f
 
 model=models/SmolLM2-135M-Instruct
 run=output/quickstart
-questions=$'Who are you?\nclear\n你是谁？\nclear\nWhat is the capital of France?\n'
 
 args=(
   # model
@@ -31,15 +30,12 @@ args=(
 
 python -m utils.starter_model "$model"
 finished=$(grep -s '"status": "finished"' "$run/run.json" || true)
-echo; echo "== training"
+echo; echo "== training: step 0 is the model before, the last step the model after"
 python qlora_finetune.py "${args[@]}" "$@"
 if [ -n "$finished" ] && [[ " $* " != *" --overwrite_output_dir "* ]]; then exit 0; fi
-echo; echo "== chat with the run"
-printf '%s' "$questions" | python cli_demo.py --checkpoint_dir "$run" --max_new_tokens 32
-
 cat <<END
 
-The run is in $run: adapter, run.json, metrics.json, training_curve.png. Next:
+The run is in $run: adapter, run.json, metrics.json, training_curve.png. Chat with it, then train your own:
   source .venv/bin/activate                                   (unless you brought your own environment)
   python cli_demo.py --checkpoint_dir $run
   python qlora_finetune.py --model_name_or_path $model --dataset_name YOUR.jsonl --output_dir output/mine

@@ -17,11 +17,11 @@ if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id 
     echo "chromium is not to be had: the page's browser tests are skipped"
 fi
 
-args=(-m "not slow and not gpu")
-if [ "${1:-}" = "--all" ]; then
-  args=(-m "not gpu")
-  shift
-fi
+all=false
+if [ "${1:-}" = "--all" ]; then all=true; shift; fi
 ruff check .
 ruff format --check .
-python -m pytest "${args[@]}" "$@"
+# Files side by side, one thread each; the slow tests one after another, as several of them measure time.
+workers=$(($(nproc) < 4 ? $(nproc) : 4))
+OMP_NUM_THREADS=1 python -m pytest -m "not slow and not gpu" -n "$workers" --dist loadfile "$@"
+if "$all"; then python -m pytest -m "slow and not gpu" "$@"; fi
