@@ -4,7 +4,9 @@ import json
 
 import pytest
 from conftest import ROOT
-from test_formats import GOLDEN, list_turns
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_formats import COLUMNS, GOLDEN, JUNK, list_turns
 
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.console import UserError
@@ -211,3 +213,30 @@ def test_sample_prompts_are_prompts_or_messages(tmp_path):
     path.write_text('{"question": "a"}')
     with pytest.raises(UserError, match="row 1 must be"):
         load_sample_prompts(str(path))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(junk=st.lists(st.dictionaries(st.sampled_from(COLUMNS.split()), JUNK, max_size=5) | JUNK, max_size=12))
+def test_every_good_row_among_random_ones_is_kept_and_every_bad_one_numbered(tmp_path, junk):
+    mixed = [row for pair in zip(alpaca_rows(len(junk)), junk, strict=True) for row in pair] + alpaca_rows(1)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in mixed))
+    rows = load(path, dataset_format="alpaca")
+    (scan,) = rows.scans
+    bad = sorted(number for numbers in scan.bad.values() for number in numbers)
+    assert all(number % 2 == 0 for number in bad)  # our own rows have the odd numbers
+    assert len(bad) == sum(scan.counts[reason] for reason in scan.bad) == (scan.hashes == 0).sum()
+    assert len(list(rows.read("\n\n"))) == len(mixed) - len(bad)
+
+
+def test_one_megabyte_strings_go_through(tmp_path, smol_tokenizer, monkeypatch):
+    from utils.prompts import find_stop_tokens
+    from utils.tokenizing import tokenize_rows
+
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    path = write_rows(
+        tmp_path / "rows.jsonl", [{"instruction": "长 " * 500_000, "output": "word " * 200_000}]
+    )
+    data_args = DataArguments(str(path), model_max_length=64)
+    found = tokenize_rows(load(path), smol_tokenizer, find_stop_tokens(smol_tokenizer, []), data_args)[TRAIN]
+    assert found.lengths.tolist() == [64]
