@@ -86,6 +86,6 @@ def check_kills(server, command, tmp_path, optimizer, kills, number=signal.SIGKI
     codes = kill_until_done(server, command, tmp_path / "killed", kills, log, number)
     assert codes[-1] == 0, log.read_text()
     assert_equal_runs(tmp_path / "killed", tmp_path / "expected")
-    left = {path.name for path in (tmp_path / "killed").iterdir()}
-    assert left == {path.name for path in (tmp_path / "expected").iterdir()}
+    left, wanted = ({path.name for path in (tmp_path / name).iterdir()} for name in ("killed", "expected"))
+    assert left == wanted, left ^ wanted
     return codes

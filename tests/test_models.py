@@ -8,7 +8,6 @@ import sys
 import pytest
 import sentencepiece
 import torch
-import transformers
 from conftest import ROOT
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, build_llama2, render_models
@@ -18,6 +17,7 @@ from utils.arguments import ModelArguments
 from utils.checks import check_adapter_fits, read_model_config, resolve_model
 from utils.console import UserError
 from utils.tokenizer_files import load_own_tokenizer
+from utils.trainer import QLoraTrainer
 
 FLAGS = [
     "--dataset_name", ROOT / "data" / "guanaco_identity.jsonl", "--max_train_samples", "8",
@@ -53,14 +53,14 @@ def each_family(test):
 
 @pytest.fixture
 def trained_models(monkeypatch):
-    """The models that a Trainer saved, as they were in memory."""
-    kept, save_model = [], transformers.Trainer.save_model
+    """The models that a Trainer saved in the end, as they were in memory."""
+    kept, save_final = [], QLoraTrainer.save_final
 
-    def save_and_keep(self, *args, **kwargs):
+    def save_and_keep(self):
         kept.append(self.model)
-        return save_model(self, *args, **kwargs)
+        return save_final(self)
 
-    monkeypatch.setattr(transformers.Trainer, "save_model", save_and_keep)
+    monkeypatch.setattr(QLoraTrainer, "save_final", save_and_keep)
     return kept
 
 
@@ -179,7 +179,7 @@ def remote_model(tmp_path):
 
 def test_remote_code_runs_only_when_it_is_trusted(remote_model, call_main, trained_models, tmp_path):
     argv = ["--model_name_or_path", remote_model, *FLAGS, "--output_dir", tmp_path / "run"]
-    with pytest.raises(UserError, match="Python code of its publisher.*--trust_remote_code"):
+    with pytest.raises(UserError, match="ships its own Python.*--trust_remote_code"):
         call_main("qlora_finetune", *argv)
     call_main("qlora_finetune", *argv, "--trust_remote_code")
     assert type(trained_models[-1].get_base_model()).__name__ == "OwnForCausalLM"

@@ -13,7 +13,7 @@ from conftest import ROOT
 WORDS = (ROOT / "README.md").read_text().split()
 # Runs in a process of its own, so that its peak memory is its own.
 PREPARE = """
-import json, resource, sys, time
+import json, re, sys, time
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.data import load_rows
 from utils.data_report import build_report
@@ -31,7 +31,7 @@ datasets = tokenize_rows(rows, tokenizer, find_stop_tokens(tokenizer, []), data_
 tokenized = time.perf_counter() - start
 report = build_report(rows, datasets, len(tokenizer), data_args, training_args)
 ready = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) / 2**20
 print(json.dumps({"rows": len(datasets["train"]), "tokens": len(datasets["train"].tokens), "scanned": scanned,
                   "tokenized": tokenized, "ready": ready, "peak_gib": peak}))
 """

@@ -158,9 +158,11 @@ class QLoraTrainer(ResumableTrainer):
             "seconds": round(seconds, 2),
         }
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        # Callbacks measure too (MMLU, ROUGE) and add to `metrics`, so they come before the log.
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.log(metrics)
+        losses = set(metrics)  # callbacks measure too (MMLU, ROUGE), some for minutes, and add to `metrics`
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if added := {name: value for name, value in metrics.items() if name not in losses}:
+            self.log(added)
         if self.last_log_time is not None:
             self.last_log_time += time.perf_counter() - start  # evaluation is no training time
         return metrics

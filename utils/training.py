@@ -1,6 +1,7 @@
 """A run from its first step to what it leaves behind: train, evaluate, predict, record."""
 
 import json
+import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -56,6 +57,9 @@ def measure_peak_memory() -> float:
     """Peak of this process, GiB: of GPU memory where one is used, else of resident memory."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    status = Path("/proc/self/status")  # ru_maxrss would count what the process that started this one held
+    if status.is_file():
+        return round(int(re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1)) / 2**20, 2)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / 2**30 if sys.platform == "darwin" else peak / 2**20, 2)
 
