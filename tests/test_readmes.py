@@ -39,7 +39,9 @@ def test_both_hold_the_same_commands_in_the_same_order():
 def test_both_hold_the_same_python_and_the_same_citation():
     english, chinese = (readme.read_text(encoding="utf-8") for readme in READMES)
     for language in ("python", "bibtex", "text"):
-        assert read_blocks(english, language) and read_blocks(english, language) == read_blocks(chinese, language)
+        assert read_blocks(english, language) and read_blocks(english, language) == read_blocks(
+            chinese, language
+        )
 
 
 def test_python_of_the_readmes_compiles():
