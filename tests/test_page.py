@@ -372,7 +372,7 @@ def test_50_users_for_5_minutes(smollm2):
     """No crash, no lost or mixed reply, memory flat, refusals clear, with the real small model."""
     args = resolve_model(ModelArguments(str(smollm2), bits=16), set())
     chat = load_run(args, read_model_config(args))
-    server = Server(chat, limit_queue=40)
+    server = Server(chat, limit_queue=40, limit_seconds=600)
     sizes, served = [], []
 
     def rounds():

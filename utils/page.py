@@ -19,6 +19,7 @@ from utils.prompts import Messages
 CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
 CHARACTERS_PER_TOKEN = 16  # a text longer than this allows is refused without being tokenized
 MAX_BEAMS = 4
+MAX_SESSIONS = 256  # each holds 0.1 to 0.2 MB, more with a long conversation; the oldest is forgotten
 IDLE_SECONDS = 3600  # a conversation that nobody continues is forgotten
 
 
@@ -253,5 +254,7 @@ def launch_page(
         footer_links=[],
         ssr_mode=False,
         mcp_server=False,
+        run_history=False,
+        state_session_capacity=MAX_SESSIONS,
         prevent_thread_lock=not wait,
     )
