@@ -92,20 +92,21 @@ class Server:
         self.page = build_page(chat, flags, page_args, "the tiny model")
         launch_page(self.page, page_args, wait=False)
         self.url = f"http://127.0.0.1:{page_args.server_port}"
+        limits = httpx.Limits(max_connections=None)
+        self.client = httpx.Client(base_url=f"{self.url}/gradio_api", timeout=600, limits=limits)
         self.send_index = next(i for i, fn in self.page.fns.items() if fn.name == "answer")
 
-    def ask(self, question, side="tuned", length=24, seconds=600):
+    def ask(self, question, side="tuned", length=24):
         """One message in a session of its own, sent as a browser does: the messages then shown."""
         session = uuid.uuid4().hex[:10]
         data = [question, None, side, "", 0, 1, 50, 1, length, True]
         body = {"data": data, "fn_index": self.send_index, "session_hash": session, "event_data": None}
-        with httpx.Client(base_url=self.url + "/gradio_api", timeout=seconds) as client:
-            joined = client.post("/queue/join", json=body)
-            if joined.status_code != 200:
-                raise Refused(joined.text)
-            with client.stream("GET", "/queue/data", params={"session_hash": session}) as stream:
-                events = (json.loads(line[5:]) for line in stream.iter_lines() if line.startswith("data:"))
-                done = next(event for event in events if event["msg"] == "process_completed")
+        joined = self.client.post("/queue/join", json=body)
+        if joined.status_code != 200:
+            raise Refused(joined.text)
+        with self.client.stream("GET", "/queue/data", params={"session_hash": session}) as stream:
+            events = (json.loads(line[5:]) for line in stream.iter_lines() if line.startswith("data:"))
+            done = next(event for event in events if event["msg"] == "process_completed")
         assert done["success"], done
         return [(shown["role"], shown["content"][0]["text"]) for shown in done["output"]["data"][1]]
 
