@@ -47,7 +47,7 @@ def teach(model, tokenizer, answers, learning_rate, steps):
     """Learn the answers by heart."""
     rows = list(encode_lessons(answers, tokenizer))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0, fused=True)
     for _ in range(steps):
         losses = torch.stack([model(**row).loss for row in rows])
         losses.mean().backward()
@@ -68,6 +68,7 @@ def chat(tiny_model, tmp_path_factory):
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model.get_input_embeddings().requires_grad_(False)
     teach(model, tokenizer, ANSWERS, 5e-3, 200)
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
@@ -289,8 +290,8 @@ def test_temperature_changes_what_is_said(open_tab):
 
 def test_100_kb_paste_is_refused_politely_and_the_page_goes_on(open_tab):
     tab = open_tab()
-    tab.send("llama " * 17_000)
-    tab.wait(lambda: "too long" in tab.status() and "过长" in tab.status())
+    tab.send("llama " * 16_999 + "llamas")
+    tab.wait(lambda: "too long: 102,000" in tab.status() and "过长" in tab.status())
     assert tab.replies() == []
     tab.send("Who are you?")
     tab.wait_for_reply("I am the tuned one.")

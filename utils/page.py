@@ -198,7 +198,8 @@ def fit_messages(
     limit = page_args.limit_prompt_tokens
     if chat.context is not None:
         limit = min(limit, chat.context - max_new_tokens)
-    characters = sum(len(message["content"]) for message in (messages[0], messages[-1]))
+    always_sent = [message for message in messages if message["role"] == "system" or message is messages[-1]]
+    characters = sum(len(message["content"]) for message in always_sent)
     if characters > limit * CHARACTERS_PER_TOKEN:
         raise UserError(TOO_LONG.format(size=f"{characters:,} characters", limit=limit))
     within = dataclasses.replace(chat, context=limit + max_new_tokens)
