@@ -19,6 +19,7 @@ from utils.page_labels import CSS, ENDINGS, LABELS, TOO_LONG
 CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
 CHARACTERS_PER_TOKEN = 16  # a text longer than this allows is refused without being tokenized
 MAX_BEAMS = 4
+MAX_SESSIONS = 256  # each holds 0.1 to 0.2 MB, more with a long conversation; the oldest is forgotten
 IDLE_SECONDS = 3600  # a conversation that nobody continues is forgotten
 
 
@@ -197,7 +198,8 @@ def fit_messages(
     limit = page_args.limit_prompt_tokens
     if chat.context is not None:
         limit = min(limit, chat.context - max_new_tokens)
-    characters = sum(len(message["content"]) for message in (messages[0], messages[-1]))
+    always_sent = [message for message in messages if message["role"] == "system" or message is messages[-1]]
+    characters = sum(len(message["content"]) for message in always_sent)
     if characters > limit * CHARACTERS_PER_TOKEN:
         raise UserError(TOO_LONG.format(size=f"{characters:,} characters", limit=limit))
     within = dataclasses.replace(chat, context=limit + max_new_tokens)
@@ -253,5 +255,7 @@ def launch_page(
         footer_links=[],
         ssr_mode=False,
         mcp_server=False,
+        run_history=False,
+        state_session_capacity=MAX_SESSIONS,
         prevent_thread_lock=not wait,
     )
