@@ -22,6 +22,8 @@ FLAGS += [
     "--do_train",
     "--do_eval",
 ]
+FLAGS += ["--dataset_name", ROOT / "data" / "guanaco_identity.jsonl", "--max_steps", "20"]
+FLAGS += ["--learning_rate", "1e-2"]
 QUICK = ["--max_questions", "6", "--max_held_out_answers", "2", "--max_new_tokens", "8", "--limit", "4"]
 
 
@@ -58,13 +60,12 @@ def test_report_of_a_run_is_true_to_its_metrics(good_run, call_main):
 
 
 def test_run_that_made_the_model_worse_is_called_worse(good_run, tmp_path, call_main):
-    """The run's adapter with noise for weights: wrong and sure of it, where the random base only guesses."""
+    """The run's adapter turned round: what it learned to say is what it now avoids."""
     folder = tmp_path / "wrecked"
     shutil.copytree(good_run, folder)
     weights = load_file(folder / "adapter_model.safetensors")
-    torch.manual_seed(0)
-    noise = {name: torch.randn_like(weight) for name, weight in weights.items()}
-    save_file(noise, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    turned = {name: -weight if "lora_B" in name else weight for name, weight in weights.items()}
+    save_file(turned, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     call_main("eval.report", folder, *QUICK, "--tasks", "none")
     results = json.loads((folder / "report.json").read_text())["results"]
     assert find(results, "held-out loss")["verdict"] == "worse"
