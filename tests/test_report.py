@@ -23,6 +23,8 @@ FLAGS += [
     "--do_train",
     "--do_eval",
 ]
+FLAGS += ["--dataset_name", ROOT / "data" / "guanaco_identity.jsonl", "--max_steps", "20"]
+FLAGS += ["--learning_rate", "1e-2"]
 QUICK = ["--max_questions", "6", "--max_held_out_answers", "2", "--max_new_tokens", "8", "--limit", "4"]
 
 
