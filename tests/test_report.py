@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from eval.measures import Measure, compute_row_losses, detect_language, measure_answers, measure_repetition
 from eval.render_report import escape_cell, render_verdict
 
-FLAGS = ["--dataset_name", ROOT / "data" / "guanaco_identity.jsonl", "--lora_r", "4"]
-FLAGS += ["--eval_dataset_name", ROOT / "data" / "guanaco_identity_eval.jsonl"]
+FLAGS = ["--eval_dataset_name", ROOT / "data" / "guanaco_identity_eval.jsonl", "--lora_r", "4"]
 FLAGS += ["--source_max_len", "200", "--target_max_len", "100", "--gradient_accumulation_steps", "1"]
 FLAGS += [
     "--gradient_checkpointing",
@@ -61,11 +60,11 @@ def test_report_of_a_run_is_true_to_its_metrics(good_run, call_main):
 
 
 def test_run_that_made_the_model_worse_is_called_worse(good_run, tmp_path, call_main):
-    """The run's adapter turned around: what it learned to say is what it now says least."""
+    """The run's adapter turned round: what it learned to say is what it now avoids."""
     folder = tmp_path / "wrecked"
     shutil.copytree(good_run, folder)
     weights = load_file(folder / "adapter_model.safetensors")
-    turned = {name: -4 * weight if "lora_B" in name else weight for name, weight in weights.items()}
+    turned = {name: -weight if "lora_B" in name else weight for name, weight in weights.items()}
     save_file(turned, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     call_main("eval.report", folder, *QUICK, "--tasks", "none")
     results = json.loads((folder / "report.json").read_text())["results"]
