@@ -81,6 +81,18 @@ def test_packed_run_equals_the_padded_run_of_the_same_command(call_main, tiny_mo
     assert states[0]["global_step"] == states[1]["global_step"] == 4
 
 
+@pytest.mark.parametrize("bits", [4, 32])
+def test_fast_path_trains_what_the_plain_path_trains(call_main, tiny_model, tmp_path, bits):
+    flags = ["--bits", bits, "--max_steps", 4, "--learning_rate", 1e-2, "--adam_epsilon", 1e-4]
+    flags += ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2]
+    for fast in ("True", "False"):
+        printed = train(call_main, tiny_model, tmp_path / fast, *flags, "--fast_lora", fast)
+        assert "plain path" not in printed
+    assert relative_difference(load_weights(tmp_path / "True"), load_weights(tmp_path / "False")) < 1e-3
+    norms = read_gradient_norms(tmp_path / "False")
+    assert read_gradient_norms(tmp_path / "True") == pytest.approx(norms, rel=1e-3)
+
+
 @pytest.mark.parametrize("script", ["qlora_finetune", "qlora_int8_finetune"])
 def test_two_runs_with_one_seed_are_bitwise_equal(call_main, tiny_model, tmp_path, script):
     flags = ["--max_steps", "3", "--lora_dropout", "0.1", "--per_device_train_batch_size", "4"]
@@ -180,6 +192,7 @@ SETTINGS = {
     "train on source": ["--train_on_source"],
     "template": ["--template", "alpaca"],
     "another Trainer flag": ["--neftune_noise_alpha", "5"],
+    "label smoothing": ["--label_smoothing_factor", "0.1"],
 }
 
 

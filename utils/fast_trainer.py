@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from utils.arguments import TrainingArguments
 from utils.cuda_graph import GraphedStep
 from utils.fast_model import FastModel
 from utils.trainer import QLoraTrainer, find_micro_batches
@@ -12,8 +13,13 @@ from utils.trainer import QLoraTrainer, find_micro_batches
 ELEMENTWISE = ("adamw", "paged_adamw", "lion", "paged_lion", "sgd", "rmsprop", "ademamix", "paged_ademamix")
 
 
-def find_optimizer_obstacle(optim: str) -> str | None:
-    return None if optim.startswith(ELEMENTWISE) else f"--optim {optim} looks at each matrix"
+def find_flag_obstacle(training_args: TrainingArguments) -> str | None:
+    """The flag that the fused path does not cover, if any."""
+    if not training_args.optim.startswith(ELEMENTWISE):
+        return f"--optim {training_args.optim} looks at each matrix"
+    if training_args.extra.get("label_smoothing_factor"):
+        return "--label_smoothing_factor"
+    return None
 
 
 class FastQLoraTrainer(QLoraTrainer):
@@ -35,6 +41,8 @@ class FastQLoraTrainer(QLoraTrainer):
         self.count_tokens(parts)
         model.train()
         processes = self.accelerator.num_processes
+        if not self.args.average_tokens_across_devices:  # then the processes' own means are averaged
+            num_items_in_batch = num_items_in_batch * processes
         scaler, one = self.accelerator.scaler, torch.ones((), device=self.args.device)
         loss_scale = (scaler.scale(one) if scaler else one) / num_items_in_batch
         losses = torch.stack([self.run_step(part, loss_scale) for part in parts])

@@ -243,9 +243,9 @@ def choose_path(
     if not (training_args.fast_lora and training_args.do_train):
         return QLoraTrainer
     from utils.fast_model import prepare_fast_model
-    from utils.fast_trainer import FastQLoraTrainer, find_optimizer_obstacle
+    from utils.fast_trainer import FastQLoraTrainer, find_flag_obstacle
 
-    fast = find_optimizer_obstacle(training_args.optim) or prepare_fast_model(model, dtype)
+    fast = find_flag_obstacle(training_args) or prepare_fast_model(model, dtype)
     if isinstance(fast, str):
         notice(f"--fast_lora: the plain path is used ({fast})")
         return QLoraTrainer
