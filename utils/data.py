@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,7 +126,7 @@ def scan_source(source: Source) -> Scan:
 
 
 def scan_rows(source: Source) -> Scan:
-    scan, hashes = Scan(np.zeros(0, np.uint64)), []
+    scan, hashes = Scan(np.zeros(0, np.uint64)), array("Q")
     for number, row in enumerate(source.read(), 1):
         try:
             chat = read_row(row, source.dataset_format)

@@ -19,7 +19,6 @@ from utils.token_rows import TokenRows
 
 MAX_LOST_SHARE, MAX_ENDLESS_SHARE = 0.2, 0.5
 MEASURED_ROWS = 20_000  # a sample is enough for shares of packing
-READ_TOKENS = 1 << 22
 GREEN, PLAIN = "\033[32m", "\033[0m"
 
 
@@ -91,10 +90,9 @@ def build_report(
 
 def measure_part(rows: Rows, part: str, found: TokenRows) -> dict[str, Any]:
     trained = largest = 0
-    for start in range(0, len(found.tokens), READ_TOKENS):
-        signed = np.asarray(found.tokens[start : start + READ_TOKENS])
+    for signed in found.read_tokens():
         trained += int((signed >= 0).sum())
-        largest = max(largest, int(np.where(signed >= 0, signed, ~signed).max()))
+        largest = max(largest, int(np.where(signed >= 0, signed, ~signed).max(initial=0)))
     return {
         "rows": rows.count(part),
         "sequences": len(found),

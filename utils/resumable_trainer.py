@@ -44,8 +44,6 @@ from utils.training_state import (
     save_training_state,
 )
 
-READ_TOKENS = 1 << 22
-
 
 class StepHooks(TrainerCallback):
     """Where a step begins and ends: signals wait while weights, optimizer and step number change together."""
@@ -104,8 +102,8 @@ class ResumableTrainer(transformers.Trainer):
         rows = hashlib.sha256()
         if self.train_dataset is not None:
             rows.update(self.train_dataset.offsets.tobytes())
-            for start in range(0, len(self.train_dataset.tokens), READ_TOKENS):
-                rows.update(np.ascontiguousarray(self.train_dataset.tokens[start : start + READ_TOKENS]))
+            for piece in self.train_dataset.read_tokens():
+                rows.update(np.ascontiguousarray(piece))
         return {
             "base model": fingerprint(self.record["base_model"]),
             "training rows": rows.hexdigest(),

@@ -1,6 +1,8 @@
 """Tokenized rows on disk: one flat file of token ids, read through the page cache, never all in memory."""
 
 import json
+from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from utils.prompts import IGNORE_INDEX
+
+READ_TOKENS = 1 << 22
 
 
 @dataclass
@@ -35,6 +39,15 @@ class TokenRows:
             "row": np.int64(index),
         }
 
+    def read_tokens(self) -> Iterator[np.ndarray]:
+        """`tokens` in pieces, read from the file: a mapped page would count as memory of this process."""
+        if not isinstance(self.tokens, np.memmap):
+            yield self.tokens
+            return
+        with open(self.tokens.filename, "rb") as file:
+            while len(piece := np.fromfile(file, np.int32, READ_TOKENS)):
+                yield piece
+
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each row  # int64 [rows]"""
@@ -47,17 +60,16 @@ class TokenWriter:
     def __init__(self, folder: Path):
         folder.mkdir()
         self.folder, self.file = folder, open(folder / "tokens.bin", "wb")
-        self.lengths: list[int] = []
-        self.origins: list[tuple[int, int]] = []
+        self.lengths, self.origins = array("q"), array("i")
 
     def append(self, signed: np.ndarray, source: int, number: int) -> None:
         self.file.write(signed.astype(np.int32, copy=False).tobytes())
         self.lengths.append(len(signed))
-        self.origins.append((source, number))
+        self.origins.extend((source, number))
 
     def close(self, found: dict[str, Any]) -> None:
         self.file.close()
-        np.save(self.folder / "offsets.npy", np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)]))
+        np.save(self.folder / "offsets.npy", np.cumsum(np.concatenate([[0], self.lengths]), dtype=np.int64))
         np.save(self.folder / "origins.npy", np.array(self.origins, np.int32).reshape(-1, 2))
         (self.folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
 
