@@ -24,6 +24,7 @@ class Terminal:
         if self.pid == 0:
             os.chdir(ROOT)
             os.environ |= {"TERM": "xterm", "COLUMNS": "100", "LANG": "C.UTF-8"}
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background would pass on SIG_IGN
             os.execv(sys.executable, [sys.executable, "cli_demo.py", *map(str, argv)])
         self.screen = ""
 

@@ -36,7 +36,7 @@ def test_run_stopped_at_random_moments_ends_with_the_bits_of_the_uninterrupted_o
     server, command, tmp_path, number
 ):
     codes = check_kills(server, [*command, "--save_steps", "7"], tmp_path, "adamw_torch", 3, number)
-    assert set(codes) == {REQUEUE, 0}
+    assert set(codes) <= {REQUEUE, 0} and codes[-1] == 0  # a stop that comes too late meets a finished run
 
 
 def test_signal_within_a_long_step_drops_it_and_saves_the_step_before(server, command, tmp_path):

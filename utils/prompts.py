@@ -12,7 +12,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from utils.console import UserError, notice
 from utils.formats import TEXT_ROLE, Chat, Messages
@@ -68,6 +67,8 @@ def apply_template(
         )
     cached = TEMPLATES.get(tokenizer)
     if cached is None or cached[0] != tokenizer.chat_template:
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
         template = _compile_jinja_template(tokenizer.chat_template)
         render = functools.partial(
             template.render, tools=None, documents=None, **tokenizer.special_tokens_map
