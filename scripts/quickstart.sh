@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh machine to a model that knows its new name: install, train 4-bit QLoRA, chat. No GPU needed.
 #   model  SmolLM2-135M-Instruct      data  data/guanaco_identity.jsonl, 128 rows, Chinese and English
-#   2 CPU cores: about 5 minutes after installation, 2.5 GiB of memory
+#   2 CPU cores: about 3.5 minutes after installation, 2 GiB of memory
 # Flags are passed on to qlora_finetune.py:  bash scripts/quickstart.sh --overwrite_output_dir
 set -euo pipefail
 cd "$(dirname "$0")/.."
