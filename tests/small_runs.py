@@ -57,7 +57,7 @@ def wait_for_a_moment(server, pid, run, kind, chance):
     if kind == "save":
         while not server.has_ended(pid) and not any(run.glob(".checkpoint-*.tmp")):
             time.sleep(0.0005)
-    end = time.monotonic() + chance.uniform(0, {"start": 3, "training": 2, "save": 0.1}[kind])
+    end = time.monotonic() + chance.uniform(0, {"start": 3, "training": 1, "save": 0.1}[kind])
     while not server.has_ended(pid) and time.monotonic() < end:
         time.sleep(0.001)
 
@@ -68,7 +68,7 @@ def kill_until_done(server, command, run, kills, log, number=signal.SIGKILL):
     for kill in range(kills):
         pid = server.start(log, *command, "--output_dir", run)
         try:
-            wait_for_a_moment(server, pid, run, ("training", "save", "start")[kill % 3], chance)
+            wait_for_a_moment(server, pid, run, ("save", "training", "start")[kill % 3], chance)
             os.kill(pid, number)
         except FileNotFoundError:  # the lock went as we looked: the run has just ended
             pass
