@@ -3,9 +3,11 @@
 import random
 from typing import Any
 
+import numpy as np
 import torch
 
 from utils.console import UserError
+from utils.packing import PackingCollator
 
 Rows = list[int]  # their lengths, tokens
 # 1,999 rows of Alpaca in English and Chinese, in tokens of LLaMA: every 32nd part of their sorted lengths.
@@ -35,39 +37,12 @@ def draw_length(draw: random.Random) -> int:
     return round(REAL_LENGTHS[low] * (1 - share) + REAL_LENGTHS[low + 1] * share)
 
 
-def cut_into_bins(rows: Rows, capacity: int) -> list[tuple[int, Rows]]:
-    """Whole rows into micro-batches of capacity and one of as many eighths as are left: (size, its rows)."""
-    eighth = capacity // 8
-    whole, rest = divmod(sum(rows), capacity)
-    sizes = [capacity] * whole + [-(-rest // eighth) * eighth] * (rest > 0)
-    bins = [[size, size, []] for size in sizes]  # size, room left, rows
-    for row in sorted(rows, reverse=True):  # best fit
-        chosen = min((each for each in bins if each[1] >= row), key=lambda each: each[1], default=None)
-        if chosen is None:
-            size = -(-row // eighth) * eighth
-            chosen = [size, size, []]
-            bins.append(chosen)
-        chosen[1] -= row
-        chosen[2].append(row)
-    return [(size, inside) for size, _, inside in bins if inside]
-
-
-def build_packed(size: int, rows: Rows, vocabulary: int) -> dict[str, Any]:
-    """One packed micro-batch of random tokens; what is left at its end is a row of its own without labels."""
-    rest = size - sum(rows)
-    lengths = rows + [rest] * (rest > 0)
-    labels = torch.randint(5, vocabulary, (1, size))
-    ends = torch.tensor([0, *lengths]).cumsum(0)
-    labels[:, ends[:-1]] = -100
-    labels[:, size - rest :] = -100
-    return {
-        "input_ids": torch.where(labels == -100, 5, labels),
-        "labels": labels,
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "label_positions": (labels[0, 1:] != -100).nonzero().flatten(),
-        "cu_seqlens": ends.to(torch.int32),
-        "max_length": max(lengths),
-    }
+def build_packed(rows: Rows, capacity: int, vocabulary: int) -> list[dict[str, Any]]:
+    """Micro-batches of random tokens, packed as a run on a GPU packs them; rows of one length are one."""
+    capacity = sum(rows) if len(set(rows)) == 1 else capacity
+    ids = [np.random.randint(5, vocabulary, length) for length in rows]
+    examples = [{"input_ids": row, "labels": row, "row": index} for index, row in enumerate(ids)]
+    return PackingCollator(pad_token_id=0, capacity=capacity, fixed=True)(examples)["micro_batches"]
 
 
 def build_padded(rows: Rows, vocabulary: int, device: str) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers.hf_argparser import HfArg
 
-from eval.speed_workloads import Rows, build_packed, build_padded, cut_into_bins, parse_workload
+from eval.speed_workloads import Rows, build_packed, build_padded, parse_workload
 from utils.arguments import parse_args
 from utils.console import UserError, notice, run_main
 from utils.cuda_graph import GraphedStep
@@ -156,8 +156,7 @@ def build_fast_step(
     vocabulary = model.config.vocab_size
 
     def prepare(rows: Rows) -> list[dict[str, Any]]:
-        bins = [(sum(rows), rows)] if len(set(rows)) == 1 else cut_into_bins(rows, capacity)
-        return [build_packed(size, inside, vocabulary) for size, inside in bins]
+        return build_packed(rows, capacity, vocabulary)
 
     def step(batches: list[dict[str, Any]]) -> torch.Tensor:
         labels = sum(len(batch["label_positions"]) for batch in batches)

@@ -10,6 +10,7 @@ from conftest import ROOT
 from utils.packing import (
     PackingCollator,
     PaddingCollator,
+    choose_capacity,
     choose_sizes,
     measure_packing,
     measure_padding,
@@ -46,6 +47,17 @@ def test_fixed_sizes_are_few_and_whole_tiles():
     sizes = choose_sizes(2048)
     assert sizes == [256, 512, 768, 1024, 1280, 1536, 1792, 2048]
     assert choose_sizes(528)[-1] >= 528 and all(size % 64 == 0 for size in choose_sizes(528))
+
+
+def test_capacity_is_the_flags_but_no_more_than_the_longest_step():
+    lengths = np.array([60, 70, 137, 80])
+    assert choose_capacity(lengths, 8, 8, 1280, on_gpu=True) == 60 + 70 + 137 + 80
+    assert choose_capacity(lengths, 1, 2, 200, on_gpu=False) == 200
+    assert choose_capacity(lengths, 1, 2, 200, on_gpu=True) == 137 + 80
+    assert choose_capacity(np.full(64, 512), 4, 64, 512, on_gpu=True) == 2048
+    assert choose_capacity(np.full(64, 512), 1, 16, 528, on_gpu=True) == 2048  # a GPU's smallest
+    step = np.random.default_rng(0).choice(lengths, 800).tolist()
+    assert measure_packing(step, 8, choose_capacity(np.array(step), 8, 8, 1280, True), fixed=True) > 0.9
 
 
 def test_packing_restarts_positions_and_labels_no_first_token():

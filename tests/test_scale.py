@@ -29,7 +29,7 @@ scanned = time.perf_counter() - start
 tokenizer = load_tokenizer(ModelArguments(model), data_args)
 datasets = tokenize_rows(rows, tokenizer, find_stop_tokens(tokenizer, []), data_args)
 tokenized = time.perf_counter() - start
-report = build_report(rows, datasets, len(tokenizer), data_args, training_args)
+report = build_report(rows, datasets, len(tokenizer), data_args, training_args, on_gpu=False)
 ready = time.perf_counter() - start
 peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) / 2**20
 print(json.dumps({"rows": len(datasets["train"]), "tokens": len(datasets["train"].tokens), "scanned": scanned,

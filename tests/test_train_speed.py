@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eval import train_speed
-from eval.speed_workloads import cut_into_bins, draw_length, parse_workload
+from eval.speed_workloads import build_packed, draw_length, parse_workload
 from utils.console import UserError
 from utils.shapes import SHAPES, build_random_model, count_linear_weights
 
@@ -51,15 +51,17 @@ def test_lengths_are_those_of_the_data():
 
 
 @pytest.mark.parametrize("rows", [8, 32, 128])
-def test_bins_hold_every_row_once_and_are_well_filled(rows):
+def test_packed_rows_are_all_there_and_fill_the_micro_batches(rows):
     steps, _ = parse_workload(f"real-{rows}", 20)
-    filled = 0
+    computed = 0
     for lengths in steps:
-        bins = cut_into_bins(lengths, 8192)
-        assert sorted(row for _, inside in bins for row in inside) == sorted(lengths)
-        assert all(sum(inside) <= size for size, inside in bins)
-        filled += sum(lengths) / sum(size for size, _ in bins)
-    assert filled / len(steps) > 0.8
+        batches = build_packed(lengths, 8192, 512)
+        assert sorted(row for batch in batches for row in batch["rows"].tolist()) == list(range(rows))
+        assert sum(int(batch["num_tokens"]) for batch in batches) == sum(lengths)
+        computed += sum(batch["input_ids"].shape[1] for batch in batches)
+    assert sum(map(sum, steps)) / computed > 0.8
+    (batch,) = build_packed([512] * 4, 8192, 512)
+    assert batch["input_ids"].shape == (1, 2048) and batch["cu_seqlens"].diff().tolist() == [512] * 4
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])

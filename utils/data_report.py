@@ -11,7 +11,8 @@ from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.checks import read_model_config
 from utils.console import UserError, is_main_process, notice
 from utils.data import Rows
-from utils.packing import MIN_GPU_TOKENS, measure_packing, measure_padding
+from utils.model import has_gpu
+from utils.packing import choose_capacity, measure_packing, measure_padding
 from utils.prompts import IGNORE_INDEX
 from utils.run_record import write_json
 from utils.sources import EVAL, TEST, TRAIN
@@ -44,7 +45,7 @@ def report_data(
         return
     config = read_model_config(model_args)
     vocabulary = config.get("text_config", config).get("vocab_size", len(tokenizer))
-    report = build_report(rows, datasets, vocabulary, data_args, training_args)
+    report = build_report(rows, datasets, vocabulary, data_args, training_args, has_gpu(model_args))
     notice(describe_report(report))
     if is_main_process():
         show_rows(datasets[TRAIN], [source.name for source in rows.sources], tokenizer)
@@ -62,6 +63,7 @@ def build_report(
     vocabulary: int,
     data_args: DataArguments,
     training_args: TrainingArguments,
+    on_gpu: bool,
 ) -> dict[str, Any]:
     """The report as plain values: what data_report.json holds."""
     parts = {part: measure_part(rows, part, found) for part, found in datasets.items() if rows.count(part)}
@@ -82,7 +84,7 @@ def build_report(
     }
     lengths = datasets[TRAIN].lengths
     if len(lengths):
-        report["packing"] = measure_packings(lengths, data_args, training_args)
+        report["packing"] = measure_packings(lengths, data_args, training_args, on_gpu)
         report["suggested_model_max_length"] = suggest_max_length(datasets[TRAIN].found["uncut"])
     report["red"] = find_red(report, vocabulary)
     return report
@@ -124,16 +126,16 @@ def select_hashes(rows: Rows, part: str) -> np.ndarray:
 
 
 def measure_packings(
-    lengths: np.ndarray, data_args: DataArguments, training_args: TrainingArguments
+    lengths: np.ndarray, data_args: DataArguments, training_args: TrainingArguments, on_gpu: bool
 ) -> dict[str, float]:
-    """Shares of real among computed tokens, in the order of a random epoch."""
+    """Shares of real among computed tokens, in the order of a random epoch; sizes are fixed on a GPU only."""
     sample = np.random.default_rng(0).permutation(lengths)[:MEASURED_ROWS].tolist()
     batch = training_args.per_device_train_batch_size
     rows_per_step = batch * training_args.gradient_accumulation_steps
-    capacity = max(batch * data_args.max_len, MIN_GPU_TOKENS)
+    capacity = choose_capacity(lengths, batch, rows_per_step, data_args.max_len, on_gpu)
     return {
         "rows_per_step": rows_per_step,
-        "packed": round(measure_packing(sample, rows_per_step, capacity, fixed=True), 4),
+        "packed": round(measure_packing(sample, rows_per_step, capacity, fixed=on_gpu), 4),
         "padded": round(measure_padding(sample, batch), 4),
     }
 

@@ -45,6 +45,15 @@ def pack_rows(lengths: list[int], capacity: int) -> list[list[int]]:
     return bins
 
 
+def choose_capacity(
+    lengths: np.ndarray, batch_size: int, rows_per_step: int, max_len: int, on_gpu: bool
+) -> int:
+    """Tokens of the largest micro-batch: what a padded one may take, never more than a whole step holds."""
+    allowed = max(batch_size * max_len, MIN_GPU_TOKENS) if on_gpu else batch_size * max_len
+    longest_step = int(np.sort(lengths)[-rows_per_step:].sum())
+    return min(allowed, longest_step)
+
+
 def choose_sizes(capacity: int) -> list[int]:
     """The sizes, in tokens, that micro-batches are filled up to: eighths of the capacity, whole tiles."""
     return sorted({-(-capacity * eighths // 8 // TILE) * TILE for eighths in range(1, 9)})

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from peft import PeftModel
@@ -19,7 +20,7 @@ from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.callbacks import ProgressLine
 from utils.console import notice
 from utils.model import has_gpu
-from utils.packing import MIN_GPU_TOKENS, PackingCollator, PaddingCollator, keeps_rows_apart
+from utils.packing import PackingCollator, PaddingCollator, choose_capacity, keeps_rows_apart
 from utils.prompts import IGNORE_INDEX
 from utils.resumable_trainer import ResumableTrainer
 from utils.run_record import hide_secrets
@@ -202,7 +203,8 @@ def build_trainer(
     callbacks: list[Any],
 ) -> QLoraTrainer:
     """The Trainer with this run's model, rows and callbacks."""
-    collator = choose_collator(model, tokenizer, model_args, data_args, training_args)
+    lengths = datasets[TRAIN].lengths
+    collator = choose_collator(model, tokenizer, lengths, model_args, data_args, training_args)
     training_args = choose_optimizer(model, training_args)
     build = choose_path(model, training_args, dtype)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -255,19 +257,22 @@ def choose_path(
 def choose_collator(
     model: torch.nn.Module,
     tokenizer: Any,
+    lengths: np.ndarray,
     model_args: ModelArguments,
     data_args: DataArguments,
     training_args: TrainingArguments,
 ) -> PackingCollator | PaddingCollator:
-    """Packed where the model keeps rows apart: a micro-batch then takes at most what a padded one may."""
-    multiple = 8 if has_gpu(model_args) else 1  # tensor cores want whole tiles
-    capacity = training_args.per_device_train_batch_size * data_args.max_len
+    """Packed where the model keeps rows apart; `lengths` of the training rows  # int64 [rows]"""
+    on_gpu, batch = has_gpu(model_args), training_args.per_device_train_batch_size
     if training_args.packing and keeps_rows_apart(model):
-        capacity = max(capacity, MIN_GPU_TOKENS) if has_gpu(model_args) else capacity
-        return PackingCollator(tokenizer.pad_token_id, capacity, fixed=has_gpu(model_args))
+        rows_per_step = batch * training_args.gradient_accumulation_steps
+        capacity = choose_capacity(lengths, batch, rows_per_step, data_args.max_len, on_gpu)
+        return PackingCollator(tokenizer.pad_token_id, capacity, fixed=on_gpu)
     if training_args.packing:
         notice(f"--packing: {model.config.model_type} mixes packed rows, so batches are padded instead")
-    return PaddingCollator(tokenizer.pad_token_id, multiple)
+    return PaddingCollator(
+        tokenizer.pad_token_id, multiple=8 if on_gpu else 1
+    )  # tensor cores want whole tiles
 
 
 def build_trainer_args(
