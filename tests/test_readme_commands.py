@@ -1,0 +1,187 @@
+"""Every command of the READMEs runs as written, one after another, with small models in the named ones' place.
+
+README_zh.md holds the same commands (test_readmes.py), so that its reader, too, gets from an empty folder to a
+chat with a tuned model. Not run here: what has a test of its own, and what needs the network or another program.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+import tiny_models
+from conftest import ROOT, save_random_model
+from test_readmes import READMES, list_bash_commands
+
+SMALL = (
+    "--max_steps 2 --max_train_samples 16 --max_eval_samples 4 --max_new_tokens 4 --source_max_len 200 "
+    "--target_max_len 200 --model_max_length 400"
+).split()
+# Words of a command, and why it is not run by this test.
+ELSEWHERE = {
+    "bash scripts/finetune": "test_scripts.py",
+    "bash scripts/test.sh": "it runs this",
+    "python3 -m venv": "scripts/install.sh",
+    "source ": "scripts/install.sh",
+    "pip install": "scripts/install.sh",
+    "hf download": "the network",
+    "transformers serve": "another program",
+    "vllm serve": "another program",
+}
+SMALLER = {  # words of a command -> what takes their place
+    "bash scripts/quickstart.sh": "python qlora_finetune.py --model_name_or_path models/small "
+    "--dataset_name data/guanaco_identity.jsonl --output_dir output/quickstart",
+    "PATH_OR_NAME": "models/small",
+    "huggyllama/llama-7b": "models/small",
+    "tatsu-lab/alpaca": "YOUR.jsonl",
+    "--model llama-7b": "--model tiny --workloads 2x32 --steps 1 --dtypes fp32",
+    "--tasks mmlu,cmmlu,ceval-valid": "--tasks quiz_en,quiz_zh --limit 4",
+    "./work_dir/checkpoint-700": "./work_dir/oasst1-baichuan-7b",
+    "path/to/your/model_dir": "output/mine",
+    "0.0.0.0": "127.0.0.1",
+    "--multi_gpu --num_processes 4": "--cpu --num_processes 2",
+    "--multi_gpu --num_machines 2 --machine_rank 0 --num_processes 16": "--cpu --num_processes 2",
+    "--main_process_ip FIRST_NODE": "--main_process_ip 127.0.0.1",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkout with the models and files that the commands name, beside a home of its own."""
+    home = tmp_path_factory.mktemp("home")
+    checkout = home / "checkout"
+    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".*", "models", "output", "__pycache__"))
+    (checkout / "models" / "Baichuan-7B").mkdir(parents=True)
+    save_random_model(checkout / "models" / "small", seed=0)
+    tiny_models.build_baichuan(checkout / "models" / "Baichuan-7B")
+    shutil.copytree(checkout / "models" / "Baichuan-7B", home / "checkpoints" / "baichuan7b")
+    rows = (ROOT / "data" / "guanaco_identity.jsonl").read_text(encoding="utf-8").splitlines()
+    (checkout / "YOUR.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    alpaca = home / "prompt_datasets" / "alpaca"
+    alpaca.mkdir(parents=True)
+    shutil.copy(checkout / "YOUR.jsonl", alpaca / "train.jsonl")
+    oasst = home / "prompt_datasets" / "openassistant-guanaco"
+    for path, part in (("train", rows[:96]), ("eval", rows[96:])):
+        texts = [turn_into_oasst(json.loads(row)) for row in part]
+        oasst.mkdir(parents=True, exist_ok=True)
+        (oasst / f"openassistant_best_replies_{path}.jsonl").write_text("\n".join(texts), encoding="utf-8")
+    return checkout
+
+
+def turn_into_oasst(row):
+    return json.dumps({"text": f"### Human: {row['instruction']}### Assistant: {row['output']}"})
+
+
+def write_your_dataset(checkout, command):
+    """path/to/your/dataset, in the format that the command forces or that its columns tell."""
+    path = checkout / "path" / "to" / "your" / "dataset"
+    path.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in (checkout / "YOUR.jsonl").read_text(encoding="utf-8").splitlines()]
+    if "self-instruct" in command:
+        rows = [{"prompt": row["instruction"], "completion": row["output"]} for row in rows]
+    (path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def list_commands():
+    """The README's commands as shell lines, pipes included."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", READMES[0].read_text(), flags=re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [" ".join(line.split()) for line in lines if line.strip() and not line.startswith("#")]
+
+
+def make_small(command):
+    for words, smaller in SMALLER.items():
+        command = command.replace(words, smaller)
+    if "finetune.py" in command:
+        kept = " ".join(SMALL)
+        if "--checkpoint_dir" in command:  # the run's own lengths and rows
+            kept = "--max_eval_samples 4 --max_new_tokens 4"
+        if "--do_eval" in command and "--eval_steps" in command:
+            kept += " --eval_steps 1 --save_steps 1"
+        command += " " + kept
+        if "--dataset_name" not in command and "--checkpoint_dir" not in command:  # Alpaca, from the hub
+            command += " --load_from_local --data_dir ~/prompt_datasets"
+    if re.search(r"cli_demo|generate_answers|eval\.report", command):
+        command += " --max_new_tokens 4"
+    if "generate_answers" in command:
+        command += " --max_questions 2"
+    if "eval.report" in command:
+        command += " --max_questions 2 --limit 4"
+    return command
+
+
+def run_shell(command, folder, stdin=""):
+    environment = os.environ | {
+        "HOME": str(folder.parent),
+        "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        ["bash", "-c", command],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def check_page(process):
+    """The page answers at the address that it prints, and ends on Ctrl-C."""
+    printed = ""
+    for line in process.stdout:
+        printed += line
+        if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+            break
+    else:
+        raise AssertionError(printed)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            assert "gradio" in urllib.request.urlopen(found.group()).read().decode().lower()
+            break
+        except OSError:
+            assert time.monotonic() < deadline, printed
+            time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+
+
+def test_readmes_differ_in_no_command():
+    assert list_bash_commands(READMES[0]) == list_bash_commands(READMES[1])
+
+
+def test_every_command_is_run_here_or_said_why_not():
+    run = [command for command in list_commands() if not command.startswith(tuple(ELSEWHERE))]
+    assert len(run) > 20
+    assert {make_small(command).split()[0] for command in run} == {"python", "echo", "accelerate"}
+    text = "\n".join(list_commands())
+    assert [words for words in (*ELSEWHERE, *SMALLER) if words not in text] == []
+
+
+@pytest.mark.slow
+def test_every_command_runs_in_the_readmes_order(folder):
+    for command in list_commands():
+        if command.startswith(tuple(ELSEWHERE)):
+            continue
+        if "path/to/your/dataset" in command:
+            write_your_dataset(folder, command)
+        if "qlora_finetune.py" in command and "--output_dir output/mine" in command:
+            shutil.rmtree(folder / "output" / "mine", ignore_errors=True)  # several runs share its name
+        process = run_shell(make_small(command), folder)
+        if "gradio_webserver" in command:
+            check_page(process)
+            continue
+        printed, _ = process.communicate("你是谁？\nstop\n", timeout=600)
+        assert process.returncode == 0, f"{make_small(command)}\n{printed[-3000:]}"
+        if "cli_demo" in command:
+            assert "> " in printed or "echo" in command
