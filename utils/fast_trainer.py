@@ -28,6 +28,14 @@ class FastQLoraTrainer(QLoraTrainer):
     def __init__(self, *args: Any, fast: FastModel, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.fast, self.run_step = fast, GraphedStep(fast)
+        if self.accelerator.num_processes > 1:
+            # training_step sums the gradients itself, so no DistributedDataParallel; and the model is where it
+            # belongs: moving it ("cpu" to "cpu:0" copies) would take the weights out of the flat buffer.
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = lambda model, **_: prepare(
+                model, device_placement=False, evaluation_mode=True
+            )
+            torch.distributed.broadcast(fast.flat.weights.data, src=0)
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
