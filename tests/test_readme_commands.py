@@ -7,7 +7,6 @@ chat with a tuned model. Not run here: what has a test of its own, and what need
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -130,7 +129,7 @@ def make_small(command):
     return command
 
 
-def run_shell(command, folder, stdin=""):
+def run_shell(command, folder):
     environment = os.environ | {
         "HOME": str(folder.parent),
         "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}",
