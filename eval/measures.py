@@ -5,6 +5,7 @@ with replacement. It says how far other items of this kind could move the result
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -74,6 +75,13 @@ def measure_repetition(ids: Sequence[int], size: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+def find_shared_openings(answers: Sequence[Sequence[int]], size: int = 4) -> list[bool]:
+    """Of each answer (token ids) whether another one begins with the same tokens: a model with one phrase."""
+    openings = [tuple(ids[:size]) for ids in answers]
+    counts = Counter(openings)
+    return [counts[opening] > 1 for opening in openings]
+
+
 def detect_language(text: str) -> Literal["zh", "en"] | None:
     """Chinese or a Latin-script language, by what most of the text is, code left out; None for neither."""
     text = CODE.sub(" ", text)
@@ -87,7 +95,7 @@ def detect_language(text: str) -> Literal["zh", "en"] | None:
 def measure_answers(
     questions: list[str], before: list[dict[str, Any]], after: list[dict[str, Any]]
 ) -> list[Measure]:
-    """Stops, length, repetition, language of answers {generation, ids, stopped} to the same questions."""
+    """Stops, length, repetition, sameness, language of answers {generation, ids, stopped} to `questions`."""
 
     def compare(name: str, key: Any, better: Any, chosen: list[int], percent: bool = True) -> list[Measure]:
         if not chosen:
@@ -100,6 +108,8 @@ def measure_answers(
     measures = compare("answers that came to an end", lambda row: float(row["stopped"]), "higher", everything)
     measures += compare("length, tokens", lambda row: float(len(row["ids"])), None, everything, False)
     measures += compare("repeated 4-grams", lambda row: measure_repetition(row["ids"]), "lower", everything)
+    shared = (find_shared_openings([row["ids"] for row in rows]) for rows in (before, after))
+    measures.append(Measure("answers that open like another one", *shared, "lower", percent=True))
     for code, name, other in (("zh", "Chinese", "en"), ("en", "English", "zh")):
         measures += compare(
             f"{name} questions answered in another language",

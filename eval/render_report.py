@@ -135,11 +135,15 @@ def draw_measures(results: list[dict[str, Any]], path: Path) -> None:
     for axis, row in zip(axes.flat, results, strict=False):
         scale = 100 if row["percent"] else 1
         before, after = scale * row["before"], scale * row["after"]
-        around = [[scale * (row["change"] - row["low"])], [scale * (row["high"] - row["change"])]]
+        top = 100 if row["percent"] else float("inf")  # no measure goes below 0, no share above 100%
+        low = max(after - scale * (row["change"] - row["low"]), 0)
+        high = min(after + scale * (row["high"] - row["change"]), top)
         axis.bar(
             ["before", "after"], [before, after], color=["silver", colours.get(row["verdict"], "tab:blue")]
         )
+        around = [[max(after - low, 0)], [max(high - after, 0)]]
         axis.errorbar(["after"], [after], yerr=around, fmt="none", ecolor="black", capsize=4)
+        axis.set_ylim(0, None if before or after else 1)
         axis.set_title(row["name"], fontsize=8)
         axis.set_ylabel("%" if row["percent"] else "")
         axis.tick_params(labelsize=8)

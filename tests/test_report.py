@@ -9,7 +9,14 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from eval.measures import Measure, compute_row_losses, detect_language, measure_answers, measure_repetition
+from eval.measures import (
+    Measure,
+    compute_row_losses,
+    detect_language,
+    find_shared_openings,
+    measure_answers,
+    measure_repetition,
+)
 from eval.render_report import escape_cell, render_verdict
 
 FLAGS = ["--eval_dataset_name", ROOT / "data" / "guanaco_identity_eval.jsonl", "--lora_r", "4"]
@@ -164,6 +171,9 @@ def test_drift_loops_and_unfinished_answers_are_measured():
     assert list(measures["Chinese questions answered in another language"].before) == [0]
     assert list(measures["Chinese questions answered in another language"].after) == [1]
     assert list(measures["English questions answered in another language"].after) == [0]
+    assert list(measures["answers that open like another one"].after) == [False, False]
+    answers = [[1, 2, 3, 4, 5], [1, 2, 3, 4, 9], [2, 2, 3, 4], [], []]
+    assert find_shared_openings(answers) == [True, True, False, True, True]
     assert measure_repetition([7, 8] * 5) == pytest.approx(5 / 7) and measure_repetition(range(50)) == 0
 
 

@@ -29,8 +29,8 @@ class FastQLoraTrainer(QLoraTrainer):
         super().__init__(*args, **kwargs)
         self.fast, self.run_step = fast, GraphedStep(fast)
         if self.accelerator.num_processes > 1:
-            # training_step sums the gradients itself, so no DistributedDataParallel; and the model is where it
-            # belongs: moving it ("cpu" to "cpu:0" copies) would take the weights out of the flat buffer.
+            # training_step sums the gradients itself, so no DistributedDataParallel; and the model is in its
+            # place: moving it ("cpu" to "cpu:0" copies) would take the weights out of the flat buffer.
             prepare = self.accelerator.prepare_model
             self.accelerator.prepare_model = lambda model, **_: prepare(
                 model, device_placement=False, evaluation_mode=True
