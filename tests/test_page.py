@@ -278,9 +278,12 @@ def test_temperature_changes_what_is_said(open_tab):
     number = tab.page.locator("#temperature input[type=number]")
     number.fill("2")
     number.press("Tab")
-    tab.send("Who are you?")
-    tab.wait(lambda: tab.replies() and "tokens/s" in tab.status())
-    tab.page.locator("#box .submit-button").wait_for(timeout=60_000)
+    for count in range(1, 6):  # by chance one turn may say it too
+        tab.send("Who are you?")
+        tab.wait(lambda count=count: len(tab.replies()) == count and "tokens/s" in tab.status())
+        tab.page.locator("#box .submit-button").wait_for(timeout=60_000)
+        if tab.replies()[-1] != "I am the tuned one.":
+            break
     assert tab.replies()[-1] != "I am the tuned one."
     tab.page.locator("#clear").click()
     number.fill("0")

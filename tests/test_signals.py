@@ -144,8 +144,9 @@ def test_signal_with_no_saves_asked_for_still_saves(server, command, tmp_path):
     assert checkpoints.find_valid_checkpoint(run) is not None
 
 
-def test_signal_to_data_workers_too_ends_the_same_way(server, command, tmp_path):
-    """Schedulers signal every process of a job."""
+@pytest.mark.parametrize("seconds_between", [0, 1])
+def test_signal_to_data_workers_too_ends_the_same_way(server, command, tmp_path, seconds_between):
+    """Schedulers signal every process of a job, a worker perhaps first."""
     run, log = tmp_path / "run", tmp_path / "log"
     command = [*command, "--dataloader_num_workers", "2", "--num_train_epochs", "30"]
     pid = server.start(log, *command, "--output_dir", run)
@@ -154,6 +155,7 @@ def test_signal_to_data_workers_too_ends_the_same_way(server, command, tmp_path)
     assert len(children) == 2
     for child in map(int, children):
         os.kill(child, signal.SIGTERM)
+    time.sleep(seconds_between)
     assert stop(server, pid)[0] == REQUEUE
     assert checkpoints.find_valid_checkpoint(run) is not None
 

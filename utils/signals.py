@@ -75,6 +75,13 @@ def find_stop_signal() -> str | None:
     return _stop.asked_by
 
 
+def wait_for_signal(seconds: float) -> None:
+    """Until a signal has asked this process to stop, `seconds` at most."""
+    end = time.monotonic() + seconds
+    while not _stop.asked_by and time.monotonic() < end:
+        time.sleep(0.02)
+
+
 def hold_stop() -> None:
     """From here on a signal is only noted: weights, optimizer and step number are changing together."""
     _stop.held = True
