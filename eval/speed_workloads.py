@@ -3,7 +3,6 @@
 import random
 from typing import Any
 
-import numpy as np
 import torch
 
 from utils.console import UserError
@@ -40,7 +39,7 @@ def draw_length(draw: random.Random) -> int:
 def build_packed(rows: Rows, capacity: int, vocabulary: int) -> list[dict[str, Any]]:
     """Micro-batches of random tokens, packed as a run on a GPU packs them; rows of one length are one."""
     capacity = sum(rows) if len(set(rows)) == 1 else capacity
-    ids = [np.random.randint(5, vocabulary, length) for length in rows]
+    ids = [torch.randint(5, vocabulary, (length,)).numpy() for length in rows]
     examples = [{"input_ids": row, "labels": row, "row": index} for index, row in enumerate(ids)]
     return PackingCollator(pad_token_id=0, capacity=capacity, fixed=True)(examples)["micro_batches"]
 

@@ -270,9 +270,8 @@ def choose_collator(
         return PackingCollator(tokenizer.pad_token_id, capacity, fixed=on_gpu)
     if training_args.packing:
         notice(f"--packing: {model.config.model_type} mixes packed rows, so batches are padded instead")
-    return PaddingCollator(
-        tokenizer.pad_token_id, multiple=8 if on_gpu else 1
-    )  # tensor cores want whole tiles
+    multiple = 8 if on_gpu else 1  # tensor cores want whole tiles
+    return PaddingCollator(tokenizer.pad_token_id, multiple)
 
 
 def build_trainer_args(
