@@ -103,6 +103,42 @@ def test_replay_equals_eager_for_new_rows_masks_and_scales(case):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama with grouped queries", "gpt_neox"])
+def test_checkpoints_in_host_memory_change_no_bit(monkeypatch, capsys, name):
+    """Eager, captured and replayed steps, two sizes of micro-batches."""
+    monkeypatch.setattr("utils.fast_model.SMALLEST_WIDTH", 1)
+    gradients = []
+    for offload in (True, False):
+        model = build_model(name, 0.2, SIXTEEN, 4)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        step = GraphedStep(prepare_fast_model(model, SIXTEEN, offload))
+        torch.manual_seed(3)
+        for seed in range(6):
+            batch = build_batch(packed=True, seed=seed)
+            step(batch, 0.5)
+            step(join_twice(batch), 0.5)
+        assert len(step.graphs) == 2 and (step.fast.store is not None) == offload
+        assert ("host memory" in capsys.readouterr().out) == offload
+        gradients.append(torch.cat([x.flatten() for x in adapter_gradients(step.fast.model).values()]))
+        if offload:
+            layers = len(step.fast.blocks)
+            assert len(step.fast.store.rooms) in (layers, layers - 1) and step.fast.store.outgrown
+    assert torch.equal(*gradients)
+
+
+def join_twice(batch):
+    """The same rows twice over, in one micro-batch."""
+    tokens = batch["input_ids"].shape[1]
+    both = {name: torch.cat([batch[name]] * 2, 1) for name in ("input_ids", "labels", "position_ids")}
+    ends, positions = batch["cu_seqlens"], batch["label_positions"]
+    return both | {
+        "cu_seqlens": torch.cat([ends, ends[1:] + tokens]).to(torch.int32),
+        "label_positions": torch.cat([positions, positions + tokens]),
+        "max_length": batch["max_length"],
+    }
+
+
+@pytest.mark.gpu
 def test_optimizer_steps_reach_the_graph():
     step, _ = build_pair()
     optimizer = torch.optim.AdamW([step.fast.flat.weights], lr=3e-2, fused=True)

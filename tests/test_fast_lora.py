@@ -57,6 +57,21 @@ def test_checkpointing_changes_no_gradient(name):
     )
 
 
+def test_recomputing_leaves_out_the_product_that_nothing_needs(monkeypatch):
+    from utils.fast_lora import Projections
+
+    fast, calls = prepare(build_model("llama")), []
+    fast.model.gradient_checkpointing_enable({"use_reentrant": False})
+    multiply = Projections.multiply
+    monkeypatch.setattr(
+        Projections, "multiply", lambda group, *rest: (calls.append(group), multiply(group, *rest))
+    )
+    fast.run(build_batch(packed=True), SCALE)
+    names = {id(module): name for name, module in fast.model.named_modules()}
+    counts = {names[id(group.layers[0])].split(".")[-1]: calls.count(group) for group in calls}
+    assert counts == {"q_proj": 2, "o_proj": 2, "gate_proj": 2, "down_proj": 1}
+
+
 def test_dropout_of_the_base_keeps_the_rng_state_of_checkpointing():
     assert not prepare(build_model("opt")).has_own_dropout
     model = build_model("opt")

@@ -1,6 +1,9 @@
 """What only a CUDA device shows: autocast in both 16-bit types, paged optimizers, speed of the quickstart."""
 
 import json
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -84,7 +87,6 @@ def test_packing_is_exact_in_bfloat16(smollm2):
 
 def test_trained_run_chats_on_the_gpu(call_main, smollm2, tmp_path, monkeypatch):
     import io
-    import sys
 
     flags = ["--max_steps", 30, "--lora_r", 16, "--learning_rate", 1e-3, "--gradient_accumulation_steps", 1]
     train(call_main, smollm2, tmp_path / "run", *flags)
@@ -100,3 +102,42 @@ def test_fast_path_learns_what_the_plain_path_learns(call_main, smollm2, tmp_pat
         flags = ["--max_steps", 20, "--lora_r", 16, "--bf16", "--fast_lora", fast]
         losses[fast] = train(call_main, smollm2, tmp_path / fast, *flags)[1]
     assert losses["True"] == pytest.approx(losses["False"], abs=1e-2 * max(losses["False"]))
+
+
+def test_killed_run_ends_with_the_losses_of_the_unbroken_one(smollm2, tmp_path):
+    """Fast path, CUDA graphs, dropout, accumulation: killed twice, started again by the same command."""
+    command = [
+        sys.executable,
+        "qlora_finetune.py",
+        "--model_name_or_path",
+        smollm2,
+        "--dataset_name",
+        IDENTITY,
+    ]
+    command += (
+        "--max_steps 24 --save_steps 4 --logging_steps 1 --lora_r 16 --lora_dropout 0.1 --seed 3".split()
+    )
+    command += "--per_device_train_batch_size 4 --gradient_accumulation_steps 2 --learning_rate 5e-4".split()
+
+    def start(name):
+        log = open(tmp_path / f"{name}.log", "a")
+        words = [*map(str, command), "--output_dir", str(tmp_path / name)]
+        return subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+
+    unbroken = start("unbroken")
+    for last in (4, 12):
+        process, wanted = start("killed"), tmp_path / "killed" / f"checkpoint-{last}"
+        while not wanted.is_dir() and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(0.05)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert start("killed").wait() == unbroken.wait() == 0
+    losses = {}
+    for name in ("unbroken", "killed"):
+        printed = (tmp_path / f"{name}.log").read_text()
+        assert "plain path" not in printed and "without CUDA graphs" not in printed
+        log = json.loads((tmp_path / name / "metrics.json").read_text())["log"]
+        losses[name] = [entry["loss"] for entry in log if "loss" in entry]
+    assert "going on from" in printed and len(losses["killed"]) == 24
+    assert losses["killed"] == pytest.approx(losses["unbroken"], abs=1e-3)

@@ -93,6 +93,24 @@ def test_fast_path_trains_what_the_plain_path_trains(call_main, tiny_model, tmp_
     assert read_gradient_norms(tmp_path / "True") == pytest.approx(norms, rel=1e-3)
 
 
+def test_flags_of_the_trainer_reach_it(call_main, tiny_model, tmp_path, monkeypatch):
+    """Whatever our own code fills in on the way: the output folder, the optimizer."""
+    flags = ["--max_steps", 1, "--eval_on_start", "True", "--do_train", "--do_eval", "--max_eval_samples", 4]
+    train(call_main, tiny_model, tmp_path / "run", *flags)
+    log = json.loads((tmp_path / "run" / "metrics.json").read_text())["log"]
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [0, 1]
+
+    from utils.arguments import DataArguments, ModelArguments, TrainingArguments
+    from utils.checks import check_arguments
+
+    training_args = TrainingArguments()
+    training_args.extra = {"neftune_noise_alpha": 5.0}
+    data_args = DataArguments(dataset_name="data/guanaco_identity.jsonl")
+    *_, resolved = check_arguments(ModelArguments(str(tiny_model)), data_args, training_args, set())
+    assert resolved.output_dir.startswith("output/guanaco_identity-")
+    assert resolved.extra == training_args.extra and training_args.output_dir is None
+
+
 @pytest.mark.parametrize("script", ["qlora_finetune", "qlora_int8_finetune"])
 def test_two_runs_with_one_seed_are_bitwise_equal(call_main, tiny_model, tmp_path, script):
     flags = ["--max_steps", "3", "--lora_dropout", "0.1", "--per_device_train_batch_size", "4"]

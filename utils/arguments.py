@@ -1,6 +1,7 @@
 """Every flag of the scripts: one dataclass per concern, and the strict parser that fills them."""
 
 import argparse
+import copy
 import difflib
 import re
 from dataclasses import dataclass, field
@@ -163,6 +164,9 @@ class TrainingArguments:
     per_device_eval_batch_size: int = HfArg(default=8, help="Rows in an evaluation batch.")
     gradient_accumulation_steps: int = HfArg(default=16, help="Micro-batches in an optimizer step.")
     gradient_checkpointing: bool = HfArg(default=True, help="Recompute activations to save memory.")
+    offload_checkpoints: bool = HfArg(
+        default=True, help="Recomputed layers' inputs wait in host memory (fast path, wide models)."
+    )
     packing: bool = HfArg(
         default=True, help="Lay a step's rows end to end in micro-batches instead of padding them."
     )
@@ -202,6 +206,13 @@ class TrainingArguments:
     max_mmlu_samples: int | None = HfArg(default=None, help="This many questions at most.")
     mmlu_source_max_len: int = HfArg(default=2048, help="Longest question, tokens.")
     extra: dict[str, Any] = field(default_factory=dict, init=False)
+
+    def with_values(self, **values: Any) -> "TrainingArguments":
+        """A copy with some values replaced. (dataclasses.replace would empty `extra`.)"""
+        changed = copy.copy(self)
+        for name, value in values.items():
+            setattr(changed, name, value)
+        return changed
 
     def __post_init__(self):
         if not (self.do_train or self.do_eval or self.do_predict):

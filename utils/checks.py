@@ -64,7 +64,7 @@ def check_arguments(
         }
         data_args = dataclasses.replace(data_args, **{k: v for k, v in recorded.items() if k not in given})
         if "data_seed" in record["arguments"] and "data_seed" not in given:
-            training_args = dataclasses.replace(training_args, data_seed=record["arguments"]["data_seed"])
+            training_args = training_args.with_values(data_seed=record["arguments"]["data_seed"])
     model_args = resolve_model(model_args, given)
     check_template(data_args)
     check_push(training_args)
@@ -77,7 +77,7 @@ def check_arguments(
         if model_args.checkpoint_dir and not training_args.do_train:
             output_dir = model_args.checkpoint_dir
         notice(f"--output_dir is {output_dir}")
-        training_args = dataclasses.replace(training_args, output_dir=output_dir)
+        training_args = training_args.with_values(output_dir=output_dir)
     return model_args, data_args, training_args
 
 

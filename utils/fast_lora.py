@@ -170,7 +170,11 @@ class FusedProjections(torch.autograd.Function):
 
 
 class FusedMLP(torch.autograd.Function):
-    """down(act(gate(x)) * up(x)). Keeps gate and up, which backward overwrites, and not their product."""
+    """down(act(gate(x)) * up(x)). Keeps gate and up, which backward overwrites, and not their product.
+
+    Returns y still empty, and [hidden | ha] for FillDown: recomputing a checkpointed layer stops at the last
+    tensor that was kept, so the product behind it, a fifth of the layer, is left out there.
+    """
 
     @staticmethod
     def forward(
@@ -183,14 +187,13 @@ class FusedMLP(torch.autograd.Function):
         room = x.new_empty(len(x), width + sum(down.ranks))  # [hidden | ha]
         dropped = gate(sides, room[:, :width], act, down.mask)
         torch.mm(dropped, down.A.t(), out=room[:, width:])
-        y = x.new_empty(len(x), down.bases[0].out_features)
-        down.multiply(room, [y])
         ctx.gate_up, ctx.down, ctx.act = gate_up, down, act
         ctx.save_for_backward(extended, sides, room[:, width:].contiguous())
-        return y
+        ctx.mark_non_differentiable(room)
+        return x.new_empty(len(x), down.bases[0].out_features), room
 
     @staticmethod
-    def backward(ctx, dy: torch.Tensor):
+    def backward(ctx, dy: torch.Tensor, _):
         extended, sides, ha = ctx.saved_tensors
         hidden, dyb = ctx.down.multiply_grads([dy], True)  # so far the gradient of hidden
         gate_backward(sides, hidden, ctx.act, ctx.down.mask)
@@ -200,6 +203,20 @@ class FusedMLP(torch.autograd.Function):
         dx, dyb = ctx.gate_up.multiply_grads(dys, ctx.needs_input_grad[0])
         ctx.gate_up.add_gradients(*ctx.gate_up.split(extended), dys, dyb)
         return dx, None, None, None, None
+
+
+class FillDown(torch.autograd.Function):
+    """FusedMLP's y, multiplied out in place; its gradient is FusedMLP's."""
+
+    @staticmethod
+    def forward(ctx, y: torch.Tensor, room: torch.Tensor, down: Projections):
+        down.multiply(room, [y])
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: torch.Tensor):
+        return dy, None, None
 
 
 class SharedInput:
@@ -229,7 +246,7 @@ def forward_mlp(
         return plain(x)
     flat_x = x.reshape(-1, x.shape[-1]).to(down.dtype).contiguous()
     with torch.autocast(x.device.type, enabled=False):
-        y = FusedMLP.apply(flat_x, down.flat.weights, gate_up, down, act)
+        y = FillDown.apply(*FusedMLP.apply(flat_x, down.flat.weights, gate_up, down, act), down)
     return y.view(*x.shape[:-1], -1)
 
 

@@ -1,22 +1,20 @@
 """One micro-batch forward and backward on the fused path: adapter, attention and loss put together."""
 
-from functools import partial
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from utils.console import notice
 from utils.fast_lora import install_fast_lora
 from utils.fast_loss import Head, find_loss_obstacle, pick_targets
+from utils.offload import RERUN, SMALLEST_WIDTH, HostStore
 from utils.prompts import IGNORE_INDEX
 from utils.varlen_attention import find_attention_obstacle, packed_attention
 
 MicroBatch = dict[str, Any]
-RERUN = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class FastModel:
@@ -26,7 +24,7 @@ class FastModel:
     processes the sum of `flat.grads` over them is the gradient: one all-reduce.
     """
 
-    def __init__(self, model: PeftModel, dtype: torch.dtype):
+    def __init__(self, model: PeftModel, dtype: torch.dtype, offload: bool):
         self.model, self.dtype = model, dtype
         self.causal_model = model.get_base_model()
         self.flat, self.seed, uncovered = install_fast_lora(model, dtype)
@@ -40,6 +38,8 @@ class FastModel:
                 notice(f"fast path: the model's own {what} is used ({obstacle})")
         self.has_own_dropout = has_own_dropout(model)
         self.blocks = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+        is_wide = self.causal_model.config.get_text_config().hidden_size >= SMALLEST_WIDTH
+        self.store = HostStore(model.device) if offload and is_wide and model.device.type == "cuda" else None
 
     def draw_masks(self) -> None:
         """New dropout masks, from torch's CPU generator: a resumed run draws what an unbroken one would."""
@@ -53,7 +53,7 @@ class FastModel:
         """
         self.flat.attach_gradients()
         self.flat.refresh_copy()
-        self.forget_rng_state()
+        self.choose_checkpointing()
         if "cu_seqlens" not in batch or self.attention_obstacle:
             loss = self.sum_losses(batch)
             loss.backward(loss_scale)
@@ -64,13 +64,16 @@ class FastModel:
             loss.backward(loss_scale)
         return loss.detach()
 
-    def forget_rng_state(self) -> None:
-        """Let checkpointing recompute without torch's RNG state: our masks repeat by their seed.
+    def choose_checkpointing(self) -> None:
+        """Let checkpointing recompute without torch's RNG state, and keep its inputs on the host if asked.
 
-        No graph can hold that state. Done here, as the Trainer turns checkpointing on when training begins.
+        Our masks repeat by their seed, and no graph can hold that state. Done here, as the Trainer turns
+        checkpointing on when training begins.
         """
+        if self.store:
+            self.store.begin()
         for block in self.blocks if not self.has_own_dropout else []:
-            block._gradient_checkpointing_func = RERUN
+            block._gradient_checkpointing_func = self.store or RERUN
 
     def sum_losses(self, batch: MicroBatch, **lengths: Any) -> torch.Tensor:
         names = ("input_ids", "position_ids", "attention_mask")
@@ -84,8 +87,11 @@ class FastModel:
         return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def prepare_fast_model(model: nn.Module, dtype: torch.dtype) -> FastModel | str:
-    """The fused path of `model`, computing in `dtype`; a line why not where it does not apply."""
+def prepare_fast_model(model: nn.Module, dtype: torch.dtype, offload: bool = True) -> FastModel | str:
+    """The fused path of `model`, computing in `dtype`; a line why not where it does not apply.
+
+    `offload`: on a GPU the layer inputs that checkpointing keeps wait in the host's memory.
+    """
     if not isinstance(model, PeftModel):
         return "every weight is trained, there is no adapter to fuse"
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -98,7 +104,7 @@ def prepare_fast_model(model: nn.Module, dtype: torch.dtype) -> FastModel | str:
         return "the layers are spread over several devices"
     if model.device.type == "cuda":
         apply_liger(model.get_base_model())
-    return FastModel(model, dtype)
+    return FastModel(model, dtype, offload)
 
 
 def apply_liger(causal_model: nn.Module) -> None:

@@ -43,6 +43,7 @@ OUR_FLAGS = {
     "mmlu_source_max_len",
     "packing",
     "fast_lora",
+    "offload_checkpoints",
     "extra",
 }
 
@@ -235,7 +236,7 @@ def choose_optimizer(model: torch.nn.Module, training_args: TrainingArguments) -
         free_bytes, _ = torch.cuda.mem_get_info(model.device)
         optim = "paged_adamw_32bit" if state_bytes > MAX_STATE_SHARE * free_bytes else "adamw_torch_fused"
     notice(f"--optim auto is {optim}")
-    return dataclasses.replace(training_args, optim=optim)
+    return training_args.with_values(optim=optim)
 
 
 def choose_path(
@@ -247,7 +248,8 @@ def choose_path(
     from utils.fast_model import prepare_fast_model
     from utils.fast_trainer import FastQLoraTrainer, find_flag_obstacle
 
-    fast = find_flag_obstacle(training_args) or prepare_fast_model(model, dtype)
+    fast = find_flag_obstacle(training_args)
+    fast = fast or prepare_fast_model(model, dtype, training_args.offload_checkpoints)
     if isinstance(fast, str):
         notice(f"--fast_lora: the plain path is used ({fast})")
         return QLoraTrainer
