@@ -105,7 +105,7 @@ def test_flags_of_the_trainer_reach_it(call_main, tiny_model, tmp_path, monkeypa
 
     training_args = TrainingArguments()
     training_args.extra = {"neftune_noise_alpha": 5.0}
-    data_args = DataArguments(dataset_name="data/guanaco_identity.jsonl")
+    data_args = DataArguments("data/guanaco_identity.jsonl", source_max_len=100, target_max_len=100)
     *_, resolved = check_arguments(ModelArguments(str(tiny_model)), data_args, training_args, set())
     assert resolved.output_dir.startswith("output/guanaco_identity-")
     assert resolved.extra == training_args.extra and training_args.output_dir is None

@@ -64,7 +64,8 @@ class HostStore:
         return room
 
     def send(self, x: torch.Tensor, copy: torch.Tensor) -> None:
-        self.join()
+        if self.kept:  # a capture may not wait for a stream that is not in it yet
+            self.join()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             copy.copy_(x.detach(), non_blocking=True)
