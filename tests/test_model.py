@@ -1,10 +1,11 @@
-"""Where a base goes: one GPU, one of several processes, or its layers over all GPUs of one process."""
+"""Where a base goes (one GPU, one of several processes, all GPUs of one process), and what its 8-bit layers do."""
 
 import pytest
 import torch
 
 from utils.arguments import ModelArguments
-from utils.model import choose_placement
+from utils.frozen_weights import read_weight, unpack_8bit_layers
+from utils.model import choose_placement, load_base
 
 
 @pytest.fixture
@@ -47,3 +48,29 @@ def test_one_gpu_and_the_cpu_need_no_map(gpus):
     assert choose_placement(ModelArguments(use_cpu=True)) == {"device_map": {"": "cpu"}}
     gpus(0)
     assert choose_placement(ModelArguments(max_memory_MB=24000)) == {"device_map": {"": "cpu"}}
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_8_bit_layers_multiply_by_their_unpacked_weights(tiny_model, hooked):
+    """No activation is rounded: values and gradients are those of the same weights in float32."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+    from bitsandbytes.nn import Linear8bitLt
+
+    eight = load_base(ModelArguments(str(tiny_model), bits=8), torch.float32)
+    layers = {name: layer for name, layer in eight.named_modules() if isinstance(layer, Linear8bitLt)}
+    if hooked:  # as where layers are spread over several GPUs
+        for layer in layers.values():
+            del layer.forward
+            add_hook_to_module(layer, AlignDevicesHook())
+        unpack_8bit_layers(eight)
+    plain = load_base(ModelArguments(str(tiny_model), bits=32), torch.float32)
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        plain.get_submodule(name).weight.data = read_weight(layer, torch.float32)
+    results = []
+    for model in (eight, plain):
+        x = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        logits = model(inputs_embeds=x).logits
+        logits.square().sum().backward()
+        results.append((logits.detach(), x.grad))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)

@@ -25,26 +25,13 @@ from utils.fast_kernels import (
     gate,
     gate_backward,
     place_low_rank,
-    unpack_4bit,
-    unpack_8bit,
 )
 from utils.flat_adapter import FlatAdapter
+from utils.frozen_weights import read_weight
 
 ADAPTER = "default"
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu", "PytorchGELUTanh": "gelu"}
-
-
-def read_weight(base: nn.Module, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The frozen weight in the compute dtype  # [out, in]; written to `out`, if given; it may be strided."""
-    if not isinstance(base, (Linear4bit, Linear8bitLt)):
-        return base.weight.data if out is None else out.copy_(base.weight.data)
-    if out is None:
-        out = torch.empty(base.out_features, base.in_features, dtype=dtype, device=base.weight.device)
-    if isinstance(base, Linear4bit):
-        return unpack_4bit(base.weight.data, base.weight.quant_state, out)
-    row_max = base.weight.SCB if base.weight.SCB is not None else base.state.SCB
-    return unpack_8bit(base.weight.data, row_max, out)
 
 
 def find_obstacle(layer: LoraLayer, dtype: torch.dtype) -> str | None:

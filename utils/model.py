@@ -17,6 +17,7 @@ from utils.arguments import DataArguments, LoraArguments, ModelArguments
 from utils.baichuan import is_baichuan, load_baichuan
 from utils.checks import ADAPTER_FILE, CONVERT, has_adapter, read_model_config
 from utils.console import UserError, notice
+from utils.frozen_weights import unpack_8bit_layers
 from utils.prompts import find_stop_tokens, read_template
 from utils.tokenizer_files import load_own_tokenizer
 
@@ -139,6 +140,8 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
             model = AutoModelForCausalLM.from_pretrained(
                 name, trust_remote_code=model_args.trust_remote_code, **options
             )
+    if model_args.bits == 8:
+        unpack_8bit_layers(model)
     if trainable or has_odd_width(model):
         keep_cpu_weights_unpacked(model)
     model.requires_grad_(model_args.full_finetune)
@@ -171,7 +174,7 @@ def choose_weight_dtype(model_args: ModelArguments, dtype: torch.dtype) -> torch
 
 
 def build_quantization(model_args: ModelArguments, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """NF4 with double quantization is QLoRA's (sections 2 and 3); int8 is LLM.int8() (arXiv 2208.07339)."""
+    """NF4 with double quantization is QLoRA's (sections 2 and 3); int8 LLM.int8()'s (arXiv 2208.07339)."""
     if model_args.bits == 4:
         return BitsAndBytesConfig(
             load_in_4bit=True,

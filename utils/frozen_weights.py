@@ -1,0 +1,54 @@
+"""The weights of a frozen base layer, unpacked when a product needs them.
+
+8-bit layers keep LLM.int8()'s weights (arXiv 2208.07339) and leave out its rounding of activations, so that
+evaluation and chat compute what training did: unpacking costs less than that rounding gains.
+"""
+
+from functools import partial
+
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch import nn
+from torch.nn import functional as F
+
+from utils.fast_kernels import unpack_4bit, unpack_8bit
+
+
+def read_weight(base: nn.Module, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The frozen weight in the compute dtype  # [out, in]; written to `out`, if given; it may be strided."""
+    if not isinstance(base, (Linear4bit, Linear8bitLt)):
+        return base.weight.data if out is None else out.copy_(base.weight.data)
+    if out is None:
+        out = torch.empty(base.out_features, base.in_features, dtype=dtype, device=base.weight.device)
+    if isinstance(base, Linear4bit):
+        return unpack_4bit(base.weight.data, base.weight.quant_state, out)
+    row_max = base.weight.SCB if base.weight.SCB is not None else base.state.SCB
+    return unpack_8bit(base.weight.data, row_max, out)
+
+
+class UnpackedProduct(torch.autograd.Function):
+    """x W' + b  # [..., out]; W is unpacked again for the gradient, never kept."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, layer: nn.Module):
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        ctx.layer, ctx.dtype = layer, x.dtype
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        return F.linear(x.to(dtype), read_weight(layer, dtype), bias)
+
+    @staticmethod
+    def backward(ctx, dy: torch.Tensor):
+        return (dy @ read_weight(ctx.layer, dy.dtype)).to(ctx.dtype), None
+
+
+def multiply_unpacked(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return UnpackedProduct.apply(x, layer)
+
+
+def unpack_8bit_layers(model: nn.Module) -> None:
+    """Let every 8-bit layer of `model` multiply by its unpacked weight."""
+    for layer in model.modules():
+        if isinstance(layer, Linear8bitLt):
+            name = "_old_forward" if hasattr(layer, "_old_forward") else "forward"  # behind accelerate's hook
+            setattr(layer, name, partial(multiply_unpacked, layer))
