@@ -13,7 +13,5 @@ run=${1:-output/guanaco-7b}
 
 python qlora_finetune.py --checkpoint_dir "$run" --do_eval --do_predict --max_eval_samples 200 --max_new_tokens 256
 python -m eval.lm_tasks "$run" --tasks mmlu,cmmlu,ceval-valid --base_too
-for questions in eval/prompts/*.jsonl; do
-  python -m eval.generate_answers "$run" --questions "$questions"
-done
+python -m eval.generate_answers "$run" --questions eval/prompts/*.jsonl
 python -m eval.report "$run"

@@ -5,18 +5,13 @@ chat with a tuned model. Not run here: what has a test of its own, and what need
 """
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
-import urllib.request
 
 import pytest
 import tiny_models
 from conftest import ROOT, save_random_model
+from shell_runs import check_page, run_shell
 from test_readmes import READMES
 
 SMALL = (
@@ -42,6 +37,7 @@ SMALLER = {  # words of a command -> what takes their place
     "tatsu-lab/alpaca": "YOUR.jsonl",
     "--model llama-7b": "--model tiny --workloads 2x32 --steps 1 --dtypes fp32",
     "--tasks mmlu,cmmlu,ceval-valid": "--tasks quiz_en,quiz_zh --limit 4",
+    "models/SmolLM2-135M-Instruct": "models/small",
     "./work_dir/checkpoint-700": "./work_dir/oasst1-baichuan-7b",
     "path/to/your/model_dir": "output/mine",
     "0.0.0.0": "127.0.0.1",
@@ -122,50 +118,13 @@ def make_small(command):
         command = launch_on_cpus(command)
     if re.search(r"cli_demo|generate_answers|eval\.report", command):
         command += " --max_new_tokens 4"
+    if "eval.quality" in command:
+        command += f" --bases NF4 INT8 --seeds 0 -- {' '.join(SMALL)} --eval_dataset_size 4"
     if "generate_answers" in command:
         command += " --max_questions 2"
     if "eval.report" in command:
         command += " --max_questions 2 --limit 4"
     return command
-
-
-def run_shell(command, folder):
-    environment = os.environ | {
-        "HOME": str(folder.parent),
-        "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.Popen(
-        ["bash", "-c", command],
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def check_page(process):
-    """The page answers at the address that it prints, and ends on Ctrl-C."""
-    printed = ""
-    for line in process.stdout:
-        printed += line
-        if found := re.search(r"http://127\.0\.0\.1:\d+", line):
-            break
-    else:
-        raise AssertionError(printed)
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            assert "gradio" in urllib.request.urlopen(found.group()).read().decode().lower()
-            break
-        except OSError:
-            assert time.monotonic() < deadline, printed
-            time.sleep(0.5)
-    os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
 
 
 def test_every_command_is_run_here_or_said_why_not():

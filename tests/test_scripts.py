@@ -11,6 +11,7 @@ import time
 import pytest
 import tiny_models
 from conftest import ROOT
+from shell_runs import check_page, run_shell
 
 from utils.arguments import name_leading_words, parse_args
 
@@ -22,6 +23,7 @@ OWN_GROUPS = {
     "gradio_webserver": "PageArguments",
     "eval.lm_tasks": "TaskArguments",
     "eval.generate_answers": "AnswerArguments",
+    "eval.quality": "QualityArguments",
     "eval.report": "ReportArguments",
     "eval.train_speed": "SpeedArguments",
     "utils.merge_adapter": "MergeArguments",
@@ -218,16 +220,51 @@ def test_finetune_script_trains_a_small_model_in_its_models_place(script, checko
     assert "finished" in printed and (run / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.slow
-def test_generate_and_chat_scripts_use_the_guanaco_scripts_run(checkout, tmp_path):
-    if not (checkout / "output" / "guanaco-7b").is_dir():
+@pytest.fixture
+def guanaco_run(checkout, tmp_path):
+    """output/guanaco-7b, where the scripts that use a run look for it."""
+    run = checkout / "output" / "guanaco-7b"
+    if not run.is_dir():
         tiny_models.build_llama1(tmp_path)
         flags = ["--model_name_or_path", tmp_path, "--dataset_name", "data/guanaco_identity.jsonl"]
         run_bash(checkout, "finetune_llama_guanaco7b.sh", *flags, *SMALL_FLAGS)
+    return run
+
+
+@pytest.mark.slow
+def test_generate_and_chat_scripts_use_the_guanaco_scripts_run(checkout, guanaco_run):
     run_bash(checkout, "generate.sh", "--max_new_tokens", "4", "--max_eval_samples", "4")
-    predictions = (checkout / "output" / "guanaco-7b" / "predictions.jsonl").read_text()
+    predictions = (guanaco_run / "predictions.jsonl").read_text()
     assert len(predictions.splitlines()) == 4
     assert "> 你是谁？\n" in run_bash(checkout, "chat.sh", "--max_new_tokens", "4", stdin="你是谁？\n")
+
+
+@pytest.mark.slow
+def test_webserver_script_opens_the_page_of_the_guanaco_scripts_run(checkout, guanaco_run):
+    check_page(run_shell("bash scripts/webserver.sh --max_new_tokens 4", checkout))
+
+
+SMALLER_EVALUATION = {
+    "--tasks mmlu,cmmlu,ceval-valid": "--tasks quiz_en,quiz_zh --limit 4",
+    "--max_eval_samples 200 --max_new_tokens 256": "--max_eval_samples 4 --max_new_tokens 4",
+    "--questions eval/prompts/*.jsonl": "--questions eval/prompts/*.jsonl --max_questions 2 --max_new_tokens 4",
+    'eval.report "$run"': 'eval.report "$run" --max_questions 2 --limit 4 --max_new_tokens 4',
+}
+
+
+@pytest.mark.slow
+def test_evaluate_script_measures_the_guanaco_scripts_run(checkout, guanaco_run):
+    """As written but for its benchmarks, which are on the hub, and for how much it measures."""
+    script = checkout / "scripts" / "evaluate.sh"
+    text = script.read_text()
+    for words, smaller in SMALLER_EVALUATION.items():
+        assert words in text
+        text = text.replace(words, smaller)
+    script.write_text(text)
+    printed = run_bash(checkout, "evaluate.sh")
+    assert "quiz_zh" in printed
+    answers = (checkout / "output" / "answers" / "answer-guanaco-7b.jsonl").read_text()
+    assert len(answers.splitlines()) == 2 and (guanaco_run / "report.md").is_file()
 
 
 def list_documented_commands():

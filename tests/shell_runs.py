@@ -1,0 +1,48 @@
+"""Shell commands as a user types them, and a page that one of them opens."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+
+
+def run_shell(command, folder):
+    environment = os.environ | {
+        "HOME": str(folder.parent),
+        "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        ["bash", "-c", command],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def check_page(process):
+    """The page answers at the address that it prints, and ends on Ctrl-C."""
+    printed = ""
+    for line in process.stdout:
+        printed += line
+        if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+            break
+    else:
+        raise AssertionError(printed)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            assert "gradio" in urllib.request.urlopen(found.group()).read().decode().lower()
+            break
+        except OSError:
+            assert time.monotonic() < deadline, printed
+            time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
