@@ -98,9 +98,9 @@ class Server:
         self.client = httpx.Client(base_url=f"{self.url}/gradio_api", timeout=600, limits=limits)
         self.send_index = next(i for i, fn in self.page.fns.items() if fn.name == "answer")
 
-    def ask(self, question, side="tuned", length=24):
-        """One message in a session of its own, sent as a browser does: the messages then shown."""
-        session = uuid.uuid4().hex[:10]
+    def ask(self, question, side="tuned", length=24, session=None):
+        """One message, in a session of its own if none is named, as a browser sends it: the messages shown."""
+        session = session or uuid.uuid4().hex[:10]
         data = [question, None, side, "", 0, 1, 50, 1, length, True]
         body = {"data": data, "fn_index": self.send_index, "session_hash": session, "event_data": None}
         joined = self.client.post("/queue/join", json=body)
@@ -361,6 +361,39 @@ def list_questions(count):
 def test_twelve_users_at_once_get_their_own_replies(server):
     refused, wrong = ask_many(server, list_questions(6), users=12, rounds=lambda: range(2))
     assert refused == [] and wrong == []
+
+
+def test_next_turn_reads_only_what_is_new_and_says_the_same(chat, monkeypatch):
+    """The latest conversations' keys and values are kept, of base and tuned apart; none with 0."""
+    from utils import page
+
+    figures, stream = [], page.stream_reply
+
+    def watch(chat, messages, flags, kept, *rest):
+        yield from stream(chat, messages, flags, kept, *rest)
+        figures.append((kept.reused_tokens, kept.prompt_tokens))
+
+    monkeypatch.setattr(page, "stream_reply", watch)
+    shown = {}
+    turns = [("a", "tuned"), ("a", "tuned"), ("b", "tuned"), ("a", "base"), ("c", "base"), ("a", "tuned")]
+    for size in (2, 0):
+        figures.clear()
+        server = Server(chat, kept_conversations=size)
+        try:
+            shown[size] = [
+                server.ask(f"Question {i}: who?", side, session=f"{name}{size}")
+                for i, (name, side) in enumerate(turns)
+            ]
+        finally:
+            server.page.close()
+        reused = [number for number, _ in figures]
+        if size == 0:
+            assert reused == [0] * 6
+            continue
+        assert reused[0] == reused[2] == reused[3] == reused[4] == 0
+        assert reused[1] > 20 and figures[1][1] - reused[1] < 20  # the new question and its frame
+        assert reused[5] == 0  # the conversation read last but two was given up
+    assert shown[2] == shown[0] and len(shown[2][5]) == 8
 
 
 def test_full_queue_refuses_clearly_and_loses_no_one_else(chat):

@@ -3,7 +3,7 @@
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,24 @@ class Kept:
     def describe(self) -> str:
         speed = self.new_tokens / self.seconds if self.seconds else 0.0
         return f"{self.new_tokens} tokens, {speed:.1f} tokens/s"
+
+
+class RecentlyKept:
+    """Keys and values of the latest conversations of several users; older ones are read anew."""
+
+    def __init__(self, size: int):
+        self.size, self.kept, self.lock = size, {}, threading.Lock()
+
+    def take(self, key: Hashable) -> Kept:
+        """What is kept of this conversation, if anything; out of everyone else's reach until put back."""
+        with self.lock:
+            return self.kept.pop(key, None) or Kept(reuse=self.size > 0)
+
+    def put_back(self, key: Hashable, kept: Kept) -> None:
+        with self.lock:
+            self.kept[key] = kept
+            while len(self.kept) > self.size:
+                del self.kept[next(iter(self.kept))]
 
 
 class ReplyStreamer(TextIteratorStreamer):

@@ -12,7 +12,7 @@ import gradio as gr
 from utils.arguments import GenerationArguments
 from utils.console import UserError
 from utils.formats import Messages
-from utils.generation import ChatModel, Kept, stream_reply, trim_history
+from utils.generation import ChatModel, Kept, RecentlyKept, stream_reply, trim_history
 from utils.page_arguments import PageArguments
 from utils.page_labels import CSS, ENDINGS, LABELS, TOO_LONG
 
@@ -32,15 +32,19 @@ def build_page(
         side, chatbot, box, status, clear = add_conversation(about, has_adapter=bool(chat.turns.layers))
         controls = [side, *add_controls(generation_args, page_args)]
 
+        recent = RecentlyKept(page_args.kept_conversations)
         wishes: dict[str, str] = {}  # of each session whose reply is under way: "", "stop" or "clear"
         everything = [box, chatbot, messages, status]
 
         def answer(request: gr.Request, question: str, said: Messages, *settings: Any) -> Iterator[tuple]:
             wishes[request.session_hash] = ""
+            key = request.session_hash, settings[0]  # base and tuned read with other keys and values
+            kept = recent.take(key)
             try:
                 wish = functools.partial(wishes.get, request.session_hash)
-                yield from stream_answer(chat, page_args, about, question, said, settings, wish)
+                yield from stream_answer(chat, page_args, about, question, said, settings, wish, kept)
             finally:
+                recent.put_back(key, kept)
                 del wishes[request.session_hash]
 
         def stop(request: gr.Request) -> None:
@@ -138,6 +142,7 @@ def stream_answer(
     said: Messages,
     settings: tuple,
     wish: Callable[[], str],
+    kept: Kept,
 ) -> Iterator[tuple]:
     """(box, chatbot, messages, status) as the reply comes. A refusal leaves the message in the box."""
     side, system, *numbers, stream = settings
@@ -155,7 +160,7 @@ def stream_answer(
         yield idle_box(), gr.skip(), gr.skip(), str(error)
         return
     yield busy_box(), show(asked), asked, about
-    kept, now = Kept(reuse=False), asked
+    now = asked
     pieces = stream_reply(chat, asked, generation_args, kept, side == "tuned", page_args.limit_seconds)
     with closing(pieces):
         text = ""

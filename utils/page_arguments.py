@@ -23,6 +23,9 @@ class PageArguments:
     limit_seconds: float = HfArg(default=120.0, help="Longest time for one reply.")
     limit_queue: int = HfArg(default=32, help="Users waiting at most; the next one is asked to come back.")
     concurrent_replies: int = HfArg(default=4, help="Replies written at once, a token each in turn.")
+    kept_conversations: int = HfArg(
+        default=4, help="Latest conversations whose keys and values stay in memory for the next turn."
+    )
 
     def __post_init__(self):
         require_positive(
@@ -34,6 +37,8 @@ class PageArguments:
             "limit_queue",
             "concurrent_replies",
         )
+        if self.kept_conversations < 0:
+            raise UserError(f"--kept_conversations {self.kept_conversations} is negative: use 0 to keep none")
 
 
 def read_auth(page_args: PageArguments) -> list[tuple[str, str]] | None:
