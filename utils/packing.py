@@ -11,6 +11,7 @@ from utils.prompts import IGNORE_INDEX
 
 Example = dict[str, np.ndarray]  # {input_ids, labels}  # int64 [tokens]; row, its index in the set
 MIN_GPU_TOKENS = 2048  # a smaller micro-batch leaves a GPU waiting for its next launch
+MAX_CPU_TOKENS = 512  # a larger one outgrows a CPU's caches: at 1,792 tokens it trains half as fast
 TILE = 64  # fixed sizes are multiples of this
 
 
@@ -49,7 +50,11 @@ def choose_capacity(
     lengths: np.ndarray, batch_size: int, rows_per_step: int, max_len: int, on_gpu: bool
 ) -> int:
     """Tokens of the largest micro-batch: what a padded one may take, never more than a whole step holds."""
-    allowed = max(batch_size * max_len, MIN_GPU_TOKENS) if on_gpu else batch_size * max_len
+    allowed = batch_size * max_len
+    if on_gpu:
+        allowed = max(allowed, MIN_GPU_TOKENS)
+    else:
+        allowed = min(allowed, max(MAX_CPU_TOKENS, int(lengths.max())))
     longest_step = int(np.sort(lengths)[-rows_per_step:].sum())
     return min(allowed, longest_step)
 
