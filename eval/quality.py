@@ -65,10 +65,8 @@ class Outcome:
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    words, passed_on = (
-        (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
-    )
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    words, passed_on = sys.argv[1:end], sys.argv[end + 1 :]
     (arguments,) = parse_args(words, [QualityArguments], __doc__)
     runs = [(base, seed) for base in arguments.bases for seed in arguments.seeds]
     with ThreadPoolExecutor(arguments.jobs) as pool:
@@ -101,20 +99,20 @@ def train(base: str, seed: int, arguments: QualityArguments, passed_on: list[str
 
 
 def format_table(outcomes: list[Outcome]) -> str:
-    """Mean and standard deviation over seeds; the gaps are to BF16, before and after."""
+    """Mean and standard deviation over seeds; the gaps are to BF16, or to the first base without it."""
     means = {}
     for base in dict.fromkeys(outcome.base for outcome in outcomes):
         own = [outcome for outcome in outcomes if outcome.base == base]
         after = [outcome.after for outcome in own]
         spread = statistics.stdev(after) if len(after) > 1 else 0.0
         means[base] = (own[0].before, statistics.mean(after), spread, statistics.mean(o.seconds for o in own))
-    reference = means.get("BF16", next(iter(means.values())))
+    name = "BF16" if "BF16" in means else next(iter(means))
     lines = [
-        "| base | held-out loss before | against BF16 | after | ± over seeds | against BF16 | training, s |",
+        f"| base | loss before | against {name} | after | ± over seeds | against {name} | training, s |",
         "|---|---|---|---|---|---|---|",
     ]
     for base, (before, after, spread, seconds) in means.items():
-        gaps = [f"{loss / other - 1:+.1%}" for loss, other in zip((before, after), reference, strict=False)]
+        gaps = [f"{loss / other - 1:+.1%}" for loss, other in zip((before, after), means[name], strict=False)]
         cells = (base, f"{before:.4f}", gaps[0], f"{after:.4f}", f"{spread:.4f}", gaps[1], f"{seconds:.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

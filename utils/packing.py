@@ -54,7 +54,7 @@ def choose_capacity(
     if on_gpu:
         allowed = max(allowed, MIN_GPU_TOKENS)
     else:
-        allowed = min(allowed, max(MAX_CPU_TOKENS, int(lengths.max())))
+        allowed = min(allowed, max(MAX_CPU_TOKENS, int(lengths.max(initial=0))))
     longest_step = int(np.sort(lengths)[-rows_per_step:].sum())
     return min(allowed, longest_step)
 
