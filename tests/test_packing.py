@@ -54,7 +54,7 @@ def test_capacity_is_the_flags_but_no_more_than_the_longest_step():
     assert choose_capacity(lengths, 8, 8, 1280, on_gpu=True) == 60 + 70 + 137 + 80
     assert choose_capacity(lengths, 1, 2, 200, on_gpu=False) == 200
     assert choose_capacity(np.full(64, 100), 8, 64, 1280, on_gpu=False) == 768  # a CPU's largest
-    assert choose_capacity(np.array([700, 300]), 2, 2, 1280, on_gpu=False) == 700
+    assert choose_capacity(np.array([900, 300]), 2, 2, 1280, on_gpu=False) == 900
     assert choose_capacity(lengths, 1, 2, 200, on_gpu=True) == 137 + 80
     assert choose_capacity(np.full(64, 512), 4, 64, 512, on_gpu=True) == 2048
     assert choose_capacity(np.full(64, 512), 1, 16, 528, on_gpu=True) == 2048  # a GPU's smallest
