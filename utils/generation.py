@@ -171,6 +171,8 @@ class RecentlyKept:
             return self.kept.pop(key, None) or Kept(reuse=self.size > 0)
 
     def put_back(self, key: Hashable, kept: Kept) -> None:
+        if kept.cache is None:  # of a refused message, say: it would push out a conversation
+            return
         with self.lock:
             self.kept[key] = kept
             while len(self.kept) > self.size:
