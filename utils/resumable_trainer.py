@@ -1,10 +1,12 @@
 """What the Trainer's steps lack: exact resume, safe stops, skipped NaN steps."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from utils import signals
@@ -59,6 +61,12 @@ class ResumableTrainer(SavingTrainer):
         if self.args.world_size > 1:
             signals.hold_stop()  # the processes stop together, after the same step
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        dataloader = super()._get_dataloader(*args, **kwargs)
+        inner = getattr(dataloader, "base_dataloader", dataloader)  # what accelerate wraps makes the workers
+        inner.worker_init_fn = partial(signals.start_data_worker, then=inner.worker_init_fn)
+        return dataloader
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         self.step_batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)

@@ -3,8 +3,9 @@
 import _thread
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -39,7 +40,7 @@ def catch_stop_signals() -> None:
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    if os.getpid() != _stop.owner:  # a forked data worker: its parent decides, Ctrl-C reaches both
+    if os.getpid() != _stop.owner:  # a forked worker: its parent decides, Ctrl-C reaches both
         if number == signal.SIGTERM:
             os._exit(128 + number)
         return
@@ -75,11 +76,22 @@ def find_stop_signal() -> str | None:
     return _stop.asked_by
 
 
-def wait_for_signal(seconds: float) -> None:
-    """Until a signal has asked this process to stop, `seconds` at most."""
-    end = time.monotonic() + seconds
-    while not _stop.asked_by and time.monotonic() < end:
-        time.sleep(0.02)
+def start_data_worker(worker: int, then: Callable[[int], None] | None) -> None:
+    """A DataLoader's worker_init_fn: SIGTERM ends the worker only where the parent sends it.
+
+    Schedulers signal every process of a job. A worker that died of it would raise in the middle of whatever
+    its parent does, an optimizer step or a save.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_exit_for_parent, daemon=True).start()
+    if then is not None:
+        then(worker)
+
+
+def _exit_for_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def hold_stop() -> None:

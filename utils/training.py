@@ -31,7 +31,7 @@ from utils.run_record import (
     write_json,
 )
 from utils.sharing import share_finished_run
-from utils.signals import StopRequested, find_stop_signal, hold_stop, stop_held, wait_for_signal
+from utils.signals import StopRequested, find_stop_signal, hold_stop, stop_held
 from utils.sources import EVAL, TEST
 from utils.trainer import QLoraTrainer
 
@@ -162,11 +162,9 @@ def saved_when_stopped(trainer: QLoraTrainer) -> Iterator[None]:
         yield
     except (StopRequested, Exception) as error:
         hold_stop()
-        if "DataLoader worker (pid" in str(error):
-            wait_for_signal(seconds=3)  # schedulers signal every process, and a worker may die of it first
         if find_stop_signal() is None or isinstance(error, UserError):
             raise
-        if not isinstance(error, StopRequested):  # of a data worker's death, or a broken graph capture
+        if not isinstance(error, StopRequested):  # a broken graph capture, for one
             notice(f"{type(error).__name__} while stopping: {error}")
         trainer.save_stopped()
         raise StopRequested from error
