@@ -2,21 +2,23 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import openai
 import pytest
 import torch
 from conftest import ROOT, save_random_model
 from safetensors.torch import load_file, save_file
 from test_generation import FLAGS
 
-from utils.arguments import ModelArguments
+from utils.arguments import GenerationArguments, ModelArguments
 from utils.checks import read_model_config, resolve_model
 from utils.console import UserError
-from utils.generation import load_run
+from utils.generation import load_run, stream_reply
 from utils.shards import Entry, plan_shards, save_shards
 
 
@@ -69,6 +71,32 @@ def test_merged_model_keeps_template_and_every_stop_token(call_main, tiny_model,
     merged = load_run(args, read_model_config(args))
     assert merged.stop_ids == stop_ids
     assert merged.model.generation_config.eos_token_id == stop_ids
+
+
+@pytest.mark.slow
+def test_transformers_serve_says_what_the_chat_says(call_main, run, tmp_path):
+    """Same prompt, same words, same end, by OpenAI's API and no flag but the number type."""
+    merge(call_main, run, tmp_path / "merged", "--no_parity")
+    args = ModelArguments(str(tmp_path / "merged"), bits=32)
+    chat = load_run(args, read_model_config(args))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [Path(sys.executable).with_name("transformers"), "serve", tmp_path / "merged"]
+    server = subprocess.Popen([*command, "--port", str(port), "--dtype", "float32", "--device", "cpu"])
+    try:
+        client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=60)
+        for question in ("Who are you?", "你是谁？"):
+            messages = [{"role": "user", "content": question}]
+            served = client.chat.completions.create(
+                model=str(tmp_path / "merged"), messages=messages, max_tokens=24, temperature=0
+            ).choices[0]
+            ours = "".join(stream_reply(chat, messages, GenerationArguments(max_new_tokens=24))).strip()
+            assert ours and served.message.content.strip() == ours
+            assert server.poll() is None
+    finally:
+        server.terminate()
+        server.wait(30)
 
 
 @pytest.mark.parametrize("flags", [[], ["--use_rslora"], ["--use_dora"], ["--bias", "all"]], ids=str)

@@ -407,8 +407,15 @@ def test_full_queue_refuses_clearly_and_loses_no_one_else(chat):
 
 
 @pytest.mark.slow
-def test_50_users_for_5_minutes(smollm2):
-    """No crash, no lost or mixed reply, memory flat, refusals clear, with the real small model."""
+def test_50_users_for_5_minutes(smollm2, monkeypatch):
+    """No crash, no lost or mixed reply, memory flat, refusals clear, with the real small model.
+
+    Every message opens a session, and the page keeps the latest ones. Fewer here, so that the first minute
+    fills them and what still grows after half of the time would be a leak.
+    """
+    from utils import page
+
+    monkeypatch.setattr(page, "MAX_SESSIONS", 24)
     args = resolve_model(ModelArguments(str(smollm2), bits=16), set())
     chat = load_run(args, read_model_config(args))
     server = Server(chat, limit_queue=40, limit_seconds=600)
@@ -431,14 +438,14 @@ def test_50_users_for_5_minutes(smollm2):
         refused, wrong = ask_many(server, questions, users=50, rounds=rounds)
     finally:
         server.page.close()
-    settled = [size for at, size in sizes if at > 60]
+    settled = [size for at, size in sizes if at > 150]
     print(
         f"{len(served) - len(refused)} replies, {len(refused)} refusals, resident memory "
-        f"{settled[0]:.0f} MiB after a minute, {max(settled):.0f} at most, {settled[-1]:.0f} at the end"
+        f"{settled[0]:.0f} MiB half way, {max(settled):.0f} at most, {settled[-1]:.0f} at the end"
     )
     assert wrong == [] and len(served) - len(refused) > 20
     assert all("queue is full" in reason.lower() for reason in refused)
-    assert settled[-1] < settled[0] * 1.1
+    assert settled[-1] < settled[0] * 1.03
 
 
 def read_resident_mib():

@@ -26,7 +26,7 @@ ELSEWHERE = {
     "source ": "scripts/install.sh",
     "pip install": "scripts/install.sh",
     "hf download": "the network",
-    "transformers serve": "another program",
+    "transformers serve": "test_merge.py",
     "vllm serve": "another program",
 }
 SMALLER = {  # words of a command -> what takes their place
