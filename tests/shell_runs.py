@@ -1,12 +1,19 @@
-"""Shell commands as a user types them, and a page that one of them opens."""
+"""Shell commands as a user types them, and the pages and servers that they open."""
 
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.request
+
+
+def find_free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def run_shell(command, folder):

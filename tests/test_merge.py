@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, save_random_model
 from safetensors.torch import load_file, save_file
+from shell_runs import find_free_port
 from test_generation import FLAGS
 
 from utils.arguments import GenerationArguments, ModelArguments
@@ -75,13 +75,11 @@ def test_merged_model_keeps_template_and_every_stop_token(call_main, tiny_model,
 
 @pytest.mark.slow
 def test_transformers_serve_says_what_the_chat_says(call_main, run, tmp_path):
-    """Same prompt, same words, same end, by OpenAI's API and no flag but the number type."""
+    """The same words, by OpenAI's API, with no flag about prompt or stop tokens."""
     merge(call_main, run, tmp_path / "merged", "--no_parity")
     args = ModelArguments(str(tmp_path / "merged"), bits=32)
     chat = load_run(args, read_model_config(args))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_free_port()
     command = [Path(sys.executable).with_name("transformers"), "serve", tmp_path / "merged"]
     server = subprocess.Popen([*command, "--port", str(port), "--dtype", "float32", "--device", "cpu"])
     try:

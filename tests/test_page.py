@@ -12,6 +12,7 @@ import httpx
 import pytest
 import torch
 from conftest import run_script
+from shell_runs import find_free_port
 
 from utils.arguments import GenerationArguments, ModelArguments
 from utils.checks import read_model_config, resolve_model
@@ -115,14 +116,6 @@ class Server:
 
 class Refused(Exception):
     pass
-
-
-def find_free_port():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
