@@ -26,27 +26,40 @@ def example(ids, labels):
     return {"input_ids": np.array(ids), "labels": np.array(labels), "row": 0}
 
 
-def test_every_row_is_packed_once_and_no_bin_overflows():
-    bins = pack_rows(LENGTHS, 2048)
-    assert sorted(row for rows in bins for row in rows) == list(range(len(LENGTHS)))
-    assert max(sum(LENGTHS[row] for row in rows) for rows in bins) <= 2048
+@pytest.mark.parametrize("sizes", [[2048], choose_sizes(2048, fixed=True)], ids=["one size", "fixed sizes"])
+@pytest.mark.parametrize("lengths", [LENGTHS, LENGTHS[:32], [2048] * 3, [1100] * 5, [64], []], ids=len)
+def test_every_row_is_packed_once_and_no_micro_batch_overflows(lengths, sizes):
+    packed = pack_rows(lengths, sizes)
+    assert sorted(row for rows, _ in packed for row in rows) == list(range(len(lengths)))
+    assert all(rows and sum(lengths[row] for row in rows) <= size in sizes for rows, size in packed)
     with pytest.raises(ValueError, match="2049"):
-        pack_rows([2049], 2048)
+        pack_rows([*lengths, 2049], sizes)
+
+
+def test_least_filling_of_fewest_micro_batches():
+    sizes = choose_sizes(8192, fixed=True)
+    assert [size for _, size in pack_rows([300] * 29, sizes)] == [1024, 7936]  # 3 + 26 rows
+    assert [size for _, size in pack_rows([2048] * 5, sizes)] == [2048, 8192]
+    assert [size for _, size in pack_rows([5000, 4000], sizes)] == [4096, 5120]  # rows stay whole
 
 
 def test_packing_efficiency_on_real_lengths():
     order = np.random.default_rng(0).permutation(LENGTHS).tolist()
-    whole = sum(LENGTHS) / (2048 * len(pack_rows(LENGTHS, 2048)))
-    by_step = measure_packing(order, 32, 2048, fixed=True)
+    whole = sum(LENGTHS) / (2048 * len(pack_rows(LENGTHS, [2048])))
+    by_step = {capacity: measure_packing(order, 32, capacity, fixed=True) for capacity in (2048, 8192)}
     padded = measure_padding(order, 4)
-    print(f"whole set {whole:.1%}, 32 rows a step {by_step:.1%}, padded batches of 4 {padded:.1%}")
-    assert whole >= 0.97 and by_step >= 0.90 and padded < 0.6
+    print(
+        f"whole set {whole:.1%}, 32 rows a step {by_step[2048]:.1%} ({by_step[8192]:.1%} in micro-batches "
+        f"of 8,192), padded batches of 4 {padded:.1%}"
+    )
+    assert whole >= 0.97 and min(by_step.values()) >= 0.97 and padded < 0.6
 
 
 def test_fixed_sizes_are_few_and_whole_tiles():
-    sizes = choose_sizes(2048)
-    assert sizes == [256, 512, 768, 1024, 1280, 1536, 1792, 2048]
-    assert choose_sizes(528)[-1] >= 528 and all(size % 64 == 0 for size in choose_sizes(528))
+    sizes = choose_sizes(2048, fixed=True)
+    assert sizes == [256, 512, 768, 1024, 1280, 1536, 1792, 1856, 1920, 1984, 2048]
+    small = choose_sizes(528, fixed=True)
+    assert small[-1] >= 528 and all(size % 64 == 0 for size in small)
 
 
 def test_capacity_is_the_flags_but_no_more_than_the_longest_step():
@@ -102,6 +115,6 @@ def test_packed_row_has_the_loss_it_has_alone(smollm2):
         return F.cross_entropy(logits[positions], batch["labels"][0, positions + 1], reduction="none")
 
     alone = [read_losses(PackingCollator(0, 64)([row])["micro_batches"][0]) for row in rows]
-    order = [index for rows_in_bin in pack_rows([9, 30, 4, 17], 64) for index in rows_in_bin]
+    ((order, _),) = pack_rows([9, 30, 4, 17], [64])
     expected = torch.cat([alone[index] for index in order])
     assert torch.allclose(read_losses(packed), expected, atol=1e-4, rtol=1e-5)

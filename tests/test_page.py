@@ -150,7 +150,7 @@ class Tab:
 
     def wait_for_page(self):
         """Its parts are mounted one by one; a busy machine shows that."""
-        for part in ("#box textarea", "#box .submit-button", "#clear", "#side", "#settings button", "#status p"):
+        for part in ("#box textarea", "#box .submit-button", "#clear", "#side", "#status p"):
             self.page.locator(part).first.wait_for(timeout=60_000)
 
     def send(self, text):

@@ -1,6 +1,7 @@
 """From rows to micro-batches: laid end to end in a few fixed sizes, or padded to the longest."""
 
 import bisect
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,34 +16,35 @@ MAX_CPU_TOKENS = 768  # a larger one outgrows a CPU's caches: 2,048 tokens at on
 TILE = 64  # fixed sizes are multiples of this
 
 
-def pack_rows(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: rows (by index), longest first, each into the fullest bin that still holds it.
+def pack_rows(lengths: list[int], sizes: list[int]) -> list[tuple[list[int], int]]:
+    """(rows by index, size) of each micro-batch: as few as hold all rows, and of these the least filling.
 
-    Raises ValueError for a row that is longer than `capacity` tokens.
+    All but two are of the largest of `sizes` (tokens, ascending); these two make up what is left.
+    Raises ValueError for a row that is longer than the largest.
     """
-    bins: list[list[int]] = []
-    open_bins: dict[int, list[int]] = {}  # room left, in tokens -> indices of the bins with just that room
-    rooms: list[int] = []  # its keys, sorted
+    total, longest, largest = sum(lengths), max(lengths, default=0), sizes[-1]
+    if longest > largest:
+        raise ValueError(f"a row of {longest} tokens does not fit into {largest}")
+    for count in itertools.count(-(-total // largest)):
+        full = [largest] * (count - 2)
+        for last in sorted(itertools.combinations_with_replacement(sizes, min(count, 2)), key=sum):
+            chosen = full + list(last)
+            bins = fit_rows(lengths, chosen) if sum(chosen) >= total else None
+            if bins is not None:
+                return [(rows, size) for rows, size in zip(bins, chosen, strict=True) if rows]
+
+
+def fit_rows(lengths: list[int], sizes: list[int]) -> list[list[int]] | None:
+    """Best-fit decreasing: rows, longest first, each into the fullest bin with room; None if one has none."""
+    bins: list[list[int]] = [[] for _ in sizes]
+    rooms = sorted((size, index) for index, size in enumerate(sizes))  # tokens left in each bin
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        length = lengths[row]
-        if length > capacity:
-            raise ValueError(f"a row of {length} tokens does not fit into {capacity}")
-        at = bisect.bisect_left(rooms, length)
+        at = bisect.bisect_left(rooms, (lengths[row],))
         if at == len(rooms):
-            room, index = capacity, len(bins)
-            bins.append([])
-        else:
-            room = rooms[at]
-            index = open_bins[room].pop()
-            if not open_bins[room]:
-                del open_bins[room], rooms[at]
+            return None
+        room, index = rooms.pop(at)
         bins[index].append(row)
-        left = room - length
-        if left and left not in open_bins:
-            bisect.insort(rooms, left)
-            open_bins[left] = []
-        if left:
-            open_bins[left].append(index)
+        bisect.insort(rooms, (room - lengths[row], index))
     return bins
 
 
@@ -59,20 +61,25 @@ def choose_capacity(
     return min(allowed, longest_step)
 
 
-def choose_sizes(capacity: int) -> list[int]:
-    """The sizes, in tokens, that micro-batches are filled up to: eighths of the capacity, whole tiles."""
-    return sorted({-(-capacity * eighths // 8 // TILE) * TILE for eighths in range(1, 9)})
+def choose_sizes(capacity: int, fixed: bool) -> list[int]:
+    """Sizes of micro-batches, tokens: the capacity alone or, if `fixed`, those that they are filled up to.
+
+    These are whole tiles: eighths of the capacity and quarters of the last eighth. Two of them sum up to any
+    32nd beyond the capacity, with 11 graphs to capture and not 32.
+    """
+    if not fixed:
+        return [capacity]
+    parts = (4, 8, 12, 16, 20, 24, 28, 29, 30, 31, 32)
+    return sorted({-(-capacity * part // 32 // TILE) * TILE for part in parts})
 
 
 def measure_packing(lengths: list[int], rows_per_step: int, capacity: int, fixed: bool) -> float:
     """Real tokens over tokens computed, packing `rows_per_step` rows at a time as the collator does."""
-    computed = 0
-    for start in range(0, len(lengths), rows_per_step):
-        step = lengths[start : start + rows_per_step]
-        for rows in pack_rows(step, capacity):
-            tokens = sum(step[row] for row in rows)
-            computed += next(size for size in choose_sizes(capacity) if size >= tokens) if fixed else tokens
-    return sum(lengths) / computed
+    if not fixed:
+        return 1.0  # nothing is filled up
+    sizes, starts = choose_sizes(capacity, fixed), range(0, len(lengths), rows_per_step)
+    packed = (pack_rows(lengths[start : start + rows_per_step], sizes) for start in starts)
+    return sum(lengths) / sum(size for step in packed for _, size in step)
 
 
 def measure_padding(lengths: list[int], batch_size: int) -> float:
@@ -89,7 +96,7 @@ class PackingCollator:
     is passed. Gives {"micro_batches": [...]}, each of input_ids, labels, position_ids  # int64 [1, tokens]
     cu_seqlens (where rows begin and end)  # int32 [rows + 1]; max_length (of a row, an int)
     label_positions  # int64 [positions]; num_tokens  # int64 []; rows (of the set)  # int64 [rows]
-    `fixed`: filled up to one of choose_sizes(capacity), for GPUs.
+    `fixed`: filled up to one of choose_sizes, for GPUs.
     """
 
     pad_token_id: int
@@ -97,13 +104,14 @@ class PackingCollator:
     fixed: bool = False
 
     def __call__(self, examples: list[Example]) -> dict[str, list[dict[str, torch.Tensor]]]:
-        bins = pack_rows([len(example["input_ids"]) for example in examples], self.capacity)
-        return {"micro_batches": [self.join([examples[row] for row in rows]) for rows in bins]}
+        lengths = [len(example["input_ids"]) for example in examples]
+        packed = pack_rows(lengths, choose_sizes(self.capacity, self.fixed))
+        return {"micro_batches": [self.join([examples[row] for row in rows], size) for rows, size in packed]}
 
-    def join(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+    def join(self, examples: list[Example], size: int) -> dict[str, torch.Tensor]:
         lengths = [len(example["input_ids"]) for example in examples]
         tokens = sum(lengths)
-        width = next(size for size in choose_sizes(self.capacity) if size >= tokens) if self.fixed else tokens
+        width = size if self.fixed else tokens
         if width > tokens:  # the filling is a row of its own
             lengths.append(width - tokens)
         input_ids = np.full(width, self.pad_token_id, np.int64)
