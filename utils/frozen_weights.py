@@ -6,11 +6,13 @@ evaluation and chat compute what training did: unpacking costs less than that ro
 
 from functools import partial
 
+import psutil
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 from torch.nn import functional as F
 
+from utils.console import notice
 from utils.fast_kernels import unpack_4bit, unpack_8bit
 
 
@@ -52,3 +54,26 @@ def unpack_8bit_layers(model: nn.Module) -> None:
         if isinstance(layer, Linear8bitLt):
             name = "_old_forward" if hasattr(layer, "_old_forward") else "forward"  # behind accelerate's hook
             setattr(layer, name, partial(multiply_unpacked, layer))
+
+
+def replace_by_dense(model: nn.Module, dtype: torch.dtype) -> None:
+    """Linear layers of the same weights, unpacked once, in place of the quantized ones of `model`.
+
+    For chat on a CPU, where unpacking them for every token takes longer than the products.
+    """
+    quantized = {
+        name: layer for name, layer in model.named_modules() if isinstance(layer, (Linear4bit, Linear8bitLt))
+    }
+    size = sum(layer.in_features * layer.out_features for layer in quantized.values()) * dtype.itemsize
+    available = psutil.virtual_memory().available
+    if size > available / 2:
+        notice(
+            f"quantized weights are unpacked for every token: all at once need {size / 1e9:.1f} GB, and "
+            f"{available / 1e9:.1f} GB of memory are free"
+        )
+        return
+    for name, layer in quantized.items():
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        dense.weight = nn.Parameter(read_weight(layer, dtype), requires_grad=False)
+        dense.bias = layer.bias
+        model.set_submodule(name, dense)

@@ -17,7 +17,7 @@ from utils.arguments import DataArguments, LoraArguments, ModelArguments
 from utils.baichuan import is_baichuan, load_baichuan
 from utils.checks import ADAPTER_FILE, CONVERT, has_adapter, read_model_config
 from utils.console import UserError, notice
-from utils.frozen_weights import unpack_8bit_layers
+from utils.frozen_weights import replace_by_dense, unpack_8bit_layers
 from utils.prompts import find_stop_tokens, read_template
 from utils.tokenizer_files import load_own_tokenizer
 
@@ -122,7 +122,7 @@ def has_gpu(model_args: ModelArguments) -> bool:
 def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = True) -> "PreTrainedModel":
     """The base model in 4, 8, 16 or 32 bits, frozen unless all of it is trained.
 
-    `trainable`: gradients will flow through it; a process that only chats may use faster CPU kernels.
+    `trainable`: gradients will flow through it; a process that only chats has faster ways on a CPU.
     """
     config = read_model_config(model_args)
     options = {
@@ -144,6 +144,8 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
         unpack_8bit_layers(model)
     if trainable or has_odd_width(model):
         keep_cpu_weights_unpacked(model)
+    if not trainable and not has_gpu(model_args) and not has_fast_cpu_kernels(model):
+        replace_by_dense(model, dtype)
     model.requires_grad_(model_args.full_finetune)
     return model
 
@@ -222,6 +224,11 @@ def has_odd_width(model: "PreTrainedModel") -> bool:
         for module in model.modules()
         if hasattr(module, "support_avx512bf16_for_cpu")
     )
+
+
+def has_fast_cpu_kernels(model: "PreTrainedModel") -> bool:
+    """Whether bitsandbytes multiplies by 4-bit weights without unpacking them first, on this CPU."""
+    return any(getattr(module, "support_avx512bf16_for_cpu", False) for module in model.modules())
 
 
 def add_adapter(

@@ -49,7 +49,8 @@ CSS = """
 #side { width: auto; min-width: max-content !important; flex-grow: 0; }
 #chat .message { overflow-wrap: anywhere; }
 #chat .top-panel { display: none; }
-#box textarea { padding: 12px; }
+#box textarea { padding: 12px 4px 12px 12px; }
+#box .submit-button, #box .stop-button { margin: 7px 7px 7px 0; }
 #foot { align-items: center; flex-wrap: nowrap; }
 #status { font-size: 0.85em; opacity: 0.75; overflow-wrap: anywhere; }
 footer { display: none !important; }
