@@ -5,12 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from bitsandbytes.functional import get_4bit_type
 from conftest import ROOT
 
 from utils.arguments import GenerationArguments, ModelArguments
 from utils.checks import read_model_config, resolve_model
 from utils.console import UserError
 from utils.formats import Chat
+from utils.frozen_weights import read_weight
 from utils.generation import (
     Kept,
     build_generation_config,
@@ -56,7 +58,11 @@ def test_run_brings_its_base_quantization_template_and_stop_tokens(run, tiny_mod
     assert "USER: " in chat.tokenizer.chat_template
     assert chat.stop_ids == json.loads((run / "run.json").read_text())["prompt"]["stop_ids"]
     assert chat.context == 512
-    assert chat.model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.quant_type == "fp4"
+    layer = chat.model.get_base_model().model.layers[0].mlp.up_proj.base_layer
+    block = read_weight(layer, torch.float32).flatten()[:64]  # which share one scale
+    levels = get_4bit_type("fp4", device="cpu")
+    distance = (block[:, None] / block.abs().max() - levels / levels.abs().max()).abs().min(1).values
+    assert distance.max() < 1e-6 and len(block.unique()) > 4
 
 
 def test_checkpoint_and_bare_adapter_folders_open_too(run, tiny_model, tmp_path, capsys):
