@@ -11,29 +11,24 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig
 from transformers.hf_argparser import HfArg
 
-from eval.speed_workloads import Rows, build_packed, build_padded, parse_workload
+from eval.speed_variants import VARIANTS, MicroBatches, Setup, build_variant
+from eval.speed_workloads import parse_workload
 from utils.arguments import parse_args
 from utils.console import UserError, notice, run_main
-from utils.cuda_graph import GraphedStep
-from utils.fast_model import prepare_fast_model
 from utils.shapes import SHAPES, build_random_model, count_linear_weights
 
-VARIANTS = ("original", "plain", "fast")
 HEADER = (
     f"{'variant':<9} {'workload':<22} dtype drop   tokens/s   ratio peak GiB reserved  of Adam "
-    "4N TFLOP/s of limit first, s"
+    "4N TFLOP/s of limit first, s captures"
 )
-Step = Callable[[list[dict[str, Any]]], torch.Tensor]  # the micro-batches of an optimizer step -> its loss
-Prepare = Callable[[Rows], list[dict[str, Any]]]
 
 
 @dataclass
@@ -52,7 +47,9 @@ class SpeedArguments:
     lora_r: int = HfArg(default=64, help="Rank of the adapter.")
     dropouts: list[float] = HfArg(default_factory=lambda: [0.1], help="LoRA dropout of the fast path.")
     capacity: int = HfArg(default=8192, help="Largest packed micro-batch of real lengths, tokens.")
-    steps: int = HfArg(default=4, help="Optimizer steps timed; of the padded variants three at most.")
+    steps: int = HfArg(
+        default=4, help="Optimizer steps timed; of the padded variants, and on a CPU, three at most."
+    )
     profile: bool = HfArg(default=False, help="Print the kernels that took longest.")
     output_dir: str = HfArg(default="output/train_speed", help="Where the table is saved as json.")
 
@@ -70,122 +67,29 @@ class Timing:
     tflops: float
     of_limit: float  # of the tokens per second that matrix products alone would allow
     first_step_seconds: float
+    captures: int  # CUDA graphs captured in the timed steps, 0.5 to 1 s each
     loss: float
 
 
-def build_step(
-    variant: str,
-    arguments: SpeedArguments,
-    dtype: torch.dtype,
-    dropout: float,
-    checkpointed: bool,
-    device: str,
-) -> tuple[Prepare, Step, Any]:
-    """(what makes micro-batches of rows, what takes an optimizer step over them, the optimizer)"""
-    config = SHAPES[arguments.model]()
-    model = build_random_model(config, arguments.bits, dtype, device)
-    if variant == "original":
-        model = prepare_model_for_kbit_training(model, True, {"use_reentrant": False})
-    elif checkpointed:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    lora = LoraConfig(
-        r=arguments.lora_r,
-        lora_alpha=16,
-        lora_dropout=dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(model, lora).train()
-    if variant == "fast":
-        return build_fast_step(model, dtype, arguments.capacity, device)
-    if variant == "original":
-        cast_like_original(model, dtype)
-    return build_plain_step(model, dtype, device)
+def time_steps(
+    setup: Setup, steps: list[MicroBatches], warm_ups: int, device: str
+) -> tuple[float, float, int, float]:
+    """(seconds of the steps after `warm_ups`, of the first one, graphs captured in between, last loss)
 
-
-def cast_like_original(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """The dtypes of QLoRA's own script of 2023: 16-bit adapters and head, float32 norms."""
-    for name, module in model.named_modules():
-        if "lora_" in name and dtype == torch.bfloat16:
-            module.to(dtype)
-        if "norm" in name:
-            module.to(torch.float32)
-        if ("lm_head" in name or "embed_tokens" in name) and hasattr(module, "weight"):
-            module.to(dtype)
-
-
-def build_plain_step(model: torch.nn.Module, dtype: torch.dtype, device: str) -> tuple[Prepare, Step, Any]:
-    """Padded micro-batches of four through PEFT and autocast, gradients added up, a paged optimizer."""
-    import bitsandbytes as bnb
-
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    paged = device == "cuda"
-    optimizer = (bnb.optim.PagedAdamW32bit if paged else torch.optim.AdamW)(weights, lr=2e-4)
-    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-    vocabulary = model.config.vocab_size
-
-    def prepare(rows: Rows) -> list[dict[str, Any]]:
-        return [build_padded(rows[i : i + 4], vocabulary, device) for i in range(0, len(rows), 4)]
-
-    def step(batches: list[dict[str, Any]]) -> torch.Tensor:
-        for batch in batches:
-            with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
-                loss = model(**batch, use_cache=False).loss / len(batches)
-            scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(weights, 0.3)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        return loss.detach() * len(batches)
-
-    return prepare, step, optimizer
-
-
-def build_fast_step(
-    model: torch.nn.Module, dtype: torch.dtype, capacity: int, device: str
-) -> tuple[Prepare, Step, Any]:
-    """Packed micro-batches of fixed sizes, replayed as CUDA graphs where there is a GPU."""
-    fast = prepare_fast_model(model, dtype)
-    if isinstance(fast, str):
-        raise UserError(f"the fast path does not cover this model: {fast}")
-    run = GraphedStep(fast)
-    optimizer = torch.optim.AdamW([fast.flat.weights], lr=2e-4, fused=True)
-    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-    vocabulary = model.config.vocab_size
-
-    def prepare(rows: Rows) -> list[dict[str, Any]]:
-        return build_packed(rows, capacity, vocabulary)
-
-    def step(batches: list[dict[str, Any]]) -> torch.Tensor:
-        labels = sum(len(batch["label_positions"]) for batch in batches)
-        loss_scale = scaler.scale(torch.ones((), device=device)) / labels
-        loss = sum(run(batch, loss_scale) for batch in batches)
-        scaler.unscale_(optimizer)
-        fast.flat.clip_gradients(0.3)
-        scaler.step(optimizer)
-        scaler.update()
-        fast.flat.zero_gradients()
-        return loss / labels
-
-    return prepare, step, optimizer
-
-
-def time_steps(step: Step, steps: list[Any], warm_ups: int, device: str) -> tuple[float, float, float]:
-    """(seconds of the steps after `warm_ups`, of the first one, last loss). All rows are new, as in a run."""
+    All rows are new, as in a run.
+    """
     start = time.perf_counter()
-    step(steps[0])
+    setup.step(steps[0])
     synchronize(device)
     first = time.perf_counter() - start
     for batches in steps[1:warm_ups]:
-        step(batches)
+        setup.step(batches)
     synchronize(device)
-    start = time.perf_counter()
+    graphs, start = len(setup.graphs), time.perf_counter()
     for batches in steps[warm_ups:]:
-        loss = step(batches)
+        loss = setup.step(batches)
     synchronize(device)
-    return time.perf_counter() - start, first, float(loss)
+    return time.perf_counter() - start, first, len(setup.graphs) - graphs, float(loss)
 
 
 def synchronize(device: str) -> None:
@@ -216,23 +120,34 @@ def measure(
 ) -> Timing:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype_name]
-    warm_ups, timed = 6, arguments.steps  # a graph is captured when its size comes a second time
-    if variant != "fast":
+    # A graph is captured when its size comes a second time; real lengths have a dozen sizes, the rarest late.
+    warm_ups, timed = 24 if workload.startswith("real-") else 6, arguments.steps
+    if variant != "fast" or device == "cpu":
         warm_ups, timed = 1, min(arguments.steps, 3)
     steps, checkpointed = parse_workload(workload, warm_ups + timed)
     if variant != "fast":
         steps = [rows[:32] for rows in steps]  # micro-batches of four are timed alike
     torch.manual_seed(0)
-    prepare, step, optimizer = build_step(variant, arguments, dtype, dropout, checkpointed, device)
+    model = build_random_model(SHAPES[arguments.model](), arguments.bits, dtype, device)
+    lora = LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=16,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    setup = build_variant(variant, model, lora, dtype, checkpointed, arguments.capacity, device)
     gc.collect()  # the model before this one
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    seconds, first, loss = time_steps(step, [prepare(rows) for rows in steps], warm_ups, device)
+    batches = [setup.prepare(rows) for rows in steps]
+    seconds, first, captures, loss = time_steps(setup, batches, warm_ups, device)
     if arguments.profile and device == "cuda":
-        print_profile(step, prepare(steps[-1]))
+        print_profile(setup, setup.prepare(steps[-1]))
     steps = steps[warm_ups:]
-    state = [x for values in optimizer.state.values() for x in values.values() if isinstance(x, torch.Tensor)]
+    states = (values.values() for values in setup.optimizer.state.values())
+    state = [x for values in states for x in values if isinstance(x, torch.Tensor)]
     tokens, weights = sum(map(sum, steps)), count_linear_weights(SHAPES[arguments.model]())
     recomputed = checkpointed or variant == "original"
     return Timing(
@@ -247,16 +162,17 @@ def measure(
         round(4 * weights * tokens / seconds / 1e12, 3),
         round((6 if recomputed else 4) * weights * tokens / seconds / 1e12 / peak_tflops, 3),
         round(first, 2),
+        captures,
         round(loss, 3),
     )
 
 
-def print_profile(step: Step, batches: list[dict[str, Any]]) -> None:
+def print_profile(setup: Setup, batches: MicroBatches) -> None:
     """GPU time of one step by kernel, the longest first."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        step(batches)
+        setup.step(batches)
         torch.cuda.synchronize()
     events = sorted(profiled.key_averages(), key=lambda event: -event.self_device_time_total)
     total = sum(event.self_device_time_total for event in events)
@@ -282,7 +198,7 @@ def format_row(timing: Timing, original: dict[str, float]) -> str:
         f"{timing.variant:<9} {timing.workload:<22} {timing.dtype:<5} {timing.dropout:<4g} "
         f"{timing.tokens_per_second:>10,.0f} {ratio} {timing.peak_gib:>8.2f} {timing.reserved_gib:>8.2f} "
         f"{timing.optimizer_gib:>7.2f} {timing.tflops:>9.3g} {timing.of_limit:>8.1%} "
-        f"{timing.first_step_seconds:>8.1f}"
+        f"{timing.first_step_seconds:>8.1f} {timing.captures:>8}"
     )
 
 
