@@ -26,7 +26,7 @@ from utils.signals import catch_stop_signals
 from utils.sources import load_sample_prompts
 
 FLAGS = [ModelArguments, DataArguments, LoraArguments, TrainingArguments, GenerationArguments]
-DEFAULTS = {"bits": 8, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "model_max_length": 512}
+DEFAULTS = {"bits": 8, "lora_r": 8, "lora_alpha": 16.0, "lora_dropout": 0.05, "model_max_length": 512}
 
 
 def main() -> None:

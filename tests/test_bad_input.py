@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import time
 
 import pytest
@@ -143,6 +144,33 @@ def test_output_dir_with_other_files_is_left_alone(tmp_path, tiny_model, rows):
     argv = ["--model_name_or_path", tiny_model, "--dataset_name", rows, "--output_dir", tmp_path / "run"]
     argv += ["--source_max_len", "100", "--target_max_len", "50"]
     assert_refused(tmp_path, "qlora_finetune.py", *argv, says=["holds other files", "--overwrite_output_dir"])
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite_output_dir"]], ids=["plain", "overwriting"])
+def test_what_no_run_left_is_never_removed(tmp_path, tiny_model, rows, overwrite):
+    (tmp_path / "run" / "checkpoint-500").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-500" / "adapter_model.bin").write_text("of 2023")
+    argv = ["--model_name_or_path", tiny_model, "--dataset_name", rows, "--output_dir", tmp_path / "run"]
+    argv += ["--source_max_len", "100", "--target_max_len", "50", *overwrite]
+    says = (
+        ["holds no run.json, so checkpoint-500 may be no run's files"] if overwrite else ["holds other files"]
+    )
+    assert_refused(tmp_path, "qlora_finetune.py", *argv, says=[*says, "name a new folder"])
+
+
+def test_base_model_is_no_folder_to_start_anew_in(tmp_path, tiny_model, rows):
+    shutil.copytree(tiny_model, tmp_path / "base")
+    (tmp_path / "base" / "run.json").write_text("{}")  # of a run that trained every weight
+    argv = [
+        "--model_name_or_path",
+        tmp_path / "base",
+        "--output_dir",
+        tmp_path / "base",
+        "--dataset_name",
+        rows,
+    ]
+    argv += ["--source_max_len", "100", "--target_max_len", "50", "--overwrite_output_dir"]
+    assert_refused(tmp_path, "qlora_finetune.py", *argv, says=["would remove --model_name_or_path"])
 
 
 @pytest.mark.parametrize("script", ["cli_demo.py", "qlora_finetune.py"])

@@ -68,6 +68,26 @@ def test_checkpoints_and_logs_stay_at_home(run):
     ]  # fmt: skip
 
 
+def test_upload_takes_those_files_and_nothing_from_folders(run, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    sent = []
+
+    class Hub(huggingface_hub.HfApi):
+        def create_repo(self, repo_id, **options):
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/someone/{repo_id}")
+
+        def upload_folder(self, folder_path, allow_patterns, **options):
+            found = (str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file())
+            sent.extend(filter_repo_objects(found, allow_patterns=allow_patterns))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert list(run.glob("checkpoint-*/*.safetensors"))
+    push_run(run, "guanaco-tiny")
+    assert sorted(sent) == list_shared_files(run)
+
+
 def test_card_of_a_checkpoint_claims_no_results(run):
     _, body = read_card((run / "checkpoint-1" / "README.md").read_text())
     assert "training_curve" not in body and "| steps |" not in body

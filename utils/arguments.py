@@ -125,7 +125,7 @@ class DataArguments:
 class LoraArguments:
     _argument_group_name = "LoRA"
     lora_r: int = HfArg(default=64, help="Rank of the adapter.")
-    lora_alpha: float = HfArg(default=16, help="The update is scaled by alpha / r.")
+    lora_alpha: float = HfArg(default=16.0, help="The update is scaled by alpha / r.")
     lora_dropout: float = HfArg(default=0.0, help="Dropout on the adapter's input.")
     lora_target_modules: list[str] = HfArg(
         default_factory=lambda: ["all-linear"], help="Names of the adapted layers, or all-linear."

@@ -170,7 +170,7 @@ def disk_errors_explained(path: Path, kept: Path | None) -> Iterator[None]:
         last = f"the last good checkpoint is {kept}" if kept else "no checkpoint had been saved before"
         raise UserError(
             f"{path} cannot be written ({os.strerror(number)}); {last}: make room or the folder writable, "
-            "then run the same command again"
+            "then run the same command again (not with --overwrite_output_dir, which starts anew)"
         ) from error
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from utils.checkpoints import find_fault, find_valid_checkpoint, read_manifest
 from utils.console import UserError, notice
 from utils.run_lock import LOCK_FILE, check_usable
-from utils.run_record import RUN_FILE, find_run_record
+from utils.run_record import RUN_FILE, find_run_record, list_run_files
 from utils.sources import TRAIN
 
 # May differ between two starts of one run: they change what is printed or kept, not what is learned.
@@ -53,6 +53,7 @@ FREE_ARGUMENTS = {
     "hub_private_repo",
     "hub_strategy",
 }
+OTHER_FILES_STAY = " (--overwrite_output_dir uses it all the same and leaves those files)"
 BASE_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".py", ".safetensors", ".bin"}
 SAMPLES, SAMPLE_BYTES = 64, 4096
 
@@ -81,14 +82,16 @@ def find_earlier_run(output_dir: Path, arguments: dict[str, Any], overwrite: boo
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file: name a folder")
     check_usable(output_dir)
+    if overwrite:
+        check_overwriting(output_dir, arguments)
     found = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
     if overwrite or found <= {LOCK_FILE, "data_report.json", "data_report.png"}:
         return None
     record = find_run_record(output_dir) if (output_dir / RUN_FILE).is_file() else None
     if record is None:
+        advice = "" if list_run_files(output_dir) else OTHER_FILES_STAY
         raise UserError(
-            f"--output_dir {output_dir} holds other files and no {RUN_FILE}: name a new folder "
-            "(--overwrite_output_dir uses it all the same and leaves those files)"
+            f"--output_dir {output_dir} holds other files and no {RUN_FILE}: name a new folder{advice}"
         )
     changes = find_changes(record["arguments"], arguments)
     base = arguments["model_name_or_path"]
@@ -101,6 +104,23 @@ def find_earlier_run(output_dir: Path, arguments: dict[str, Any], overwrite: boo
         )
         record |= {"status": "running"}  # a finished run goes on, with what has changed
     return record
+
+
+def check_overwriting(output_dir: Path, arguments: dict[str, Any]) -> None:
+    """Raises UserError if overwriting would remove what no run left there, or what this one starts from."""
+    files = list_run_files(output_dir)
+    if files and not (output_dir / RUN_FILE).is_file():
+        names = ", ".join(path.name for path in files[:3]) + (", ..." if len(files) > 3 else "")
+        raise UserError(
+            f"--output_dir {output_dir} holds no {RUN_FILE}, so {names} may be no run's files, and "
+            "--overwrite_output_dir would remove them: name a new folder"
+        )
+    for name in ("model_name_or_path", "checkpoint_dir"):
+        used = Path(arguments.get(name) or "").resolve()
+        if arguments.get(name) and files and output_dir.resolve() in (used, used.parent):
+            raise UserError(
+                f"--overwrite_output_dir would remove --{name} {arguments[name]}: name another --output_dir"
+            )
 
 
 def check_same_run(output_dir: Path, record: dict[str, Any], force: bool) -> None:

@@ -25,12 +25,13 @@ RUN_ARTIFACTS = (
     "adapter_model.safetensors",
     "chat_template.jinja",
     "config.json",
+    "eval_metrics*.json",
     "generation_config.json",
     "metrics.json",
     "model*.safetensors",
     "model.safetensors.index.json",
     "lm_tasks*.json",
-    "predictions.jsonl",
+    "predictions*.jsonl",
     "report.json",
     "report.md",
     "report.png",
@@ -142,11 +143,14 @@ def describe_finished(record: dict[str, Any], output_dir: Path) -> None:
     )
 
 
+def list_run_files(output_dir: Path) -> list[Path]:
+    return sorted({path for pattern in RUN_ARTIFACTS for path in output_dir.glob(pattern)})
+
+
 def clear_run(output_dir: Path) -> None:
     """Remove what an earlier run left (RUN_ARTIFACTS), and no other file."""
-    for pattern in RUN_ARTIFACTS:
-        for path in output_dir.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in list_run_files(output_dir):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def next_free_path(path: Path) -> Path:

@@ -198,7 +198,8 @@ class SavingTrainer(transformers.Trainer):
         where = (
             f"step {step} is in {self.last_checkpoint}" if self.last_checkpoint else "before the first step"
         )
-        notice(f"stopped by {name}, {where}: the same command goes on from there")
+        again = " without --overwrite_output_dir" if self.record["arguments"]["overwrite_output_dir"] else ""
+        notice(f"stopped by {name}, {where}: the same command{again} goes on from there")
 
     # State
 

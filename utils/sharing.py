@@ -59,10 +59,10 @@ def push_run(run: Path, hub_id: str, private: bool = False, token: str | None = 
     """Upload list_shared_files(run) and the card. Raises UserError for a run that is not finished."""
     from huggingface_hub import HfApi
 
-    list_shared_files(run)
+    files = list_shared_files(run)
     api = HfApi(token=token)
     repo = api.create_repo(hub_id, private=private, exist_ok=True)
-    api.upload_folder(folder_path=run, repo_id=repo.repo_id, allow_patterns=list(SHARED_FILES))
+    api.upload_folder(folder_path=run, repo_id=repo.repo_id, allow_patterns=files)
     notice(f"{run} is at {repo}")
 
 
