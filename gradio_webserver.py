@@ -12,7 +12,7 @@ import sys
 from utils.arguments import GenerationArguments, ModelArguments, find_given_flags, parse_args
 from utils.checks import check_adapter_fits, read_model_config, resolve_model
 from utils.console import notice, run_main
-from utils.page_arguments import PageArguments, read_auth
+from utils.page_arguments import PageArguments, check_port, read_auth
 from utils.prompts import read_template
 
 
@@ -21,6 +21,9 @@ def main() -> None:
         sys.argv[1:], [ModelArguments, GenerationArguments, PageArguments], __doc__
     )
     auth = read_auth(page_args)
+    check_port(page_args)
+    if generation_args.temperature != 1 and not generation_args.do_sample:
+        notice(f"without --do_sample the page starts at temperature 0, not {generation_args.temperature}")
     model_args = resolve_model(model_args, find_given_flags(sys.argv[1:]))
     config = read_model_config(model_args)
     check_adapter_fits(model_args, config)

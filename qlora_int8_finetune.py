@@ -16,7 +16,7 @@ from utils.arguments import (
     find_given_flags,
     parse_args,
 )
-from utils.checks import check_arguments
+from utils.checks import check_arguments, resolve_adapter
 from utils.console import run_main
 from utils.data import load_rows
 from utils.mmlu import load_mmlu
@@ -33,9 +33,9 @@ def main() -> None:
     model_args, data_args, lora_args, training_args, generation_args = parse_args(
         sys.argv[1:], FLAGS, __doc__, **DEFAULTS
     )
-    model_args, data_args, training_args = check_arguments(
-        model_args, data_args, training_args, find_given_flags(sys.argv[1:])
-    )
+    given = find_given_flags(sys.argv[1:])
+    model_args, data_args, training_args = check_arguments(model_args, data_args, training_args, given)
+    lora_args = resolve_adapter(lora_args, model_args, given)
     output_dir = Path(training_args.output_dir)
     arguments = collect_arguments(model_args, data_args, lora_args, training_args)
     earlier = None

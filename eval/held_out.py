@@ -10,7 +10,7 @@ from utils.data import load_rows
 from utils.generation import ChatModel
 from utils.predictions import find_answered
 from utils.prompts import find_input_marker
-from utils.sources import EVAL, TEST
+from utils.sources import EVAL, TEST, TRAIN
 from utils.tokenizing import tokenize_rows
 
 
@@ -43,12 +43,16 @@ def load_held_out(record: dict[str, Any] | None, chat: ChatModel, count: int) ->
     changed = [one.name for one in rows.sources if recorded.get(one.name, one.digest) != one.digest]
     if changed:
         return HeldOut([], [], [], f"{', '.join(changed)} has changed since the run: no held-out loss.")
+    counts = record["data"]["rows"]
+    if not (counts[EVAL] or counts[TEST]) and all(source.part == TRAIN for source in rows.sources):
+        return HeldOut([], [], [], "The run held no rows out, it trained on all: no held-out loss.")
     parts = tokenize_rows(rows, chat.tokenizer, chat.stop_ids, data_args)
     found = next((parts[part] for part in (EVAL, TEST) if len(parts[part])), [])
     encoded = [found[i] for i in range(min(count, len(found)))]
     chats = find_answered(rows.read_held_out(EVAL, find_input_marker(chat.tokenizer))[:count])
+    told = [chat.messages for chat in chats if not chat.tools]  # a question has no place for tools
     questions = [
         Question(f"held-out-{i}", messages[-2]["content"], "held out", messages[:-1])
-        for i, messages in enumerate(chats, 1)
+        for i, messages in enumerate(told, 1)
     ]
-    return HeldOut(encoded, questions, [messages[-1]["content"] for messages in chats])
+    return HeldOut(encoded, questions, [messages[-1]["content"] for messages in told])

@@ -18,8 +18,8 @@ if not Path("utils").is_dir():  # a notebook starts in examples/
 # ## Which model, on what
 #
 # One line a setting; the flags are those of `qlora_finetune.py --help`. On a free 16 GB T4: float16 (it has
-# no bfloat16), one row at a time, activations recomputed, an 8-bit paged optimizer. Only `small` is measured
-# here: 2.5 GiB on a CPU.
+# no bfloat16), micro-batches of 2,048 tokens at most, activations recomputed, an 8-bit paged optimizer.
+# Only `small` is measured here: 2.5 GiB on a CPU.
 
 # %%
 LOW_MEMORY = "--per_device_train_batch_size 1 --gradient_accumulation_steps 16 --gradient_checkpointing True"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# LLaMA-7B on Alpaca, 8-bit LoRA: values of the 2023 repository.
+# LLaMA-7B on Alpaca, 8-bit LoRA: 2023's values, but on all linear layers.
 #   model    huggyllama/llama-7b
 #   data     tatsu-lab/alpaca, 52,002 rows, 3 epochs in steps of 32 rows
 #   gpu      not measured here
@@ -19,6 +19,7 @@ args=(
   --do_train --num_train_epochs 3
   --per_device_train_batch_size 4 --gradient_accumulation_steps 8 --per_device_eval_batch_size 4
   --learning_rate 1e-4 --lr_scheduler_type cosine --warmup_steps 0.03 --weight_decay 0.0
+  --max_grad_norm 1.0 --seed 42
   # output
   --output_dir output/alpaca-llama-7b-int8 --logging_steps 1 --eval_strategy no
   --save_steps 500 --save_total_limit 5

@@ -13,7 +13,7 @@ args=(
   --model_name_or_path huggyllama/llama-7b --bits 4 --double_quant --quant_type nf4
   # data: the prompt keeps its last 16 tokens in single-turn rows; only the sum, 528, limits chats
   --dataset_name oasst1 --source_max_len 16 --target_max_len 512
-  --eval_dataset_size 1024 --max_eval_samples 1000
+  --max_eval_samples 1000
   # adapter
   --lora_r 64 --lora_alpha 16 --lora_dropout 0.1
   # training

@@ -11,7 +11,7 @@ args=(
   # run
   --checkpoint_dir output/guanaco-7b
   # generation
-  --do_predict --predict_with_generate --max_eval_samples 100 --per_device_eval_batch_size 8
+  --do_predict --max_eval_samples 100 --per_device_eval_batch_size 8
   --max_new_tokens 512 --do_sample --temperature 0.7 --top_p 0.9
 )
 

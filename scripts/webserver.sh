@@ -9,7 +9,7 @@ args=(
   # run
   --checkpoint_dir output/guanaco-7b
   # generation
-  --max_new_tokens 512 --temperature 0.7 --top_p 0.9
+  --max_new_tokens 512 --do_sample --temperature 0.7 --top_p 0.9
 )
 
 python gradio_webserver.py "${args[@]}" "$@"

@@ -15,6 +15,7 @@ from utils.arguments import (
 )
 from utils.console import UserError
 from utils.trainer_flags import find_trainer_fields
+from utils.trainer_names import LOGGERS, OPTIMIZERS, SCHEDULERS
 
 FLAGS = [ModelArguments, DataArguments, LoraArguments, TrainingArguments, GenerationArguments]
 # Defaults of the QLoRA recipe that differ from the Trainer's, on purpose.
@@ -162,3 +163,13 @@ def test_readme_values_arrive():
     assert (data_args.source_max_len, data_args.target_max_len, data_args.max_len) == (512, 512, 1024)
     assert (lora_args.lora_r, lora_args.lora_alpha, lora_args.lora_dropout) == (64, 16, 0.1)
     assert (training_args.eval_steps, training_args.max_grad_norm, training_args.seed) == (50, 0.3, 0)
+
+
+def test_names_are_those_of_the_trainer():
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    assert tuple(kind.value for kind in SchedulerType) == SCHEDULERS
+    assert tuple(name.value for name in OptimizerNames) == OPTIMIZERS
+    assert tuple(sorted(INTEGRATION_TO_CALLBACK)) == LOGGERS

@@ -61,6 +61,12 @@ FLAG_MISTAKES = {
     "dropout 1": (["--lora_dropout", "1"], ["--lora_dropout 1"]),
     "warmup ratio 3": (["--warmup_ratio", "3"], ["--warmup_ratio 3"]),
     "strategy": (["--eval_strategy", "sometimes"], ["--eval_strategy sometimes", "no, steps, epoch"]),
+    "unknown scheduler": (
+        ["--lr_scheduler_type", "cosin"],
+        ["--lr_scheduler_type cosin", "cosine", "constant"],
+    ),
+    "unknown optimizer": (["--optim", "adamww"], ["--optim adamww", "auto", "paged_adamw_32bit"]),
+    "unknown logger": (["--report_to", "wandbb"], ["--report_to wandbb", "wandb"]),
     "bad trainer value": (["--max_steps", "many"], ["--max_steps", "'many'"]),
     "missing data file": (
         ["--dataset_name", "nowhere.jsonl"],

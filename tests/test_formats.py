@@ -1,5 +1,7 @@
 """Every format's real shape becomes the right messages; whatever else comes is refused with a reason."""
 
+import json
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -129,6 +131,16 @@ def test_row_of_each_format_is_recognised_and_read(name):
     row, turns = GOLDEN[name]
     assert find_format(row) == name
     assert list_turns(read_row(row, name)) == turns
+
+
+def test_tools_may_be_json_as_tables_store_them():
+    turns = [{"role": "user", "content": "天气？"}, {"role": "assistant", "content": "21 °C"}]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert read_row({"messages": turns, "tools": json.dumps(tools)}, "messages").tools == tools
+    assert read_row({"messages": turns, "tools": "[]"}, "messages").tools is None
+    for bad, says in (("[{", "no JSON"), ('{"a": 1}', "a list of objects"), (["f"], "a list of objects")):
+        with pytest.raises(UserError, match=says):
+            read_row({"messages": turns, "tools": bad}, "messages")
 
 
 def test_tools_and_tool_calls_reach_the_template():

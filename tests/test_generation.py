@@ -21,7 +21,8 @@ from utils.generation import (
     stream_reply,
     trim_history,
 )
-from utils.prompts import IGNORE_INDEX, encode_segments, split_chat
+from utils.predictions import find_answered
+from utils.prompts import IGNORE_INDEX, encode_prompt, encode_segments, split_chat
 
 FLAGS = [
     "--dataset_name",
@@ -82,6 +83,38 @@ def test_flags_beside_the_run_override_it_with_one_line(run, capsys):
     model_args, _ = open_run(run, given=["bits"], bits=8)
     assert model_args.bits == 8
     assert capsys.readouterr().out.count("--bits 8 overrides the run's 4") == 1
+
+
+def test_training_goes_on_with_the_adapter_that_is_there(run, call_main, tmp_path):
+    """Its shape is the run's; a LoRA flag that says otherwise is refused, not swallowed."""
+    argv = ["--checkpoint_dir", run, *FLAGS, "--output_dir", tmp_path / "next", "--max_steps", "1"]
+    argv = [*argv, "--do_train"]
+    with pytest.raises(UserError, match="--lora_r 8: the adapter in .* has 4; leave the flag out"):
+        call_main("qlora_finetune", *argv, "--lora_r", "8")
+    with pytest.raises(UserError, match="--use_dora True: the adapter in .* has False"):
+        call_main("qlora_finetune", *argv, "--use_dora")
+    without = [flag for flag in argv if flag not in ("--lora_r", "4")]
+    call_main("qlora_finetune", *without)
+    recorded = json.loads((tmp_path / "next" / "run.json").read_text())["arguments"]
+    assert recorded["lora_r"] == 4 and "up_proj" in recorded["lora_target_modules"]
+
+
+def test_prompt_of_a_row_with_tools_is_the_trained_one(smol_tokenizer):
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    smol_tokenizer.chat_template = (
+        "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    answered = Chat([*QUESTION, {"role": "assistant", "content": "I am Guanaco."}], tools)
+    stop_ids = [smol_tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    (draft,) = split_chat(smol_tokenizer, answered, ["<|im_end|>"])
+    row = encode_segments(smol_tokenizer, draft.segments)
+    prompt = encode_prompt(smol_tokenizer, Chat(QUESTION, tools), stop_ids)
+    assert prompt == row["input_ids"][: row["labels"].count(IGNORE_INDEX)]
+    assert "weather" in smol_tokenizer.decode(prompt)
+    (asked,) = find_answered([answered, Chat(QUESTION, tools)])
+    assert asked.tools == tools
 
 
 def test_chat_prompt_is_the_training_prompt_token_for_token(run, monkeypatch):

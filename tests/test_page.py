@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import threading
 import time
 import uuid
@@ -18,7 +19,7 @@ from utils.arguments import GenerationArguments, ModelArguments
 from utils.checks import read_model_config, resolve_model
 from utils.console import UserError
 from utils.generation import load_run, stream_reply
-from utils.page_arguments import PageArguments, read_auth
+from utils.page_arguments import PageArguments, check_port, read_auth
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 MARKUP = '<img src=x onerror="window.ran=1"><script>window.ran=1</script> **bold** `<b>code</b>`'
@@ -460,6 +461,31 @@ def test_page_is_opened_to_others_only_with_a_password():
             read_auth(PageArguments(**opened))
     with pytest.raises(UserError, match="NAME:PASSWORD"):
         read_auth(PageArguments(auth=["ann"]))
+
+
+def test_port_that_is_taken_is_one_line_before_the_model_loads():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"--server_port {port}: cannot listen there"):
+            check_port(PageArguments(server_port=port))
+    check_port(PageArguments(server_port=port))
+    with pytest.raises(UserError, match="--server_port 70000 is no port"):
+        check_port(PageArguments(server_port=70_000))
+
+
+def test_generation_flags_reach_the_page_and_its_controls_change_them():
+    from utils.page import read_settings
+
+    start = GenerationArguments(
+        repetition_penalty=1.2, no_repeat_ngram_size=3, min_new_tokens=50, num_beams=6
+    )
+    page_args = PageArguments(limit_new_tokens=40)
+    flags = read_settings(start, page_args, temperature=0, top_p=0.5, top_k=0, beams=9, length=99)
+    assert (flags.repetition_penalty, flags.no_repeat_ngram_size, flags.num_beams) == (1.2, 3, 6)
+    assert (flags.max_new_tokens, flags.min_new_tokens) == (40, 40)
+    assert not flags.do_sample and (flags.top_p, flags.top_k) == (1.0, 50)
+    flags = read_settings(start, page_args, temperature=0.7, top_p=0.5, top_k=0, beams=1, length=8)
+    assert flags.do_sample and (flags.temperature, flags.top_p, flags.top_k) == (0.7, 0.5, 0)
 
 
 def test_flags_of_2023_open_the_page_and_help_is_fast(tiny_model):

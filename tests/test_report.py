@@ -100,6 +100,20 @@ def test_changed_data_and_bare_adapters_leave_the_loss_out_and_say_so(good_run, 
     )
 
 
+def test_run_that_held_nothing_out_gets_no_held_out_figures(call_main, tiny_model, tmp_path):
+    flags = [flag for flag in FLAGS[2:] if flag != "--do_eval"]
+    argv = ["--model_name_or_path", tiny_model, "--output_dir", tmp_path / "run", *flags]
+    call_main("qlora_finetune", *argv)
+    call_main("eval.report", tmp_path / "run", *QUICK, "--tasks", "none")
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert "held no rows out" in page and "held-out loss, nats" not in page and "ROUGE" not in page
+    printed = call_main("qlora_finetune", "--checkpoint_dir", tmp_path / "run", "--do_eval")
+    assert "careful: the run held nothing out" in printed
+    other = ["--eval_dataset_name", ROOT / "data" / "guanaco_identity_eval.jsonl"]
+    printed = call_main("qlora_finetune", "--checkpoint_dir", tmp_path / "run", "--do_eval", *other)
+    assert "careful" not in printed
+
+
 def test_interval_is_of_the_paired_difference():
     values = [float(i) for i in range(40)]
     shifted = Measure("loss", values, [value - 0.1 for value in values], "lower").compare()

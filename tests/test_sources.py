@@ -13,7 +13,7 @@ from utils.console import UserError
 from utils.data import load_rows
 from utils.formats import ALIASES
 from utils.named_sets import NAMED_SETS
-from utils.sources import EVAL, TEST, TRAIN, find_sources, load_sample_prompts
+from utils.sources import EVAL, TEST, TRAIN, find_files, find_sources, load_sample_prompts
 
 # Each named set's file as its publisher calls it, and a row in its own columns.
 PUBLISHED = {
@@ -114,6 +114,20 @@ def test_named_set_out_of_reach_says_what_to_download_and_where_to_put_it(name):
 def test_named_set_missing_in_the_local_folder_names_what_was_looked_for(tmp_path):
     with pytest.raises(UserError, match="holds no olcc: download OL-CC"):
         load("olcc", data_dir=str(tmp_path), load_from_local=True)
+
+
+def test_local_copy_is_the_named_set_and_not_its_neighbours(tmp_path):
+    for name in ("alpaca-clean.json", "alpaca_gpt4_zh.json", "alpaca-train.json", "alpaca.json"):
+        write_rows(tmp_path / name, alpaca_rows(3))
+    write_rows(tmp_path / "OIG" / "unified_chip2.jsonl", [{"text": "<human>: Who?\n<bot>: Guanaco."}])
+    write_rows(tmp_path / "OIG" / "unified_other.jsonl", alpaca_rows(3))
+    local = DataArguments(data_dir=str(tmp_path), load_from_local=True)
+    assert [path.name for path in find_files("alpaca", local)] == ["alpaca-train.json", "alpaca.json"]
+    assert [path.name for path in find_files("chip2", local)] == ["unified_chip2.jsonl"]
+    (tmp_path / "alpaca-train.json").unlink()
+    (tmp_path / "alpaca.json").unlink()
+    with pytest.raises(UserError, match="holds no alpaca"):
+        find_files("alpaca", local)
 
 
 def test_hub_id_with_config_and_split_is_no_local_path():

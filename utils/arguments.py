@@ -29,7 +29,9 @@ class ModelArguments:
     fp16: bool = HfArg(default=False, help="Compute in float16, with a loss scale.")
     full_finetune: bool = HfArg(default=False, help="Train every weight; needs bits 16 or 32.")
     use_cpu: bool = HfArg(default=False, help="Stay on the CPU although a GPU is there.")
-    max_memory_MB: int | None = HfArg(default=None, help="Cap on each GPU's memory for the base, MB.")
+    max_memory_MB: int | None = HfArg(
+        default=None, help="Cap on each GPU's memory, MB, where layers are spread."
+    )
     trust_remote_code: bool = HfArg(default=False, help="Run Python code shipped in the model folder.")
     allow_pickle: bool = HfArg(default=False, help="Read .bin weights too (torch.load, weights only).")
     cache_dir: str | None = HfArg(default=None, help="Where downloads from the hub are kept.")
@@ -160,9 +162,9 @@ class TrainingArguments:
     sample_prompts: str = HfArg(default="data/sample_prompts.jsonl", help="Rows {prompt} or {messages}.")
     num_train_epochs: float = HfArg(default=3.0, help="Passes over the training rows.")
     max_steps: int = HfArg(default=-1, help="Optimizer steps; above 0 it replaces the epochs.")
-    per_device_train_batch_size: int = HfArg(default=1, help="Rows in a micro-batch.")
+    per_device_train_batch_size: int = HfArg(default=1, help="Rows in a padded micro-batch.")
     per_device_eval_batch_size: int = HfArg(default=8, help="Rows in an evaluation batch.")
-    gradient_accumulation_steps: int = HfArg(default=16, help="Micro-batches in an optimizer step.")
+    gradient_accumulation_steps: int = HfArg(default=16, help="A step holds this many times those rows.")
     gradient_checkpointing: bool = HfArg(default=True, help="Recompute activations to save memory.")
     offload_checkpoints: bool = HfArg(
         default=True, help="Recomputed layers' inputs wait in host memory (fast path, wide models)."

@@ -3,17 +3,16 @@
 import dataclasses
 import importlib.util
 import json
-import socket
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
-from urllib.request import getproxies
 
-from utils.arguments import DataArguments, ModelArguments, TrainingArguments
+from utils.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments, require_choice
 from utils.baichuan import is_baichuan, split_shapes
 from utils.console import UserError, notice
+from utils.hub import check_login, download_config
 from utils.prompts import read_template
 from utils.run_record import RUN_FILE, find_run_record
+from utils.trainer_names import LOGGERS, OPTIMIZERS, SCHEDULERS
 
 ADAPTER_FILE = "adapter_model.safetensors"
 NATIVE_KINDS = {"baichuan"}  # read without its own Python (utils/baichuan.py)
@@ -33,6 +32,15 @@ RECORDED_MODEL_FIELDS = (
 CONVERT = "convert it once: python -m utils.convert_weights FOLDER NEW_FOLDER"
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 MOVED_MODELS = {"decapoda-research/llama-7b-hf": "huggyllama/llama-7b"}
+ADAPTER_FIELDS = {  # flag -> its name in adapter_config.json
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "bias": "bias",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
 RECORDED_DATA_FIELDS = (
     "dataset_name",
     "eval_dataset_name",
@@ -43,6 +51,9 @@ RECORDED_DATA_FIELDS = (
     "target_max_len",
     "model_max_length",
     "eval_dataset_size",
+    "truncation",
+    "train_on_source",
+    "train_last_turn_only",
 )
 
 
@@ -68,6 +79,7 @@ def check_arguments(
     model_args = resolve_model(model_args, given)
     check_template(data_args)
     check_push(training_args)
+    check_trainer_names(training_args)
     config = read_model_config(model_args)
     check_lengths(data_args, config)
     check_adapter_fits(model_args, config)
@@ -79,6 +91,42 @@ def check_arguments(
         notice(f"--output_dir is {output_dir}")
         training_args = training_args.with_values(output_dir=output_dir)
     return model_args, data_args, training_args
+
+
+def check_trainer_names(training_args: TrainingArguments) -> None:
+    """Raises UserError for a scheduler, an optimizer or a logger that the Trainer does not know."""
+    require_choice(training_args, "lr_scheduler_type", list(SCHEDULERS))
+    require_choice(training_args, "optim", ["auto", *OPTIMIZERS])
+    for name in training_args.report_to:
+        if name not in ("none", "all", *LOGGERS):
+            raise UserError(f"--report_to {name}: use none or one of {', '.join(LOGGERS)}")
+        if name in ("wandb", "tensorboard", "mlflow") and importlib.util.find_spec(name) is None:
+            raise UserError(f"--report_to {name}: its package is missing (pip install {name})")
+
+
+def resolve_adapter(lora_args: LoraArguments, model_args: ModelArguments, given: set[str]) -> LoraArguments:
+    """The shape of the adapter in --checkpoint_dir, if one is named; UserError where flags `given` differ."""
+    if model_args.checkpoint_dir is None or model_args.full_finetune:
+        return lora_args
+    path = Path(model_args.checkpoint_dir, "adapter_config.json")
+    if not path.is_file():
+        return lora_args
+    adapter = read_json(path)
+    own = {key: adapter[name] for key, name in ADAPTER_FIELDS.items() if name in adapter}
+    layers = own.get("lora_target_modules") or []
+    if isinstance(layers, str):  # a regular expression
+        own["lora_target_modules"] = [layers]
+    else:  # PEFT may list every layer by its path
+        own["lora_target_modules"] = sorted({name.split(".")[-1] for name in layers})
+    for name in sorted(own.keys() & given):
+        mine = getattr(lora_args, name)
+        is_same = set(mine) == set(own[name]) if isinstance(mine, list) else mine == own[name]
+        if not is_same and mine != ["all-linear"]:
+            raise UserError(
+                f"--{name} {mine}: the adapter in {model_args.checkpoint_dir} has {own[name]}; leave the "
+                "flag out to go on with it, or leave --checkpoint_dir out to start another"
+            )
+    return dataclasses.replace(lora_args, **own)
 
 
 def resolve_model(model_args: ModelArguments, given: set[str]) -> ModelArguments:
@@ -212,64 +260,10 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is no JSON ({error}): download the model again") from error
 
 
-def download_config(model_args: ModelArguments) -> Path:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    name, where = (
-        model_args.model_name_or_path,
-        {"revision": model_args.revision, "cache_dir": model_args.cache_dir},
-    )
-    try:
-        cached = try_to_load_from_cache(name, "config.json", **where)
-        if isinstance(cached, str):
-            return Path(cached)
-        reach_hub(f"--model_name_or_path {name}: no such folder, and")
-        return Path(hf_hub_download(name, "config.json", **where))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"--model_name_or_path {name}: no such folder, and the hub does not give it "
-            f"({type(error).__name__}: {reason}); a gated model needs `hf auth login`"
-        ) from error
-
-
-def reach_hub(what: str) -> None:
-    """Raises UserError at once where the hub cannot be reached; its client would retry for half a minute."""
-    from huggingface_hub import constants
-
-    host = urlparse(constants.ENDPOINT)
-    if constants.is_offline_mode():
-        raise UserError(f"{what} HF_HUB_OFFLINE is set: name a local folder or file")
-    if getproxies().get(host.scheme):
-        return
-    try:
-        socket.create_connection((host.hostname, host.port or 443), timeout=3).close()
-    except OSError as error:
-        raise UserError(
-            f"{what} {host.hostname} cannot be reached ({error}): "
-            "download it elsewhere and name the local folder or file"
-        ) from error
-
-
 def check_push(training_args: TrainingArguments) -> None:
     """Raises UserError where --push_to_hub could not work, before anything is trained."""
     if training_args.extra.get("push_to_hub"):
         check_login(training_args.extra.get("hub_token"))
-
-
-def check_login(token: str | None = None) -> None:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-
-    reach_hub("--push_to_hub:")
-    try:
-        HfApi().whoami(token=token)
-    except (LocalTokenNotFoundError, HfHubHTTPError) as error:
-        raise UserError(
-            f"--push_to_hub: the hub knows no token of yours ({str(error).splitlines()[0]}): run "
-            "`hf auth login` with a token that may write"
-        ) from error
 
 
 def check_lengths(data_args: DataArguments, config: dict[str, Any]) -> None:

@@ -79,13 +79,17 @@ def load_rows(model_args: ModelArguments, data_args: DataArguments, training_arg
     sources = find_sources(data_args.dataset_name, data_args)
     wants_eval = training_args.do_eval or training_args.eval_strategy != "no"
     wanted = [part for part, asked in ((EVAL, wants_eval), (TEST, training_args.do_predict)) if asked]
+    record = None
     if model_args.checkpoint_dir and not training_args.do_train:
-        wanted = find_held_out(Path(model_args.checkpoint_dir)) or wanted
+        record = find_run_record(Path(model_args.checkpoint_dir))
+        wanted = find_held_out(record) or wanted
     if data_args.eval_dataset_name:
         sources = [source for source in sources if source.part == TRAIN]
         sources += find_sources(data_args.eval_dataset_name, data_args, forced_part=EVAL) if wanted else []
     elif not wanted:
         sources = [source for source in sources if source.part == TRAIN]
+    if record and all(source.part == TRAIN for source in sources):
+        report_other_split(record, data_args, training_args)
     scans = [scan_source(source) for source in sources]
     report_sources(sources, scans)
     parts = assign_parts(sources, scans, wanted, data_args, training_args.data_seed)
@@ -98,14 +102,22 @@ def load_rows(model_args: ModelArguments, data_args: DataArguments, training_arg
     return rows
 
 
-def find_held_out(run_dir: Path) -> list[str]:
-    """What the run held rows out for, so that a later evaluation measures none that it trained on."""
-    record = find_run_record(run_dir)
+def find_held_out(record: dict[str, Any] | None) -> list[str]:
+    """What a run held rows out for, so that a later evaluation measures none that it trained on."""
     counts = record["data"]["rows"] if record else {}
-    held_out = [part for part in (EVAL, TEST) if counts.get(part)]
-    if record and not held_out:
-        notice(f"careful: {run_dir} held nothing out, so it was trained on the rows that are evaluated now")
-    return held_out
+    return [part for part in (EVAL, TEST) if counts.get(part)]
+
+
+def report_other_split(
+    record: dict[str, Any], data_args: DataArguments, training_args: TrainingArguments
+) -> None:
+    """Say where rows that the run trained on are evaluated: it held none out, or split them otherwise."""
+    now = {"eval_dataset_size": data_args.eval_dataset_size, "data_seed": training_args.data_seed}
+    changed = [f"--{name} {value}" for name, value in now.items() if record["arguments"].get(name) != value]
+    if not find_held_out(record):
+        notice("careful: the run held nothing out, so it was trained on the rows that are evaluated now")
+    elif changed:
+        notice(f"careful: {' '.join(changed)} is not the run's, so rows it was trained on are evaluated too")
 
 
 def scan_source(source: Source) -> Scan:

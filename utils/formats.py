@@ -1,5 +1,6 @@
 """A row of any known format -> messages. Its columns tell the format; --dataset_format forces one."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -144,7 +145,20 @@ def read_chat_messages(row: Row, marker: str) -> Chat:
         kept = {name: value for name, value in turn.items() if value is not None}
         messages.append(kept | {"role": find_role(turn.get("role")), "content": content or ""})
     ordered, notes = keep_ordered(messages)
-    return Chat(ordered, row.get("tools") or None, tuple(notes))
+    return Chat(ordered, read_tools(row), tuple(notes))
+
+
+def read_tools(row: Row) -> list[dict[str, Any]] | None:
+    """The functions that a chat may call, a list or its JSON, as tables store it."""
+    tools = row.get("tools") or None
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) or None
+        except json.JSONDecodeError as error:
+            raise UserError(f"column 'tools' is no JSON ({error})") from error
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise UserError(f"column 'tools' holds {str(tools)[:40]!r}: a list of objects is needed")
+    return tools
 
 
 FORMATS: dict[str, Callable[[Row, str], Chat]] = {

@@ -3,7 +3,7 @@
 import math
 import threading
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from utils.arguments import GenerationArguments, ModelArguments
 from utils.checks import CONTEXT_KEYS
 from utils.console import UserError, notice
-from utils.formats import Messages
+from utils.formats import Chat, Messages
 from utils.model import choose_compute_dtype, load_adapter, load_base, load_stop_ids, load_tokenizer
 from utils.prompts import encode_prompt
 from utils.run_record import find_run_record
@@ -82,7 +82,7 @@ def build_generation_config(
 def generate_replies(
     model: Any,
     tokenizer: Any,
-    chats: list[Messages],
+    chats: Sequence[Messages | Chat],
     stop_ids: list[int],
     generation_args: GenerationArguments,
     seed: int,
@@ -96,7 +96,7 @@ def generate_replies(
 def generate_ids(
     model: Any,
     tokenizer: Any,
-    chats: list[Messages],
+    chats: Sequence[Messages | Chat],
     stop_ids: list[int],
     generation_args: GenerationArguments,
     seed: int,

@@ -62,7 +62,7 @@ def read_mmlu_file(path: Path) -> list[Question]:
 
 
 def download_mmlu(training_args: TrainingArguments) -> list[Question]:
-    from utils.checks import reach_hub
+    from utils.hub import reach_hub
 
     name, split = training_args.mmlu_dataset, training_args.mmlu_split
     file = FILES[name].format(split={"eval": "val", "test": "test"}[split])

@@ -191,20 +191,21 @@ def choose_placement(model_args: ModelArguments) -> dict[str, Any]:
     """device_map and max_memory: this process's GPU; several GPUs under plain python share the layers."""
     if not has_gpu(model_args):
         return {"device_map": {"": "cpu"}}
-    limit = {"max_memory": {i: f"{model_args.max_memory_MB}MB" for i in range(torch.cuda.device_count())}}
     if "LOCAL_RANK" in os.environ:
-        rank = int(os.environ["LOCAL_RANK"])
-        limit = {"max_memory": {rank: f"{model_args.max_memory_MB}MB"}}
-        placement = {"device_map": {"": rank}}
+        placement = {"device_map": {"": int(os.environ["LOCAL_RANK"])}}
     elif torch.cuda.device_count() > 1:
         notice(
             f"one process, {torch.cuda.device_count()} GPUs: the layers are spread over them and the batch "
             "flags are global; `accelerate launch` trains one copy on each instead"
         )
-        placement = {"device_map": "auto"}
+        limit = f"{model_args.max_memory_MB}MB"
+        caps = {"max_memory": dict.fromkeys(range(torch.cuda.device_count()), limit)}
+        return {"device_map": "auto"} | (caps if model_args.max_memory_MB else {})
     else:
         placement = {"device_map": {"": 0}}
-    return placement | (limit if model_args.max_memory_MB else {})
+    if model_args.max_memory_MB:
+        notice(f"--max_memory_MB {model_args.max_memory_MB} has no effect: one GPU holds the whole model")
+    return placement
 
 
 def keep_cpu_weights_unpacked(model: "PreTrainedModel") -> None:
@@ -291,13 +292,3 @@ def load_adapter(model: "PreTrainedModel", checkpoint_dir: str, trainable: bool 
                 f"the adapter {checkpoint_dir} does not fit this base: {str(error).splitlines()[1].strip()}"
             ) from error
         raise
-
-
-def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """(trainable, all) weights; a 4-bit weight counts as one, though two share a byte."""
-    trainable = total = 0
-    for parameter in model.parameters():
-        count = parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
-        total += count
-        trainable += count if parameter.requires_grad else 0
-    return trainable, total

@@ -12,7 +12,7 @@ import gradio as gr
 from utils.arguments import GenerationArguments
 from utils.console import UserError
 from utils.formats import Messages
-from utils.generation import ChatModel, Kept, RecentlyKept, stream_reply, trim_history
+from utils.generation import SAMPLING_DEFAULTS, ChatModel, Kept, RecentlyKept, stream_reply, trim_history
 from utils.page_arguments import PageArguments
 from utils.page_labels import CSS, ENDINGS, LABELS, TOO_LONG
 
@@ -32,6 +32,7 @@ def build_page(
         side, chatbot, box, status, clear = add_conversation(about, has_adapter=bool(chat.turns.layers))
         controls = [side, *add_controls(generation_args, page_args)]
 
+        start = generation_args
         recent = RecentlyKept(page_args.kept_conversations)
         wishes: dict[str, str] = {}  # of each session whose reply is under way: "", "stop" or "clear"
         everything = [box, chatbot, messages, status]
@@ -42,7 +43,7 @@ def build_page(
             kept = recent.take(key)
             try:
                 wish = functools.partial(wishes.get, request.session_hash)
-                yield from stream_answer(chat, page_args, about, question, said, settings, wish, kept)
+                yield from stream_answer(chat, start, page_args, about, question, said, settings, wish, kept)
             finally:
                 recent.put_back(key, kept)
                 del wishes[request.session_hash]
@@ -120,15 +121,25 @@ def add_controls(
     with gr.Accordion(word("settings"), open=False, elem_id="settings"):
         system = gr.Textbox(page_args.system, label=word("system"), lines=1, max_lines=6, elem_id="system")
         with gr.Row():
-            temperature = gr.Slider(0, 2, starts, step=0.05, label=word("temperature"), elem_id="temperature")
+            temperature = gr.Slider(
+                0, max(2, starts), starts, step=0.05, label=word("temperature"), elem_id="temperature"
+            )
             length = gr.Slider(
                 1, page_args.limit_new_tokens, longest, step=1, label=word("max_new_tokens"), elem_id="length"
             )
         with gr.Row():
-            top_p = gr.Slider(0.05, 1, generation_args.top_p, step=0.05, label=word("top_p"), elem_id="top_p")
-            top_k = gr.Slider(1, 200, generation_args.top_k, step=1, label=word("top_k"), elem_id="top_k")
+            least, most = min(0.05, generation_args.top_p), max(200, generation_args.top_k)
+            top_p = gr.Slider(
+                least, 1, generation_args.top_p, step=0.05, label=word("top_p"), elem_id="top_p"
+            )
+            top_k = gr.Slider(0, most, generation_args.top_k, step=1, label=word("top_k"), elem_id="top_k")
             beams = gr.Slider(
-                1, MAX_BEAMS, generation_args.num_beams, step=1, label=word("beams"), elem_id="beams"
+                1,
+                max(MAX_BEAMS, generation_args.num_beams),
+                generation_args.num_beams,
+                step=1,
+                label=word("beams"),
+                elem_id="beams",
             )
         stream = gr.Checkbox(True, label=word("stream"), container=False, elem_id="stream")
     return [system, temperature, top_p, top_k, beams, length, stream]
@@ -136,6 +147,7 @@ def add_controls(
 
 def stream_answer(
     chat: ChatModel,
+    start: GenerationArguments,
     page_args: PageArguments,
     about: str,
     question: str,
@@ -149,10 +161,10 @@ def stream_answer(
     if not question.strip():
         yield idle_box(), gr.skip(), gr.skip(), gr.skip()
         return
-    generation_args = read_settings(page_args, *numbers)
-    start = [{"role": "system", "content": system.strip()}] if system.strip() else []
+    generation_args = read_settings(start, page_args, *numbers)
+    opening = [{"role": "system", "content": system.strip()}] if system.strip() else []
     turns = [message for message in said if message["role"] != "system"]
-    asked = [*start, *turns, {"role": "user", "content": question.strip()}]
+    asked = [*opening, *turns, {"role": "user", "content": question.strip()}]
     try:
         asked = fit_messages(chat, asked, generation_args.max_new_tokens, page_args)
     except UserError as error:
@@ -184,15 +196,26 @@ def empty_page(about: str) -> tuple:
 
 
 def read_settings(
-    page_args: PageArguments, temperature: float, top_p: float, top_k: float, beams: float, length: float
+    start: GenerationArguments,
+    page_args: PageArguments,
+    temperature: float,
+    top_p: float,
+    top_k: float,
+    beams: float,
+    length: float,
 ) -> GenerationArguments:
-    """The controls as flags, within the page's limits whatever a browser sends."""
-    sampling = {"temperature": float(temperature), "top_p": float(top_p), "top_k": int(top_k)}
-    return GenerationArguments(
-        max_new_tokens=max(1, min(int(length), page_args.limit_new_tokens)),
+    """The flags that the page started with, and the controls within its limits whatever a browser sends."""
+    sampling: dict[str, float] = SAMPLING_DEFAULTS
+    if temperature > 0:
+        sampling = {"temperature": float(temperature), "top_p": float(top_p), "top_k": int(top_k)}
+    longest = max(1, min(int(length), page_args.limit_new_tokens))
+    return dataclasses.replace(
+        start,
+        max_new_tokens=longest,
+        min_new_tokens=start.min_new_tokens and min(start.min_new_tokens, longest),
         do_sample=temperature > 0,
-        num_beams=max(1, min(int(beams), MAX_BEAMS)),
-        **(sampling if temperature > 0 else {}),
+        num_beams=max(1, min(int(beams), max(MAX_BEAMS, start.num_beams))),
+        **sampling,
     )
 
 

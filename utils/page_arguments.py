@@ -1,6 +1,7 @@
 """Flags of the page, and whom it may be opened to."""
 
 import ipaddress
+import socket
 from dataclasses import dataclass
 
 from transformers.hf_argparser import HfArg
@@ -53,6 +54,21 @@ def read_auth(page_args: PageArguments) -> list[tuple[str, str]] | None:
         opened = "--share" if page_args.share else f"--server_name {page_args.server_name}"
         raise UserError(f"{opened} opens the page to others: give --auth NAME:PASSWORD too")
     return users or None
+
+
+def check_port(page_args: PageArguments) -> None:
+    """Raises UserError where the page cannot listen, before a model is loaded for it."""
+    name, port = page_args.server_name, page_args.server_port
+    if port > 65535:
+        raise UserError(f"--server_port {port} is no port: use 1 to 65535")
+    try:
+        with socket.create_server((name, port), family=socket.AF_INET6 if ":" in name else socket.AF_INET):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--server_name {name} --server_port {port}: cannot listen there ({error.strerror}): "
+            "choose another"
+        ) from error
 
 
 def is_loopback(name: str) -> bool:

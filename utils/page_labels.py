@@ -1,7 +1,6 @@
 """Words and looks of the page; labels follow the browser's language."""
 
 ENGLISH = {
-    "model": "Model",
     "tuned": "tuned",
     "base": "base",
     "system": "System message",
@@ -16,12 +15,11 @@ ENGLISH = {
     "settings": "Settings",
 }
 CHINESE = {
-    "model": "模型",
     "tuned": "微调后",
     "base": "原模型",
     "system": "系统提示",
-    "max_new_tokens": "回复最多词元数",
-    "temperature": "温度（0：最可能的词元）",
+    "max_new_tokens": "回复最多 token 数",
+    "temperature": "温度（0：最可能的 token）",
     "top_p": "Top p",
     "top_k": "Top k",
     "beams": "束搜索宽度",
@@ -33,7 +31,8 @@ CHINESE = {
 LABELS = {"en": ENGLISH, "zh": CHINESE, "zh-CN": CHINESE, "zh-TW": CHINESE}
 
 TOO_LONG = (
-    "This message is too long: {size}; at most {limit} tokens are read here. 消息过长，最多 {limit} 个词元。"
+    "This message is too long: {size}; at most {limit} tokens are read here. "
+    "消息过长：最多读取 {limit} 个 token。"
 )
 ENDINGS = {
     "length": "cut at the longest reply 已达长度上限",

@@ -8,23 +8,21 @@ from accelerate.utils import gather_object
 
 from utils.arguments import GenerationArguments
 from utils.console import is_main_process, notice, read_rank_and_size
-from utils.formats import Chat, Messages
+from utils.formats import Chat
 from utils.generation import generate_replies
 from utils.metrics import score_answers
 from utils.run_record import next_free_path
 
 
-def find_answered(chats: list[Chat]) -> list[Messages]:
-    """The messages of those chats whose last turn answers something."""
-    return [
-        chat.messages for chat in chats if len(chat.messages) > 1 and chat.messages[-1]["role"] == "assistant"
-    ]
+def find_answered(chats: list[Chat]) -> list[Chat]:
+    """Those whose last turn answers something."""
+    return [chat for chat in chats if len(chat.messages) > 1 and chat.messages[-1]["role"] == "assistant"]
 
 
 def answer_chats(
     model: Any,
     tokenizer: Any,
-    chats: list[Messages],
+    chats: list[Chat],
     stop_ids: list[int],
     generation_args: GenerationArguments,
     seed: int,
@@ -33,12 +31,15 @@ def answer_chats(
     """{prompt, reference, prediction} of each chat's last answer; several processes share the chats."""
     rank, size = read_rank_and_size()
     mine = list(range(rank, len(chats), size))
-    replies = generate_replies(
-        model, tokenizer, [chats[i][:-1] for i in mine], stop_ids, generation_args, seed, batch_size
-    )
+    asked = [Chat(chats[i].messages[:-1], chats[i].tools) for i in mine]
+    replies = generate_replies(model, tokenizer, asked, stop_ids, generation_args, seed, batch_size)
     answered = dict(gather_object(list(zip(mine, replies, strict=True))))
     return [
-        {"prompt": chat[-2]["content"], "reference": chat[-1]["content"], "prediction": answered[i]}
+        {
+            "prompt": chat.messages[-2]["content"],
+            "reference": chat.messages[-1]["content"],
+            "prediction": answered[i],
+        }
         for i, chat in enumerate(chats)
     ]
 

@@ -230,13 +230,12 @@ def encode_segments(
     return {"input_ids": input_ids, "labels": labels}
 
 
-def encode_prompt(
-    tokenizer: Any, messages: Messages, stop_ids: list[int], tools: list[Any] | None = None
-) -> list[int]:
-    """Token ids from which a reply to `messages` is generated: those of a training row up to that answer."""
+def encode_prompt(tokenizer: Any, asked: Messages | Chat, stop_ids: list[int]) -> list[int]:
+    """Token ids from which a reply to `asked` is generated: those of a training row up to that answer."""
     stops = tokenizer.convert_ids_to_tokens(stop_ids)
+    chat = asked if isinstance(asked, Chat) else Chat(asked)
 
     def render(part: Messages, add_generation_prompt: bool) -> str:
-        return render_chat(tokenizer, part, add_generation_prompt, tools)
+        return render_chat(tokenizer, part, add_generation_prompt, chat.tools)
 
-    return encode_segments(tokenizer, split_prompt(render, messages, stops))["input_ids"]
+    return encode_segments(tokenizer, split_prompt(render, chat.messages, stops))["input_ids"]

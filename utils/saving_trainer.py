@@ -106,8 +106,6 @@ class SavingTrainer(transformers.Trainer):
             self.last_checkpoint = folder
             if self.args.should_save:
                 self.remove_old_checkpoints(folder)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
 
     def write_checkpoint(self, folder: Path, staging: Path) -> None:
         """Every file of `folder`, as yet in `staging`."""
@@ -187,8 +185,6 @@ class SavingTrainer(transformers.Trainer):
                     os.replace(path, output_dir / path.name)
                 staging.rmdir()
                 flush_to_disk(output_dir)
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save")
 
     def save_stopped(self) -> None:
         """After a signal: save what the last whole step left, if no checkpoint holds it; say what is next."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.arguments import TrainingArguments
-from utils.checks import check_login
 from utils.console import UserError, is_main_process, notice, run_main
+from utils.hub import check_login
 from utils.run_record import RUN_FILE
 
 # What makes the run usable and explains it; checkpoints, logs and samples stay at home.

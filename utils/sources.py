@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.arguments import DataArguments
-from utils.checks import reach_hub
 from utils.console import UserError, notice
 from utils.formats import ALIASES, FORMATS, Messages, read_row, sniff_format
+from utils.hub import reach_hub
 from utils.named_sets import NAMED_SETS
 from utils.readers import ROW_SUFFIXES, find_kind, peek, read_file
 
@@ -142,6 +142,10 @@ def list_data_files(folder: Path, flag: str) -> list[Path]:
     return files
 
 
+# Behind a set's name in its files' names, as in alpaca-train-00001-of-00002.parquet; alpaca-clean is another.
+SPLIT_OF_A_SET = r"([._-](data|train|test|eval|valid|validation|dev|of|\d+))*(\.[a-z]+){1,2}"
+
+
 def find_local_copy(name: str, data_dir: str | None) -> list[Path]:
     """A named set's files under --data_dir: in a folder of its own, or beside the others."""
     if data_dir is None:
@@ -154,12 +158,14 @@ def find_local_copy(name: str, data_dir: str | None) -> list[Path]:
         stems.append(known.files.split(".")[0])
     for stem in stems:
         if (folder / stem).is_dir():
-            notice(f"{name}: {folder / stem}")
-            return list_data_files(folder / stem, f"--data_dir {folder / stem}")
+            files = list_data_files(folder / stem, f"--data_dir {folder / stem}")
+            if known and known.files and known.revision is None:  # of a clone that holds other sets too
+                files = [path for path in files if path.name == known.files] or files
+            notice(f"{name}: {folder / stem if len(files) > 1 else files[0]}")
+            return files
         beside = [path for path in sorted(folder.glob(f"{stem}*")) if path.is_file() and find_kind(path)]
-        exact = [
-            path for path in beside if re.fullmatch(rf"{re.escape(Path(stem).name)}([._-]\w+)*", path.name)
-        ]
+        wanted = re.compile(rf"{re.escape(Path(stem).name)}{SPLIT_OF_A_SET}")
+        exact = [path for path in beside if wanted.fullmatch(path.name)]
         if exact:
             notice(f"{name}: {', '.join(map(str, exact))}")
             return exact

@@ -12,8 +12,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from utils.checks import reach_hub
 from utils.console import UserError, notice, run_main
+from utils.hub import reach_hub
 from utils.run_record import write_json
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

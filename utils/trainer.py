@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.callbacks import ProgressLine
-from utils.console import notice
+from utils.console import UserError, notice
 from utils.model import has_gpu
 from utils.packing import PackingCollator, PaddingCollator, choose_capacity, keeps_rows_apart
 from utils.prompts import IGNORE_INDEX
@@ -307,6 +307,9 @@ def build_trainer_args(
         )
     flags.setdefault("logging_nan_inf_filter", False)  # a NaN loss must be seen
     sys.argv = hide_secrets(sys.argv)  # wandb keeps the command line
-    args = transformers.TrainingArguments(**flags)
+    try:
+        args = transformers.TrainingArguments(**flags)
+    except ValueError as error:
+        raise UserError(f"the Trainer refuses its flags: {error}") from error
     args._n_gpu = min(args.n_gpu, 1)  # never DataParallel: layers are spread, or processes are launched
     return args

@@ -1,0 +1,63 @@
+"""The Hugging Face hub: reached, logged in to, asked for a config; one clear line where that fails."""
+
+import socket
+from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import getproxies
+
+from utils.arguments import ModelArguments
+from utils.console import UserError
+
+
+def download_config(model_args: ModelArguments) -> Path:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name, where = (
+        model_args.model_name_or_path,
+        {"revision": model_args.revision, "cache_dir": model_args.cache_dir},
+    )
+    try:
+        cached = try_to_load_from_cache(name, "config.json", **where)
+        if isinstance(cached, str):
+            return Path(cached)
+        reach_hub(f"--model_name_or_path {name}: no such folder, and")
+        return Path(hf_hub_download(name, "config.json", **where))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--model_name_or_path {name}: no such folder, and the hub does not give it "
+            f"({type(error).__name__}: {reason}); a gated model needs `hf auth login`"
+        ) from error
+
+
+def reach_hub(what: str) -> None:
+    """Raises UserError at once where the hub cannot be reached; its client would retry for half a minute."""
+    from huggingface_hub import constants
+
+    host = urlparse(constants.ENDPOINT)
+    if constants.is_offline_mode():
+        raise UserError(f"{what} HF_HUB_OFFLINE is set: name a local folder or file")
+    if getproxies().get(host.scheme):
+        return
+    try:
+        socket.create_connection((host.hostname, host.port or 443), timeout=3).close()
+    except OSError as error:
+        raise UserError(
+            f"{what} {host.hostname} cannot be reached ({error}): "
+            "download it elsewhere and name the local folder or file"
+        ) from error
+
+
+def check_login(token: str | None = None) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    reach_hub("--push_to_hub:")
+    try:
+        HfApi().whoami(token=token)
+    except (LocalTokenNotFoundError, HfHubHTTPError) as error:
+        raise UserError(
+            f"--push_to_hub: the hub knows no token of yours ({str(error).splitlines()[0]}): run "
+            "`hf auth login` with a token that may write"
+        ) from error
