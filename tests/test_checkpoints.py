@@ -404,16 +404,9 @@ def test_pickled_adapter_is_refused_unless_allowed(server, command, small_adapte
     torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
     (folder / "adapter_model.safetensors").unlink()
     log = tmp_path / "log"
-    argv = [
-        *command,
-        "--checkpoint_dir",
-        folder,
-        "--do_train",
-        "--max_steps",
-        "1",
-        "--output_dir",
-        tmp_path / "run",
-    ]
+    flags = [flag for flag in command if flag not in ("--lora_r", "64", "--lora_dropout", "0.1")]
+    argv = [*flags, "--checkpoint_dir", folder, "--do_train", "--max_steps", "1"]
+    argv += ["--output_dir", tmp_path / "run"]
     assert server.run(log, *argv) == 2
     assert "adapter_model.bin" in log.read_text() and "--allow_pickle" in log.read_text()
     assert server.run(log, *argv, "--allow_pickle") == 0, log.read_text()
