@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from utils.console import UserError
-from utils.packing import PackingCollator
+from utils.packing import PackingCollator, choose_sizes
 
 Rows = list[int]  # their lengths, tokens
 # 1,999 rows of Alpaca in English and Chinese, in tokens of LLaMA: every 32nd part of their sorted lengths.
@@ -34,6 +34,17 @@ def draw_length(draw: random.Random) -> int:
     place = draw.random() * (len(REAL_LENGTHS) - 1)
     low, share = int(place), place % 1
     return round(REAL_LENGTHS[low] * (1 - share) + REAL_LENGTHS[low + 1] * share)
+
+
+def fill_each_size(capacity: int) -> list[Rows]:
+    """Two steps for each size of packed micro-batches, the largest first: all graphs of a run."""
+    draw, steps = random.Random(1), []
+    for size in reversed(choose_sizes(capacity, fixed=True)):
+        rows = []
+        while sum(rows) < size:
+            rows.append(min(draw_length(draw), size - sum(rows)))
+        steps += [rows, rows]
+    return steps
 
 
 def build_packed(rows: Rows, capacity: int, vocabulary: int) -> list[dict[str, Any]]:

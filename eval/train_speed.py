@@ -20,7 +20,7 @@ from peft import LoraConfig
 from transformers.hf_argparser import HfArg
 
 from eval.speed_variants import VARIANTS, MicroBatches, Setup, build_variant
-from eval.speed_workloads import parse_workload
+from eval.speed_workloads import Rows, fill_each_size, parse_workload
 from utils.arguments import parse_args
 from utils.console import UserError, notice, run_main
 from utils.shapes import SHAPES, build_random_model, count_linear_weights
@@ -48,7 +48,8 @@ class SpeedArguments:
     dropouts: list[float] = HfArg(default_factory=lambda: [0.1], help="LoRA dropout of the fast path.")
     capacity: int = HfArg(default=8192, help="Largest packed micro-batch of real lengths, tokens.")
     steps: int = HfArg(
-        default=4, help="Optimizer steps timed; of the padded variants, and on a CPU, three at most."
+        default=4,
+        help="Optimizer steps timed; on a CPU and of padded variants three at most (24 of real-4).",
     )
     profile: bool = HfArg(default=False, help="Print the kernels that took longest.")
     output_dir: str = HfArg(default="output/train_speed", help="Where the table is saved as json.")
@@ -110,6 +111,22 @@ def measure_matmul_tflops(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 * repeats / (time.perf_counter() - start) / 1e12
 
 
+def plan_steps(
+    variant: str, workload: str, arguments: SpeedArguments, device: str
+) -> tuple[list[Rows], int, bool]:
+    """(rows of each optimizer step, how many of them only warm up, whether activations are recomputed)"""
+    if variant == "fast" and device == "cuda":
+        steps, checkpointed = parse_workload(workload, arguments.steps)
+        warm_ups = fill_each_size(arguments.capacity) if workload.startswith("real-") else steps[:1] * 6
+        return warm_ups + steps, len(warm_ups), checkpointed
+    (rows, *_), checkpointed = parse_workload(workload, 1)
+    timed = min(arguments.steps, 3)
+    if variant != "fast" and workload.startswith("real-"):  # padded by fours, of which 24 are enough to time
+        timed *= max(1, 32 // len(rows))
+    steps, _ = parse_workload(workload, 1 + timed)
+    return [rows[:32] if variant != "fast" else rows for rows in steps], 1, checkpointed
+
+
 def measure(
     variant: str,
     workload: str,
@@ -120,13 +137,7 @@ def measure(
 ) -> Timing:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype_name]
-    # A graph is captured when its size comes a second time; real lengths have a dozen sizes, the rarest late.
-    warm_ups, timed = 24 if workload.startswith("real-") else 6, arguments.steps
-    if variant != "fast" or device == "cpu":
-        warm_ups, timed = 1, min(arguments.steps, 3)
-    steps, checkpointed = parse_workload(workload, warm_ups + timed)
-    if variant != "fast":
-        steps = [rows[:32] for rows in steps]  # micro-batches of four are timed alike
+    steps, warm_ups, checkpointed = plan_steps(variant, workload, arguments, device)
     torch.manual_seed(0)
     model = build_random_model(SHAPES[arguments.model](), arguments.bits, dtype, device)
     lora = LoraConfig(
@@ -181,18 +192,26 @@ def print_profile(setup: Setup, batches: MicroBatches) -> None:
         notice(f"{event.self_device_time_total / 1e3:9.2f} ms {event.count:6} x {event.key[:90]}")
 
 
+def name_original(workload: str) -> str:
+    """What the original runs for it: it always recomputes, and of many rows 32 tell its speed."""
+    workload = workload.removesuffix("-checkpointed")
+    return "real-32" if workload.startswith("real-") and int(workload[5:]) > 32 else workload
+
+
 def list_runs(arguments: SpeedArguments) -> list[tuple[str, str, str, float]]:
     """(variant, workload, dtype, dropout)"""
     runs = []
+    once = {name_original(workload): workload for workload in reversed(arguments.workloads)}
     for variant in VARIANTS:  # the fast path comes last: liger-kernel changes the model code of the process
         settings = [(dtype, p) for dtype in arguments.dtypes for p in arguments.dropouts]
         for dtype, dropout in settings if variant == "fast" else settings[-1:]:
-            runs += [(variant, workload, dtype, dropout) for workload in arguments.workloads]
+            workloads = reversed(once.values()) if variant == "original" else arguments.workloads
+            runs += [(variant, workload, dtype, dropout) for workload in workloads]
     return [run for run in runs if run[0] in arguments.variants]
 
 
 def format_row(timing: Timing, original: dict[str, float]) -> str:
-    base = original.get(timing.workload.removesuffix("-checkpointed").replace("real-128", "real-32"))
+    base = original.get(name_original(timing.workload))
     ratio = f"{timing.tokens_per_second / base:6.2f}x" if base else "      -"
     return (
         f"{timing.variant:<9} {timing.workload:<22} {timing.dtype:<5} {timing.dropout:<4g} "
@@ -223,7 +242,7 @@ def main() -> None:
             notice(f"{variant:<9} {workload:<22} {dtype:<5} {dropout:<4g} out of memory")
             continue
         if variant == "original":
-            original.setdefault(workload.removesuffix("-checkpointed"), timing.tokens_per_second)
+            original[name_original(workload)] = timing.tokens_per_second
         notice(format_row(timing, original))
         timings.append(asdict(timing))
     path = Path(arguments.output_dir, f"{arguments.model}.json")

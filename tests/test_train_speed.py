@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from eval import train_speed
-from eval.speed_workloads import build_packed, draw_length, parse_workload
+from eval.speed_workloads import build_packed, draw_length, fill_each_size, parse_workload
 from utils.console import UserError
+from utils.packing import choose_sizes
 from utils.shapes import SHAPES, build_random_model, count_linear_weights
 
 
@@ -62,6 +63,27 @@ def test_packed_rows_are_all_there_and_fill_the_micro_batches(rows):
     assert sum(map(sum, steps)) / computed > 0.8
     (batch,) = build_packed([512] * 4, 8192, 512)
     assert batch["input_ids"].shape == (1, 2048) and batch["cu_seqlens"].diff().tolist() == [512] * 4
+
+
+def test_warm_up_fills_each_size_twice_the_largest_first():
+    sizes = [
+        batch["input_ids"].shape[1] for rows in fill_each_size(8192) for batch in build_packed(rows, 8192, 9)
+    ]
+    assert sizes == [size for size in reversed(choose_sizes(8192, fixed=True)) for _ in range(2)]
+
+
+def test_padded_variants_time_as_many_micro_batches_for_each_number_of_rows():
+    arguments = train_speed.SpeedArguments(steps=6)
+    for workload, rows, timed in (
+        ("real-4", 4, 24),
+        ("real-32", 32, 3),
+        ("real-128", 32, 3),
+        ("4x2048", 4, 3),
+    ):
+        steps, warm_ups, _ = train_speed.plan_steps("original", workload, arguments, "cuda")
+        assert warm_ups == 1 and [len(step) for step in steps] == [rows] * (1 + timed)
+    steps, warm_ups, _ = train_speed.plan_steps("fast", "real-128", arguments, "cuda")
+    assert [len(step) for step in steps[warm_ups:]] == [128] * 6
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
