@@ -94,6 +94,7 @@ def test_trained_run_chats_on_the_gpu(call_main, smollm2, tmp_path, monkeypatch)
     start = time.perf_counter()
     printed = call_main("cli_demo", "--checkpoint_dir", tmp_path / "run", "--max_new_tokens", 32)
     assert "Guanaco" in printed and time.perf_counter() - start < 60
+    assert "without CUDA graphs" not in printed
 
 
 def test_fast_path_learns_what_the_plain_path_learns(call_main, smollm2, tmp_path):

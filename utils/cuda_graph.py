@@ -7,6 +7,7 @@ import torch
 
 from utils.console import notice
 from utils.fast_model import FastModel, MicroBatch
+from utils.graph_capture import CaptureError, capture_graph, round_to_power
 
 
 class GraphedStep:
@@ -60,18 +61,16 @@ class GraphedStep:
     def capture(self, size: tuple[int, ...], batch: MicroBatch, scale: torch.Tensor) -> bool:
         """Record the step on copies of `batch` that later ones are written into; runs nothing yet."""
         static = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
-        static_scale, graph = scale.clone(), torch.cuda.CUDAGraph()
-        generator = torch.cuda.default_generators[scale.device.index or 0]
-        before = generator.clone_state()
+        static_scale = scale.clone()
         try:
             # On the eager run's thread, whose cuBLAS handle exists: one made during a capture would spoil it.
             with torch.autograd.set_multithreading_enabled(False):
-                with torch.cuda.graph(graph, pool=self.pool.id, stream=self.stream):
-                    loss = self.fast.run(static, static_scale)
-        except RuntimeError as error:
-            generator.graphsafe_set_state(before.graphsafe_get_state())  # else it waits for a capture's end
-            self.obstacle = str(error.__context__ or error).splitlines()[0]
-            notice(f"fast path: without CUDA graphs, capturing failed ({self.obstacle})")
+                graph, loss = capture_graph(
+                    lambda: self.fast.run(static, static_scale), self.stream, scale.device, self.pool.id
+                )
+        except CaptureError as error:
+            self.obstacle = str(error)
+            notice(f"fast path: without CUDA graphs, capturing failed ({error})")
             return False
         self.graphs[size] = (graph, static, static_scale, loss)
         return True
@@ -126,11 +125,6 @@ def round_up(batch: MicroBatch) -> MicroBatch:
         "cu_seqlens": torch.cat([ends, ends.new_full((rows + 1 - len(ends),), tokens)]).to(torch.int32),
         "max_length": longest,
     }
-
-
-def round_to_power(number: int, smallest: int) -> int:
-    """The first of smallest, 2 * smallest, 4 * smallest, ... that is not below `number`."""
-    return smallest << max(0, -(-number // smallest) - 1).bit_length()
 
 
 def find_size(batch: MicroBatch) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from utils.arguments import GenerationArguments, ModelArguments
 from utils.checks import CONTEXT_KEYS
 from utils.console import UserError, notice
 from utils.formats import Chat, Messages
+from utils.graph_decode import install_graph_decode
 from utils.model import choose_compute_dtype, load_adapter, load_base, load_stop_ids, load_tokenizer
 from utils.prompts import encode_prompt
 from utils.run_record import find_run_record
@@ -51,6 +52,8 @@ def load_run(model_args: ModelArguments, config: dict[str, Any], template: str |
     if model_args.checkpoint_dir and not model_args.full_finetune:
         model = load_adapter(model, model_args.checkpoint_dir)
     model.eval()
+    if model.device.type == "cuda":
+        install_graph_decode(model)
     text_config = config.get("text_config", config)
     context = next((text_config[key] for key in CONTEXT_KEYS if isinstance(text_config.get(key), int)), None)
     return ChatModel(model, tokenizer, stop_ids, context, Turns(model))

@@ -1,0 +1,139 @@
+"""Replies over buffers of a fixed size: the tokens of the growing cache, whatever a conversation does."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from utils import graph_decode
+from utils.graph_decode import GraphDecoder, install_graph_decode
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def models(tiny_model, monkeypatch):
+    """The same model twice, once with the decoder; its buffers hold 32 tokens and grow from there."""
+    monkeypatch.setattr(graph_decode, "SMALLEST_CAPACITY", 32)
+    plain, decoded = (AutoModelForCausalLM.from_pretrained(tiny_model).to(DEVICE).eval() for _ in range(2))
+    return plain, decoded, install_graph_decode(decoded)
+
+
+def reply(model, prompt, cache=None, count=12, **flags):
+    input_ids = torch.tensor([prompt], device=model.device)
+    given = {} if cache is None else {"past_key_values": cache}
+    flags |= {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    mask = torch.ones_like(input_ids)
+    return model.generate(input_ids=input_ids, attention_mask=mask, **given, **flags)[0].tolist()
+
+
+def test_reply_is_that_of_the_growing_cache_beyond_the_first_buffers(models):
+    plain, decoded, decoder = models
+    prompt = list(range(5, 27))
+    assert reply(decoded, prompt, count=60) == reply(plain, prompt, count=60)
+    assert decoder.capacity == 128 and not decoder.obstacle
+
+
+def test_logits_are_those_of_the_growing_cache(models):
+    plain, decoded, _ = models
+    caches = [DynamicCache(config=model.config) for model in (plain, decoded)]
+    with torch.no_grad():
+        for ids in ([3, 4, 5, 6, 7], [8], [9], [10, 11, 12], [13], [14]):
+            ids = torch.tensor([ids], device=DEVICE)
+            expected, got = (
+                model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+                for model, cache in zip((plain, decoded), caches, strict=True)
+            )
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+            assert caches[0].get_seq_length() == caches[1].get_seq_length()
+    for left, right in zip(*(cache.layers for cache in caches), strict=True):
+        torch.testing.assert_close(left.keys, right.keys, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(left.values, right.values, rtol=1e-4, atol=1e-5)
+
+
+def test_kept_conversation_goes_on_and_is_cut_back(models):
+    plain, decoded, _ = models
+    cache = DynamicCache(config=decoded.config)
+    first = reply(decoded, [5, 6, 7, 8], cache)
+    longer = [*first, 9, 10]
+    assert reply(decoded, longer, cache) == reply(plain, longer)
+    for cut in (7, 3):  # another last token: the cache is cropped, and one token is read again
+        cache.crop(cut - cache.get_seq_length())
+        other = [*first[:cut], 11]
+        assert reply(decoded, other, cache) == reply(plain, other)
+
+
+def test_conversations_that_take_turns_token_by_token_stay_apart(models):
+    plain, decoded, decoder = models
+    prompts = [[5, 6, 7], [20, 21, 22, 23, 24], list(range(30, 60))]
+    caches = [DynamicCache(config=decoded.config) for _ in prompts]
+    rows = [list(prompt) for prompt in prompts]
+    with torch.no_grad():
+        for step in range(10):
+            for row, cache in zip(rows, caches, strict=True):
+                ids = torch.tensor([row if step == 0 else row[-1:]], device=DEVICE)
+                logits = decoded(input_ids=ids, past_key_values=cache, use_cache=True).logits
+                row.append(int(logits[0, -1].argmax()))
+    assert rows == [reply(plain, prompt, count=10) for prompt in prompts]
+    assert decoder.owner() is caches[-1]
+
+
+def test_conversation_that_is_dropped_is_not_kept_alive(models):
+    _, decoded, decoder = models
+    reply(decoded, [5, 6, 7])
+    assert decoder.owner() is None and decoder.buffers is not None
+
+
+def test_batches_beams_and_gradients_take_the_plain_forward(models):
+    plain, decoded, decoder = models
+    assert reply(decoded, [5, 6, 7], num_beams=2) == reply(plain, [5, 6, 7], num_beams=2)
+    ids = torch.tensor([[5, 6], [7, 8]], device=DEVICE)
+    flags = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(decoded.generate(ids, **flags), plain.generate(ids, **flags))
+    decoded(input_ids=ids[:1], labels=ids[:1]).loss.backward()
+    assert decoder.buffers is None
+
+
+def test_adapter_is_switched_off_and_on_between_tokens(tiny_model, models):
+    from peft import LoraConfig, get_peft_model
+
+    base, _, _ = models
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model).to(DEVICE), config).eval()
+    tuned = reply(model, [5, 6, 7])
+    install_graph_decode(model)
+    for _ in range(2):
+        assert reply(model, [5, 6, 7]) == tuned
+        with model.disable_adapter():
+            assert reply(model, [5, 6, 7]) == reply(base, [5, 6, 7]) != tuned
+
+
+def test_model_that_the_buffers_do_not_fit_says_so_and_replies_as_ever(models, monkeypatch, capsys):
+    plain, decoded, decoder = models
+    run = GraphDecoder.run
+    monkeypatch.setattr(GraphDecoder, "run", lambda self: run(self) * 1.2)
+    assert reply(decoded, [5, 6, 7]) == reply(plain, [5, 6, 7])
+    assert "without CUDA graphs (a cache of fixed size gives other logits)" in capsys.readouterr().out
+    assert decoder.buffers is None
+
+
+def test_replies_from_several_threads(models):
+    plain, decoded, _ = models
+    expected = reply(plain, [5, 6, 7])
+    for _ in range(3):
+        with ThreadPoolExecutor(1) as pool:  # a thread of its own for each reply, as in a chat
+            assert pool.submit(reply, decoded, [5, 6, 7]).result() == expected
+
+
+def test_timing_command_prints_both_speeds(tmp_path, monkeypatch, capsys):
+    from eval import chat_speed
+
+    argv = ["--model", "tiny", "--prompt_tokens", "8", "--max_new_tokens", "6", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["chat_speed", *argv])
+    chat_speed.main()
+    plain, other = json.loads((tmp_path / "tiny.json").read_text())["replies"]
+    assert plain["tokens_per_second"] > 0 and other["tokens_per_second"] > 0
+    assert "6 of 6 tokens are the same" in capsys.readouterr().out

@@ -1,0 +1,31 @@
+"""Recording a CUDA graph, for training steps and for replies."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+class CaptureError(RuntimeError):
+    """Why a step cannot be captured, in one line."""
+
+
+def capture_graph(
+    run: Callable[[], Result], stream: torch.cuda.Stream, device: torch.device, pool: Any = None
+) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """(graph of what `run` launches, what it returns, which each replay fills); nothing is computed yet."""
+    graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[device.index or 0]
+    before = generator.clone_state()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            return graph, run()
+    except RuntimeError as error:
+        generator.graphsafe_set_state(before.graphsafe_get_state())  # else it waits for a capture's end
+        raise CaptureError(str(error.__context__ or error).splitlines()[0]) from error
+
+
+def round_to_power(number: int, smallest: int) -> int:
+    """The first of smallest, 2 * smallest, 4 * smallest, ... that is not below `number`."""
+    return smallest << max(0, -(-number // smallest) - 1).bit_length()
