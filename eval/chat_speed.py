@@ -1,7 +1,7 @@
 """Times replies, one conversation at a time: PEFT's own forward, and steps of one token as a CUDA graph.
 
     python -m eval.chat_speed --model llama-7b
-    python -m eval.chat_speed --model tiny --max_new_tokens 8     (a CPU's size; it has no graphs)
+    python -m eval.chat_speed --model tiny --max_new_tokens 8     (a CPU's size: the same buffers, no graph)
 
 The base has random weights, and so has the adapter: the time does not depend on them.
 """
@@ -11,14 +11,16 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import StoppingCriteria
 from transformers.hf_argparser import HfArg
 
 from utils.arguments import parse_args, require_positive
 from utils.console import UserError, notice, run_main
+from utils.frozen_weights import unpack_8bit_layers
 from utils.graph_decode import install_graph_decode
 from utils.shapes import SHAPES, build_random_model
 
@@ -34,7 +36,9 @@ class ChatSpeedArguments:
     output_dir: str = HfArg(default="output/chat_speed", help="Where the figures are saved as json.")
 
     def __post_init__(self):
-        require_positive(self, "lora_r", "prompt_tokens", "max_new_tokens")
+        require_positive(self, "lora_r", "prompt_tokens")
+        if self.max_new_tokens < 2:
+            raise UserError(f"--max_new_tokens {self.max_new_tokens}: use 2 or more, the first is not timed")
         if self.model not in SHAPES:
             raise UserError(f"--model {self.model}: use one of {', '.join(SHAPES)}")
 
@@ -45,7 +49,18 @@ class Reply:
     tokens_per_second: float  # after the first token
     first_token_seconds: float
     peak_gib: float
-    ids: list[int]
+
+
+class TokenTimes(StoppingCriteria):
+    """Notes when each token is there, and waits for it as a streamer does; never stops a reply."""
+
+    def __init__(self):
+        self.start, self.times = time.perf_counter(), []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        input_ids[0, -1].item()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def time_reply(model: torch.nn.Module, variant: str, prompt: torch.Tensor, count: int) -> Reply:
@@ -53,28 +68,21 @@ def time_reply(model: torch.nn.Module, variant: str, prompt: torch.Tensor, count
     for _ in range(2):
         if prompt.is_cuda:
             torch.cuda.reset_peak_memory_stats()
-        start, times = time.perf_counter(), []
-
-        def note_time(
-            ids: torch.Tensor, scores: torch.Tensor, times: list[float] = times, **_
-        ) -> torch.Tensor:
-            ids[0, -1].item()  # as a streamer reads it
-            times.append(time.perf_counter())
-            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-
-        ids = model.generate(
+        tokens = TokenTimes()
+        model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=count,
             min_new_tokens=count,
             do_sample=False,
             pad_token_id=0,
-            stopping_criteria=[note_time],
+            stopping_criteria=[tokens],
         )
+    first, *_, last = tokens.times
     peak = torch.cuda.max_memory_allocated() / 2**30 if prompt.is_cuda else 0.0
-    speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
-    new = ids[0, prompt.shape[1] :].tolist()
-    return Reply(variant, round(speed, 1), round(times[0] - start, 3), round(peak, 2), new)
+    return Reply(
+        variant, round((count - 1) / (last - first), 1), round(first - tokens.start, 3), round(peak, 2)
+    )
 
 
 def main() -> None:
@@ -85,6 +93,8 @@ def main() -> None:
     notice(f"{arguments.model}, {arguments.bits} bits, on {name}, torch {torch.__version__}")
     torch.manual_seed(0)
     model = build_random_model(SHAPES[arguments.model](), arguments.bits, dtype, device)
+    if arguments.bits == 8:
+        unpack_8bit_layers(model)
     lora = LoraConfig(
         r=arguments.lora_r,
         target_modules="all-linear",
@@ -103,8 +113,6 @@ def main() -> None:
             f"{reply.first_token_seconds:.3f} s, peak {reply.peak_gib:.2f} GiB"
         )
         replies.append(reply)
-    same = sum(a == b for a, b in zip(*(reply.ids for reply in replies), strict=True))
-    notice(f"{same} of {arguments.max_new_tokens} tokens are the same")
     path = Path(arguments.output_dir, f"{arguments.model}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"device": name, "replies": [asdict(reply) for reply in replies]}, indent=2))

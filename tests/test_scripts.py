@@ -26,6 +26,7 @@ OWN_GROUPS = {
     "eval.quality": "QualityArguments",
     "eval.report": "ReportArguments",
     "eval.train_speed": "SpeedArguments",
+    "eval.chat_speed": "ChatSpeedArguments",
     "utils.merge_adapter": "MergeArguments",
 }
 

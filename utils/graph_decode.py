@@ -44,7 +44,7 @@ def install_graph_decode(model: torch.nn.Module) -> "GraphDecoder | None":
 
 
 def shorten_adapters(base: torch.nn.Module, dtype: torch.dtype) -> None:
-    """y + (x A') (s B)' for PEFT's y + s ((x A') B'), in the base's dtype, in which the fast path trains it."""
+    """y + (x A') (s B)' for PEFT's y + s ((x A') B'), in the base's dtype, as the fast path trains it."""
     for layer in base.modules():
         if isinstance(layer, LoraLayer) and find_obstacle(layer, layer.get_base_layer().weight.dtype) is None:
             A, B = (part[ADAPTER].weight.detach() for part in (layer.lora_A, layer.lora_B))
