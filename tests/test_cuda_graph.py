@@ -1,9 +1,12 @@
 """The captured step trains what the eager one does, whatever rows, masks and losses come after the capture."""
 
+import os
+
 import pytest
 import torch
 from tiny_llms import DEVICE, adapter_gradients, build_batch, build_model, relative_difference
 
+from utils.console import run_main
 from utils.cuda_graph import GraphedStep, find_size, round_up
 from utils.fast_model import prepare_fast_model
 
@@ -182,3 +185,10 @@ def test_a_failed_capture_is_named_and_training_goes_on(capsys, monkeypatch):
             loss
         )
     assert torch.rand(2, device=DEVICE).shape == (2,)  # the GPU's generator still works
+
+
+@pytest.mark.parametrize("own", [{}, {"PYTORCH_ALLOC_CONF": "x"}, {"PYTORCH_CUDA_ALLOC_CONF": "x"}])
+def test_gpu_memory_grows_in_place_unless_the_user_sets_it(monkeypatch, own):
+    monkeypatch.setattr(os, "environ", dict(own))
+    run_main(lambda: None)
+    assert os.environ == (own or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})

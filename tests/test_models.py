@@ -16,6 +16,8 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from utils.arguments import ModelArguments
 from utils.checks import check_adapter_fits, read_model_config, resolve_model
 from utils.console import UserError
+from utils.graph_decode import install_graph_decode
+from utils.model import load_base
 from utils.tokenizer_files import load_own_tokenizer
 from utils.trainer import QLoraTrainer
 
@@ -197,3 +199,18 @@ def test_model_of_an_unknown_kind_is_one_line(remote_model, call_main, tmp_path)
 def test_list_of_models_in_the_readme_is_the_tests_own():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"<!-- models -->\n{render_models()}\n<!-- /models -->" in readme
+
+
+@each_family
+def test_replies_over_buffers_of_fixed_size_are_the_same(family, families):
+    """What a GPU captures; a model whose cache slides keeps its own."""
+    prompt, replies = torch.tensor([[5, 6, 7, 8, 9]]), []
+    for _ in range(2):
+        model_args = ModelArguments(str(families(family)), bits=32, use_cpu=True)
+        model = load_base(model_args, torch.float32, trainable=False).eval()
+        decoder = install_graph_decode(model) if replies else None
+        flags = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+        with torch.no_grad():
+            replies.append(model.generate(prompt, attention_mask=torch.ones_like(prompt), **flags).tolist())
+    assert replies[0] == replies[1] and not decoder.obstacle
+    assert (decoder.buffers is None) == (family.id == "gemma3")

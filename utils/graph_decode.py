@@ -74,11 +74,8 @@ class GraphDecoder:
         self.adapted = next((module for module in base.modules() if isinstance(module, BaseTunerLayer)), None)
         self.ids = torch.zeros(1, 1, dtype=torch.long, device=base.device)
         self.stream = torch.cuda.Stream() if base.device.type == "cuda" else None
-        self.buffers, self.capacity, self.length = (
-            None,
-            0,
-            0,
-        )  # a StaticCache, and tokens it has room for, holds
+        self.buffers, self.capacity = None, 0  # a StaticCache and the tokens that it has room for
+        self.length = 0  # tokens that it holds
         self.owner = lambda: None  # weak reference to the DynamicCache that the buffers belong to
         self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}  # by: adapter on -> logits
         self.obstacle, self.tried = None, False
