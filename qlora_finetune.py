@@ -51,11 +51,19 @@ def main() -> None:
     from transformers import set_seed
 
     from utils.data_report import report_data
-    from utils.model import add_adapter, choose_compute_dtype, load_base, load_stop_ids, load_tokenizer
+    from utils.model import (
+        add_adapter,
+        check_target_modules,
+        choose_compute_dtype,
+        load_base,
+        load_stop_ids,
+        load_tokenizer,
+    )
     from utils.tokenizing import tokenize_rows
     from utils.trainer import build_trainer
     from utils.training import build_callbacks, build_record, run_trainer
 
+    check_target_modules(model_args, lora_args)
     tokenizer = load_tokenizer(model_args, data_args)
     stop_ids = load_stop_ids(model_args, tokenizer)
     datasets = tokenize_rows(rows, tokenizer, stop_ids, data_args)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 from transformers.utils import logging
 
 from utils.arguments import DataArguments, LoraArguments, ModelArguments
-from utils.baichuan import is_baichuan, load_baichuan
+from utils.baichuan import build_llama_config, is_baichuan, load_baichuan
 from utils.checks import ADAPTER_FILE, CONVERT, has_adapter, read_model_config
 from utils.console import UserError, notice
 from utils.frozen_weights import replace_by_dense, unpack_8bit_layers
@@ -259,25 +259,33 @@ def add_lora(model: "PreTrainedModel", lora_args: LoraArguments) -> PeftModel:
         use_rslora=lora_args.use_rslora,
         use_dora=lora_args.use_dora,
     )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        if "not found in the base model" in str(error):
-            raise UserError(
-                f"--lora_target_modules {' '.join(lora_args.lora_target_modules)}: the model has no such "
-                f"layers; it has {', '.join(find_linear_names(model))}"
-            ) from error
-        raise
+    return get_peft_model(model, config)
 
 
-def find_linear_names(model: "PreTrainedModel") -> list[str]:
-    return sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear)
-        }
-    )
+def check_target_modules(model_args: ModelArguments, lora_args: LoraArguments) -> None:
+    """Raises UserError for a name in --lora_target_modules that no layer has. Loads no weights."""
+    targets = lora_args.lora_target_modules
+    if targets == ["all-linear"] or model_args.checkpoint_dir or model_args.full_finetune:
+        return
+    layers = dict(build_without_weights(model_args).named_modules())
+    unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in layers)]
+    if unknown:
+        linear = {name.rpartition(".")[2] for name, layer in layers.items() if type(layer) is torch.nn.Linear}
+        raise UserError(
+            f"--lora_target_modules {' '.join(unknown)}: the model has no such layers; it has "
+            f"{', '.join(sorted(linear))}, and all-linear stands for all but the output layer"
+        )
+
+
+def build_without_weights(model_args: ModelArguments) -> "PreTrainedModel":
+    """The model's modules on the meta device."""
+    config, name = read_model_config(model_args), model_args.model_name_or_path
+    trust = {"trust_remote_code": model_args.trust_remote_code}
+    with unknown_models_explained(model_args), torch.device("meta"):
+        if is_baichuan(config):
+            return AutoModelForCausalLM.from_config(build_llama_config(config))
+        places = {"revision": model_args.revision, "cache_dir": model_args.cache_dir}
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, **places, **trust), **trust)
 
 
 def load_adapter(model: "PreTrainedModel", checkpoint_dir: str, trainable: bool = False) -> PeftModel:
