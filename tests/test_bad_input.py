@@ -8,6 +8,9 @@ import time
 import pytest
 from conftest import run_script
 
+from utils.console import UserError
+from utils.resume import check_overwriting
+
 ROWS = '{"instruction": "Who are you?", "input": "", "output": "I am Guanaco."}\n' * 4
 
 
@@ -177,6 +180,17 @@ def test_base_model_is_no_folder_to_start_anew_in(tmp_path, tiny_model, rows):
     ]
     argv += ["--source_max_len", "100", "--target_max_len", "50", "--overwrite_output_dir"]
     assert_refused(tmp_path, "qlora_finetune.py", *argv, says=["would remove --model_name_or_path"])
+
+
+def test_start_from_a_folder_that_overwriting_removes_is_refused_and_from_others_not(tmp_path):
+    for name in ("checkpoint-2", "base"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+    (tmp_path / "run.json").write_text("{}")
+    for used in (tmp_path, tmp_path / "checkpoint-2", tmp_path / "checkpoint-2" / "inner"):
+        with pytest.raises(UserError, match="would remove --checkpoint_dir"):
+            check_overwriting(tmp_path, {"checkpoint_dir": str(used)})
+    for used in (tmp_path / "base", tmp_path.parent, None):
+        check_overwriting(tmp_path, {"checkpoint_dir": used and str(used), "model_name_or_path": "org/name"})
 
 
 @pytest.mark.parametrize("script", ["cli_demo.py", "qlora_finetune.py"])

@@ -109,9 +109,10 @@ def test_run_that_held_nothing_out_gets_no_held_out_figures(call_main, tiny_mode
     assert "held no rows out" in page and "held-out loss, nats" not in page and "ROUGE" not in page
     printed = call_main("qlora_finetune", "--checkpoint_dir", tmp_path / "run", "--do_eval")
     assert "careful: the run held nothing out" in printed
-    other = ["--eval_dataset_name", ROOT / "data" / "guanaco_identity_eval.jsonl"]
-    printed = call_main("qlora_finetune", "--checkpoint_dir", tmp_path / "run", "--do_eval", *other)
-    assert "careful" not in printed
+    for flag in ("--eval_dataset_name", "--dataset_name"):
+        other = [flag, ROOT / "data" / "guanaco_identity_eval.jsonl"]
+        printed = call_main("qlora_finetune", "--checkpoint_dir", tmp_path / "run", "--do_eval", *other)
+        assert "careful" not in printed
 
 
 def test_interval_is_of_the_paired_difference():

@@ -89,7 +89,7 @@ def load_rows(model_args: ModelArguments, data_args: DataArguments, training_arg
     elif not wanted:
         sources = [source for source in sources if source.part == TRAIN]
     if record and all(source.part == TRAIN for source in sources):
-        report_other_split(record, data_args, training_args)
+        report_other_split(record, sources, data_args, training_args)
     scans = [scan_source(source) for source in sources]
     report_sources(sources, scans)
     parts = assign_parts(sources, scans, wanted, data_args, training_args.data_seed)
@@ -109,9 +109,14 @@ def find_held_out(record: dict[str, Any] | None) -> list[str]:
 
 
 def report_other_split(
-    record: dict[str, Any], data_args: DataArguments, training_args: TrainingArguments
+    record: dict[str, Any],
+    sources: list[Source],
+    data_args: DataArguments,
+    training_args: TrainingArguments,
 ) -> None:
     """Say where rows that the run trained on are evaluated: it held none out, or split them otherwise."""
+    if {source.digest for source in sources}.isdisjoint(own["sha256"] for own in record["data"]["sources"]):
+        return  # other rows
     now = {"eval_dataset_size": data_args.eval_dataset_size, "data_seed": training_args.data_seed}
     changed = [f"--{name} {value}" for name, value in now.items() if record["arguments"].get(name) != value]
     if not find_held_out(record):

@@ -115,9 +115,11 @@ def check_overwriting(output_dir: Path, arguments: dict[str, Any]) -> None:
             f"--output_dir {output_dir} holds no {RUN_FILE}, so {names} may be no run's files, and "
             "--overwrite_output_dir would remove them: name a new folder"
         )
+    removed, folder = {path.resolve() for path in files}, output_dir.resolve()
     for name in ("model_name_or_path", "checkpoint_dir"):
         used = Path(arguments.get(name) or "").resolve()
-        if arguments.get(name) and files and output_dir.resolve() in (used, used.parent):
+        is_removed = used == folder or removed & {used, *used.parents}
+        if arguments.get(name) and files and is_removed:
             raise UserError(
                 f"--overwrite_output_dir would remove --{name} {arguments[name]}: name another --output_dir"
             )
