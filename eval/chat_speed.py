@@ -105,11 +105,12 @@ def main() -> None:
     prompt = torch.randint(5, model.config.vocab_size, (1, arguments.prompt_tokens), device=device)
     replies = []
     for variant in ("plain", "graph") if device == "cuda" else ("plain", "fixed buffers"):
-        if variant != "plain":
-            install_graph_decode(model)
+        decoder = install_graph_decode(model) if variant != "plain" else None
         reply = time_reply(model, variant, prompt, arguments.max_new_tokens)
+        if variant == "graph" and not (decoder and decoder.graphs):
+            reply.variant = "no graph"
         notice(
-            f"{variant:<13} {reply.tokens_per_second:8.1f} tokens/s, first after "
+            f"{reply.variant:<13} {reply.tokens_per_second:8.1f} tokens/s, first after "
             f"{reply.first_token_seconds:.3f} s, peak {reply.peak_gib:.2f} GiB"
         )
         replies.append(reply)

@@ -37,7 +37,7 @@ def draw_length(draw: random.Random) -> int:
 
 
 def fill_each_size(capacity: int) -> list[Rows]:
-    """Two steps for each size of packed micro-batches, the largest first: all graphs of a run."""
+    """Two steps for each size of packed micro-batches, the largest first: nearly all graphs of a run."""
     draw, steps = random.Random(1), []
     for size in reversed(choose_sizes(capacity, fixed=True)):
         rows = []

@@ -21,6 +21,7 @@ from utils.generation import (
     stream_reply,
     trim_history,
 )
+from utils.graph_decode import install_graph_decode
 from utils.predictions import find_answered
 from utils.prompts import IGNORE_INDEX, encode_prompt, encode_segments, split_chat
 
@@ -264,10 +265,13 @@ def test_second_turn_of_1500_tokens_starts_in_15_percent_of_a_full_prefill(smol_
     assert kept.prompt_tokens > 1500 and share <= 0.15
 
 
-def test_base_beside_adapter_in_one_model_and_replies_in_turns_never_mix(run):
+@pytest.mark.parametrize("fixed_buffers", [False, True])
+def test_base_beside_adapter_in_one_model_and_replies_in_turns_never_mix(run, fixed_buffers):
     _, chat = open_run(run)
     for layer in chat.turns.layers:  # two steps of training change no word yet
         layer.lora_B["default"].weight.data.normal_()
+    if fixed_buffers:  # as on a GPU
+        decoder = install_graph_decode(chat.model)
     flags = GenerationArguments(max_new_tokens=20, min_new_tokens=20)
     alone = {tuned: "".join(stream_reply(chat, QUESTION, flags, tuned=tuned)) for tuned in (True, False)}
     chat.turns.set_adapter(True)  # PEFT's context leaves the adapter as it finds it
@@ -281,6 +285,7 @@ def test_base_beside_adapter_in_one_model_and_replies_in_turns_never_mix(run):
         replies = list(pool.map("".join, streams))
     assert replies == [alone[tuned] for tuned in sides]
     assert not chat.turns.held and not chat.turns.line
+    assert not fixed_buffers or (decoder.buffers and not decoder.obstacle)
 
 
 def test_reply_ends_at_its_time_limit(run):

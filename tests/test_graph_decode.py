@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from utils import graph_decode
 from utils.graph_decode import GraphDecoder, install_graph_decode
@@ -34,6 +34,9 @@ def test_reply_is_that_of_the_growing_cache_beyond_the_first_buffers(models):
     prompt = list(range(5, 27))
     assert reply(decoded, prompt, count=60) == reply(plain, prompt, count=60)
     assert decoder.capacity == 128 and not decoder.obstacle
+    assert list(decoder.graphs) == ([True] if DEVICE == "cuda" else [])
+    reply(decoded, prompt[:4])
+    assert decoder.capacity == 32  # nobody needs the larger ones any more
 
 
 def test_logits_are_those_of_the_growing_cache(models):
@@ -105,6 +108,8 @@ def test_adapter_is_switched_off_and_on_between_tokens(tiny_model, models):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model).to(DEVICE), config).eval()
     tuned = reply(model, [5, 6, 7])
     install_graph_decode(model)
+    short = [layer for layer in model.modules() if "forward_adapted" in repr(vars(layer).get("forward"))]
+    assert len(short) == 14  # all linear layers
     for _ in range(2):
         assert reply(model, [5, 6, 7]) == tuned
         with model.disable_adapter():
@@ -120,11 +125,39 @@ def test_model_that_the_buffers_do_not_fit_says_so_and_replies_as_ever(models, m
     assert decoder.buffers is None
 
 
-def test_replies_from_several_threads(models):
+@pytest.mark.parametrize("error", [ValueError("no such mask"), torch.OutOfMemoryError("CUDA out of memory")])
+@pytest.mark.parametrize("place", ["plain", "buffers"])
+def test_step_that_breaks_off_between_layers_is_repeated_on_what_was_there(models, monkeypatch, error, place):
+    plain, decoded, decoder = models
+    last, raised = decoded.model.layers[-1], []
+    forward = last.forward
+
+    def break_once(*args, **kwargs):
+        cache = kwargs["past_key_values"]
+        if (
+            not raised
+            and cache.get_seq_length() > 3
+            and isinstance(cache, StaticCache) == (place == "buffers")
+        ):
+            raised.append(error)
+            raise error
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(last, "forward", break_once)
+    if place == "plain" and isinstance(error, ValueError):  # the model itself fails: its own error
+        with pytest.raises(ValueError, match="no such mask"):
+            reply(decoded, [5, 6, 7])
+        return
+    cache = DynamicCache(config=decoded.config)
+    assert reply(decoded, [5, 6, 7], cache) == reply(plain, [5, 6, 7])
+    assert raised and decoder.obstacle and len({layer.get_seq_length() for layer in cache.layers}) == 1
+
+
+def test_each_reply_may_come_from_a_thread_of_its_own(models):
     plain, decoded, _ = models
     expected = reply(plain, [5, 6, 7])
     for _ in range(3):
-        with ThreadPoolExecutor(1) as pool:  # a thread of its own for each reply, as in a chat
+        with ThreadPoolExecutor(1) as pool:  # as in a chat
             assert pool.submit(reply, decoded, [5, 6, 7]).result() == expected
 
 

@@ -36,7 +36,7 @@ SMALLER = {  # words of a command -> what takes their place
     "huggyllama/llama-7b": "models/small",
     "tatsu-lab/alpaca": "YOUR.jsonl",
     "train_speed --model llama-7b": "train_speed --model tiny --workloads 2x32 --steps 1 --dtypes fp32",
-    "chat_speed --model llama-7b": "chat_speed --model tiny --max_new_tokens 4",
+    "chat_speed --model llama-7b": "chat_speed --model tiny",
     "--tasks mmlu,cmmlu,ceval-valid": "--tasks quiz_en,quiz_zh --limit 4",
     "models/SmolLM2-135M-Instruct": "models/small",
     "./work_dir/checkpoint-700": "./work_dir/oasst1-baichuan-7b",

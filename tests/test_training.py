@@ -238,11 +238,13 @@ def test_full_finetune_saves_a_model_that_evaluates(call_main, tiny_model, tmp_p
     assert json.loads((run / "eval_metrics.json").read_text())["eval_rows"] == 8
 
 
-@pytest.mark.parametrize("targets", [["W_pack"], ["q_proj", "W_pack"], ["proj"]])
+@pytest.mark.parametrize("targets", [["W_pack"], ["q_proj", "W_pack"], ["proj"], ["mlp"]])
 def test_unknown_target_module_names_the_models_own(call_main, tiny_model, tmp_path, monkeypatch, targets):
     import utils.model
     from utils.console import UserError
 
     monkeypatch.setattr(utils.model, "load_base", None)  # no weights are read
-    with pytest.raises(UserError, match=f"{targets[-1]}: the model has no .*down_proj, gate_proj, k_proj"):
+    with pytest.raises(
+        UserError, match=f"{targets[-1]}: the model has no .*down_proj, embed_tokens, gate_proj"
+    ):
         train(call_main, tiny_model, tmp_path / "run", "--lora_target_modules", *targets)

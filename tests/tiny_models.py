@@ -472,7 +472,8 @@ def build_phi3(folder: Path) -> None:
         "eos_token_id": tokens["<|endoftext|>"],
         "pad_token_id": tokens["<|endoftext|>"],
     }
-    write_model(folder, "phi3", {"auto_map": remote}, vocab_size=count_tokens(folder), **ids, **SIZES)
+    sizes = SIZES | {"vocab_size": count_tokens(folder), "sliding_window": 2047}
+    write_model(folder, "phi3", {"auto_map": remote}, **ids, **sizes)
     eos = [tokens["<|endoftext|>"], tokens["<|assistant|>"], tokens["<|end|>"]]
     write_json(folder, "generation_config.json", ids | {"eos_token_id": eos})
 

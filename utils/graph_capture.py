@@ -19,8 +19,9 @@ def capture_graph(
     graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[device.index or 0]
     before = generator.clone_state()
     try:
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            return graph, run()
+        with torch.cuda.stream(stream):  # a capture that fails does not leave the stream itself
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                return graph, run()
     except RuntimeError as error:
         generator.graphsafe_set_state(before.graphsafe_get_state())  # else it waits for a capture's end
         raise CaptureError(str(error.__context__ or error).splitlines()[0]) from error

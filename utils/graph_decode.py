@@ -27,10 +27,11 @@ MAX_DIFFERENCE = 0.05  # of the logits, relative: attention over a longer buffer
 
 
 def install_graph_decode(model: torch.nn.Module) -> "GraphDecoder | None":
-    """Let `model.generate` replay its steps of one token; None where its cache has no fixed-size form."""
+    """Let `model.generate` replay its steps of one token; None where that cannot be, and a line says why."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    devices = {weight.device for weight in base.parameters()}
-    if len(devices) > 1 or not getattr(base, "_can_compile_fullgraph", False):
+    obstacle = find_decode_obstacle(base)
+    if obstacle:
+        notice(f"replies: without CUDA graphs ({obstacle})")
         return None
     shorten_adapters(base, base.dtype)
     decoder = GraphDecoder(base)
@@ -43,10 +44,21 @@ def install_graph_decode(model: torch.nn.Module) -> "GraphDecoder | None":
     return decoder
 
 
+def find_decode_obstacle(base: torch.nn.Module) -> str | None:
+    if len({weight.device for weight in base.parameters()}) > 1:
+        return "the model is spread over several devices"
+    if not getattr(base, "_can_compile_fullgraph", False):
+        return f"{type(base).__name__} takes no cache of fixed size"
+    kinds = {type(layer) for layer in DynamicCache(config=base.config.get_text_config()).layers}
+    return None if kinds <= {DynamicLayer} else "its cache keeps a window of the latest tokens, not all"
+
+
 def shorten_adapters(base: torch.nn.Module, dtype: torch.dtype) -> None:
     """y + (x A') (s B)' for PEFT's y + s ((x A') B'), in the base's dtype, as the fast path trains it."""
     for layer in base.modules():
-        if isinstance(layer, LoraLayer) and find_obstacle(layer, layer.get_base_layer().weight.dtype) is None:
+        if not isinstance(layer, LoraLayer) or not isinstance(layer.get_base_layer(), torch.nn.Linear):
+            continue
+        if find_obstacle(layer, layer.get_base_layer().weight.dtype) is None:
             A, B = (part[ADAPTER].weight.detach() for part in (layer.lora_A, layer.lora_B))
             A, B = A.to(dtype), (B * layer.scaling[ADAPTER]).to(dtype)
             layer.forward = functools.partial(forward_adapted, layer, A, B, layer.forward)
@@ -84,29 +96,36 @@ class GraphDecoder:
         input_ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
         if args or self.obstacle or torch.is_grad_enabled() or not follows(input_ids, cache):
             return self.plain(*args, **kwargs)
+        length = cache.get_seq_length()
         try:
             if not self.tried:
                 self.try_out(input_ids, cache)
             logits = self.step(input_ids, cache)
         except (CaptureError, torch.OutOfMemoryError) as error:
             self.give_up(str(error).splitlines()[0])
+            cut(cache, length)
             return self.plain(*args, **kwargs)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     def give_up(self, obstacle: str) -> None:
         notice(f"replies: without CUDA graphs ({obstacle})")
         self.obstacle = obstacle
-        self.release()
-        self.buffers, self.graphs = None, {}
+        # A cache that lies in the buffers may stay there: nothing else is written to them any more.
+        self.owner, self.buffers, self.graphs = lambda: None, None, {}
 
     def try_out(self, input_ids: torch.Tensor, cache: DynamicCache) -> None:
         """Raises CaptureError where the buffers give other logits for this token than the growing cache."""
         length = cache.get_seq_length()
         expected = self.plain(input_ids=input_ids, past_key_values=cache, use_cache=True).logits.float()
-        cache.crop(-1)
+        cut(cache, length)
         self.load(cache, length)
         self.ids.copy_(input_ids)
-        logits = self.run().float()
+        try:
+            logits = self.run().float()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of the model's own code, which may take the cache for one that grows
+            raise CaptureError(f"a cache of fixed size: {error}") from error
         self.set_length(length)
         if (logits - expected).norm() > MAX_DIFFERENCE * expected.norm():
             raise CaptureError("a cache of fixed size gives other logits")
@@ -150,15 +169,19 @@ class GraphDecoder:
         return logits
 
     def load(self, cache: DynamicCache, length: int) -> None:
-        """Copy the keys and values of `cache` into the buffers, larger ones where they have no room."""
+        """Copy the keys and values of `cache` into the buffers; into others where they are too small.
+
+        Or far too large, once the conversation that needed them is gone: attention goes over all of them.
+        """
+        wanted = round_to_power(length + 1, SMALLEST_CAPACITY)
+        is_too_large = self.owner() is None and 4 * wanted <= self.capacity
         self.release()
-        first = cache.layers[0]
-        if length >= self.capacity:
-            self.capacity = round_to_power(length + 1, SMALLEST_CAPACITY)
+        if length >= self.capacity or is_too_large:
             self.buffers, self.graphs = None, {}  # the old ones go first
-            self.buffers = StaticCache(config=self.config, max_cache_len=self.capacity)
-            for buffer in self.buffers.layers:
-                buffer.lazy_initialization(first.keys, first.values)
+            self.buffers = StaticCache(config=self.config, max_cache_len=wanted)
+            self.capacity = wanted
+            for layer, buffer in zip(cache.layers, self.buffers.layers, strict=True):
+                buffer.lazy_initialization(layer.keys, layer.values)
         for layer, buffer in zip(cache.layers, self.buffers.layers, strict=True):
             buffer.keys[:, :, :length].copy_(layer.keys)
             buffer.values[:, :, :length].copy_(layer.values)
@@ -181,6 +204,12 @@ class GraphDecoder:
         self.length = length
         for buffer in self.buffers.layers:
             buffer.cumulative_length.fill_(length)
+
+
+def cut(cache: DynamicCache, length: int) -> None:
+    """Leave `length` tokens in every layer, also where a step broke off between two of them."""
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
 
 
 def follows(input_ids: torch.Tensor | None, cache: Any) -> bool:

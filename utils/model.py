@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from utils.arguments import DataArguments, LoraArguments, ModelArguments
@@ -23,6 +24,8 @@ from utils.tokenizer_files import load_own_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTABLE = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, Conv1D)  # of what PEFT adapts
 
 # PEFT's use of an old name, and what we say ourselves in a line.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -259,33 +262,42 @@ def add_lora(model: "PreTrainedModel", lora_args: LoraArguments) -> PeftModel:
         use_rslora=lora_args.use_rslora,
         use_dora=lora_args.use_dora,
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        targets = " ".join(lora_args.lora_target_modules)
+        raise UserError(f"PEFT refuses an adapter for --lora_target_modules {targets}: {error}") from error
 
 
 def check_target_modules(model_args: ModelArguments, lora_args: LoraArguments) -> None:
-    """Raises UserError for a name in --lora_target_modules that no layer has. Loads no weights."""
+    """Raises UserError for a name in --lora_target_modules that no layer has. Loads no weights.
+
+    A model with code of its own is left to PEFT: building it here would run that code at another revision.
+    """
     targets = lora_args.lora_target_modules
     if targets == ["all-linear"] or model_args.checkpoint_dir or model_args.full_finetune:
         return
-    layers = dict(build_without_weights(model_args).named_modules())
-    unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in layers)]
+    if "auto_map" in read_model_config(model_args) and model_args.trust_remote_code:
+        return
+    modules = build_without_weights(model_args).named_modules()
+    names = [name for name, module in modules if isinstance(module, ADAPTABLE)]
+    unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
     if unknown:
-        linear = {name.rpartition(".")[2] for name, layer in layers.items() if type(layer) is torch.nn.Linear}
+        has = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
         raise UserError(
-            f"--lora_target_modules {' '.join(unknown)}: the model has no such layers; it has "
-            f"{', '.join(sorted(linear))}, and all-linear stands for all but the output layer"
+            f"--lora_target_modules {' '.join(unknown)}: the model has no such layers; it has {has}, and "
+            "all-linear stands for the linear ones but the output layer"
         )
 
 
 def build_without_weights(model_args: ModelArguments) -> "PreTrainedModel":
     """The model's modules on the meta device."""
     config, name = read_model_config(model_args), model_args.model_name_or_path
-    trust = {"trust_remote_code": model_args.trust_remote_code}
     with unknown_models_explained(model_args), torch.device("meta"):
         if is_baichuan(config):
             return AutoModelForCausalLM.from_config(build_llama_config(config))
         places = {"revision": model_args.revision, "cache_dir": model_args.cache_dir}
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, **places, **trust), **trust)
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, **places))
 
 
 def load_adapter(model: "PreTrainedModel", checkpoint_dir: str, trainable: bool = False) -> PeftModel:
