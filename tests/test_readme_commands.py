@@ -100,7 +100,8 @@ def launch_on_cpus(command):
         f"qlora_finetune.py {script}"
         for rank in (1, 0)
     ]
-    return " & ".join(launches) + " && wait -n"
+    other, first = launches
+    return f"{other} & other=$!; {first} && wait $other"  # its status is kept, also where it ends earlier
 
 
 def make_small(command):
