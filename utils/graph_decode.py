@@ -45,6 +45,7 @@ def install_graph_decode(model: torch.nn.Module) -> "GraphDecoder | None":
 
 
 def find_decode_obstacle(base: torch.nn.Module) -> str | None:
+    """Why replies of this model are not captured; None if that can be tried."""
     if len({weight.device for weight in base.parameters()}) > 1:
         return "the model is spread over several devices"
     if not getattr(base, "_can_compile_fullgraph", False):
