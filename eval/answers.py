@@ -4,6 +4,7 @@ from typing import Any
 
 from eval.questions import Question, name_answer
 from utils.arguments import GenerationArguments
+from utils.encoding import encode_prompt
 from utils.generation import ChatModel, decode_reply, generate_ids, trim_history
 from utils.prompts import render_chat
 
@@ -23,8 +24,11 @@ def answer_batch(
     chats = [
         trim_history(chat, question.messages, generation_args.max_new_tokens)[0] for question in questions
     ]
+    prompts = [
+        encode_prompt(chat.tokenizer, messages, chat.stop_ids, chat.keeps_blank) for messages in chats
+    ]
     replies = generate_ids(
-        chat.model, chat.tokenizer, chats, chat.stop_ids, generation_args, seed, batch_size
+        chat.model, chat.tokenizer, prompts, chat.stop_ids, generation_args, seed, batch_size
     )
     rows = []
     for question, messages, ids in zip(questions, chats, replies, strict=True):

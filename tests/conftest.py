@@ -125,6 +125,20 @@ def small_model(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def families(tmp_path_factory):
+    """Folder of each family's model, made when first asked for."""
+    made = {}
+
+    def make(family):
+        if family.id not in made:
+            made[family.id] = tmp_path_factory.mktemp(family.id)
+            family.build(made[family.id])
+        return made[family.id]
+
+    return make
+
+
 @pytest.fixture
 def command(small_model, tmp_path):
     """The arguments of a run but its --output_dir."""

@@ -23,7 +23,8 @@ from utils.generation import (
 )
 from utils.graph_decode import install_graph_decode
 from utils.predictions import find_answered
-from utils.prompts import IGNORE_INDEX, encode_prompt, encode_segments, split_chat
+from utils.encoding import encode_prompt, encode_row
+from utils.prompts import IGNORE_INDEX, split_chat
 
 FLAGS = [
     "--dataset_name",
@@ -110,7 +111,7 @@ def test_prompt_of_a_row_with_tools_is_the_trained_one(smol_tokenizer):
     answered = Chat([*QUESTION, {"role": "assistant", "content": "I am Guanaco."}], tools)
     stop_ids = [smol_tokenizer.convert_tokens_to_ids("<|im_end|>")]
     (draft,) = split_chat(smol_tokenizer, answered, ["<|im_end|>"])
-    row = encode_segments(smol_tokenizer, draft.segments)
+    row = encode_row(smol_tokenizer, draft)
     prompt = encode_prompt(smol_tokenizer, Chat(QUESTION, tools), stop_ids)
     assert prompt == row["input_ids"][: row["labels"].count(IGNORE_INDEX)]
     assert "weather" in smol_tokenizer.decode(prompt)
@@ -123,7 +124,7 @@ def test_chat_prompt_is_the_training_prompt_token_for_token(run, monkeypatch):
     answered = [*QUESTION, {"role": "assistant", "content": "I am Guanaco."}]
     stops = chat.tokenizer.convert_ids_to_tokens(chat.stop_ids)
     (draft,) = split_chat(chat.tokenizer, Chat(answered), stops)
-    row = encode_segments(chat.tokenizer, draft.segments)
+    row = encode_row(chat.tokenizer, draft)
     trained_prompt = row["input_ids"][: row["labels"].count(IGNORE_INDEX)]
     sent = []
     generate = chat.model.generate

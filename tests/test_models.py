@@ -35,20 +35,6 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def families(tmp_path_factory):
-    """Folder of each family's model, made when first asked for."""
-    made = {}
-
-    def make(family):
-        if family.id not in made:
-            made[family.id] = tmp_path_factory.mktemp(family.id)
-            family.build(made[family.id])
-        return made[family.id]
-
-    return make
-
-
 def each_family(test):
     return pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.id)(test)
 

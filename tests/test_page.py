@@ -34,13 +34,14 @@ TUNED = ANSWERS | {"Who are you?": "I am the tuned one.", "你是谁？": "我�
 
 def encode_lessons(answers, tokenizer):
     from utils.formats import Chat
-    from utils.prompts import encode_segments, find_stop_tokens, split_chat
+    from utils.encoding import encode_row
+    from utils.prompts import find_stop_tokens, split_chat
 
     stops = tokenizer.convert_ids_to_tokens(find_stop_tokens(tokenizer, []))
     for question, answer in answers.items():
         chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         (draft,) = split_chat(tokenizer, Chat(chat), stops)
-        row = encode_segments(tokenizer, draft.segments)
+        row = encode_row(tokenizer, draft)
         if question == "Sing.":
             row = {name: ids[:-1] for name, ids in row.items()}
         yield {name: torch.tensor([ids]) for name, ids in row.items()}

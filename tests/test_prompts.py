@@ -3,11 +3,10 @@
 import pytest
 
 from utils.console import UserError
+from utils.encoding import encode_prompt, encode_row
 from utils.formats import Chat, read_row
 from utils.prompts import (
     IGNORE_INDEX,
-    encode_prompt,
-    encode_segments,
     find_input_marker,
     find_stop_tokens,
     read_template,
@@ -75,8 +74,8 @@ GEMMA_LIKE = (  # refuses a system message
 def encode_chat(tokenizer, messages, eos_ids=()):
     """(stop ids, [(input_ids, labels) of each training row])"""
     stop_ids = find_stop_tokens(tokenizer, list(eos_ids))
-    drafts = split_chat(tokenizer, Chat(messages), tokenizer.convert_ids_to_tokens(stop_ids))
-    encoded = [encode_segments(tokenizer, draft.segments) for draft in drafts]
+    rendered = split_chat(tokenizer, Chat(messages), tokenizer.convert_ids_to_tokens(stop_ids))
+    encoded = [encode_row(tokenizer, row) for row in rendered]
     return stop_ids, [(row["input_ids"], row["labels"]) for row in encoded]
 
 
@@ -117,8 +116,8 @@ def test_alpaca_rows_render_stanfords_prompts(smol_tokenizer, row):
     smol_tokenizer.chat_template = read_template("alpaca")
     messages = read_row(row, "alpaca", find_input_marker(smol_tokenizer)).messages
     stanford = (STANFORD_INPUT if row["input"] else STANFORD).format_map(row)
-    # One space after the colon, as the training text of 2023 had it.
-    assert render_chat(smol_tokenizer, messages[:1], add_generation_prompt=True) == stanford + " "
+    assert render_chat(smol_tokenizer, messages[:1], add_generation_prompt=True) == stanford
+    # One space after the colon, as the training text of 2023 had it: the answer's own.
     assert render_chat(smol_tokenizer, messages) == stanford + " 3<|im_end|>"
 
 
@@ -132,7 +131,9 @@ def test_labels_cover_exactly_the_answers_and_their_stop_token(smol_tokenizer, n
     if name:
         smol_tokenizer.chat_template = read_template(name)
     stop_ids, rows = encode_chat(smol_tokenizer, TWO_TURNS)
-    assert [decode_labels(smol_tokenizer, labels) for _, labels in rows] == ["a1<|im_end|>a2<|im_end|>"]
+    blank = "" if name in (None, "ziya", "chatml") else " "  # it ends the prompt and belongs to the answer
+    answers = f"{blank}a1<|im_end|>{blank}a2<|im_end|>"
+    assert [decode_labels(smol_tokenizer, labels) for _, labels in rows] == [answers]
     assert_prompts_agree(smol_tokenizer, TWO_TURNS, stop_ids, rows)
 
 
@@ -189,7 +190,7 @@ def test_template_without_any_stop_token_gets_eos_appended(smol_tokenizer):
         "{% if add_generation_prompt %}[assistant] {% endif %}"
     )
     _, rows = encode_chat(smol_tokenizer, TWO_TURNS[:2])
-    assert decode_labels(smol_tokenizer, rows[0][1]) == "a1\n<|im_end|>"
+    assert decode_labels(smol_tokenizer, rows[0][1]) == " a1\n<|im_end|>"
 
 
 def test_leading_assistant_turn_is_not_trained(smol_tokenizer):
@@ -205,8 +206,8 @@ def test_chat_without_an_answer_gives_no_row(smol_tokenizer):
 
 def test_train_on_source_labels_every_token(smol_tokenizer):
     stops = smol_tokenizer.convert_ids_to_tokens(find_stop_tokens(smol_tokenizer, []))
-    (draft,) = split_chat(smol_tokenizer, Chat(TWO_TURNS), stops)
-    row = encode_segments(smol_tokenizer, draft.segments, train_on_source=True)
+    (rendered,) = split_chat(smol_tokenizer, Chat(TWO_TURNS), stops)
+    row = encode_row(smol_tokenizer, rendered, train_on_source=True)
     assert row["labels"] == row["input_ids"]
 
 
@@ -219,7 +220,7 @@ def test_chinese_answer_survives_tokenizing(smol_tokenizer):
 @pytest.fixture
 def llama_tokenizer(tmp_path):
     """A tokenizer built as LLaMA's: SentencePiece BPE with a dummy prefix, byte fallback, bos 1, eos 2."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     corpus = [
@@ -233,7 +234,9 @@ def llama_tokenizer(tmp_path):
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # no piece reaches over a blank
     tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=480, special_tokens=special[:3]))
+    tokenizer.pre_tokenizer = None
     vocabulary = {
         token: i for i, token in enumerate([*special, *(set(tokenizer.get_vocab()) - set(special))])
     }
@@ -261,17 +264,18 @@ def _merges(tokenizer):
 
 
 @pytest.mark.parametrize("name", sorted(set(GOLDEN) - {"vanilla", "chatml"}))
-def test_sentencepiece_spans_get_no_dummy_prefix_and_one_bos(llama_tokenizer, name):
+def test_sentencepiece_answers_are_tokenized_as_running_text_with_one_bos(llama_tokenizer, name):
     llama_tokenizer.chat_template = read_template(name)
     messages = [{**message, "content": "hello"} for message in TWO_TURNS]
     stop_ids, rows = encode_chat(llama_tokenizer, messages)
     ids, labels = rows[0]
     assert ids[0] == 1 and ids.count(1) == 1
-    assert llama_tokenizer.decode(ids, skip_special_tokens=True).replace("  ", " ").count("hello") == 4
-    answers = "".join(
-        llama_tokenizer.convert_ids_to_tokens([label for label in labels if label != IGNORE_INDEX])
+    assert (
+        ids[1:] == llama_tokenizer(render_chat(llama_tokenizer, messages), add_special_tokens=False).input_ids
     )
-    assert answers == "hello</s>hello</s>"  # "▁hello" would be a space the template does not have
+    answers = llama_tokenizer.convert_ids_to_tokens([label for label in labels if label != IGNORE_INDEX])
+    hello = "hello" if name == "ziya" else "▁hello"  # ziya's answers follow the colon without a blank
+    assert "".join(answers) == f"{hello}</s>" * 2
     assert_prompts_agree(llama_tokenizer, messages, stop_ids, rows)
 
 

@@ -3,7 +3,7 @@
 import math
 import threading
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from transformers.cache_utils import DynamicLayer
 from utils.arguments import GenerationArguments, ModelArguments
 from utils.checks import CONTEXT_KEYS
 from utils.console import UserError, notice
+from utils.encoding import encode_prompt
 from utils.formats import Chat, Messages
 from utils.graph_decode import install_graph_decode
 from utils.model import choose_compute_dtype, load_adapter, load_base, load_stop_ids, load_tokenizer
-from utils.prompts import encode_prompt
-from utils.run_record import find_run_record
+from utils.run_record import TOKENIZATION, find_run_record
 from utils.turns import Turns
 
 SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0}
@@ -40,6 +40,7 @@ class ChatModel:
     stop_ids: list[int]
     context: int | None  # tokens
     turns: Turns
+    keeps_blank: bool = False  # prompts end in the blanks of their template: a run of an older version
 
 
 def load_run(model_args: ModelArguments, config: dict[str, Any], template: str | None = None) -> ChatModel:
@@ -56,7 +57,19 @@ def load_run(model_args: ModelArguments, config: dict[str, Any], template: str |
         install_graph_decode(model)
     text_config = config.get("text_config", config)
     context = next((text_config[key] for key in CONTEXT_KEYS if isinstance(text_config.get(key), int)), None)
-    return ChatModel(model, tokenizer, stop_ids, context, Turns(model))
+    return ChatModel(model, tokenizer, stop_ids, context, Turns(model), was_tokenized_apart(model_args))
+
+
+def was_tokenized_apart(model_args: ModelArguments) -> bool:
+    """True for a run trained while prompts and answers were tokenized apart; says so."""
+    record = find_run_record(Path(model_args.checkpoint_dir)) if model_args.checkpoint_dir else None
+    if record is None or record.get("tokenization") == TOKENIZATION:
+        return False
+    notice(
+        f"{model_args.checkpoint_dir} was trained by an older version, which tokenized prompts and answers "
+        "apart: it is asked as it was trained, and training anew gives better answers"
+    )
+    return True
 
 
 def find_stop_ids(model_args: ModelArguments, tokenizer: Any, template: str | None = None) -> list[int]:
@@ -92,22 +105,22 @@ def generate_replies(
     batch_size: int = 8,
 ) -> list[str]:
     """One reply to each chat, in batches padded on the left. Leaves training mode and RNG as they were."""
-    replies = generate_ids(model, tokenizer, chats, stop_ids, generation_args, seed, batch_size)
+    prompts = [encode_prompt(tokenizer, chat, stop_ids) for chat in chats]
+    replies = generate_ids(model, tokenizer, prompts, stop_ids, generation_args, seed, batch_size)
     return [decode_reply(tokenizer, ids, stop_ids) for ids in replies]
 
 
 def generate_ids(
     model: Any,
     tokenizer: Any,
-    chats: Sequence[Messages | Chat],
+    prompts: list[list[int]],
     stop_ids: list[int],
     generation_args: GenerationArguments,
     seed: int,
     batch_size: int = 8,
 ) -> list[list[int]]:
-    """Token ids of one reply to each chat, its stop token last where it came to one."""
+    """Token ids of one reply to each prompt (token ids), its stop token last where it came to one."""
     config = build_generation_config(generation_args, tokenizer, stop_ids)
-    prompts = [encode_prompt(tokenizer, chat, stop_ids) for chat in chats]
     replies, was_training = [], model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
@@ -234,7 +247,7 @@ def stream_reply(
     `kept` saves reading again what the last turn read. `tuned` False: the base without its adapter.
     """
     kept = Kept() if kept is None else kept
-    prompt = encode_prompt(chat.tokenizer, messages, chat.stop_ids)
+    prompt = encode_prompt(chat.tokenizer, messages, chat.stop_ids, chat.keeps_blank)
     config = build_generation_config(generation_args, chat.tokenizer, chat.stop_ids)
     kept.prompt_tokens, kept.new_tokens, kept.first_token_seconds, kept.seconds = len(prompt), 0, 0.0, 0.0
     streamer = ReplyStreamer(chat.tokenizer, chat.stop_ids, kept)
@@ -253,7 +266,7 @@ def stream_reply(
     thread = threading.Thread(target=generate, daemon=True)
     thread.start()
     try:
-        yield from (piece for piece in streamer if piece)
+        yield from drop_leading_blanks(streamer)
         thread.join()
     finally:
         between.stopped.set()
@@ -261,6 +274,16 @@ def stream_reply(
             thread.join()
     if failures:
         raise failures[0]
+
+
+def drop_leading_blanks(pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces without the blanks before the first word: they belong to the template, not to the reply."""
+    begun = False
+    for piece in pieces:
+        piece = piece if begun else piece.lstrip()
+        begun = begun or bool(piece)
+        if piece:
+            yield piece
 
 
 def generate_streamed(
@@ -319,7 +342,7 @@ def trim_history(chat: ChatModel, messages: Messages, max_new_tokens: int) -> tu
     system = [message for message in messages[:1] if message["role"] == "system"]
     turns, dropped = messages[len(system) :], 0
     while chat.context is not None:
-        length = len(encode_prompt(chat.tokenizer, system + turns, chat.stop_ids))
+        length = len(encode_prompt(chat.tokenizer, system + turns, chat.stop_ids, chat.keeps_blank))
         if length + max_new_tokens <= chat.context:
             break
         if len(turns) == 1:

@@ -18,8 +18,9 @@ from utils.arguments import DataArguments, LoraArguments, ModelArguments
 from utils.baichuan import build_llama_config, is_baichuan, load_baichuan
 from utils.checks import ADAPTER_FILE, CONVERT, has_adapter, read_model_config
 from utils.console import UserError, notice
+from utils.encoding import find_own_bos
 from utils.frozen_weights import replace_by_dense, unpack_8bit_layers
-from utils.prompts import find_stop_tokens, read_template
+from utils.prompts import find_stop_tokens, read_template, render_chat
 from utils.tokenizer_files import load_own_tokenizer
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def load_tokenizer(
             f"the tokenizer of {model_args.model_name_or_path} has no eos token, so no reply could end"
         )
     add_chat_template(tokenizer, data_args)
+    add_bos(tokenizer)
     add_pad_token(tokenizer)
     return tokenizer
 
@@ -70,6 +72,13 @@ def add_chat_template(tokenizer: "PreTrainedTokenizerBase", data_args: DataArgum
             "use another template"
         )
     tokenizer.chat_template = read_template(name)
+
+
+def add_bos(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Let the template render the BOS that this tokenizer puts before any text: a server adds none itself."""
+    rendered = render_chat(tokenizer, [{"role": "user", "content": "Question"}], add_generation_prompt=True)
+    if find_own_bos(tokenizer) and not rendered.startswith(tokenizer.bos_token):
+        tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
 
 
 def add_pad_token(tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -1,4 +1,4 @@
-"""Messages -> token ids and labels. The one place where text becomes a prompt.
+"""Messages -> text, and where the answers stand in it. The one place where text becomes a prompt.
 
 Labels come from rendering, never from searching for token ids: the prompt of assistant turn i is the chat
 before it, rendered with the generation prompt, and what rendering the turn appends is what is learned.
@@ -21,6 +21,7 @@ TEMPLATES_DIR = Path(__file__).parent / "templates"
 PLAIN_KEYS = {"role", "content"}
 TEMPLATES: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # tokenizer -> (template's source, its renderer)
 Render = Callable[[Messages, bool], str]  # messages, whether a generation prompt follows
+Span = tuple[int, int]  # characters [start, end) of a rendered text
 
 
 def template_names() -> list[str]:
@@ -83,66 +84,83 @@ def notice_once(message: str) -> None:
 
 
 @dataclass(frozen=True)
-class Segment:
-    """A piece of a rendered chat, tokenized on its own; `answer` pieces are what the model writes."""
+class RenderedRow:
+    """A chat as text, and where its answers are: characters [start, end) of each.
 
-    text: str
-    answer: bool
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A training row before tokenizing. `turn_by_turn`: the template rewrites earlier answers, so that each
-    answer has a row of its own and the earlier ones are part of its prompt."""
+    An answer begins with the blanks that end its prompt and ends with its stop token. `trained`: those of the
+    `answers` that are learned. `turn_by_turn`: the template rewrites earlier answers, so that each answer has
+    a row of its own and the earlier ones are part of its prompt.
+    """
 
     messages: Messages
-    segments: list[Segment]
+    text: str
+    answers: list[Span]
+    trained: list[Span]
     turn_by_turn: bool = False
 
 
-def split_prompt(render: Render, messages: Messages, stops: list[str]) -> list[Segment]:
-    """A chat that ends before an assistant turn, cut into pieces at its earlier answers.
+def find_border(prompt: str) -> int:
+    """Where the answer to `prompt` begins: before the blanks that end it.
 
-    A template that rewrites earlier answers (Qwen3, gpt-oss, DeepSeek-V3) gives one piece.
+    A blank and the word behind it are one token to most tokenizers, so it is the answer's. The border depends
+    on the template alone, never on the answer: when a reply is generated there is none yet.
     """
-    prompt = render(messages, True)
-    segments, end = [], 0
+    return len(prompt.rstrip(" "))
+
+
+def split_prompt(render: Render, messages: Messages, stops: list[str]) -> tuple[str, list[Span]]:
+    """The text of a chat that ends before an assistant turn, and where its earlier answers are.
+
+    None are found where the template rewrites earlier answers (Qwen3, gpt-oss, DeepSeek-V3).
+    """
+    prompt, answers = render(messages, True), []
     for turn in answer_turns(messages):
         before, answer = render_turn(render, messages, turn, stops)
         if not prompt.startswith(before + answer):
-            return [Segment(prompt, False)]
-        segments += [Segment(before[end:], False), Segment(answer, True)]
-        end = len(before) + len(answer)
-    return [*segments, Segment(prompt[end:], False)]
+            return prompt, []
+        answers.append((find_border(before), len(before) + len(answer)))
+    return prompt, answers
 
 
-def split_chat(tokenizer: Any, chat: Chat, stops: list[str], last_only: bool = False) -> list[Draft]:
+def render_prompt(tokenizer: Any, asked: Messages | Chat, stop_ids: list[int]) -> tuple[str, list[Span]]:
+    """split_prompt of messages or a Chat that wait for a reply."""
+    chat = asked if isinstance(asked, Chat) else Chat(asked)
+    return split_prompt(
+        bind_render(tokenizer, chat), chat.messages, tokenizer.convert_ids_to_tokens(stop_ids)
+    )
+
+
+def split_chat(tokenizer: Any, chat: Chat, stops: list[str], last_only: bool = False) -> list[RenderedRow]:
     """The training rows of one chat: one, or one for each answer where the template rewrites earlier ones.
 
     `last_only`: earlier answers are not trained.
     """
     messages = chat.messages
     if messages[0]["role"] == TEXT_ROLE:
-        return [Draft(messages, [Segment(messages[0]["content"] + tokenizer.eos_token, True)])]
+        text = messages[0]["content"] + tokenizer.eos_token
+        return [RenderedRow(messages, text, [(0, len(text))], [(0, len(text))])]
+    render = bind_render(tokenizer, chat)
+    turns = answer_turns(messages)
+    rows: list[RenderedRow] = []
+    while turns:
+        *earlier, last = turns
+        prompt, answers = split_prompt(render, messages[:last], stops)
+        text = prompt + render_turn(render, messages, last, stops, prompt)[1]
+        rewritten = bool(earlier) and not answers
+        answers = [*answers, (find_border(prompt), len(text))]
+        trained = answers[-1:] if last_only else answers
+        rows.insert(0, RenderedRow(messages[: last + 1], text, answers, trained, rewritten or bool(rows)))
+        turns = earlier if rewritten and not last_only else []
+    return rows
+
+
+def bind_render(tokenizer: Any, chat: Chat) -> Render:
+    """render_chat with this tokenizer and the chat's tools."""
 
     def render(part: Messages, add_generation_prompt: bool) -> str:
         return render_chat(tokenizer, part, add_generation_prompt, chat.tools)
 
-    turns = answer_turns(messages)
-    if not turns:
-        return []
-    drafts: list[Draft] = []
-    while turns:
-        *earlier, last = turns
-        before = split_prompt(render, messages[:last], stops)
-        prompt = "".join(segment.text for segment in before)
-        answer = Segment(render_turn(render, messages, last, stops, prompt)[1], True)
-        rewritten = bool(earlier) and len(before) == 1
-        if last_only:
-            before = [Segment(segment.text, False) for segment in before]
-        drafts.insert(0, Draft(messages[: last + 1], [*before, answer], rewritten or bool(drafts)))
-        turns = earlier if rewritten and not last_only else []
-    return drafts
+    return render
 
 
 def answer_turns(messages: Messages) -> list[int]:
@@ -178,64 +196,3 @@ def find_stop_tokens(tokenizer: Any, eos_token_ids: list[int]) -> list[int]:
     opens_chat = tokenizer.bos_token_id != tokenizer.eos_token_id and first == [tokenizer.bos_token_id]
     closes_turn = first if closing.issuperset(first) and not opens_chat else []
     return list(dict.fromkeys([*closes_turn, tokenizer.eos_token_id, *eos_token_ids]))
-
-
-def encode_texts(tokenizer: Any, texts: list[str], opens: list[bool]) -> list[list[int]]:
-    """Token ids of segments. Only one that opens a row gets a BOS and a SentencePiece dummy prefix."""
-    bos = tokenizer("").input_ids[:1]  # what this tokenizer puts at the front by itself
-    newline: list[int] = []
-    if has_dummy_prefix(tokenizer):
-        # LLaMA's tokenizer puts a blank before any text, but not behind a newline, which merges with nothing.
-        newline = tokenizer("\n", add_special_tokens=False).input_ids
-        texts = [text if first or not text else "\n" + text for text, first in zip(texts, opens, strict=True)]
-    encoded = []
-    for ids, first in zip(encode_batch(tokenizer, texts), opens, strict=True):
-        if first and ids[:1] != bos and bos == [tokenizer.bos_token_id]:
-            ids = bos + ids
-        elif newline and not first and ids:
-            assert ids[: len(newline)] == newline, "a newline merged into what follows it"
-            ids = ids[len(newline) :]
-        encoded.append(ids)
-    return encoded
-
-
-def encode_batch(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Token ids without special tokens added; a fast tokenizer encodes the texts on every core."""
-    if not texts:
-        return []
-    if not getattr(tokenizer, "is_fast", False):
-        return tokenizer(texts, add_special_tokens=False).input_ids
-    backend = tokenizer.backend_tokenizer
-    backend.no_padding()
-    backend.no_truncation()
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-def has_dummy_prefix(tokenizer: Any) -> bool:
-    first = tokenizer("a", add_special_tokens=False).input_ids[:1]
-    return tokenizer.convert_ids_to_tokens(first)[0].startswith("▁")
-
-
-def encode_segments(
-    tokenizer: Any, segments: list[Segment], train_on_source: bool = False
-) -> dict[str, list[int]]:
-    """{input_ids, labels}; prompts are labelled IGNORE_INDEX unless `train_on_source`."""
-    input_ids, labels = [], []
-    pieces = encode_texts(
-        tokenizer, [segment.text for segment in segments], [i == 0 for i in range(len(segments))]
-    )
-    for segment, ids in zip(segments, pieces, strict=True):
-        input_ids += ids
-        labels += ids if segment.answer or train_on_source else [IGNORE_INDEX] * len(ids)
-    return {"input_ids": input_ids, "labels": labels}
-
-
-def encode_prompt(tokenizer: Any, asked: Messages | Chat, stop_ids: list[int]) -> list[int]:
-    """Token ids from which a reply to `asked` is generated: those of a training row up to that answer."""
-    stops = tokenizer.convert_ids_to_tokens(stop_ids)
-    chat = asked if isinstance(asked, Chat) else Chat(asked)
-
-    def render(part: Messages, add_generation_prompt: bool) -> str:
-        return render_chat(tokenizer, part, add_generation_prompt, chat.tools)
-
-    return encode_segments(tokenizer, split_prompt(render, chat.messages, stops))["input_ids"]

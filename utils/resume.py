@@ -9,7 +9,7 @@ from typing import Any
 from utils.checkpoints import find_fault, find_valid_checkpoint, read_manifest
 from utils.console import UserError, notice
 from utils.run_lock import LOCK_FILE, check_usable
-from utils.run_record import RUN_FILE, find_run_record, list_run_files
+from utils.run_record import RUN_FILE, TOKENIZATION, find_run_record, list_run_files
 from utils.sources import TRAIN
 
 # May differ between two starts of one run: they change what is printed or kept, not what is learned.
@@ -97,9 +97,13 @@ def find_earlier_run(output_dir: Path, arguments: dict[str, Any], overwrite: boo
     base = arguments["model_name_or_path"]
     if not changes and record["base_model"].get("fingerprint") != fingerprint_folder(Path(base)):
         changes = [f"the files in --model_name_or_path {base} have changed"]
+    if record["status"] != "finished" and record.get("tokenization") != TOKENIZATION:
+        changes.append(
+            "an older version tokenized its prompts and answers apart, so its token ids are others"
+        )
     if changes:
         refuse_or_say(
-            f"--output_dir {output_dir} holds a run with other arguments ({'; '.join(changes)})",
+            f"--output_dir {output_dir} holds a run that differs ({'; '.join(changes)})",
             arguments.get("force_resume", False),
         )
         record |= {"status": "running"}  # a finished run goes on, with what has changed

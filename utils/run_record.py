@@ -16,6 +16,7 @@ from typing import Any
 from utils.console import UserError, notice
 
 RUN_FILE = "run.json"
+TOKENIZATION = "rendered chats as a whole"  # how token ids come about; before it, prompts and answers apart
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 # What a run may leave in its folder; --overwrite_output_dir removes these and nothing else.
 RUN_ARTIFACTS = (
@@ -69,6 +70,7 @@ def build_run_record(
         "status": "running",
         "base_model": base,
         "prompt": prompt,
+        "tokenization": TOKENIZATION,
         "data": data,
         "arguments": arguments,
         "command": shlex.join(["python", *hide_secrets(sys.argv)]),

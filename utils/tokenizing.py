@@ -15,13 +15,13 @@ from utils.arguments import DataArguments
 from utils.cache import build_key, find_or_build
 from utils.console import UserError, is_main_process, notice
 from utils.data import LISTED_ROWS, PARTS, Rows
+from utils.encoding import Pieces, encode_rows
 from utils.formats import TEXT_ROLE, Chat, Messages
-from utils.prompts import Draft, encode_texts, find_input_marker, split_chat
+from utils.prompts import RenderedRow, find_input_marker, split_chat
 from utils.token_rows import TokenRows, TokenWriter, open_rows
 
 LENGTH_STEP = 64
 CHUNK_ROWS, CHUNK_CHARACTERS = 1000, 2_000_000
-Pieces = list[tuple[list[int], bool]]  # (token ids, whether they are an answer)
 
 
 @dataclass
@@ -48,6 +48,7 @@ TURNS_CUT = "chats that lost their oldest turns"
 CHAT_SPLIT = "chats split between their turns"
 TURN_BY_TURN = "rows rendered turn by turn"
 NO_STOP = "rows without a stop token in their labels"
+TOKEN_SPLIT = "rows where a token was split, as it reached from a prompt into its answer"
 TWO_BOS = "rows with two BOS at the front"
 LITERAL_NONE = "rows with the literal None as a text"
 
@@ -103,58 +104,65 @@ class RowMaker:
         with ThreadPoolExecutor(max_workers=1) as beside:
             waiting = None
             for chunk in cut_chunks(chats):
-                drafts = [self.draft(part, number, chat, found) for part, _, number, chat in chunk]
-                texts = [segment.text for row in drafts for draft in row for segment in draft.segments]
-                opens = [i == 0 for row in drafts for draft in row for i, _ in enumerate(draft.segments)]
-                encoding = beside.submit(encode_texts, self.tokenizer, texts, opens)
+                rendered = [self.render(part, number, chat, found) for part, _, number, chat in chunk]
+                encoding = beside.submit(
+                    encode_rows, self.tokenizer, [row for rows in rendered for row in rows]
+                )
                 if waiting:
                     yield from self.finish(*waiting, found, bar)
-                waiting = (chunk, drafts, encoding)
+                waiting = (chunk, rendered, encoding)
             if waiting:
                 yield from self.finish(*waiting, found, bar)
 
-    def draft(self, part: str, number: int, chat: Chat, found: dict[str, Found]) -> list[Draft]:
+    def render(self, part: str, number: int, chat: Chat, found: dict[str, Found]) -> list[RenderedRow]:
         stops = self.tokenizer.convert_ids_to_tokens(self.stop_ids)
         try:
-            drafts = split_chat(self.tokenizer, chat, stops, self.data_args.train_last_turn_only)
+            rendered = split_chat(self.tokenizer, chat, stops, self.data_args.train_last_turn_only)
         except UserError:
             found[part].note(REFUSED, number)
             return []
-        if not drafts:
+        if not rendered:
             found[part].note(NO_LABELS, number)
         if any(message["content"].strip() in ("None", "null", "nan") for message in chat.messages):
             found[part].note(LITERAL_NONE, number)
-        return drafts
+        return rendered
 
     def finish(
-        self, chunk: list[Any], drafts: list[list[Draft]], encoding: Any, found: dict[str, Found], bar: Any
+        self,
+        chunk: list[Any],
+        rendered: list[list[RenderedRow]],
+        encoding: Any,
+        found: dict[str, Found],
+        bar: Any,
     ) -> Iterator[tuple[str, int, int, np.ndarray]]:
-        ids = iter(encoding.result())
-        for (part, source, number, chat), row_drafts in zip(chunk, drafts, strict=True):
-            for draft in row_drafts:
-                pieces = [(next(ids), segment.answer) for segment in draft.segments]
+        encoded = iter(encoding.result())
+        for (part, source, number, chat), rows in zip(chunk, rendered, strict=True):
+            for row in rows:
+                pieces, splits = next(encoded)
                 length = sum(len(own) for own, _ in pieces)
                 found[part].uncut[-(-length // LENGTH_STEP) * LENGTH_STEP] += 1
-                for fitted in self.fit(pieces, draft, chat, number, found[part]):
+                if splits:
+                    found[part].note(TOKEN_SPLIT, number)
+                for fitted in self.fit(pieces, row, chat, number, found[part]):
                     signed = self.sign(fitted)
                     if (signed[1:] >= 0).any():
-                        self.check(fitted, draft, number, found[part])
+                        self.check(fitted, row, number, found[part])
                         yield part, source, number, signed
                     else:
                         found[part].note(NO_LABELS, number)
         bar.update(len(chunk))
 
     def fit(
-        self, pieces: Pieces, draft: Draft, chat: Chat, number: int, found: Found, noted: bool = False
+        self, pieces: Pieces, row: RenderedRow, chat: Chat, number: int, found: Found, noted: bool = False
     ) -> Iterator[Pieces]:
         """The pieces as rows within the limits: as they are, cut, split, or not at all. Notes what it did."""
         limit, data_args = self.data_args.max_len, self.data_args
-        if draft.messages[0]["role"] == TEXT_ROLE:
+        if row.messages[0]["role"] == TEXT_ROLE:
             ids = pieces[0][0]
             yield from ([(ids[start : start + limit], True)] for start in range(0, len(ids), limit))
             return
         sizes = [len(ids) for ids, _ in pieces]
-        single = len(pieces) == 2 and not draft.turn_by_turn and data_args.model_max_length is None
+        single = len(pieces) == 2 and not row.turn_by_turn and data_args.model_max_length is None
         if single and sizes[0] <= data_args.source_max_len and sizes[1] <= data_args.target_max_len:
             yield pieces
         elif not single and sum(sizes) <= limit:
@@ -162,11 +170,11 @@ class RowMaker:
         elif data_args.truncation == "drop":
             found.note(TOO_LONG, number)
         else:
-            system, exchanges = split_exchanges(draft.messages)
+            system, exchanges = split_exchanges(row.messages)
             if len(exchanges) == 1:
                 yield cut_exchange(pieces, self.choose_room(sizes, single), self.tokenizer, number, found)
                 return
-            newest_only = draft.turn_by_turn or data_args.train_last_turn_only
+            newest_only = row.turn_by_turn or data_args.train_last_turn_only
             kept = [exchanges[-count_fitting(exchanges[::-1], limit / sum(sizes)) :]]
             if not newest_only and data_args.truncation == "prompt":
                 first = count_fitting(exchanges, limit / sum(sizes))
@@ -179,11 +187,9 @@ class RowMaker:
 
     def refit(self, chat: Chat, last_only: bool, number: int, found: Found) -> Iterator[Pieces]:
         stops = self.tokenizer.convert_ids_to_tokens(self.stop_ids)
-        for draft in split_chat(self.tokenizer, chat, stops, last_only):
-            texts = [segment.text for segment in draft.segments]
-            ids = encode_texts(self.tokenizer, texts, [i == 0 for i in range(len(texts))])
-            pieces = [(own, segment.answer) for own, segment in zip(ids, draft.segments, strict=True)]
-            yield from self.fit(pieces, draft, chat, number, found, noted=True)
+        rows = split_chat(self.tokenizer, chat, stops, last_only)
+        for row, (pieces, _) in zip(rows, encode_rows(self.tokenizer, rows), strict=True):
+            yield from self.fit(pieces, row, chat, number, found, noted=True)
 
     def choose_room(self, sizes: list[int], single: bool) -> tuple[int, int]:
         """Tokens left to the prompt and to what follows it."""
@@ -203,17 +209,17 @@ class RowMaker:
             start += len(ids)
         return signed
 
-    def check(self, pieces: Pieces, draft: Draft, number: int, found: Found) -> None:
-        if pieces[-1][0][-1] not in self.stop_ids and draft.messages[0]["role"] != TEXT_ROLE:
+    def check(self, pieces: Pieces, row: RenderedRow, number: int, found: Found) -> None:
+        if pieces[-1][0][-1] not in self.stop_ids and row.messages[0]["role"] != TEXT_ROLE:
             found.note(NO_STOP, number)
         if pieces[0][0][:2] == [self.tokenizer.bos_token_id] * 2:
             found.note(TWO_BOS, number)
-        if draft.turn_by_turn:
+        if row.turn_by_turn:
             found.note(TURN_BY_TURN, number)
 
 
 def cut_exchange(pieces: Pieces, room: tuple[int, int], tokenizer: Any, number: int, found: Found) -> Pieces:
-    """The prompt without its beginning (a BOS stays), what follows without its end."""
+    """The prompt without its beginning (a BOS stays), what follows without its end: that of an answer."""
     (prompt, trained), *rest = pieces
     if len(prompt) > room[0]:
         found.note(PROMPT_CUT, number)
@@ -223,7 +229,8 @@ def cut_exchange(pieces: Pieces, room: tuple[int, int], tokenizer: Any, number: 
     for ids, answer in rest:
         if len(ids) > left:
             found.note(ANSWER_CUT, number)
-            kept.append((ids[:left], answer))
+            if answer and left:
+                kept.append((ids[:left], answer))
             break
         kept.append((ids, answer))
         left -= len(ids)
