@@ -24,9 +24,7 @@ def answer_batch(
     chats = [
         trim_history(chat, question.messages, generation_args.max_new_tokens)[0] for question in questions
     ]
-    prompts = [
-        encode_prompt(chat.tokenizer, messages, chat.stop_ids, chat.keeps_blank) for messages in chats
-    ]
+    prompts = [encode_prompt(chat.tokenizer, messages, chat.stop_ids, chat.keeps_blank) for messages in chats]
     replies = generate_ids(
         chat.model, chat.tokenizer, prompts, chat.stop_ids, generation_args, seed, batch_size
     )

@@ -233,3 +233,22 @@ def test_batches_of_any_size_give_the_same_tokens(tmp_path, smol_tokenizer, monk
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "other"))
     assert train_rows(smol_tokenizer, tmp_path, rows)[0] == whole
     assert json.dumps(whole)
+
+
+def test_tool_chat_that_fills_its_limit_exactly_is_cut_there(smol_tokenizer, tmp_path):
+    """An answer may end on the last token there is room for, with a tool's result and an answer behind it."""
+    call = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}]
+    chat = [
+        {"role": "user", "content": "How is the weather in Paris?"},
+        {"role": "assistant", "content": "Let me look that up for you. " * 8, "tool_calls": call},
+        {"role": "tool", "content": "sunny"},
+        {"role": "assistant", "content": "It is sunny."},
+    ]
+    (whole,), _ = train_rows(smol_tokenizer, tmp_path, [{"messages": chat}], model_max_length=500)
+    stop = smol_tokenizer.eos_token_id
+    first_end = whole["labels"].index(stop) + 1
+    (row,), counts = train_rows(smol_tokenizer, tmp_path, [{"messages": chat}], model_max_length=first_end)
+    assert row["input_ids"] == whole["input_ids"][:first_end]
+    assert row["labels"][-1] == stop and counts == {tokenizing.ANSWER_CUT: 1}
+    for limit in range(8, len(whole["input_ids"])):
+        train_rows(smol_tokenizer, tmp_path, [{"messages": chat}], model_max_length=limit)

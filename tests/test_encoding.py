@@ -15,7 +15,6 @@ from utils.formats import Chat
 from utils.model import load_stop_ids, load_tokenizer
 from utils.prompts import (
     IGNORE_INDEX,
-    RenderedRow,
     find_stop_tokens,
     read_template,
     split_chat,

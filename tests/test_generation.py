@@ -11,11 +11,14 @@ from conftest import ROOT
 from utils.arguments import GenerationArguments, ModelArguments
 from utils.checks import read_model_config, resolve_model
 from utils.console import UserError
+from utils.encoding import encode_prompt, encode_row
 from utils.formats import Chat
 from utils.frozen_weights import read_weight
 from utils.generation import (
     Kept,
+    ReplyStreamer,
     build_generation_config,
+    drop_leading_blanks,
     generate_replies,
     load_run,
     stream_reply,
@@ -23,7 +26,6 @@ from utils.generation import (
 )
 from utils.graph_decode import install_graph_decode
 from utils.predictions import find_answered
-from utils.encoding import encode_prompt, encode_row
 from utils.prompts import IGNORE_INDEX, split_chat
 
 FLAGS = [
@@ -99,6 +101,53 @@ def test_training_goes_on_with_the_adapter_that_is_there(run, call_main, tmp_pat
     call_main("qlora_finetune", *without)
     recorded = json.loads((tmp_path / "next" / "run.json").read_text())["arguments"]
     assert recorded["lora_r"] == 4 and "up_proj" in recorded["lora_target_modules"]
+
+
+def make_old(run):
+    """Leave the run as the version left it that tokenized prompts and answers apart."""
+    record = json.loads((run / "run.json").read_text())
+    del record["tokenization"]
+    (run / "run.json").write_text(json.dumps(record))
+    template = (run / "chat_template.jinja").read_text()
+    (run / "chat_template.jinja").write_text(template.replace('"ASSISTANT:" -}}', '"ASSISTANT: " -}}'))
+
+
+def test_run_of_an_older_version_is_asked_as_it_was_trained_and_says_so(run, capsys):
+    asked = QUESTION, [*QUESTION, {"role": "assistant", "content": "Me."}, *QUESTION]
+    new = open_run(run)[1]
+    assert "older version" not in capsys.readouterr().out
+    make_old(run)
+    old = open_run(run)[1]
+    assert capsys.readouterr().out.count("was trained by an older version") == 1
+    blank = old.tokenizer(" ").input_ids
+    for messages in asked:
+        prompt = encode_prompt(new.tokenizer, messages, new.stop_ids, new.keeps_blank)
+        assert encode_prompt(old.tokenizer, messages, old.stop_ids, old.keeps_blank) == prompt + blank
+
+
+def test_run_of_an_older_version_goes_on_only_when_forced(run, call_main, tiny_model):
+    make_old(run)
+    argv = ["--model_name_or_path", tiny_model, *FLAGS, "--output_dir", run, "--max_steps", "2"]
+    argv += ["--save_steps", "1", "--template", "vicuna", "--quant_type", "fp4"]
+    assert "is finished" in call_main("qlora_finetune", *argv)
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    with pytest.raises(UserError, match="tokenized its prompts and answers apart.*--force_resume"):
+        call_main("qlora_finetune", *argv)
+    assert "--force_resume: " in call_main("qlora_finetune", *argv, "--force_resume")
+
+
+def test_reply_shows_no_leading_blank(run):
+    """The model writes " I": the blank that the template has before an answer is not the reply's."""
+    chat = open_run(run)[1]
+    prompt = encode_prompt(chat.tokenizer, [{"role": "user", "content": "Hi"}], chat.stop_ids)
+    assert chat.tokenizer.decode(prompt).endswith("ASSISTANT:")
+    streamer = ReplyStreamer(chat.tokenizer, chat.stop_ids, Kept())
+    streamer.put(torch.tensor([prompt]))
+    for token in chat.tokenizer(" I am here.<|im_end|>").input_ids:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert "".join(drop_leading_blanks(streamer)) == "I am here."
 
 
 def test_prompt_of_a_row_with_tools_is_the_trained_one(smol_tokenizer):

@@ -33,8 +33,8 @@ TUNED = ANSWERS | {"Who are you?": "I am the tuned one.", "你是谁？": "我�
 
 
 def encode_lessons(answers, tokenizer):
-    from utils.formats import Chat
     from utils.encoding import encode_row
+    from utils.formats import Chat
     from utils.prompts import find_stop_tokens, split_chat
 
     stops = tokenizer.convert_ids_to_tokens(find_stop_tokens(tokenizer, []))
