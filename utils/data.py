@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
-from utils.cache import build_key, find_or_build
+from utils.cache import build_key, find_or_build, hash_code
 from utils.console import UserError, notice
 from utils.formats import Chat, read_row
+from utils.readers import find_kind
 from utils.run_record import find_run_record
 from utils.sources import EVAL, TEST, TRAIN, Source, find_sources
 
@@ -146,7 +147,6 @@ def count_trained_copies(record: dict[str, Any], rows: Rows) -> int:
 
 def scan_source(source: Source) -> Scan:
     """Read a source once: check every row and hash its content. Kept on disk for large sources."""
-    key = build_key(digest=source.digest, dataset_format=source.dataset_format, scan=1)
 
     def build(folder: Path) -> None:
         scan = scan_rows(source)
@@ -156,6 +156,10 @@ def scan_source(source: Source) -> Scan:
 
     if source.path is not None and source.path.stat().st_size < 200 * CACHED_ROWS:
         return scan_rows(source)
+    kind = find_kind(source.path) if source.path else None  # the same bytes are other rows as .csv and .tsv
+    key = build_key(
+        digest=source.digest, kind=kind, dataset_format=source.dataset_format, code=hash_code(__name__)
+    )
     folder, _ = find_or_build("scan", key, build)
     found = json.loads((folder / "found.json").read_text(encoding="utf-8"))
     return Scan(np.load(folder / "hashes.npy"), **found)
