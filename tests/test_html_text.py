@@ -5,12 +5,14 @@ import re
 
 import pytest
 from markdown_it import MarkdownIt
+from test_sources import load, write_rows
 
 from utils.formats import read_row
 from utils.html_text import CONVERTED, FORMULAS_KEPT, LABELS_TAKEN_OUT, convert_page
 
 REPLIES = {
     "numbered list": "Do this:\n\n3. first\n4. **second**\n   - inner *one*\n   - inner two\n5. third",
+    "list of paragraphs": "1. one\n\n   more\n\n2. two\n\n   - a\n   - b\n\n3. three\n\nEnd.\n\n- x\n\n- y",
     "headings and links": "# Top\n\n### Below\n\nSee [the *site*](https://a.b/c_d?e=1&f=2 \"T\") and <https://x.y>.",
     "signs of Markdown in text": "5 \\* 3, snake_case_name, 2**8, a < b > c, `a*b_c`, #1, & \\[x]",
     "table and quote": "| a | b |\n| --- | --- |\n| 1 | `2` |\n\n> quoted\n>\n> twice\n\n---\n\nend",
@@ -92,6 +94,17 @@ def test_reply_that_is_no_page_is_kept_byte_for_byte(case):
     row = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": KEPT[case]}]}
     chat = read_row(row, "sharegpt")
     assert chat.messages[1]["content"] == KEPT[case] and chat.cleaned == ()
+
+
+def test_report_counts_what_was_done_to_the_rows(tmp_path):
+    page = build_page("<p>Run:</p><pre><code>x</code></pre>")
+    rows = [
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": value}]}
+        for value in ("plain", page, "<p>a</p>", page)
+    ]
+    (scan,) = load(write_rows(tmp_path / "rows.json", rows)).scans
+    assert scan.cleaned == {CONVERTED: [2, 3, 4], LABELS_TAKEN_OUT: [2, 4]}
+    assert scan.counts == {CONVERTED: 3, LABELS_TAKEN_OUT: 2}
 
 
 def test_page_that_a_human_asks_about_is_kept():

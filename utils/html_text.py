@@ -21,7 +21,12 @@ FORMULAS_KEPT = "formulas in HTML kept as TeX, their drawing taken out"
 
 
 class PageConverter(MarkdownConverter):
-    """markdownify with code blocks as they were written: fenced, with their language, every blank kept."""
+    """markdownify with code blocks as they were written, fenced, with their language, every blank kept, and
+    an empty line between the items of a list whose items are paragraphs."""
+
+    def convert_li(self, el: Tag, text: str, parent_tags: set[str]) -> str:
+        item = super().convert_li(el, text, parent_tags)
+        return item if el.find("p", recursive=False) is None else f"{item}\n"
 
     def convert_pre(self, el: Tag, text: str, parent_tags: set[str]) -> str:
         code, body = el.find("code") or el, el.get_text()
