@@ -6,7 +6,7 @@ from typing import Any
 from eval.questions import Question
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.console import UserError
-from utils.data import load_rows
+from utils.data import count_trained_copies, find_held_out, load_rows
 from utils.generation import ChatModel
 from utils.predictions import find_answered
 from utils.prompts import find_input_marker
@@ -33,10 +33,12 @@ def load_held_out(record: dict[str, Any] | None, chat: ChatModel, count: int) ->
     arguments = record["arguments"]
     names = {field.name for field in dataclasses.fields(DataArguments)}
     data_args = DataArguments(**{name: value for name, value in arguments.items() if name in names})
+    wanted = find_held_out(record) or [EVAL]
+    training_args = TrainingArguments(
+        do_eval=EVAL in wanted, do_predict=TEST in wanted, data_seed=arguments["data_seed"]
+    )
     try:
-        rows = load_rows(
-            ModelArguments(), data_args, TrainingArguments(do_eval=True, data_seed=arguments["data_seed"])
-        )
+        rows = load_rows(ModelArguments(), data_args, training_args)
     except UserError as error:
         return HeldOut([], [], [], f"The run's data cannot be read ({error}): no held-out loss.")
     recorded = {source["name"]: source["sha256"] for source in record["data"]["sources"]}
@@ -46,6 +48,10 @@ def load_held_out(record: dict[str, Any] | None, chat: ChatModel, count: int) ->
     counts = record["data"]["rows"]
     if not (counts[EVAL] or counts[TEST]) and all(source.part == TRAIN for source in rows.sources):
         return HeldOut([], [], [], "The run held no rows out, it trained on all: no held-out loss.")
+    copies = count_trained_copies(record, rows)
+    if copies:  # an older run, which trained on them
+        reason = f"{copies:,} rows of the run's data hold the chat of a held-out row: no held-out loss."
+        return HeldOut([], [], [], reason)
     parts = tokenize_rows(rows, chat.tokenizer, chat.stop_ids, data_args)
     found = next((parts[part] for part in (EVAL, TEST) if len(parts[part])), [])
     encoded = [found[i] for i in range(min(count, len(found)))]

@@ -1,17 +1,19 @@
 """Rows in, token ids and labels out: split by content, within their limits, nothing lost in silence."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 from test_sources import alpaca_rows, list_questions, load, write_rows
 
 from utils import tokenizing
-from utils.arguments import DataArguments
+from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.cache import find_cache_dir
 from utils.console import UserError
+from utils.data import Scan, find_copies, load_rows
 from utils.prompts import IGNORE_INDEX, find_stop_tokens, read_template
-from utils.sources import EVAL, TEST, TRAIN
+from utils.sources import EVAL, TEST, TRAIN, Source
 from utils.tokenizing import tokenize_rows
 
 
@@ -20,8 +22,8 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
 
 
-def tokenize(tokenizer, path, do_eval=False, **flags):
-    rows = load(path, do_eval=do_eval, **flags)
+def tokenize(tokenizer, path, do_eval=False, do_predict=False, **flags):
+    rows = load(path, do_eval=do_eval, do_predict=do_predict, **flags)
     datasets = tokenize_rows(
         rows, tokenizer, find_stop_tokens(tokenizer, []), DataArguments(str(path), **flags)
     )
@@ -94,6 +96,146 @@ def test_named_evaluation_rows_replace_the_held_out_ones(tmp_path):
     held_out = write_rows(tmp_path / "b.jsonl", [{"prompt": "q", "completion": "a"}] * 3)
     rows = load(train, do_eval=True, eval_dataset_name=str(held_out), max_eval_samples=2)
     assert (rows.count(TRAIN), rows.count(EVAL)) == (10, 2)
+
+
+def alpaca_as_messages(rows):
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": row["instruction"]},
+                {"role": "assistant", "content": row["output"]},
+            ]
+        }
+        for row in rows
+    ]
+
+
+def write_set_with_copies(folder):
+    """(rows to train on, held-out rows) of a folder whose eval and test files repeat rows of its train file."""
+    train = alpaca_rows(30) + alpaca_rows(3)  # the first three twice
+    other_answer = [row | {"output": "Another."} for row in alpaca_rows(2, start=10)]
+    held_out = alpaca_rows(2) + alpaca_rows(4, start=28) + other_answer
+    write_rows(folder / "train.jsonl", train)
+    write_rows(folder / "eval.jsonl", alpaca_as_messages(held_out[:4]))  # of another format
+    write_rows(folder / "test.jsonl", held_out[4:])
+    return train, held_out
+
+
+def list_pairs(rows, part):
+    return [
+        tuple(message["content"] for message in chat.messages)
+        for kept, _, _, chat in rows.read("\n\n")
+        if kept == part
+    ]
+
+
+@pytest.mark.parametrize("asked", ["nothing", "do_eval", "do_predict", "both"])
+def test_no_copy_of_a_held_out_row_is_trained_on(tmp_path, asked):
+    """Whatever the run evaluates: what it trains on does not hang on that, and a later evaluation is clean."""
+    train, held_out = write_set_with_copies(tmp_path / "set")
+    apart = {(row["instruction"], row["output"]) for row in held_out}
+    expected = [pair for row in train if (pair := (row["instruction"], row["output"])) not in apart]
+    flags = {"do_eval": asked in ("do_eval", "both"), "do_predict": asked in ("do_predict", "both")}
+    rows = load(tmp_path / "set", **flags)
+    assert list_pairs(rows, TRAIN) == expected and len(expected) == 27
+    assert rows.describe()["held_out_copies"] == rows.held_out_copies == len(train) - 27
+    assert set(list_pairs(rows, EVAL) + list_pairs(rows, TEST)) <= apart
+    assert rows.count(EVAL) == 4 * flags["do_eval"] and rows.count(TEST) == 4 * flags["do_predict"]
+
+
+def test_counts_and_samples_are_of_rows_without_copies(tmp_path):
+    write_set_with_copies(tmp_path / "set")
+    assert load(tmp_path / "set", max_train_samples=20).count(TRAIN) == 20
+    drawn = load(f"{tmp_path}/set#25")
+    assert drawn.count(TRAIN) == 25 and set(list_questions(drawn)).isdisjoint(["Question 0?", "Question 29?"])
+
+
+def test_rows_named_for_evaluation_are_not_trained_on(tmp_path):
+    train = write_rows(tmp_path / "a.jsonl", alpaca_rows(10) + alpaca_rows(2))
+    more = write_rows(tmp_path / "b.jsonl", alpaca_as_messages(alpaca_rows(4, start=8)))
+    held_out = write_rows(tmp_path / "c.jsonl", alpaca_as_messages(alpaca_rows(3)))
+    rows = load(f"{train},{more}", do_eval=True, eval_dataset_name=str(held_out), max_eval_samples=1)
+    assert list_questions(rows) == [f"Question {i}?" for i in (3, 4, 5, 6, 7, 8, 9, 8, 9, 10, 11)]
+    assert rows.held_out_copies == 5 and rows.count(EVAL) == 1
+    with pytest.raises(UserError, match="leaves no row to train on: 12 of them are held out"):
+        load(train, do_eval=True, eval_dataset_name=str(train))
+
+
+def test_million_rows_are_held_against_the_held_out_ones_in_a_second():
+    hashes = np.random.default_rng(0).integers(1, 2**64, 1_000_000, np.uint64)
+    apart = np.concatenate([hashes[::1000], np.zeros(5, np.uint64)])
+    sources = [Source("set", "set", part, "", "alpaca") for part in (TRAIN, TEST)]
+    start = time.perf_counter()
+    found, none = find_copies(sources, [Scan(np.append(hashes, np.uint64(0))), Scan(apart)])
+    assert time.perf_counter() - start < 2 and not none.any()
+    assert np.flatnonzero(found).tolist() == list(range(0, 1_000_000, 1000))
+
+
+def test_held_out_file_without_usable_rows_stops_only_a_run_that_needs_it(tmp_path):
+    write_rows(tmp_path / "set" / "train.jsonl", alpaca_rows(3))
+    write_rows(tmp_path / "set" / "test.jsonl", [{"instruction": "q", "output": ""}])  # answers kept back
+    assert load(tmp_path / "set").count(TRAIN) == 3
+    with pytest.raises(UserError, match="test.jsonl: no row can be used"):
+        load(tmp_path / "set", do_predict=True)
+
+
+def evaluate_later(run, name, **flags):
+    """Rows of a later evaluation of `run`, a folder with its run.json."""
+    training_args = TrainingArguments(do_eval=True)
+    return load_rows(
+        ModelArguments(checkpoint_dir=str(run)), DataArguments(str(name), **flags), training_args
+    )
+
+
+def write_record(run, name, rows, older=False):
+    run.mkdir(exist_ok=True)
+    data = rows.describe()
+    if older:
+        del data["held_out_copies"]
+    arguments = vars(DataArguments(str(name))) | {"data_seed": 42}
+    record = {"data": data, "arguments": arguments, "status": "finished"}
+    (run / "run.json").write_text(json.dumps(record))
+    return record
+
+
+def test_later_evaluation_says_what_the_run_trained_on_all_the_same(tmp_path, capsys):
+    train, _ = write_set_with_copies(tmp_path / "set")
+    write_record(tmp_path / "run", tmp_path / "set", load(tmp_path / "set"))
+    assert evaluate_later(tmp_path / "run", tmp_path / "set").count(EVAL) == 4
+    assert "careful" not in capsys.readouterr().out
+    other = write_rows(tmp_path / "other.jsonl", alpaca_rows(3, start=4))
+    evaluate_later(tmp_path / "run", tmp_path / "set", eval_dataset_name=str(other))
+    assert (
+        "careful: 3 rows of the run's data hold the chat of a row that is evaluated now"
+        in capsys.readouterr().out
+    )
+    write_record(tmp_path / "run", tmp_path / "set", load(tmp_path / "set"), older=True)
+    capsys.readouterr()
+    evaluate_later(tmp_path / "run", tmp_path / "set")
+    assert f"careful: {len(train) - 27} rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("asked", ["nothing", "do_eval", "do_predict", "both"])
+def test_report_measures_the_rows_that_the_run_held_out(tmp_path, smol_tokenizer, asked):
+    from types import SimpleNamespace
+
+    from eval.held_out import load_held_out
+
+    write_set_with_copies(tmp_path / "set")
+    wanted = {"do_eval": asked in ("do_eval", "both"), "do_predict": asked in ("do_predict", "both")}
+    rows, datasets = tokenize(smol_tokenizer, tmp_path / "set", **wanted)
+    record = write_record(tmp_path / "run", tmp_path / "set", rows)
+    chat = SimpleNamespace(tokenizer=smol_tokenizer, stop_ids=find_stop_tokens(smol_tokenizer, []))
+    found = load_held_out(record, chat, 100)
+    read, trained = ([row["input_ids"].tolist() for row in part] for part in (found.encoded, datasets[TRAIN]))
+    assert found.reason is None and len(read) == 4 and not [row for row in read if row in trained]
+    part = {"do_eval": EVAL, "do_predict": TEST, "both": EVAL, "nothing": EVAL}[asked]
+    if asked != "nothing":
+        assert read == [row["input_ids"].tolist() for row in datasets[part]]
+    older = write_record(tmp_path / "run", tmp_path / "set", rows, older=True)
+    assert (
+        "6 rows of the run's data hold the chat of a held-out row" in load_held_out(older, chat, 100).reason
+    )
 
 
 def test_rows_become_prompt_and_labelled_answer(tmp_path, smol_tokenizer):

@@ -46,7 +46,7 @@ def test_report_counts_what_is_trained_on(report, tmp_path):
     findings = train["findings"] | held_out["findings"]
     assert findings["answers that lost their end and stop token"] == 1
     assert findings["rows with the literal None as a text"] == 1
-    assert found["duplicates"] == 1 and found["overlap"] == 0 and found["red"] == []
+    assert found["duplicates"] == 1 and found["held_out_copies"] == 0 and found["red"] == []
     assert 0 < train["trained_tokens"] < train["tokens"] and train["longest"] <= 300
     assert found["packing"]["packed"] > 0 and found["suggested_model_max_length"] % 64 == 0
     assert f"{train['tokens']:,} tokens" in printed and "⟦" in printed and "█" in printed
@@ -63,10 +63,11 @@ def test_report_folder_is_free_for_the_run_itself(report, call_main, tiny_model,
     assert (tmp_path / "run" / "data_report.json").exists()
 
 
-def test_rows_of_both_parts_are_counted_as_overlap(report, tmp_path):
+def test_copies_of_held_out_rows_are_counted_and_not_trained_on(report, tmp_path):
     held_out = write_rows(tmp_path / "held_out.jsonl", GOOD[:3])
     printed, found = report(GOOD, "--do_train", "--do_eval", "--eval_dataset_name", held_out)
-    assert found["overlap"] == 3 and "3 held-out rows are trained on too" in printed
+    assert found["held_out_copies"] == 3 and found["parts"]["train"]["rows"] == len(GOOD) - 3
+    assert "3 rows are not trained on: a held-out row holds the same chat" in printed
 
 
 RED = {

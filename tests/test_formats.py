@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from utils.arguments import DataArguments
 from utils.console import UserError
 from utils.formats import ALIASES, FORMATS, find_format, read_row, sniff_format
-from utils.html_text import strip_html
 from utils.named_sets import NAMED_SETS
 
 PAGE = (
@@ -17,7 +16,7 @@ PAGE = (
     '<button>Copy code</button></div><code class="language-python">if 1 &lt; 2:\n    print("&lt;p&gt;")\n</code>'
     "</pre><ol><li>one</li><li><strong>two</strong></li></ol></div>"
 )
-MARKDOWN = 'Use `print` & run:\n\n```python\nif 1 < 2:\n    print("<p>")\n```\n\n- one\n- **two**'
+MARKDOWN = 'Use `print` & run:\n\n```python\nif 1 < 2:\n    print("<p>")\n```\n\n1. one\n2. **two**'
 # format -> (row as its publisher has it, the turns it means: u user, a assistant, s system, t tool, x text)
 GOLDEN = {
     "alpaca": (
@@ -172,14 +171,10 @@ def test_sharegpt_cleaning_is_done_and_named():
     chat = read_row(row, "sharegpt")
     assert list_turns(chat) == ["a:Welcome", "u:q", "a:a", "u:x"]
     assert chat.cleaned == ("empty turns taken out", "roles out of order, the rest cut")
-    assert "HTML taken out" in read_row(GOLDEN["sharegpt"][0], "sharegpt").cleaned
-
-
-@pytest.mark.parametrize(
-    "text", ["Use the <div> tag.", "```html\n<p>Hi</p>\n```", "<p>unclosed", "a < b > c", "<b>x</b>"]
-)
-def test_answer_that_only_mentions_tags_is_kept(text):
-    assert strip_html(text) == text
+    assert read_row(GOLDEN["sharegpt"][0], "sharegpt").cleaned == (
+        "HTML turned into Markdown",
+        "labels and buttons of HTML code blocks taken out",
+    )
 
 
 BAD = {

@@ -1,11 +1,18 @@
-"""Old LLaMA tokenizers with wrong special ids are corrected and reported; right ones are left alone."""
+"""Old LLaMA tokenizers with wrong special ids are corrected and reported; right ones are left alone.
+
+And what a tokenizer leaves open is decided the same way at every start: its template, its pad token.
+"""
 
 import json
 
 import pytest
-from tiny_models import build_decapoda, build_llama1, build_llama2, build_phi3, build_yi
+from tiny_models import build_decapoda, build_llama1, build_llama2, build_phi3, build_qwen2, build_yi
 
-from utils.arguments import ModelArguments
+from utils.arguments import DataArguments, ModelArguments
+from utils.console import UserError
+from utils.model import load_tokenizer
+from utils.prompts import find_input_marker, read_template, render_chat
+from utils.run_record import hash_text
 from utils.tokenizer_files import load_own_tokenizer
 
 CORRECTED = "special tokens are wrong (an old LLaMA conversion): corrected to bos 1, eos 2\n"
@@ -61,7 +68,7 @@ def test_right_special_tokens_are_left_alone_and_nothing_is_said(build, tmp_path
 
 def test_corrected_tokenizer_stops_at_eos_and_never_at_bos(tmp_path):
     """The conversion's generation_config names 1, the BOS, as its end."""
-    from utils.model import load_stop_ids, load_tokenizer
+    from utils.model import load_stop_ids
 
     build_decapoda(tmp_path)
     model_args = ModelArguments(model_name_or_path=str(tmp_path))
@@ -104,3 +111,73 @@ def test_blank_that_only_tokenizer_json_adds_is_dropped(tmp_path):
     for text in ("<|im_end|>\n", "<|im_start|>user\nWho are you? 你是谁？<|im_end|>"):
         assert tokenizer(text, add_special_tokens=False).input_ids == reference.encode(text)
         assert tokenizer.decode(reference.encode(text)) == text
+
+
+TEMPLATES = {
+    "default": "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}",
+    "rag": "rag: {{ messages[0].content }}",
+    "tool_use": "tools: {{ messages[0].content }}",
+}
+
+
+def keep_templates(folder, templates, place):
+    """Named templates as tokenizer_config.json held them, or as files, as transformers writes them now."""
+    if place == "config":
+        named = [{"name": name, "template": template} for name, template in templates.items()]
+        change_settings(folder, chat_template=named)
+        return
+    change_settings(folder, chat_template=None)
+    (folder / "additional_chat_templates").mkdir()
+    for name, template in templates.items():
+        path = folder / "additional_chat_templates" / f"{name}.jinja"
+        (folder / "chat_template.jinja" if name == "default" else path).write_text(template)
+
+
+@pytest.mark.parametrize("place", ["config", "files"])
+@pytest.mark.parametrize("build", [build_llama2, build_qwen2, build_llama1])
+def test_of_named_templates_the_default_is_used_and_saved(build, place, tmp_path, capsys):
+    """llama1 has a sentencepiece file alone. transformers itself chooses default for plain messages."""
+    from transformers import AutoTokenizer
+
+    build(tmp_path)
+    keep_templates(tmp_path, TEMPLATES, place)
+    tokenizer = load_tokenizer(ModelArguments(model_name_or_path=str(tmp_path)))
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(chat, tokenize=False)
+    assert render_chat(tokenizer, chat) == expected == "<user>q</s><assistant>a</s>"
+    assert len(hash_text(tokenizer.chat_template)) == 64 and find_input_marker(tokenizer) == "\n\n"
+    tokenizer.save_pretrained(tmp_path / "run")
+    assert (tmp_path / "run" / "chat_template.jinja").read_text() == TEMPLATES["default"]
+    assert not (tmp_path / "run" / "additional_chat_templates").exists()
+    capsys.readouterr()
+    again = load_tokenizer(ModelArguments(str(tmp_path), checkpoint_dir=str(tmp_path / "run")))
+    assert render_chat(again, chat) == expected and capsys.readouterr().out == ""
+
+
+def test_named_templates_without_a_default_are_one_line_and_a_flag_overrides(tmp_path):
+    build_qwen2(tmp_path)
+    keep_templates(tmp_path, {name: TEMPLATES[name] for name in ("tool_use", "rag")}, "config")
+    model_args = ModelArguments(model_name_or_path=str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"named rag, tool_use and none named default: .*--template \(alpaca,"
+    ):
+        load_tokenizer(model_args)
+    tokenizer = load_tokenizer(model_args, DataArguments(template="vanilla"))
+    assert tokenizer.chat_template == read_template("vanilla")
+    keep_templates(tmp_path, TEMPLATES, "config")
+    assert load_tokenizer(model_args, DataArguments(template="alpaca")).chat_template == read_template(
+        "alpaca"
+    )
+
+
+def test_pad_token_is_the_same_at_every_start(tmp_path):
+    """The vocabulary comes in another order each time: of the reserved pad tokens the one with the smallest id."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["a", "</s>", "padding", *(f"<|pad_{i}|>" for i in (7, 3, 12, 0, 9, 1, 30, 2)), "<pad>"]
+    backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path)
+    model_args, data_args = ModelArguments(str(tmp_path)), DataArguments(template="vanilla")
+    pads = {load_tokenizer(model_args, data_args).pad_token for _ in range(12)}
+    assert pads == {"<|pad_7|>"} and names.index("<|pad_7|>") == 3

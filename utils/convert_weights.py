@@ -8,6 +8,7 @@ Baichuan-7B becomes a plain LLaMA folder, which PEFT, vLLM and llama.cpp read to
 import json
 import pickle
 import shutil
+import struct
 import sys
 import tempfile
 import zipfile
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.baichuan import build_llama_config, is_baichuan, split_packed
-from utils.checks import check_model_path
+from utils.checks import read_json
 from utils.console import UserError, notice, run_main
 
 KEPT_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*")
@@ -34,12 +35,12 @@ def main() -> None:
 def convert_folder(source: Path, target: Path) -> None:
     """Write `target` beside, then rename: it is whole or not there."""
     if not (source / "config.json").is_file():
-        check_model_path(str(source))
-        raise UserError(f"{source}: no such folder of a model; download one with `hf download HUB_ID`")
+        lacking = "holds no config.json, so no model" if source.is_dir() else "is no folder"
+        raise UserError(f"{source} {lacking}: download one with `hf download HUB_ID --local-dir FOLDER`")
     files = sorted(source.glob("pytorch_model*.bin")) or sorted(source.glob("*.safetensors"))
     if not files:
         raise UserError(f"{source} holds neither pytorch_model*.bin nor *.safetensors: download it again")
-    packed = is_baichuan(json.loads((source / "config.json").read_text(encoding="utf-8")))
+    packed = is_baichuan(read_json(source / "config.json"))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as beside:
         complete = Path(beside, "model")
@@ -67,22 +68,37 @@ def save_shards(files: list[Path], target: Path) -> None:
         (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
+def load_tensors(file: Path) -> Any:
+    """What one file holds by name. Raises UserError where it is damaged or could run code."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        zipped = zipfile.is_zipfile(file)
+        with open(file, "rb") as stream:
+            if not zipped and stream.read(1) != pickle.PROTO:  # what torch wrote before 1.6 starts with it
+                raise ValueError("it is no whole pickle")
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{file} holds more than tensors, and loading it would run its code: not converted "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    except (SafetensorError, EOFError, KeyError, ValueError, RuntimeError, struct.error) as error:
+        reason = str(error)[:80].partition("\n")[0] or "it ends early"
+        raise UserError(f"{file} is damaged ({reason}): download it again") from error
+
+
 def read_tensors(file: Path) -> dict[str, Any]:
     """Tensors of one file, W_pack cut, each with memory of its own; a tied pair is kept once."""
     import torch
-    from safetensors.torch import load_file
 
-    if file.suffix == ".safetensors":
-        loaded = load_file(file)
-    else:
-        try:
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        except pickle.UnpicklingError as error:
-            raise UserError(
-                f"{file} holds more than tensors, and loading it would run its code: not converted "
-                f"({str(error).splitlines()[0]})"
-            ) from error
-    tensors, seen = {}, set()
+    loaded, tensors, seen = load_tensors(file), {}, set()
+    if not isinstance(loaded, dict):
+        raise UserError(f"{file} holds a {type(loaded).__name__}, not tensors by name: not converted")
     for name, tensor in loaded.items():
         if not isinstance(tensor, torch.Tensor):
             raise UserError(f"{file}: {name} is a {type(tensor).__name__}, not a tensor: not converted")
@@ -108,8 +124,7 @@ def save_as_llama(source: Path, target: Path) -> None:
 
     for path in [*target.glob("*.py"), target / "tokenizer.model"]:
         path.unlink(missing_ok=True)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    build_llama_config(config).save_pretrained(target)
+    build_llama_config(read_json(source / "config.json")).save_pretrained(target)
     load_own_tokenizer(str(source), trust_remote_code=False).save_pretrained(target)
 
 

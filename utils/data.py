@@ -3,7 +3,7 @@
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
-from utils.cache import build_key, find_or_build
+from utils.cache import build_key, find_or_build, hash_code
 from utils.console import UserError, notice
 from utils.formats import Chat, read_row
+from utils.readers import find_kind
 from utils.run_record import find_run_record
 from utils.sources import EVAL, TEST, TRAIN, Source, find_sources
 
@@ -45,6 +46,7 @@ class Rows:
     sources: list[Source]
     scans: list[Scan]
     parts: list[np.ndarray]
+    held_out_copies: int = 0  # rows not trained on: a held-out row holds the same chat
 
     def count(self, part: str) -> int:
         return sum(int((parts == PARTS.index(part)).sum()) for parts in self.parts)
@@ -70,6 +72,7 @@ class Rows:
                 for source, scan in zip(self.sources, self.scans, strict=True)
             ],
             "rows": {part: self.count(part) for part in PARTS[1:]},
+            "held_out_copies": self.held_out_copies,
             "parts_sha256": hashlib.sha256(b"".join(parts.tobytes() for parts in self.parts)).hexdigest(),
         }
 
@@ -85,20 +88,20 @@ def load_rows(model_args: ModelArguments, data_args: DataArguments, training_arg
         wanted = find_held_out(record) or wanted
     if data_args.eval_dataset_name:
         sources = [source for source in sources if source.part == TRAIN]
-        sources += find_sources(data_args.eval_dataset_name, data_args, forced_part=EVAL) if wanted else []
-    elif not wanted:
-        sources = [source for source in sources if source.part == TRAIN]
-    if record and all(source.part == TRAIN for source in sources):
-        report_other_split(record, sources, data_args, training_args)
+        sources += find_sources(data_args.eval_dataset_name, data_args, forced_part=EVAL)
     scans = [scan_source(source) for source in sources]
-    report_sources(sources, scans)
-    parts = assign_parts(sources, scans, wanted, data_args, training_args.data_seed)
-    rows = Rows(sources, scans, parts)
+    report_sources(sources, scans, wanted)
+    copies = find_copies(sources, scans)
+    parts = assign_parts(sources, scans, copies, wanted, data_args, training_args.data_seed)
+    rows = Rows(sources, scans, parts, sum(int(own.sum()) for own in copies))
+    if record:
+        report_trained_rows(record, rows, data_args, training_args)
     if not (training_args.do_train or data_args.data_report):
         for own in parts:
             own[own == PARTS.index(TRAIN)] = 0
     if not rows.count(TRAIN) and training_args.do_train:
-        raise UserError(f"--dataset_name {data_args.dataset_name} leaves no row to train on")
+        held_out = f": {rows.held_out_copies:,} of them are held out" if rows.held_out_copies else ""
+        raise UserError(f"--dataset_name {data_args.dataset_name} leaves no row to train on{held_out}")
     return rows
 
 
@@ -108,14 +111,18 @@ def find_held_out(record: dict[str, Any] | None) -> list[str]:
     return [part for part in (EVAL, TEST) if counts.get(part)]
 
 
-def report_other_split(
-    record: dict[str, Any],
-    sources: list[Source],
-    data_args: DataArguments,
-    training_args: TrainingArguments,
+def report_trained_rows(
+    record: dict[str, Any], rows: Rows, data_args: DataArguments, training_args: TrainingArguments
 ) -> None:
-    """Say where rows that the run trained on are evaluated: it held none out, or split them otherwise."""
-    if {source.digest for source in sources}.isdisjoint(own["sha256"] for own in record["data"]["sources"]):
+    """Say where rows that the run trained on are evaluated: it held none out, others, or split otherwise."""
+    copies = count_trained_copies(record, rows)
+    if copies:
+        notice(f"careful: {copies:,} rows of the run's data hold the chat of a row that is evaluated now")
+    if any(source.part != TRAIN for source in rows.sources):
+        return
+    if {source.digest for source in rows.sources}.isdisjoint(
+        own["sha256"] for own in record["data"]["sources"]
+    ):
         return  # other rows
     now = {"eval_dataset_size": data_args.eval_dataset_size, "data_seed": training_args.data_seed}
     changed = [f"--{name} {value}" for name, value in now.items() if record["arguments"].get(name) != value]
@@ -125,9 +132,21 @@ def report_other_split(
         notice(f"careful: {' '.join(changed)} is not the run's, so rows it was trained on are evaluated too")
 
 
+def count_trained_copies(record: dict[str, Any], rows: Rows) -> int:
+    """Rows of the run's data that hold the chat of a row which the run did not know to be held out."""
+    recorded = record["data"]["sources"] if "held_out_copies" in record["data"] else []
+    left_out = {own["sha256"] for own in recorded if own["part"] != TRAIN}
+    trained = {own["sha256"] for own in record["data"]["sources"] if own["part"] == TRAIN}
+    pairs = [
+        (source, scan)
+        for source, scan in zip(rows.sources, rows.scans, strict=True)
+        if (source.digest in trained if source.part == TRAIN else source.digest not in left_out)
+    ]
+    return sum(int(own.sum()) for own in find_copies(*zip(*pairs, strict=True))) if pairs else 0
+
+
 def scan_source(source: Source) -> Scan:
     """Read a source once: check every row and hash its content. Kept on disk for large sources."""
-    key = build_key(digest=source.digest, dataset_format=source.dataset_format, scan=1)
 
     def build(folder: Path) -> None:
         scan = scan_rows(source)
@@ -137,6 +156,10 @@ def scan_source(source: Source) -> Scan:
 
     if source.path is not None and source.path.stat().st_size < 200 * CACHED_ROWS:
         return scan_rows(source)
+    kind = find_kind(source.path) if source.path else None  # the same bytes are other rows as .csv and .tsv
+    key = build_key(
+        digest=source.digest, kind=kind, dataset_format=source.dataset_format, code=hash_code(__name__)
+    )
     folder, _ = find_or_build("scan", key, build)
     found = json.loads((folder / "found.json").read_text(encoding="utf-8"))
     return Scan(np.load(folder / "hashes.npy"), **found)
@@ -160,8 +183,8 @@ def scan_rows(source: Source) -> Scan:
     return scan
 
 
-def report_sources(sources: list[Source], scans: list[Scan]) -> None:
-    """One line a source; raises UserError where not one of its rows can be used."""
+def report_sources(sources: list[Source], scans: list[Scan], wanted: list[str]) -> None:
+    """One line a source; raises UserError where one that is needed has no row that can be used."""
     for source, scan in zip(sources, scans, strict=True):
         bad = int((scan.hashes == 0).sum())
         line = f"{source.name}: {len(scan.hashes):,} rows, format {source.dataset_format}"
@@ -169,10 +192,26 @@ def report_sources(sources: list[Source], scans: list[Scan]) -> None:
             line += f"\n  {scan.counts[reason]:,} left out, row {numbers[0]} first: {reason}"
         if len(scan.bad) > 3:
             line += f"\n  {bad:,} left out in all"
-        if bad == len(scan.hashes):
+        if bad == len(scan.hashes) and (source.part == TRAIN or wanted):
             reason, numbers = next(iter(scan.bad.items()), ("it is empty", [1]))
             raise UserError(f"{source.name}: no row can be used; row {numbers[0]}: {reason}")
         notice(line)
+
+
+def find_copies(sources: Sequence[Source], scans: Sequence[Scan]) -> list[np.ndarray]:
+    """For each source, which of its rows to train on hold the same chat as a row made for evaluation.
+
+    The whole chat, as everywhere in the split: what is measured is the answer, so the same question with
+    another answer is another row (many sets ask a few questions thousands of times).  # bool [rows]
+    """
+    pairs = list(zip(sources, scans, strict=True))
+    made_apart = [scan.hashes for source, scan in pairs if source.part != TRAIN]
+    held_out = np.unique(np.concatenate(made_apart)) if made_apart else np.zeros(0, np.uint64)
+    held_out = held_out[held_out != 0]
+    return [
+        np.isin(scan.hashes, held_out) if source.part == TRAIN else np.zeros(len(scan.hashes), bool)
+        for source, scan in pairs
+    ]
 
 
 def mix(hashes: np.ndarray, salt: str, seed: int) -> np.ndarray:
@@ -195,6 +234,7 @@ def take_smallest(keys: np.ndarray, candidates: np.ndarray, count: int) -> np.nd
 def assign_parts(
     sources: list[Source],
     scans: list[Scan],
+    copies: list[np.ndarray],
     wanted: list[str],
     data_args: DataArguments,
     data_seed: int,
@@ -205,7 +245,7 @@ def assign_parts(
     made_for = np.repeat([PARTS.index(source.part) for source in sources], sizes)
     entry_names = list(dict.fromkeys(source.entry for source in sources))
     entries = np.repeat([entry_names.index(source.entry) for source in sources], sizes)
-    usable = hashes != 0
+    usable = (hashes != 0) & ~np.concatenate(copies)
     for i, name in enumerate(entry_names):
         sample = next(source.sample for source in sources if source.entry == name)
         if sample:

@@ -20,7 +20,7 @@ from utils.checks import ADAPTER_FILE, CONVERT, has_adapter, read_model_config
 from utils.console import UserError, notice
 from utils.encoding import find_own_bos
 from utils.frozen_weights import replace_by_dense, unpack_8bit_layers
-from utils.prompts import find_stop_tokens, read_template, render_chat
+from utils.prompts import find_stop_tokens, read_template, render_chat, template_names
 from utils.tokenizer_files import load_own_tokenizer
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def add_chat_template(tokenizer: "PreTrainedTokenizerBase", data_args: DataArgum
     """Set the prompt format: --template, else the tokenizer's own, else alpaca (guanaco for oasst1)."""
     name = data_args.template if data_args else None
     if name is None and tokenizer.chat_template:
+        tokenizer.chat_template = choose_named_template(tokenizer.chat_template)
         return
     if name is None:
         name = "guanaco" if data_args and data_args.dataset_name == "oasst1" else "alpaca"
@@ -81,12 +82,33 @@ def add_bos(tokenizer: "PreTrainedTokenizerBase") -> None:
         tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
 
 
+def choose_named_template(template: str | dict[str, str]) -> str:
+    """The template, or the one named default where a tokenizer has several (Command R: rag, tool_use)."""
+    if isinstance(template, str):
+        return template
+    if "default" not in template:
+        raise UserError(
+            f"the tokenizer has chat templates named {', '.join(sorted(template))} and none named default: "
+            f"choose the prompt format with --template ({', '.join(template_names())})"
+        )
+    notice(f"of the tokenizer's chat templates ({', '.join(sorted(template))}) default is used")
+    return template["default"]
+
+
 def add_pad_token(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """pad = unk or a reserved token; else eos. Masks go by length: an eos in an answer is still trained."""
+    """pad = unk or a reserved token; else eos. Masks go by length: an eos in an answer is still trained.
+
+    Of several reserved ones that with the smallest id, then the shortest name: get_vocab() has another order
+    at each call.
+    """
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return
-    reserved = (token for token in tokenizer.get_vocab() if "pad" in token.lower() and token.startswith("<"))
-    for token in (tokenizer.unk_token, *reserved, tokenizer.eos_token):
+    reserved = sorted(
+        (token_id, len(token), token)
+        for token, token_id in tokenizer.get_vocab().items()
+        if "pad" in token.lower() and token.startswith("<")
+    )
+    for token in (tokenizer.unk_token, *(token for *_, token in reserved), tokenizer.eos_token):
         if token is not None:
             tokenizer.pad_token = token
             return

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from utils.arguments import DataArguments
-from utils.cache import build_key, find_or_build
+from utils.cache import build_key, find_or_build, hash_code
 from utils.console import UserError, is_main_process, notice
 from utils.data import LISTED_ROWS, PARTS, Rows
 from utils.encoding import Pieces, encode_rows
@@ -65,7 +65,7 @@ def tokenize_rows(
         special=[str(tokenizer.special_tokens_map), stop_ids],
         limits=[data_args.source_max_len, data_args.target_max_len, data_args.model_max_length],
         how=[data_args.truncation, data_args.train_on_source, data_args.train_last_turn_only],
-        version=1,
+        code=hash_code(__name__),
     )
     maker = RowMaker(tokenizer, stop_ids, data_args)
     folder, cached = find_or_build("tokens", key, lambda beside: write_parts(beside, rows, maker))
