@@ -12,18 +12,20 @@
 # | `HuggingFaceTB/SmolLM2-135M-Instruct` | small enough for a CPU |
 
 # %%
+import logging
 import os
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 MODEL = os.environ.get("MODEL", "huggyllama/llama-7b")
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of a package not needed
 
 # %% [markdown]
 # ## The compute type
 #
 # Weights are stored in 4 bits and multiplied in 16. A T4 (2018) has no bfloat16, so it computes in float16;
-# a CPU computes in float32.
+# a CPU computes in float32 here, which every CPU can.
 
 # %%
 if not torch.cuda.is_available():
@@ -54,6 +56,9 @@ model = AutoModelForCausalLM.from_pretrained(
     dtype=dtype,  # of what is not quantized: embeddings, norms, output layer
     device_map=device_map,  # max_memory={0: "14GB"} caps what it takes of each card
 )
+for module in model.modules():  # repacked for replies, as new CPUs would, they could not be trained through
+    if hasattr(module, "support_avx512bf16_for_cpu"):
+        module.support_avx512bf16_for_cpu = False
 print(f"{MODEL}: {model.get_memory_footprint() / 1e9:.2f} GB")
 
 # %% [markdown]

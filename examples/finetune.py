@@ -106,10 +106,13 @@ run_python("cli_demo.py", "--checkpoint_dir", RUN, "--max_new_tokens", "32", std
 # training, because the adapter was trained on the 4-bit weights.
 
 # %%
+import logging  # noqa: E402
+
 import torch  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
 
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of a package not needed
 record = json.loads(Path(RUN, "run.json").read_text(encoding="utf-8"))
 quantization = BitsAndBytesConfig(
     load_in_4bit=True,

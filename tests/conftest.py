@@ -14,6 +14,21 @@ ROOT = Path(__file__).parent.parent
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
 
 
+def pytest_sessionstart(session):
+    """The CPU's kind at the head, which pytest's own header, quiet under -q, would not show."""
+    from utils.cpu import describe_cpu
+
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter and not hasattr(session.config, "workerinput"):
+        reporter.write_line(describe_cpu())
+
+
+@pytest.fixture
+def float32_cpu(monkeypatch):
+    """A CPU that computes in float32, whichever this is: where runs are compared to 1e-4."""
+    monkeypatch.setenv("QLORA_CPU_DTYPE", "float32")
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The starter model's folder, made once and kept."""

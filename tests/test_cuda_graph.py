@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from tiny_llms import DEVICE, adapter_gradients, build_batch, build_model, relative_difference
+from tiny_llms import DEVICE, LINEARS, adapter_gradients, build_batch, build_model, relative_difference
 
 from utils.console import run_main
 from utils.cuda_graph import GraphedStep, find_size, round_up
@@ -126,6 +126,24 @@ def test_checkpoints_in_host_memory_change_no_bit(monkeypatch, capsys, name):
         if offload:
             layers = len(step.fast.blocks)
             assert len(step.fast.store.rooms) in (layers, layers - 1) and step.fast.store.outgrown
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.gpu
+def test_layers_that_need_no_gradient_leave_no_copy_under_way(monkeypatch):
+    """A capture cannot end while one is: the step would run eagerly."""
+    monkeypatch.setattr("utils.fast_model.SMALLEST_WIDTH", 1)
+    gradients = []
+    for offload in (True, False):
+        model = build_model("llama", 0.0, SIXTEEN, 4, target_modules=LINEARS, layers_to_transform=[1])
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.get_input_embeddings()._forward_hooks.clear()  # which would ask for a gradient
+        step = GraphedStep(prepare_fast_model(model, SIXTEEN, offload))
+        for seed in range(4):
+            step(build_batch(packed=True, seed=seed), 0.5)
+        assert step.obstacle is None and len(step.graphs) == 1
+        assert not offload or (len(step.fast.store.rooms) == 2 and not step.fast.store.coming)
+        gradients.append(torch.cat([x.flatten() for x in adapter_gradients(step.fast.model).values()]))
     assert torch.equal(*gradients)
 
 

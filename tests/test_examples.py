@@ -33,6 +33,7 @@ def run_example(name, **environment):
         timeout=1800,
     )
     assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-3000:]
+    assert "kernels-community" not in result.stderr
     return result.stdout
 
 

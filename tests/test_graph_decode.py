@@ -99,6 +99,40 @@ def test_batches_beams_and_gradients_take_the_plain_forward(models):
     assert decoder.buffers is None
 
 
+@pytest.mark.parametrize("mask", [[0, 0, 1, 1, 1], [0] * 30 + [1] * 9])
+def test_lone_prompt_that_is_padded_on_the_left_gets_the_plain_models_reply(models, mask):
+    """And so the reply to the same prompt without padding."""
+    plain, decoded, decoder = models
+    prompt = torch.arange(5, 5 + len(mask), device=DEVICE)[None]
+    flags = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    flags["attention_mask"] = torch.tensor([mask], device=DEVICE)
+    replies = [model.generate(prompt, **flags)[0, len(mask) :].tolist() for model in (plain, decoded)]
+    shown = prompt[0, mask.count(0) :].tolist()
+    assert replies[0] == replies[1] == reply(decoded, shown)[len(shown) :]
+    assert decoder.buffers is not None and not decoder.obstacle  # of the prompt without padding
+
+
+def test_step_that_asks_for_more_than_logits_gets_it(models):
+    """Hidden states, a position of the caller's own, a loss."""
+    plain, decoded, _ = models
+    cache = [DynamicCache(config=model.config) for model in (plain, decoded)]
+    ids = torch.tensor([[5, 6, 7]], device=DEVICE)
+    last = ids[:, -1:]
+    asked = [{"output_hidden_states": True}, {"position_ids": last}, {"labels": last}]
+    with torch.no_grad():
+        outputs = [
+            [
+                model(input_ids=ids if i == 0 else last, past_key_values=own, **more)
+                for i, more in enumerate([{}, *asked])
+            ]
+            for model, own in zip((plain, decoded), cache, strict=True)
+        ]
+    for expected, got in zip(*outputs, strict=True):
+        assert expected.keys() == got.keys()
+        torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    assert len(outputs[1][1].hidden_states) == 3
+
+
 def test_adapter_is_switched_off_and_on_between_tokens(tiny_model, models):
     from peft import LoraConfig, get_peft_model
 

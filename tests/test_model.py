@@ -79,11 +79,8 @@ def test_8_bit_layers_multiply_by_their_unpacked_weights(tiny_model, hooked):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_chat_on_a_cpu_unpacks_quantized_weights_once(tiny_model, bits, monkeypatch, capsys):
     """The same weights, dense, where no kernel multiplies by them as they are and the memory allows it."""
-    from types import SimpleNamespace
+    from utils import frozen_weights
 
-    from utils import frozen_weights, model
-
-    monkeypatch.setattr(model, "has_fast_cpu_kernels", lambda model: False)
     args = ModelArguments(str(tiny_model), bits=bits, use_cpu=True)
     ids = torch.arange(5, 25)[None]
     quantized, dense = (load_base(args, torch.float32, trainable=trainable) for trainable in (True, False))
@@ -91,6 +88,6 @@ def test_chat_on_a_cpu_unpacks_quantized_weights_once(tiny_model, bits, monkeypa
     linear = [layer for layer in dense.modules() if isinstance(layer, torch.nn.Linear)]
     assert all(type(layer) is torch.nn.Linear and not layer.weight.requires_grad for layer in linear)
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr(frozen_weights.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e5))
+    monkeypatch.setattr(frozen_weights, "read_host_memory", lambda: (1e6, 1e5))
     load_base(args, torch.float32, trainable=False)
     assert "are unpacked for every token: all at once need 0.0 GB" in capsys.readouterr().out

@@ -24,6 +24,7 @@ from utils.fast_kernels import Mask
 from utils.shapes import quantize_linears
 
 VOCABULARY = 96
+LINEARS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()  # LLaMA's
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -57,7 +58,9 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def build_model(name: str, dropout: float = 0.0, dtype: torch.dtype = torch.float32, bits: int = 16):
+def build_model(
+    name: str, dropout: float = 0.0, dtype: torch.dtype = torch.float32, bits: int = 16, **adapter
+):
     """The model with an adapter whose B is not zero, from a fixed seed; biases and norms are random too."""
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(CONFIGS[name]())
@@ -70,7 +73,11 @@ def build_model(name: str, dropout: float = 0.0, dtype: torch.dtype = torch.floa
     model = get_peft_model(
         base,
         LoraConfig(
-            r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+            r=4,
+            lora_alpha=8,
+            lora_dropout=dropout,
+            task_type="CAUSAL_LM",
+            **({"target_modules": "all-linear"} | adapter),
         ),
     )
     for parameter_name, parameter in model.named_parameters():

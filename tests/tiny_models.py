@@ -137,7 +137,8 @@ def write_model(folder: Path, model_type: str, published: dict | None = None, **
     torch.manual_seed(0)
     # At the usual 0.02 so small a model says nothing; logits should differ from token to token.
     config = AutoConfig.for_model(model_type, **({"initializer_range": 0.1} | fields))
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    # Rounded as publishers' 16-bit files are: whatever a CPU computes in, it quantizes the same weights.
+    AutoModelForCausalLM.from_config(config).bfloat16().float().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     write_json(folder, "config.json", config | (published or {}))
 

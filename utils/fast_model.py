@@ -57,11 +57,13 @@ class FastModel:
         if "cu_seqlens" not in batch or self.attention_obstacle:
             loss = self.sum_losses(batch)
             loss.backward(loss_scale)
-            return loss.detach()
-        lengths = {"cu_seq_lens_q": batch["cu_seqlens"], "max_length_q": batch["max_length"]}
-        with packed_attention(self.causal_model):  # checkpointing attends again on the way back
-            loss = self.sum_losses(batch, **lengths)
-            loss.backward(loss_scale)
+        else:
+            lengths = {"cu_seq_lens_q": batch["cu_seqlens"], "max_length_q": batch["max_length"]}
+            with packed_attention(self.causal_model):  # checkpointing attends again on the way back
+                loss = self.sum_losses(batch, **lengths)
+                loss.backward(loss_scale)
+        if self.store:
+            self.store.settle()
         return loss.detach()
 
     def choose_checkpointing(self) -> None:
@@ -71,7 +73,7 @@ class FastModel:
         checkpointing on when training begins.
         """
         if self.store:
-            self.store.begin()
+            self.store.settle()  # also after a micro-batch that broke off
         for block in self.blocks if not self.has_own_dropout else []:
             block._gradient_checkpointing_func = self.store or RERUN
 

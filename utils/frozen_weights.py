@@ -6,7 +6,6 @@ evaluation and chat compute what training did: unpacking costs less than that ro
 
 from functools import partial
 
-import psutil
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 
 from utils.console import notice
 from utils.fast_kernels import unpack_4bit, unpack_8bit
+from utils.memory import read_host_memory
 
 
 def read_weight(base: nn.Module, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -65,11 +65,11 @@ def replace_by_dense(model: nn.Module, dtype: torch.dtype) -> None:
         name: layer for name, layer in model.named_modules() if isinstance(layer, (Linear4bit, Linear8bitLt))
     }
     size = sum(layer.in_features * layer.out_features for layer in quantized.values()) * dtype.itemsize
-    available = psutil.virtual_memory().available
-    if size > available / 2:
+    _, free = read_host_memory()
+    if size > free / 2:
         notice(
             f"quantized weights are unpacked for every token: all at once need {size / 1e9:.1f} GB, and "
-            f"{available / 1e9:.1f} GB of memory are free"
+            f"{free / 1e9:.1f} GB of memory are free"
         )
         return
     for name, layer in quantized.items():

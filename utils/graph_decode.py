@@ -23,6 +23,7 @@ from utils.fast_lora import ADAPTER, find_obstacle
 from utils.graph_capture import CaptureError, capture_graph, round_to_power
 
 SMALLEST_CAPACITY = 1024  # tokens
+PLAIN_FLAGS = {"use_cache", "return_dict", "logits_to_keep"}  # of a step that is asked for logits only
 MAX_DIFFERENCE = 0.05  # of the logits, relative: attention over a longer buffer rounds otherwise
 
 
@@ -94,9 +95,9 @@ class GraphDecoder:
         self.obstacle, self.tried = None, False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        input_ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
-        if args or self.obstacle or torch.is_grad_enabled() or not follows(input_ids, cache):
+        if args or self.obstacle or torch.is_grad_enabled() or not follows(**kwargs):
             return self.plain(*args, **kwargs)
+        input_ids, cache = kwargs["input_ids"], kwargs["past_key_values"]
         length = cache.get_seq_length()
         try:
             if not self.tried:
@@ -213,12 +214,25 @@ def cut(cache: DynamicCache, length: int) -> None:
         layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
 
 
-def follows(input_ids: torch.Tensor | None, cache: Any) -> bool:
-    """Whether this is one token of one conversation behind a cache that holds all tokens before it."""
+def follows(
+    input_ids: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    **others: Any,
+) -> bool:
+    """Whether this is one token of one conversation behind a cache that holds all tokens before it.
+
+    All of them seen: a prompt padded on the left has some that are not. And logits are all that is asked for.
+    """
+    cache, more = past_key_values, [value for name, value in others.items() if name not in PLAIN_FLAGS]
     return (
         input_ids is not None
         and input_ids.shape == (1, 1)
         and isinstance(cache, DynamicCache)
         and all(type(layer) is DynamicLayer for layer in cache.layers)
         and cache.get_seq_length() > 0
+        and (attention_mask is None or (attention_mask.ndim == 2 and bool(attention_mask.all())))
+        and (position_ids is None or position_ids.flatten().tolist() == [cache.get_seq_length()])
+        and all(value is None or value is False for value in more)
     )

@@ -18,6 +18,7 @@ from utils.arguments import DataArguments, LoraArguments, ModelArguments
 from utils.baichuan import build_llama_config, is_baichuan, load_baichuan
 from utils.checks import ADAPTER_FILE, CONVERT, has_adapter, read_model_config
 from utils.console import UserError, notice
+from utils.cpu import choose_cpu_dtype, keep_weights_unpacked, repacks_weights
 from utils.encoding import find_own_bos
 from utils.frozen_weights import replace_by_dense, unpack_8bit_layers
 from utils.prompts import find_stop_tokens, read_template, render_chat, template_names
@@ -138,9 +139,7 @@ def choose_compute_dtype(model_args: ModelArguments) -> torch.dtype:
         if model_args.bf16 and not has_bf16:
             notice("this GPU has no bfloat16: computing in float16 with a loss scale")
         return torch.bfloat16 if has_bf16 and asked != torch.float16 else torch.float16
-    # On a CPU without bfloat16 instructions a backward pass takes 30 times as long in bfloat16 as in float32.
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if has_bf16 and asked != torch.float16:
+    if choose_cpu_dtype() == torch.bfloat16 and asked != torch.float16:
         return torch.bfloat16
     if asked is not None or model_args.bits == 16:
         wanted = f"--{'bf16' if model_args.bf16 else 'fp16'}" if asked else "--bits 16"
@@ -176,10 +175,10 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
             )
     if model_args.bits == 8:
         unpack_8bit_layers(model)
-    if trainable or has_odd_width(model):
-        keep_cpu_weights_unpacked(model)
-    if not trainable and not has_gpu(model_args) and not has_fast_cpu_kernels(model):
-        replace_by_dense(model, dtype)
+    if trainable or not repacks_weights(model, dtype):
+        keep_weights_unpacked(model)
+        if not trainable and not has_gpu(model_args):
+            replace_by_dense(model, dtype)
     model.requires_grad_(model_args.full_finetune)
     return model
 
@@ -240,30 +239,6 @@ def choose_placement(model_args: ModelArguments) -> dict[str, Any]:
     if model_args.max_memory_MB:
         notice(f"--max_memory_MB {model_args.max_memory_MB} has no effect: one GPU holds the whole model")
     return placement
-
-
-def keep_cpu_weights_unpacked(model: "PreTrainedModel") -> None:
-    """Stop bitsandbytes from repacking 4-bit weights at the first evaluation on AVX512-BF16 CPUs.
-
-    The repacked layout cannot be trained through: later gradients are wrong by up to 100%.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-def has_odd_width(model: "PreTrainedModel") -> bool:
-    """True where a 4-bit layer's output width is no multiple of 32, which the repacked kernels refuse."""
-    return any(
-        module.out_features % 32
-        for module in model.modules()
-        if hasattr(module, "support_avx512bf16_for_cpu")
-    )
-
-
-def has_fast_cpu_kernels(model: "PreTrainedModel") -> bool:
-    """Whether bitsandbytes multiplies by 4-bit weights without unpacking them first, on this CPU."""
-    return any(getattr(module, "support_avx512bf16_for_cpu", False) for module in model.modules())
 
 
 def add_adapter(

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from utils.console import notice
+from utils.memory import read_host_memory
 
 RERUN = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 SMALLEST_WIDTH = 2048  # hidden_size from which a layer computes for longer than its input is copied
@@ -27,13 +27,19 @@ class HostStore:
         self.rooms: list[torch.Tensor] = []  # pinned bytes, by layer
         self.outgrown: list[torch.Tensor] = []  # captured graphs write there
         self.is_full = self.is_announced = False
-        self.begin()
-
-    def begin(self) -> None:
-        """A new micro-batch."""
         self.kept: list[torch.Tensor] = []  # what left, in order
         self.leaving: torch.Tensor | None = None
         self.coming: dict[int, torch.Tensor] = {}
+
+    def settle(self) -> None:
+        """Before a micro-batch and after it: nothing is kept, nothing on its way.
+
+        A backward pass that breaks off, or needs no gradient below some layer, has fetched an input in vain.
+        Its memory would be another's while the copy still writes, and no capture may end before a copy does.
+        """
+        if self.coming:
+            self.join()
+        self.kept, self.leaving, self.coming = [], None, {}
 
     def __call__(self, run: Callable, x: torch.Tensor, *args: Any) -> torch.Tensor:
         """run(x, *args), checkpointed  # x: [rows, width, hidden_size]"""
@@ -52,8 +58,8 @@ class HostStore:
         """Pinned bytes for the layer; None when the host has no more to give."""
         if number < len(self.rooms) and len(self.rooms[number]) >= size:
             return self.rooms[number]
-        memory = psutil.virtual_memory()
-        if self.is_full or memory.available - size < memory.total / 4:
+        total, free = read_host_memory()
+        if self.is_full or free - size < total / 4:
             if not self.is_full:
                 notice(f"host memory runs short: inputs of layers from {number} on stay on the GPU")
             self.is_full = True
