@@ -57,7 +57,9 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def build_model(name: str, dropout: float = 0.0, dtype: torch.dtype = torch.float32, bits: int = 16):
+def build_model(
+    name: str, dropout: float = 0.0, dtype: torch.dtype = torch.float32, bits: int = 16, bias: str = "none"
+):
     """The model with an adapter whose B is not zero, from a fixed seed; biases and norms are random too."""
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(CONFIGS[name]())
@@ -70,7 +72,12 @@ def build_model(name: str, dropout: float = 0.0, dtype: torch.dtype = torch.floa
     model = get_peft_model(
         base,
         LoraConfig(
-            r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+            r=4,
+            lora_alpha=8,
+            lora_dropout=dropout,
+            target_modules="all-linear",
+            bias=bias,
+            task_type="CAUSAL_LM",
         ),
     )
     for parameter_name, parameter in model.named_parameters():
