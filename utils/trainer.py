@@ -243,11 +243,14 @@ def choose_path(
     model: torch.nn.Module, training_args: TrainingArguments, dtype: torch.dtype
 ) -> Callable[..., QLoraTrainer]:
     """The trainer of the fused path (--fast_lora) where it covers model and optimizer, else the plain one."""
-    if not (training_args.fast_lora and training_args.do_train):
+    if not training_args.fast_lora:
         return QLoraTrainer
-    from utils.fast_model import prepare_fast_model
+    from utils.fast_model import prepare_fast_evaluation, prepare_fast_model
     from utils.fast_trainer import FastQLoraTrainer, find_flag_obstacle
 
+    if not training_args.do_train:
+        prepare_fast_evaluation(model, dtype)
+        return QLoraTrainer
     fast = find_flag_obstacle(training_args)
     fast = fast or prepare_fast_model(model, dtype, training_args.offload_checkpoints)
     if isinstance(fast, str):
