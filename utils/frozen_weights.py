@@ -22,10 +22,11 @@ def read_weight(base: nn.Module, dtype: torch.dtype, out: torch.Tensor | None = 
         return base.weight.data if out is None else out.copy_(base.weight.data)
     if out is None:
         out = torch.empty(base.out_features, base.in_features, dtype=dtype, device=base.weight.device)
-    if isinstance(base, Linear4bit):
-        return unpack_4bit(base.weight.data, base.weight.quant_state, out)
-    row_max = base.weight.SCB if base.weight.SCB is not None else base.state.SCB
-    return unpack_8bit(base.weight.data, row_max, out)
+    with torch.cuda.device_of(out):  # where Triton launches; layers may be spread over several GPUs
+        if isinstance(base, Linear4bit):
+            return unpack_4bit(base.weight.data, base.weight.quant_state, out)
+        row_max = base.weight.SCB if base.weight.SCB is not None else base.state.SCB
+        return unpack_8bit(base.weight.data, row_max, out)
 
 
 class UnpackedProduct(torch.autograd.Function):

@@ -74,7 +74,9 @@ class QLoraTrainer(ResumableTrainer):
 
     def compute_token_losses(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Cross entropy at the positions with labels; zero where a row has none there  # [rows, positions]"""
-        positions = inputs["label_positions"]
+        # In NumPy: as a tensor they would go with the rows to the first GPU, and where the layers are spread
+        # over several, the hidden state that they index lies on the last.
+        positions: np.ndarray = inputs["label_positions"]
         names = ("input_ids", "attention_mask", "position_ids")
         forward = {name: inputs[name] for name in names if name in inputs}
         forward["use_cache"] = False
