@@ -125,7 +125,7 @@ def test_dropout_drops_its_share_and_changes_with_the_seed():
     assert not torch.equal(dropped, Mask(seed + 1, 1, 0.1).drop(x))
 
 
-def test_evaluation_is_pefts_own():
+def test_in_float32_evaluation_is_pefts_own():
     plain, fast = build_model("llama", 0.5), prepare(build_model("llama", 0.5))
     ids = build_batch(packed=False)["input_ids"]
     with torch.no_grad():

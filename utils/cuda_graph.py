@@ -35,6 +35,8 @@ class GraphedStep:
         scale = torch.as_tensor(loss_scale, dtype=torch.float32, device=device)
         self.fast.draw_masks()
         self.fast.flat.attach_gradients()  # before a capture or a replay, which could not
+        positions = torch.as_tensor(micro_batch["label_positions"])  # the collators leave them in NumPy
+        micro_batch = micro_batch | {"label_positions": positions}
         if self.obstacle or "cu_seqlens" not in micro_batch:
             batch = add_max_length(micro_batch)
             return self.fast.run(move(batch, device), scale)

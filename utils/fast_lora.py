@@ -7,6 +7,10 @@
 What that gains over autograd on PEFT's modules: W is unpacked once a pass and never kept, the low-rank part
 costs no pass over y of its own, x is kept once for all projections of it, dropout keeps no mask, and the
 products that make dA and dB add them to the float32 gradients. The parameters stay those of PEFT.
+
+In 16 bits the same product serves calls without gradient. PEFT adds the adapter's part to a y that is rounded
+already, and so rounds a small part away: SmolLM2's loss fell from 3.160 to 3.135 in training, while PEFT's
+evaluation of the same steps rose to 3.162.
 """
 
 from collections.abc import Callable
@@ -26,6 +30,7 @@ from utils.fast_kernels import (
     gate_backward,
     place_low_rank,
 )
+from utils.few_tokens import is_few, multiply_few
 from utils.flat_adapter import FlatAdapter
 from utils.frozen_weights import read_weight
 
@@ -72,6 +77,25 @@ class Projections:
         self.flat, self.seed, self.dtype = flat, seed, flat.copy.dtype
         self.A, *self.B = (flat.view(flat.copy, segment) for segment in self.segments)
         self.A_grad, *self.B_grads = (flat.view(flat.grads, segment) for segment in self.segments)
+
+    def bind_frozen(self, dtype: torch.dtype) -> None:
+        """For calls without gradient only: a copy of the adapter as it is now."""
+        self.flat, self.dtype = None, dtype
+        self.A, *self.B = (
+            torch.cat([weight.detach() for weight in segment]).to(dtype) for segment in self.segments
+        )
+        self.seed = torch.zeros(1, dtype=torch.int64, device=self.A.device)
+
+    @property
+    def anchor(self) -> torch.Tensor | None:
+        """What makes autograd come to the fused functions."""
+        return None if self.flat is None else self.flat.weights
+
+    def covers_call(self) -> bool:
+        """Whether a call takes the fused product. In float32 PEFT's own rounds nothing away."""
+        if any(layer.disable_adapters or layer.merged for layer in self.layers):
+            return False
+        return self.flat is not None if torch.is_grad_enabled() else self.dtype != torch.float32
 
     @property
     def mask(self) -> Mask | None:
@@ -213,27 +237,35 @@ class SharedInput:
         self.group, self.x, self.ys = group, None, {}
 
     def forward(self, i: int, plain: Callable, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args or kwargs or not torch.is_grad_enabled() or self.group.layers[i].disable_adapters:
-            return plain(x, *args, **kwargs)  # evaluation and generation take PEFT's own way
+        if args or kwargs or not self.group.covers_call():
+            return plain(x, *args, **kwargs)
+        with torch.autocast(x.device.type, enabled=False):
+            y = multiply_few(self.group, i, self.flatten(x)) if is_few(self.group, x) else self.take(i, x)
+        return y.view(*x.shape[:-1], -1)
+
+    def flatten(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` in the compute dtype  # [tokens, in]"""
+        return x.reshape(-1, x.shape[-1]).to(self.group.dtype).contiguous()
+
+    def take(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """y of layer `i`  # [tokens, out], computed with the others'."""
         if self.x is not x or i not in self.ys:
-            flat_x = x.reshape(-1, x.shape[-1]).to(self.group.dtype).contiguous()
-            with torch.autocast(x.device.type, enabled=False):
-                ys = FusedProjections.apply(flat_x, self.group.flat.weights, self.group)
+            ys = FusedProjections.apply(self.flatten(x), self.group.anchor, self.group)
             self.x, self.ys = x, dict(enumerate(ys))
         y = self.ys.pop(i)
         if not self.ys:
             self.x = None
-        return y.view(*x.shape[:-1], -1)
+        return y
 
 
 def forward_mlp(
     gate_up: Projections, down: Projections, act: str, plain: Callable, x: torch.Tensor
 ) -> torch.Tensor:
-    if not torch.is_grad_enabled() or down.layers[0].disable_adapters:
+    if not down.covers_call() or is_few(gate_up, x):
         return plain(x)
     flat_x = x.reshape(-1, x.shape[-1]).to(down.dtype).contiguous()
     with torch.autocast(x.device.type, enabled=False):
-        y = FillDown.apply(*FusedMLP.apply(flat_x, down.flat.weights, gate_up, down, act), down)
+        y = FillDown.apply(*FusedMLP.apply(flat_x, down.anchor, gate_up, down, act), down)
     return y.view(*x.shape[:-1], -1)
 
 
@@ -242,14 +274,7 @@ def install_fast_lora(model: nn.Module, dtype: torch.dtype) -> tuple[FlatAdapter
 
     Returns the flat adapter, the seed of the dropout masks (on the device  # [1]) and what is not covered.
     """
-    obstacles = {
-        layer: find_obstacle(layer, dtype) for layer in model.modules() if isinstance(layer, LoraLayer)
-    }
-    covered = {layer for layer, obstacle in obstacles.items() if obstacle is None}
-    groups = {parent: find_groups(parent, covered) for parent in model.modules()}
-    groups = {parent: found for parent, found in groups.items() if found}
-    for number, group in enumerate(group for found in groups.values() for group in found):
-        group.number = number
+    groups, obstacles = find_all_groups(model, dtype)
     segments = [segment for found in groups.values() for group in found for segment in group.segments]
     known = {parameter for segment in segments for parameter in segment}
     rest = [
@@ -260,11 +285,40 @@ def install_fast_lora(model: nn.Module, dtype: torch.dtype) -> tuple[FlatAdapter
     for parent, found in groups.items():
         for group in found:
             group.bind(flat, seed)
-            shared = SharedInput(group)
-            for i, layer in enumerate(group.layers):
-                layer.forward = partial(shared.forward, i, layer.forward)
-        install_mlp(parent, found)
-    return flat, seed, sorted({obstacle for obstacle in obstacles.values() if obstacle})
+        replace_forwards(parent, found)
+    return flat, seed, obstacles
+
+
+@torch.no_grad()
+def install_fast_evaluation(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let calls without gradient compute what training does, of an adapter that is not trained any more."""
+    for parent, found in find_all_groups(model, dtype)[0].items():
+        for group in found:
+            group.bind_frozen(dtype)
+        replace_forwards(parent, found)
+
+
+def find_all_groups(
+    model: nn.Module, dtype: torch.dtype
+) -> tuple[dict[nn.Module, list[Projections]], list[str]]:
+    """The groups below each module that has any, numbered; and what is not covered."""
+    obstacles = {
+        layer: find_obstacle(layer, dtype) for layer in model.modules() if isinstance(layer, LoraLayer)
+    }
+    covered = {layer for layer, obstacle in obstacles.items() if obstacle is None}
+    groups = {parent: find_groups(parent, covered) for parent in model.modules()}
+    groups = {parent: found for parent, found in groups.items() if found}
+    for number, group in enumerate(group for found in groups.values() for group in found):
+        group.number = number
+    return groups, sorted({obstacle for obstacle in obstacles.values() if obstacle})
+
+
+def replace_forwards(parent: nn.Module, groups: list[Projections]) -> None:
+    for group in groups:
+        shared = SharedInput(group)
+        for i, layer in enumerate(group.layers):
+            layer.forward = partial(shared.forward, i, layer.forward)
+    install_mlp(parent, groups)
 
 
 def find_groups(parent: nn.Module, covered: set[LoraLayer]) -> list[Projections]:
@@ -293,7 +347,7 @@ def install_mlp(mlp: nn.Module, groups: list[Projections]) -> None:
     mlp.eval()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 8, gate_up[0].bases[0].in_features, generator=generator)
-    x = x.to(gate_up[0].flat.grads.device, gate_up[0].dtype)
+    x = x.to(gate_up[0].A.device, gate_up[0].dtype)
     expected = mlp.forward(x).float()  # its adapted layers are the fused ones already
     if (fused(x).float() - expected).norm() < 0.02 * expected.norm():
         mlp.forward = fused

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from utils.console import notice
-from utils.fast_lora import install_fast_lora
+from utils.fast_lora import install_fast_evaluation, install_fast_lora
 from utils.fast_loss import Head, find_loss_obstacle, pick_targets
 from utils.offload import RERUN, SMALLEST_WIDTH, HostStore
 from utils.prompts import IGNORE_INDEX
@@ -28,6 +28,8 @@ class FastModel:
         self.model, self.dtype = model, dtype
         self.causal_model = model.get_base_model()
         self.flat, self.seed, uncovered = install_fast_lora(model, dtype)
+        # Every forward pass begins at the embedding.
+        self.causal_model.get_input_embeddings().register_forward_pre_hook(self.refresh_for_evaluation)
         if uncovered:
             notice(f"fast path: {', '.join(uncovered)} keep PEFT's own forward")
         self.attention_obstacle = find_attention_obstacle(self.causal_model)
@@ -65,6 +67,11 @@ class FastModel:
         if self.store:
             self.store.settle()
         return loss.detach()
+
+    def refresh_for_evaluation(self, *_: Any) -> None:
+        """Calls without gradient come between steps, and compute with the adapter as it is now."""
+        if not torch.is_grad_enabled():
+            self.flat.refresh_copy()
 
     def choose_checkpointing(self) -> None:
         """Let checkpointing recompute without torch's RNG state, and keep its inputs on the host if asked.
@@ -107,6 +114,12 @@ def prepare_fast_model(model: nn.Module, dtype: torch.dtype, offload: bool = Tru
     if model.device.type == "cuda":
         apply_liger(model.get_base_model())
     return FastModel(model, dtype, offload)
+
+
+def prepare_fast_evaluation(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let a model that is not trained any more compute what its training computed."""
+    if isinstance(model, PeftModel) and len({parameter.device for parameter in model.parameters()}) == 1:
+        install_fast_evaluation(model, dtype)
 
 
 def apply_liger(causal_model: nn.Module) -> None:

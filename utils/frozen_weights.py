@@ -22,30 +22,35 @@ def read_weight(base: nn.Module, dtype: torch.dtype, out: torch.Tensor | None = 
         return base.weight.data if out is None else out.copy_(base.weight.data)
     if out is None:
         out = torch.empty(base.out_features, base.in_features, dtype=dtype, device=base.weight.device)
-    if isinstance(base, Linear4bit):
-        return unpack_4bit(base.weight.data, base.weight.quant_state, out)
-    row_max = base.weight.SCB if base.weight.SCB is not None else base.state.SCB
-    return unpack_8bit(base.weight.data, row_max, out)
+    with torch.cuda.device_of(out):  # where Triton launches; layers may be spread over several GPUs
+        if isinstance(base, Linear4bit):
+            return unpack_4bit(base.weight.data, base.weight.quant_state, out)
+        row_max = base.weight.SCB if base.weight.SCB is not None else base.state.SCB
+        return unpack_8bit(base.weight.data, row_max, out)
 
 
 class UnpackedProduct(torch.autograd.Function):
-    """x W' + b  # [..., out]; W is unpacked again for the gradient, never kept."""
+    """x W' + b  # [..., out]; W is unpacked again for the gradient, never kept. b may be trained."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, layer: nn.Module):
+    def forward(ctx, x: torch.Tensor, bias: torch.Tensor | None, layer: nn.Module):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        ctx.layer, ctx.dtype = layer, x.dtype
-        bias = None if layer.bias is None else layer.bias.to(dtype)
-        return F.linear(x.to(dtype), read_weight(layer, dtype), bias)
+        ctx.layer, ctx.dtype, ctx.bias_dtype = layer, x.dtype, None if bias is None else bias.dtype
+        return F.linear(x.to(dtype), read_weight(layer, dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx, dy: torch.Tensor):
-        return (dy @ read_weight(ctx.layer, dy.dtype)).to(ctx.dtype), None
+        dx = db = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ read_weight(ctx.layer, dy.dtype)).to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            db = dy.flatten(0, -2).sum(0, dtype=ctx.bias_dtype)
+        return dx, db, None
 
 
 def multiply_unpacked(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return UnpackedProduct.apply(x, layer)
+    return UnpackedProduct.apply(x, layer.bias, layer)
 
 
 def unpack_8bit_layers(model: nn.Module) -> None:

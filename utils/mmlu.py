@@ -154,9 +154,10 @@ def read_last_logits(model: Any, rows: list[list[int]], pad_token_id: int) -> "t
     mask = (torch.arange(width) < lengths[:, None]).long()  # padded on the right: positions stay as they are
     inputs = {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device)}
     ends, column = torch.unique(lengths - 1, return_inverse=True)
+    ends = ends.numpy()  # the hidden state may lie on another device than the rows: no hook moves an array
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if "logits_to_keep" in inspect.signature(base.forward).parameters:
-        logits = model(**inputs, use_cache=False, logits_to_keep=ends.to(model.device)).logits
+        logits = model(**inputs, use_cache=False, logits_to_keep=ends).logits
     else:
         logits = model(**inputs, use_cache=False).logits[:, ends]
     return logits[torch.arange(len(rows)), column]

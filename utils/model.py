@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
@@ -23,6 +23,7 @@ from utils.encoding import find_own_bos
 from utils.frozen_weights import replace_by_dense, unpack_8bit_layers
 from utils.prompts import find_stop_tokens, read_template, render_chat, template_names
 from utils.tokenizer_files import load_own_tokenizer
+from utils.trained_biases import keep_biases_in_float32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -269,10 +270,12 @@ def add_lora(model: "PreTrainedModel", lora_args: LoraArguments) -> PeftModel:
         use_dora=lora_args.use_dora,
     )
     try:
-        return get_peft_model(model, config)
+        model = get_peft_model(model, config)
     except ValueError as error:
         targets = " ".join(lora_args.lora_target_modules)
         raise UserError(f"PEFT refuses an adapter for --lora_target_modules {targets}: {error}") from error
+    keep_biases_in_float32(model)
+    return model
 
 
 def check_target_modules(model_args: ModelArguments, lora_args: LoraArguments) -> None:
@@ -311,7 +314,10 @@ def load_adapter(model: "PreTrainedModel", checkpoint_dir: str, trainable: bool 
     if not has_adapter(Path(checkpoint_dir)):
         raise UserError(f"--checkpoint_dir {checkpoint_dir} holds no {ADAPTER_FILE}")
     try:
-        return PeftModel.from_pretrained(model, checkpoint_dir, is_trainable=trainable)
+        model = PeftModel.from_pretrained(model, checkpoint_dir, is_trainable=trainable)
+        if keep_biases_in_float32(model):  # PEFT has rounded them to what was there
+            set_peft_model_state_dict(model, load_peft_weights(checkpoint_dir, device="cpu"))
+        return model
     except RuntimeError as error:
         if "size mismatch" in str(error):
             raise UserError(

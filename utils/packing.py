@@ -95,7 +95,7 @@ class PackingCollator:
     Positions restart with each row: attention sees it and keeps the rows apart, as long as no attention_mask
     is passed. Gives {"micro_batches": [...]}, each of input_ids, labels, position_ids  # int64 [1, tokens]
     cu_seqlens (where rows begin and end)  # int32 [rows + 1]; max_length (of a row, an int)
-    label_positions  # int64 [positions]; num_tokens  # int64 []; rows (of the set)  # int64 [rows]
+    label_positions, in NumPy  # int64 [positions]; num_tokens  # int64 []; rows (of the set)  # int64 [rows]
     `fixed`: filled up to one of choose_sizes, for GPUs.
     """
 
@@ -127,7 +127,7 @@ class PackingCollator:
             "position_ids": torch.from_numpy(position_ids)[None],
             "cu_seqlens": torch.from_numpy(bounds.astype(np.int32)),
             "max_length": max(lengths),
-            "label_positions": torch.from_numpy(np.flatnonzero(labels[1:] != IGNORE_INDEX)),
+            "label_positions": np.flatnonzero(labels[1:] != IGNORE_INDEX),
             "num_tokens": torch.tensor(tokens),
             "rows": torch.tensor([int(example["row"]) for example in examples]),
         }
@@ -138,7 +138,7 @@ class PaddingCollator:
     """Each row padded on the right to the longest; masks go by length, so that the pad id never matters.
 
     Gives input_ids, labels, attention_mask  # int64 [rows, width]; num_tokens  # int64 []
-    label_positions, whose next token is a label in some row  # int64 [positions]
+    label_positions, whose next token is a label in some row, in NumPy  # int64 [positions]
     """
 
     pad_token_id: int
@@ -156,7 +156,7 @@ class PaddingCollator:
             "input_ids": input_ids,
             "labels": labels,
             "attention_mask": (torch.arange(width)[None] < lengths[:, None]).long(),
-            "label_positions": (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero().flatten(),
+            "label_positions": (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero().flatten().numpy(),
             "num_tokens": lengths.sum(),
             "rows": torch.tensor([int(example["row"]) for example in examples]),
         }

@@ -74,7 +74,9 @@ class QLoraTrainer(ResumableTrainer):
 
     def compute_token_losses(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Cross entropy at the positions with labels; zero where a row has none there  # [rows, positions]"""
-        positions = inputs["label_positions"]
+        # In NumPy: as a tensor they would go with the rows to the first GPU, and where the layers are spread
+        # over several, the hidden state that they index lies on the last.
+        positions: np.ndarray = inputs["label_positions"]
         names = ("input_ids", "attention_mask", "position_ids")
         forward = {name: inputs[name] for name in names if name in inputs}
         forward["use_cache"] = False
@@ -243,11 +245,14 @@ def choose_path(
     model: torch.nn.Module, training_args: TrainingArguments, dtype: torch.dtype
 ) -> Callable[..., QLoraTrainer]:
     """The trainer of the fused path (--fast_lora) where it covers model and optimizer, else the plain one."""
-    if not (training_args.fast_lora and training_args.do_train):
+    if not training_args.fast_lora:
         return QLoraTrainer
-    from utils.fast_model import prepare_fast_model
+    from utils.fast_model import prepare_fast_evaluation, prepare_fast_model
     from utils.fast_trainer import FastQLoraTrainer, find_flag_obstacle
 
+    if not training_args.do_train:
+        prepare_fast_evaluation(model, dtype)
+        return QLoraTrainer
     fast = find_flag_obstacle(training_args)
     fast = fast or prepare_fast_model(model, dtype, training_args.offload_checkpoints)
     if isinstance(fast, str):
