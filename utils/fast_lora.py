@@ -28,9 +28,9 @@ from utils.fast_kernels import (
 )
 from utils.flat_adapter import FlatAdapter
 from utils.frozen_weights import read_weight
+from utils.keyed_noise import SHARED_INPUT, KeyedDropout
 
 ADAPTER = "default"
-SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu", "PytorchGELUTanh": "gelu"}
 
 
@@ -53,11 +53,10 @@ def find_obstacle(layer: LoraLayer, dtype: torch.dtype) -> str | None:
 class Projections:
     """Adapted layers that read one input, or a single layer; their adapter as views of the flat buffers."""
 
-    def __init__(self, layers: list[LoraLayer], number: int):
-        self.layers, self.number = layers, number
+    def __init__(self, layers: list[LoraLayer]):
+        self.layers = layers
         self.bases = [layer.get_base_layer() for layer in layers]
         self.scale = layers[0].scaling[ADAPTER]
-        self.probability = getattr(layers[0].lora_dropout[ADAPTER], "p", 0.0)
         self.ranks = [layer.r[ADAPTER] for layer in layers]
 
     @property
@@ -68,16 +67,16 @@ class Projections:
             *([layer.lora_B[ADAPTER].weight] for layer in self.layers),
         ]
 
-    def bind(self, flat: FlatAdapter, seed: torch.Tensor) -> None:
-        self.flat, self.seed, self.dtype = flat, seed, flat.copy.dtype
+    def bind(self, flat: FlatAdapter) -> None:
+        self.flat, self.dtype = flat, flat.copy.dtype
         self.A, *self.B = (flat.view(flat.copy, segment) for segment in self.segments)
         self.A_grad, *self.B_grads = (flat.view(flat.grads, segment) for segment in self.segments)
 
     @property
     def mask(self) -> Mask | None:
         """The dropout of this step; one mask for all layers of the group, as they read one input."""
-        is_dropping = self.probability > 0 and self.layers[0].training
-        return Mask(self.seed, self.number, self.probability) if is_dropping else None
+        dropout = self.layers[0].lora_dropout[ADAPTER]
+        return dropout.mask if isinstance(dropout, KeyedDropout) and dropout.training else None
 
     def extend(self, x: torch.Tensor) -> torch.Tensor:
         """[x | xa]  # [tokens, in + ranks]"""
@@ -237,34 +236,37 @@ def forward_mlp(
     return y.view(*x.shape[:-1], -1)
 
 
-def install_fast_lora(model: nn.Module, dtype: torch.dtype) -> tuple[FlatAdapter, torch.Tensor, list[str]]:
+def find_obstacles(model: nn.Module, dtype: torch.dtype) -> dict[LoraLayer, str | None]:
+    """What keeps each adapted layer of `model` from the fused path; None where nothing does."""
+    return {layer: find_obstacle(layer, dtype) for layer in model.modules() if isinstance(layer, LoraLayer)}
+
+
+def install_fast_lora(model: nn.Module, dtype: torch.dtype) -> tuple[FlatAdapter, list[str]]:
     """Replace the forward of every adapted layer that the fused path covers.
 
-    Returns the flat adapter, the seed of the dropout masks (on the device  # [1]) and what is not covered.
+    Returns the flat adapter and what is not covered: that keeps PEFT's forward, under autocast as in
+    evaluation and on the plain path.
     """
-    obstacles = {
-        layer: find_obstacle(layer, dtype) for layer in model.modules() if isinstance(layer, LoraLayer)
-    }
+    obstacles = find_obstacles(model, dtype)
     covered = {layer for layer, obstacle in obstacles.items() if obstacle is None}
     groups = {parent: find_groups(parent, covered) for parent in model.modules()}
     groups = {parent: found for parent, found in groups.items() if found}
-    for number, group in enumerate(group for found in groups.values() for group in found):
-        group.number = number
     segments = [segment for found in groups.values() for group in found for segment in group.segments]
     known = {parameter for segment in segments for parameter in segment}
     rest = [
         parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in known
     ]
     flat = FlatAdapter(segments + [[parameter] for parameter in rest], dtype)
-    seed = torch.zeros(1, dtype=torch.int64, device=flat.grads.device)
+    for layer in obstacles.keys() - covered if dtype != torch.float32 else ():
+        layer.forward = torch.autocast(flat.grads.device.type, dtype)(layer.forward)
     for parent, found in groups.items():
         for group in found:
-            group.bind(flat, seed)
+            group.bind(flat)
             shared = SharedInput(group)
             for i, layer in enumerate(group.layers):
                 layer.forward = partial(shared.forward, i, layer.forward)
         install_mlp(parent, found)
-    return flat, seed, sorted({obstacle for obstacle in obstacles.values() if obstacle})
+    return flat, sorted({obstacle for obstacle in obstacles.values() if obstacle})
 
 
 def find_groups(parent: nn.Module, covered: set[LoraLayer]) -> list[Projections]:
@@ -275,9 +277,9 @@ def find_groups(parent: nn.Module, covered: set[LoraLayer]) -> list[Projections]
         members = [left[name] for name in names if name in left]
         kinds = {(m.in_features, m.scaling[ADAPTER], str(m.lora_dropout[ADAPTER])) for m in members}
         if len(members) == len(names) and len(kinds) == 1:
-            groups.append(Projections(members, 0))
+            groups.append(Projections(members))
             left = {name: child for name, child in left.items() if name not in names}
-    return groups + [Projections([child], 0) for child in left.values()]
+    return groups + [Projections([child]) for child in left.values()]
 
 
 def install_mlp(mlp: nn.Module, groups: list[Projections]) -> None:
