@@ -84,9 +84,22 @@ def test_packed_run_equals_the_padded_run_of_the_same_command(call_main, tiny_mo
     assert states[0]["global_step"] == states[1]["global_step"] == 4
 
 
-@pytest.mark.parametrize("bits", [4, 32])
-def test_fast_path_trains_what_the_plain_path_trains(call_main, tiny_model, tmp_path, bits):
-    flags = ["--bits", bits, "--max_steps", 4, "--learning_rate", 1e-2, "--adam_epsilon", 1e-4]
+@pytest.mark.parametrize(
+    ("bits", "targets"), [(4, ["all-linear"]), (32, ["all-linear"]), (32, ["q_proj", "lm_head"])]
+)
+def test_fast_path_trains_what_the_plain_path_trains(call_main, tiny_model, tmp_path, bits, targets):
+    flags = [
+        "--bits",
+        bits,
+        "--lora_target_modules",
+        *targets,
+        "--max_steps",
+        4,
+        "--learning_rate",
+        1e-2,
+        "--adam_epsilon",
+        1e-4,
+    ]
     flags += ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--lora_dropout", 0.1]
     for fast in ("True", "False"):
         printed = train(call_main, tiny_model, tmp_path / fast, *flags, "--fast_lora", fast)
@@ -97,7 +110,7 @@ def test_fast_path_trains_what_the_plain_path_trains(call_main, tiny_model, tmp_
 
 
 def test_float32_base_trains_in_the_16_bits_that_it_is_evaluated_in(
-    call_main, tiny_model, tmp_path, monkeypatch
+    call_main, small_model, tmp_path, monkeypatch
 ):
     """Both losses are those of the base under autocast, to a tenth of what float32 is away from it."""
     from torch.nn import functional as F
@@ -109,14 +122,18 @@ def test_float32_base_trains_in_the_16_bits_that_it_is_evaluated_in(
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     kept, save_final = [], QLoraTrainer.save_final
     monkeypatch.setattr(QLoraTrainer, "save_final", lambda self: (kept.append(self), save_final(self)))
-    flags = ["--bits", 32, "--bf16", "--max_steps", 1, "--max_train_samples", 4, "--max_eval_samples", 4]
+    flags = ["--bits", 32, "--bf16", "--max_steps", 1, "--max_train_samples", 3, "--max_eval_samples", 3]
+    flags += ["--template", "vanilla", "--source_max_len", 30, "--target_max_len", 30]
     flags += ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1]
     flags += ["--do_train", "--do_eval", "--eval_on_start", "True", "--packing", "False"]
-    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    folder = shutil.copytree(small_model, tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")  # as it is, rounding moves the loss by 3e-6 only
     save_file({n: x * 4 for n, x in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
     printed = train(call_main, folder, tmp_path / "run", *flags)
-    assert "the plain path is used (it covers no layer: a base in torch.float32 under torch.bf" in printed
+    assert (
+        "the plain path is used (no adapted layer is covered: a base in torch.float32 under torch.bf"
+        in printed
+    )
     log = json.loads((tmp_path / "run" / "metrics.json").read_text())["log"]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 

@@ -103,7 +103,7 @@ def prepare_fast_model(model: nn.Module, dtype: torch.dtype, offload: bool = Tru
         return "the layers are spread over several devices"
     obstacles = find_obstacles(model, dtype).values()
     if all(obstacles):
-        return f"it covers no layer: {', '.join(sorted(set(obstacles)))}"
+        return f"no adapted layer is covered: {', '.join(sorted(set(obstacles)))}"
     if model.device.type == "cuda":
         apply_liger(model.get_base_model())
     return FastModel(model, dtype, offload)
