@@ -48,6 +48,7 @@ def test_few_sizes_for_many_micro_batches():
             "input_ids": torch.zeros(1, 1024, dtype=torch.long),
             "labels": torch.zeros(1, 1024, dtype=torch.long),
             "position_ids": torch.zeros(1, 1024, dtype=torch.long),
+            "token_keys": torch.zeros(1, 1024, dtype=torch.long),
             "label_positions": torch.arange(500 + seed),
             "cu_seqlens": torch.cat([ends.unique(), torch.tensor([1024])]).to(torch.int32),
         }
@@ -59,10 +60,9 @@ def test_few_sizes_for_many_micro_batches():
 def test_without_a_gpu_the_step_runs_eagerly():
     step, fast = build_pair()
     assert step.obstacle == "no GPU"
-    torch.manual_seed(3)
+    for model in (step.fast, fast):
+        model.keys.choose_step(seed=3, step=0)
     loss = step(build_batch(packed=True), 0.5)
-    torch.manual_seed(3)
-    fast.draw_masks()
     assert loss.item() == pytest.approx(
         fast.run(build_batch(packed=True), torch.tensor(0.5)).item(), rel=1e-6
     )
@@ -88,15 +88,14 @@ def test_replay_equals_eager_for_new_rows_masks_and_scales(case):
     step, fast = build_pair(**CASES[case])
     seeds = range(6)
     losses, expected = [], []
-    torch.manual_seed(3)
     for seed in seeds:  # eager, captured, then replayed; gradients add up
+        step.fast.keys.choose_step(seed=3, step=seed)
         losses.append(step(build_batch(packed=True, seed=seed), 0.5 + seed).item())
         with torch.no_grad():  # an evaluation in between
             step.fast.model(build_batch(packed=True)["input_ids"])
     assert step.obstacle is None and len(step.graphs) == 1
-    torch.manual_seed(3)
     for seed in seeds:
-        fast.draw_masks()
+        fast.keys.choose_step(seed=3, step=seed)
         expected.append(
             fast.run(build_batch(packed=True, seed=seed), torch.tensor(0.5 + seed, device=DEVICE)).item()
         )
@@ -115,8 +114,8 @@ def test_checkpoints_in_host_memory_change_no_bit(monkeypatch, capsys, name):
         model = build_model(name, 0.2, SIXTEEN, 4)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         step = GraphedStep(prepare_fast_model(model, SIXTEEN, offload))
-        torch.manual_seed(3)
         for seed in range(6):
+            step.fast.keys.choose_step(seed=3, step=seed)
             batch = build_batch(packed=True, seed=seed)
             step(batch, 0.5)
             step(join_twice(batch), 0.5)
@@ -150,7 +149,8 @@ def test_layers_that_need_no_gradient_leave_no_copy_under_way(monkeypatch):
 def join_twice(batch):
     """The same rows twice over, in one micro-batch."""
     tokens = batch["input_ids"].shape[1]
-    both = {name: torch.cat([batch[name]] * 2, 1) for name in ("input_ids", "labels", "position_ids")}
+    names = ("input_ids", "labels", "position_ids", "token_keys")
+    both = {name: torch.cat([batch[name]] * 2, 1) for name in names}
     ends, positions = batch["cu_seqlens"], batch["label_positions"]
     return both | {
         "cu_seqlens": torch.cat([ends, ends[1:] + tokens]).to(torch.int32),
@@ -193,12 +193,9 @@ def test_a_failed_capture_is_named_and_training_goes_on(capsys, monkeypatch):
         return loss
 
     monkeypatch.setattr(step.fast, "run", run_with_host_read)
-    torch.manual_seed(3)
     losses = [step(build_batch(packed=True), 0.5).item() for _ in range(3)]
     assert "capturing failed" in capsys.readouterr().out and not step.graphs
-    torch.manual_seed(3)
     for loss in losses:
-        fast.draw_masks()
         assert fast.run(build_batch(packed=True), torch.tensor(0.5, device=DEVICE)).item() == pytest.approx(
             loss
         )

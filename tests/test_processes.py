@@ -14,8 +14,9 @@ from conftest import ROOT
 from small_runs import assert_equal_runs
 from test_training import load_weights, relative_difference
 
-FLAGS = """--dataset_name data/guanaco_identity.jsonl --model_max_length 400 --max_steps 4 --learning_rate 1e-2
-    --gradient_accumulation_steps 2 --lora_dropout 0 --logging_steps 1 --save_steps 1""".split()
+FLAGS = """--dataset_name data/guanaco_identity.jsonl --model_max_length 400 --max_steps 6 --learning_rate 1e-2
+    --gradient_accumulation_steps 2 --lora_dropout 0.1 --neftune_noise_alpha 5 --logging_steps 1 --save_steps 1
+    --max_train_samples 24 --group_by_length""".split()  # two epochs
 
 
 def start(processes, model, output_dir, *flags):
@@ -54,15 +55,15 @@ def test_two_processes_equal_one_with_twice_the_rows(tiny_model, tmp_path, fast_
     logs = [json.loads((path / "metrics.json").read_text())["log"] for path in (two, one)]
     for name in ("loss", "grad_norm"):
         first, second = ([entry[name] for entry in log if name in entry] for log in logs)
-        assert len(first) == 4 and first == pytest.approx(second, rel=1e-5)
+        assert len(first) == 6 and first == pytest.approx(second, rel=1e-5)
 
 
 @pytest.mark.slow
 def test_two_processes_killed_and_started_again_end_with_the_same_bits(tiny_model, tmp_path):
-    flags = ["--per_device_train_batch_size", 2, "--lora_dropout", 0.1]
+    flags = ["--per_device_train_batch_size", 2]
     run(2, tiny_model, tmp_path / "expected", *flags)
     process = start(2, tiny_model, tmp_path / "killed", *flags)
-    while process.poll() is None and not (tmp_path / "killed" / "checkpoint-2").is_dir():
+    while process.poll() is None and not (tmp_path / "killed" / "checkpoint-4").is_dir():
         time.sleep(0.005)
     launcher = psutil.Process(process.pid)
     for each in (launcher, *launcher.children(recursive=True)):  # workers have sessions of their own

@@ -1,11 +1,12 @@
 """What is learned: the right gradients, whatever the batch, the packing and the quantization."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import ROOT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 IDENTITY = ROOT / "data" / "guanaco_identity.jsonl"
 SHORT = ["--source_max_len", "200", "--target_max_len", "100"]
@@ -44,6 +45,7 @@ def read_gradient_norms(run):
 @pytest.mark.parametrize("packing", ["True", "False"])
 def test_batch_of_four_equals_four_accumulated_rows(call_main, tiny_model, tmp_path, packing):
     flags = ["--bits", "32", "--max_steps", "3", "--learning_rate", "1e-2", "--packing", packing]
+    flags += ["--lora_dropout", "0.1", "--neftune_noise_alpha", "5"]
     flags += ["--adam_epsilon", "1e-4"]  # tiny gradients: Adam's sign of rounding noise must not count
     for name, batch, accumulation in (("whole", 4, 1), ("parts", 1, 4)):
         sizes = ["--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation]
@@ -57,6 +59,7 @@ def test_batch_of_four_equals_four_accumulated_rows(call_main, tiny_model, tmp_p
 def test_packed_run_equals_the_padded_run_of_the_same_command(call_main, tiny_model, tmp_path):
     """Steps, checkpoints, gradients and adapter; three steps an epoch, the last of them of fewer rows."""
     flags = ["--bits", 32, "--max_steps", 5, "--learning_rate", 1e-2, "--adam_epsilon", 1e-4]
+    flags += ["--lora_dropout", 0.1, "--neftune_noise_alpha", 5]
     flags += [
         "--per_device_train_batch_size",
         4,
@@ -81,16 +84,74 @@ def test_packed_run_equals_the_padded_run_of_the_same_command(call_main, tiny_mo
     assert states[0]["global_step"] == states[1]["global_step"] == 4
 
 
-@pytest.mark.parametrize("bits", [4, 32])
-def test_fast_path_trains_what_the_plain_path_trains(call_main, tiny_model, tmp_path, bits):
-    flags = ["--bits", bits, "--max_steps", 4, "--learning_rate", 1e-2, "--adam_epsilon", 1e-4]
-    flags += ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2]
+@pytest.mark.parametrize(
+    ("bits", "targets"), [(4, ["all-linear"]), (32, ["all-linear"]), (32, ["q_proj", "lm_head"])]
+)
+def test_fast_path_trains_what_the_plain_path_trains(call_main, tiny_model, tmp_path, bits, targets):
+    flags = [
+        "--bits",
+        bits,
+        "--lora_target_modules",
+        *targets,
+        "--max_steps",
+        4,
+        "--learning_rate",
+        1e-2,
+        "--adam_epsilon",
+        1e-4,
+    ]
+    flags += ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--lora_dropout", 0.1]
     for fast in ("True", "False"):
         printed = train(call_main, tiny_model, tmp_path / fast, *flags, "--fast_lora", fast)
         assert "plain path" not in printed
     assert relative_difference(load_weights(tmp_path / "True"), load_weights(tmp_path / "False")) < 1e-3
     norms = read_gradient_norms(tmp_path / "False")
     assert read_gradient_norms(tmp_path / "True") == pytest.approx(norms, rel=1e-3)
+
+
+def test_float32_base_trains_in_the_16_bits_that_it_is_evaluated_in(
+    call_main, small_model, tmp_path, monkeypatch
+):
+    """Both losses are those of the base under autocast, to a tenth of what float32 is away from it."""
+    from torch.nn import functional as F
+    from torch.nn.utils.rnn import pad_sequence
+    from transformers import AutoModelForCausalLM
+
+    from utils.trainer import QLoraTrainer
+
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    kept, save_final = [], QLoraTrainer.save_final
+    monkeypatch.setattr(QLoraTrainer, "save_final", lambda self: (kept.append(self), save_final(self)))
+    flags = ["--bits", 32, "--bf16", "--max_steps", 1, "--max_train_samples", 3, "--max_eval_samples", 3]
+    flags += ["--template", "vanilla", "--source_max_len", 30, "--target_max_len", 30]
+    flags += ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1]
+    flags += ["--do_train", "--do_eval", "--eval_on_start", "True", "--packing", "False"]
+    folder = shutil.copytree(small_model, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")  # as it is, rounding moves the loss by 3e-6 only
+    save_file({n: x * 4 for n, x in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    printed = train(call_main, folder, tmp_path / "run", *flags)
+    assert (
+        "the plain path is used (no adapted layer is covered: a base in torch.float32 under torch.bf"
+        in printed
+    )
+    log = json.loads((tmp_path / "run" / "metrics.json").read_text())["log"]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    @torch.no_grad()
+    def compute_loss(rows, dtype):
+        ids, labels = (
+            [torch.from_numpy(rows[i][name]) for i in range(len(rows))] for name in ("input_ids", "labels")
+        )
+        labels = pad_sequence(labels, batch_first=True, padding_value=-100)[:, 1:]
+        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+            logits = model(input_ids=pad_sequence(ids, batch_first=True), attention_mask=mask).logits
+        return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels.flatten()).item()
+
+    for name, rows in (("loss", kept[0].train_dataset), ("eval_loss", kept[0].eval_dataset)):
+        found = next(entry[name] for entry in log if name in entry)
+        exact, expected = (compute_loss(rows, dtype) for dtype in (torch.float32, torch.bfloat16))
+        assert abs(found - expected) < 0.1 * abs(exact - expected), (name, found, expected, exact)
 
 
 def test_flags_of_the_trainer_reach_it(call_main, tiny_model, tmp_path, monkeypatch):

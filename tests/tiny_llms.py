@@ -107,32 +107,28 @@ def build_batch(packed: bool, seed: int = 0) -> dict:
             "labels": pad(labels, batch_first=True, padding_value=-100),
             "attention_mask": pad([torch.ones_like(row) for row in rows], batch_first=True),
         }
+    numbers = [(row << 32) + torch.arange(length) for row, length in enumerate(lengths)]
+    batch["token_keys"] = torch.cat(numbers)[None] if packed else pad(numbers, batch_first=True)
     batch["label_positions"] = (batch["labels"][:, 1:] != -100).any(0).nonzero().flatten()
     return {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
 
 
 class RepeatedDropout(torch.nn.Module):
-    """PEFT's dropout with the mask that the fused path draws for the same layer."""
+    """Dropout by multiplying with the mask that the fused path draws for the same layer."""
 
-    def __init__(self, seed: torch.Tensor, number: int, probability: float):
+    def __init__(self, mask: Mask):
         super().__init__()
-        self.seed, self.number, self.probability = seed, number, probability
+        self.mask = mask
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        ones = torch.ones_like(x).flatten(0, -2)
-        return x * Mask(self.seed, self.number, self.probability).drop(ones).view(x.shape)
+        return x * self.mask.drop(torch.ones_like(x).flatten(0, -2)).view(x.shape)
 
 
 def share_masks(plain, fast) -> None:
     """Make `plain` drop what `fast` (a FastModel of the same architecture) drops."""
-    twins = dict(zip(fast.model.modules(), plain.modules(), strict=True))
-    for layer in fast.model.modules():
-        group = getattr(getattr(layer.__dict__.get("forward"), "func", None), "__self__", None)
-        if group is not None:
-            group = group.group
-            twin = twins[layer]
-            twin.lora_dropout["default"] = RepeatedDropout(fast.seed, group.number, group.probability)
-            assert isinstance(twin, LoraLayer)
+    for layer, twin in zip(fast.model.modules(), list(plain.modules()), strict=True):
+        if isinstance(layer, LoraLayer) and hasattr(layer.lora_dropout["default"], "mask"):
+            twin.lora_dropout["default"] = RepeatedDropout(layer.lora_dropout["default"].mask)
 
 
 def run_plain(model, batch: dict[str, torch.Tensor], loss_scale: float) -> torch.Tensor:

@@ -31,9 +31,8 @@ class GraphedStep:
         which waits for the GPU if they are there. `loss_scale` multiplies the gradients: 1 / label tokens of
         the whole optimizer step, times GradScaler's scale in float16.
         """
-        device = self.fast.seed.device
+        device = self.fast.flat.weights.device
         scale = torch.as_tensor(loss_scale, dtype=torch.float32, device=device)
-        self.fast.draw_masks()
         self.fast.flat.attach_gradients()  # before a capture or a replay, which could not
         positions = torch.as_tensor(micro_batch["label_positions"])  # the collators leave them in NumPy
         micro_batch = micro_batch | {"label_positions": positions}
@@ -89,7 +88,7 @@ class GraphedStep:
 
 def find_graph_obstacle(fast: FastModel) -> str | None:
     """Why steps of this model run eagerly; None if they can be captured."""
-    if fast.seed.device.type != "cuda":
+    if fast.flat.weights.device.type != "cuda":
         return "no GPU"
     obstacle = fast.attention_obstacle or fast.loss_obstacle
     if fast.has_own_dropout:
@@ -122,6 +121,7 @@ def round_up(batch: MicroBatch) -> MicroBatch:
     return {
         "input_ids": batch["input_ids"],
         "position_ids": batch["position_ids"],
+        "token_keys": batch["token_keys"],
         "labels": batch["labels"],
         "label_positions": torch.cat([positions, padding]),
         "cu_seqlens": torch.cat([ends, ends.new_full((rows + 1 - len(ends),), tokens)]).to(torch.int32),

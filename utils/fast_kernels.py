@@ -6,6 +6,8 @@ import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from torch.nn import functional as F
 
+from utils.token_keys import TokenKeys, draw_mask, draw_uniform
+
 try:
     import triton
 
@@ -68,31 +70,37 @@ def place_low_rank(out: torch.Tensor, right: torch.Tensor, first: int, scale: fl
 
 @dataclass(frozen=True)
 class Mask:
-    """Dropout whose mask follows from (seed, layer): the backward pass draws it again, nothing is kept."""
+    """Dropout whose mask follows from token keys and layer: backward draws it again, nothing is kept."""
 
-    seed: torch.Tensor  # int64 [1], on the device: a captured graph reads the current one
+    keys: TokenKeys
     layer: int
     probability: float
 
     def drop(self, x: torch.Tensor) -> torch.Tensor:
+        """`x`  # [tokens, width]"""
         if triton is None or not x.is_cuda:
-            return x * self.build(x.shape, x.dtype)
+            mask = draw_mask(self.keys.find(x).cpu(), self.layer, x.shape[1], self.probability)
+            return (x * mask.to(x.device)).to(x.dtype)
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         launch_drop(x, out, out, self, copies=False)
         return out
 
-    def build(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """Zeros and 1 / (1 - probability), on the CPU; a GPU draws other numbers."""
-        generator = torch.Generator().manual_seed(int(self.seed) * 65_537 + self.layer)
-        kept = torch.rand(shape, generator=generator) >= self.probability
-        return kept.to(dtype) / (1 - self.probability)
-
 
 def unfold(mask: Mask | None, x: torch.Tensor) -> tuple[torch.Tensor, int, int, float]:
-    """(seed, layer, threshold of a 32-bit hash, scale of what is kept): a kernel's arguments."""
+    """(keys, layer, threshold of a 32-bit hash, scale of what is kept): a kernel's arguments."""
     if mask is None:
         return x, 0, 0, 1.0  # never read
-    return mask.seed, mask.layer, int(mask.probability * 2**32), 1 / (1 - mask.probability)
+    return mask.keys.find(x), mask.layer, int(mask.probability * 2**32), 1 / (1 - mask.probability)
+
+
+def draw_noise(keys: torch.Tensor, layer: int, scales: torch.Tensor, width: int) -> torch.Tensor:
+    """Uniform from [-scale, scale) of the token  # float32 [tokens, width]; `scales`  # float32 [tokens]"""
+    if triton is None or not keys.is_cuda:
+        return draw_uniform(keys.cpu(), layer, width).to(keys.device) * scales[:, None]
+    noise = torch.empty(len(keys), width, device=keys.device)
+    grid = (len(keys), triton.cdiv(width, 1024))
+    kernels.noise_kernel[grid](noise, keys, scales, width, layer, BLOCK=1024)
+    return noise
 
 
 def copy_and_drop(x: torch.Tensor, out: torch.Tensor, mask: Mask | None) -> torch.Tensor:
@@ -126,9 +134,9 @@ def add_low_rank(
         update = (left * scale) @ right
         total += mask.drop(update) if mask else update
         return
-    seed, layer, threshold, kept_scale = unfold(mask, total)
+    keys, layer, threshold, kept_scale = unfold(mask, total)
     kernels.add_low_rank_kernel[(triton.cdiv(width, 128), triton.cdiv(tokens, 128))](
-        total, left, right, tokens, width, seed, layer, threshold, scale * kept_scale,
+        total, left, right, tokens, width, keys, layer, threshold, scale * kept_scale,
         RANKS=ranks, DROPS=mask is not None, BLOCK_RANKS=64 if ranks > 32 else 32, num_warps=8,
     )  # fmt: skip
 

@@ -33,9 +33,9 @@ from utils.fast_kernels import (
 from utils.few_tokens import is_few, multiply_few
 from utils.flat_adapter import FlatAdapter
 from utils.frozen_weights import read_weight
+from utils.keyed_noise import SHARED_INPUT, KeyedDropout
 
 ADAPTER = "default"
-SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu", "PytorchGELUTanh": "gelu"}
 
 
@@ -58,11 +58,10 @@ def find_obstacle(layer: LoraLayer, dtype: torch.dtype) -> str | None:
 class Projections:
     """Adapted layers that read one input, or a single layer; their adapter as views of the flat buffers."""
 
-    def __init__(self, layers: list[LoraLayer], number: int):
-        self.layers, self.number = layers, number
+    def __init__(self, layers: list[LoraLayer]):
+        self.layers = layers
         self.bases = [layer.get_base_layer() for layer in layers]
         self.scale = layers[0].scaling[ADAPTER]
-        self.probability = getattr(layers[0].lora_dropout[ADAPTER], "p", 0.0)
         self.ranks = [layer.r[ADAPTER] for layer in layers]
 
     @property
@@ -73,8 +72,8 @@ class Projections:
             *([layer.lora_B[ADAPTER].weight] for layer in self.layers),
         ]
 
-    def bind(self, flat: FlatAdapter, seed: torch.Tensor) -> None:
-        self.flat, self.seed, self.dtype = flat, seed, flat.copy.dtype
+    def bind(self, flat: FlatAdapter) -> None:
+        self.flat, self.dtype = flat, flat.copy.dtype
         self.A, *self.B = (flat.view(flat.copy, segment) for segment in self.segments)
         self.A_grad, *self.B_grads = (flat.view(flat.grads, segment) for segment in self.segments)
 
@@ -84,7 +83,6 @@ class Projections:
         self.A, *self.B = (
             torch.cat([weight.detach() for weight in segment]).to(dtype) for segment in self.segments
         )
-        self.seed = torch.zeros(1, dtype=torch.int64, device=self.A.device)
 
     @property
     def anchor(self) -> torch.Tensor | None:
@@ -100,8 +98,8 @@ class Projections:
     @property
     def mask(self) -> Mask | None:
         """The dropout of this step; one mask for all layers of the group, as they read one input."""
-        is_dropping = self.probability > 0 and self.layers[0].training
-        return Mask(self.seed, self.number, self.probability) if is_dropping else None
+        dropout = self.layers[0].lora_dropout[ADAPTER]
+        return dropout.mask if isinstance(dropout, KeyedDropout) and dropout.training else None
 
     def extend(self, x: torch.Tensor) -> torch.Tensor:
         """[x | xa]  # [tokens, in + ranks]"""
@@ -269,10 +267,16 @@ def forward_mlp(
     return y.view(*x.shape[:-1], -1)
 
 
-def install_fast_lora(model: nn.Module, dtype: torch.dtype) -> tuple[FlatAdapter, torch.Tensor, list[str]]:
+def find_obstacles(model: nn.Module, dtype: torch.dtype) -> dict[LoraLayer, str | None]:
+    """What keeps each adapted layer of `model` from the fused path; None where nothing does."""
+    return {layer: find_obstacle(layer, dtype) for layer in model.modules() if isinstance(layer, LoraLayer)}
+
+
+def install_fast_lora(model: nn.Module, dtype: torch.dtype) -> tuple[FlatAdapter, list[str]]:
     """Replace the forward of every adapted layer that the fused path covers.
 
-    Returns the flat adapter, the seed of the dropout masks (on the device  # [1]) and what is not covered.
+    Returns the flat adapter and what is not covered: that keeps PEFT's forward, under autocast as in
+    evaluation and on the plain path.
     """
     groups, obstacles = find_all_groups(model, dtype)
     segments = [segment for found in groups.values() for group in found for segment in group.segments]
@@ -281,12 +285,14 @@ def install_fast_lora(model: nn.Module, dtype: torch.dtype) -> tuple[FlatAdapter
         parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in known
     ]
     flat = FlatAdapter(segments + [[parameter] for parameter in rest], dtype)
-    seed = torch.zeros(1, dtype=torch.int64, device=flat.grads.device)
+    uncovered = {layer: obstacle for layer, obstacle in obstacles.items() if obstacle}
+    for layer in uncovered if dtype != torch.float32 else ():
+        layer.forward = torch.autocast(flat.grads.device.type, dtype)(layer.forward)
     for parent, found in groups.items():
         for group in found:
-            group.bind(flat, seed)
+            group.bind(flat)
         replace_forwards(parent, found)
-    return flat, seed, obstacles
+    return flat, sorted(set(uncovered.values()))
 
 
 @torch.no_grad()
@@ -300,17 +306,12 @@ def install_fast_evaluation(model: nn.Module, dtype: torch.dtype) -> None:
 
 def find_all_groups(
     model: nn.Module, dtype: torch.dtype
-) -> tuple[dict[nn.Module, list[Projections]], list[str]]:
-    """The groups below each module that has any, numbered; and what is not covered."""
-    obstacles = {
-        layer: find_obstacle(layer, dtype) for layer in model.modules() if isinstance(layer, LoraLayer)
-    }
+) -> tuple[dict[nn.Module, list[Projections]], dict[LoraLayer, str | None]]:
+    """The groups below each module that has any; and find_obstacles."""
+    obstacles = find_obstacles(model, dtype)
     covered = {layer for layer, obstacle in obstacles.items() if obstacle is None}
     groups = {parent: find_groups(parent, covered) for parent in model.modules()}
-    groups = {parent: found for parent, found in groups.items() if found}
-    for number, group in enumerate(group for found in groups.values() for group in found):
-        group.number = number
-    return groups, sorted({obstacle for obstacle in obstacles.values() if obstacle})
+    return {parent: found for parent, found in groups.items() if found}, obstacles
 
 
 def replace_forwards(parent: nn.Module, groups: list[Projections]) -> None:
@@ -329,9 +330,9 @@ def find_groups(parent: nn.Module, covered: set[LoraLayer]) -> list[Projections]
         members = [left[name] for name in names if name in left]
         kinds = {(m.in_features, m.scaling[ADAPTER], str(m.lora_dropout[ADAPTER])) for m in members}
         if len(members) == len(names) and len(kinds) == 1:
-            groups.append(Projections(members, 0))
+            groups.append(Projections(members))
             left = {name: child for name, child in left.items() if name not in names}
-    return groups + [Projections([child], 0) for child in left.values()]
+    return groups + [Projections([child]) for child in left.values()]
 
 
 def install_mlp(mlp: nn.Module, groups: list[Projections]) -> None:

@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from utils.console import notice
-from utils.fast_lora import install_fast_evaluation, install_fast_lora
+from utils.fast_lora import find_obstacles, install_fast_evaluation, install_fast_lora
 from utils.fast_loss import Head, find_loss_obstacle, pick_targets
+from utils.keyed_noise import key_dropout
 from utils.offload import RERUN, SMALLEST_WIDTH, HostStore
 from utils.prompts import IGNORE_INDEX
 from utils.varlen_attention import find_attention_obstacle, packed_attention
@@ -27,7 +28,8 @@ class FastModel:
     def __init__(self, model: PeftModel, dtype: torch.dtype, offload: bool):
         self.model, self.dtype = model, dtype
         self.causal_model = model.get_base_model()
-        self.flat, self.seed, uncovered = install_fast_lora(model, dtype)
+        self.keys = key_dropout(model)
+        self.flat, uncovered = install_fast_lora(model, dtype)
         # Every forward pass begins at the embedding.
         self.causal_model.get_input_embeddings().register_forward_pre_hook(self.refresh_for_evaluation)
         if uncovered:
@@ -43,16 +45,13 @@ class FastModel:
         is_wide = self.causal_model.config.get_text_config().hidden_size >= SMALLEST_WIDTH
         self.store = HostStore(model.device) if offload and is_wide and model.device.type == "cuda" else None
 
-    def draw_masks(self) -> None:
-        """New dropout masks, from torch's CPU generator: a resumed run draws what an unbroken one would."""
-        self.seed.fill_(torch.randint(2**31, ()).item())
-
     def run(self, batch: MicroBatch, loss_scale: torch.Tensor) -> torch.Tensor:
         """Sum of the token losses  # []; adds the gradient of loss_scale times it to `flat.grads`.
 
         `batch`: input_ids, labels  # [rows, width]; label_positions  # [positions]; position_ids with
-        cu_seqlens and max_length (an int) for packed rows, attention_mask for padded ones.
+        cu_seqlens and max_length (an int) for packed rows, attention_mask for padded ones; token_keys.
         """
+        self.keys.read(batch)
         self.flat.attach_gradients()
         self.flat.refresh_copy()
         self.choose_checkpointing()
@@ -76,7 +75,7 @@ class FastModel:
     def choose_checkpointing(self) -> None:
         """Let checkpointing recompute without torch's RNG state, and keep its inputs on the host if asked.
 
-        Our masks repeat by their seed, and no graph can hold that state. Done here, as the Trainer turns
+        Our masks repeat by their keys, and no graph can hold that state. Done here, as the Trainer turns
         checkpointing on when training begins.
         """
         if self.store:
@@ -111,6 +110,9 @@ def prepare_fast_model(model: nn.Module, dtype: torch.dtype, offload: bool = Tru
         return "the adapter is not in float32"
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "the layers are spread over several devices"
+    obstacles = find_obstacles(model, dtype).values()
+    if all(obstacles):
+        return f"no adapted layer is covered: {', '.join(sorted(set(obstacles)))}"
     if model.device.type == "cuda":
         apply_liger(model.get_base_model())
     return FastModel(model, dtype, offload)
@@ -137,11 +139,8 @@ def apply_liger(causal_model: nn.Module) -> None:
 
 
 def has_own_dropout(model: nn.Module) -> bool:
-    """Whether the base drops anything itself: that mask comes from torch's generator, not from our seed."""
-    modules = any(
-        isinstance(module, nn.Dropout) and module.p > 0 and ".lora_dropout." not in name
-        for name, module in model.named_modules()
-    )
+    """Whether the base drops anything itself: that mask comes from torch's generator, not from our keys."""
+    modules = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     # Others hand a number of their config to torch's function.
     config = model.config.get_text_config().to_dict()
     return modules or any(

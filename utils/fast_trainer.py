@@ -26,7 +26,7 @@ class FastQLoraTrainer(QLoraTrainer):
     """QLoraTrainer whose micro-batches run through FastModel, replayed as CUDA graphs on a GPU."""
 
     def __init__(self, *args: Any, fast: FastModel, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, keys=fast.keys, **kwargs)
         self.fast, self.run_step = fast, GraphedStep(fast)
         if self.accelerator.num_processes > 1:
             # training_step sums the gradients itself, so no DistributedDataParallel; and the model is in its
@@ -47,6 +47,7 @@ class FastQLoraTrainer(QLoraTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         parts = find_micro_batches(self._prepare_inputs(inputs))
         self.count_tokens(parts)
+        self.keys.choose_step(self.args.seed, self.state.global_step)
         model.train()
         processes = self.accelerator.num_processes
         if not self.args.average_tokens_across_devices:  # then the processes' own means are averaged

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from utils.prompts import IGNORE_INDEX
+from utils.token_keys import number_tokens
 
 Example = dict[str, np.ndarray]  # {input_ids, labels}  # int64 [tokens]; row, its index in the set
 MIN_GPU_TOKENS = 2048  # a smaller micro-batch leaves a GPU waiting for its next launch
@@ -93,7 +94,8 @@ class PackingCollator:
     """The rows of one optimizer step, re-cut whole into micro-batches of at most `capacity` tokens.
 
     Positions restart with each row: attention sees it and keeps the rows apart, as long as no attention_mask
-    is passed. Gives {"micro_batches": [...]}, each of input_ids, labels, position_ids  # int64 [1, tokens]
+    is passed. Gives {"micro_batches": [...]}, each of
+    input_ids, labels, position_ids, token_keys (see utils.token_keys)  # int64 [1, tokens]
     cu_seqlens (where rows begin and end)  # int32 [rows + 1]; max_length (of a row, an int)
     label_positions, in NumPy  # int64 [positions]; num_tokens  # int64 []; rows (of the set)  # int64 [rows]
     `fixed`: filled up to one of choose_sizes, for GPUs.
@@ -121,15 +123,18 @@ class PackingCollator:
         bounds = np.concatenate([[0], np.cumsum(lengths)])
         labels[bounds[:-1]] = IGNORE_INDEX  # nothing comes before a row's first token
         position_ids = np.arange(width) - np.repeat(bounds[:-1], lengths)
+        rows = np.array([example["row"] for example in examples])
+        filled = np.append(rows, -1) if width > tokens else rows
         return {
             "input_ids": torch.from_numpy(input_ids)[None],
             "labels": torch.from_numpy(labels)[None],
             "position_ids": torch.from_numpy(position_ids)[None],
+            "token_keys": number_tokens(np.repeat(filled, lengths), position_ids)[None],
             "cu_seqlens": torch.from_numpy(bounds.astype(np.int32)),
             "max_length": max(lengths),
             "label_positions": np.flatnonzero(labels[1:] != IGNORE_INDEX),
             "num_tokens": torch.tensor(tokens),
-            "rows": torch.tensor([int(example["row"]) for example in examples]),
+            "rows": torch.from_numpy(rows),
         }
 
 
@@ -137,7 +142,7 @@ class PackingCollator:
 class PaddingCollator:
     """Each row padded on the right to the longest; masks go by length, so that the pad id never matters.
 
-    Gives input_ids, labels, attention_mask  # int64 [rows, width]; num_tokens  # int64 []
+    Gives input_ids, labels, attention_mask, token_keys  # int64 [rows, width]; num_tokens  # int64 []
     label_positions, whose next token is a label in some row, in NumPy  # int64 [positions]
     """
 
@@ -149,6 +154,7 @@ class PaddingCollator:
         width = -(-int(lengths.max()) // self.multiple) * self.multiple
         input_ids = torch.full((len(examples), width), self.pad_token_id)
         labels = torch.full((len(examples), width), IGNORE_INDEX)
+        rows = np.array([example["row"] for example in examples])
         for i, example in enumerate(examples):
             input_ids[i, : lengths[i]] = torch.as_tensor(example["input_ids"])
             labels[i, : lengths[i]] = torch.as_tensor(example["labels"])
@@ -157,8 +163,9 @@ class PaddingCollator:
             "labels": labels,
             "attention_mask": (torch.arange(width)[None] < lengths[:, None]).long(),
             "label_positions": (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero().flatten().numpy(),
+            "token_keys": number_tokens(rows[:, None], np.arange(width)),
             "num_tokens": lengths.sum(),
-            "rows": torch.tensor([int(example["row"]) for example in examples]),
+            "rows": torch.from_numpy(rows),
         }
 
 

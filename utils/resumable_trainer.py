@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from utils import signals
 from utils.checkpoints import check_free_space
+from utils.epoch_order import EpochOrder
 from utils.finite import find_rows, report_skipped_step
 from utils.saving_trainer import SavingTrainer
 from utils.training_state import read_rng, rng_kept
@@ -67,6 +68,20 @@ class ResumableTrainer(SavingTrainer):
         inner = getattr(dataloader, "base_dataloader", dataloader)  # what accelerate wraps makes the workers
         inner.worker_init_fn = partial(signals.start_data_worker, then=inner.worker_init_fn)
         return dataloader
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
+        batch, processes = self.args.train_batch_size, self.args.world_size
+        self.order = EpochOrder(
+            self.train_dataset.lengths,
+            self.args.train_sampling_strategy,
+            batch * self.args.gradient_accumulation_steps * processes,
+            self.args.data_seed,
+        )
+        return self.order
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> Any:
+        self.order.epoch = epoch
+        return super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         self.step_batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)

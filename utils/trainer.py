@@ -14,11 +14,13 @@ import numpy as np
 import torch
 import transformers
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch.nn import functional as F
 
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.callbacks import ProgressLine
 from utils.console import UserError, notice
+from utils.keyed_noise import add_embedding_noise, key_dropout
 from utils.model import has_gpu
 from utils.packing import PackingCollator, PaddingCollator, choose_capacity, keeps_rows_apart
 from utils.prompts import IGNORE_INDEX
@@ -26,6 +28,7 @@ from utils.resumable_trainer import ResumableTrainer
 from utils.run_record import hide_secrets
 from utils.sharing import render_model_card
 from utils.sources import EVAL, TEST, TRAIN
+from utils.token_keys import TokenKeys
 from utils.token_rows import TokenRows
 
 MAX_STATE_SHARE = 0.1  # of the free GPU memory: activations need the rest
@@ -54,19 +57,26 @@ class QLoraTrainer(ResumableTrainer):
     So (batch 4, accumulation 1) and (batch 1, accumulation 4) give the same gradients for rows of any length.
     """
 
-    def __init__(self, *args: Any, record: dict[str, Any], **kwargs: Any):
+    def __init__(self, *args: Any, record: dict[str, Any], keys: TokenKeys | None = None, **kwargs: Any):
+        """`keys`: of dropout, where key_dropout has seen to it already."""
         super().__init__(*args, **kwargs)
-        self.record = record
+        self.record, self.keys = record, keys or key_dropout(self.model)
+        if self.neftune_noise_alpha:
+            add_embedding_noise(self.model.get_input_embeddings(), self.keys, self.neftune_noise_alpha)
+        self.neftune_noise_alpha = None  # the Trainer's noise goes by the length of the batch
         self.padding_collator = PaddingCollator(
             self.data_collator.pad_token_id, 1 if self.args.device.type == "cpu" else 8
         )
         # compute_loss below divides by num_items_in_batch, whatever the model's own forward accepts.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = self._loss_shifts_labels = True
-        self.keeps_logits = "logits_to_keep" in find_forward_parameters(self.model)
+        # An adapted head sees all tokens, as their keys are those of its dropout.
+        is_adapted = isinstance(self.model.get_output_embeddings(), LoraLayer)
+        self.keeps_logits = not is_adapted and "logits_to_keep" in find_forward_parameters(self.model)
         self.tokens_since_log = torch.zeros((), dtype=torch.long, device=self.args.device)
         self.tokens_seen, self.last_log_time = 0, None  # the clock starts with the first step
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.keys.read(inputs)
         losses = self.compute_token_losses(model, inputs)
         loss = losses.sum() / num_items_in_batch
         # Several processes average their gradients; the mean wanted is over the tokens of all of them.
@@ -98,6 +108,7 @@ class QLoraTrainer(ResumableTrainer):
         """One micro-batch, or all those that the rows of an optimizer step were packed into."""
         *earlier, last = find_micro_batches(inputs)
         self.count_tokens([*earlier, last])
+        self.keys.choose_step(self.args.seed, self.state.global_step)
         with self.accelerator.no_sync(model) if earlier else contextlib.nullcontext():
             losses = [
                 super(QLoraTrainer, self).training_step(model, part, num_items_in_batch) for part in earlier

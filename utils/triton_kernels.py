@@ -39,13 +39,27 @@ def unpack_8bit_kernel(weight, out, out_stride, row_max, columns, BLOCK: tl.cons
 
 
 @triton.jit
-def is_kept(place, seed, layer, threshold):
-    """A hash of the element's number (murmur3's finalizer) against the probability times 2**32."""
-    key = tl.load(seed).to(tl.uint32) * 2654435761 + layer.to(tl.uint32) * 2246822519
-    hashed = place.to(tl.uint32) * 3266489917 + key
-    hashed = (hashed ^ (hashed >> 16)) * 2246822507
-    hashed = (hashed ^ (hashed >> 13)) * 3266489909
-    return (hashed ^ (hashed >> 16)) >= threshold.to(tl.uint32)
+def hash_columns(key, layer, column):
+    """32 random bits for each column, those of utils.token_keys.hash_columns; `key` of the token, int64."""
+    low = key.to(tl.uint32) ^ (layer.to(tl.uint32) * 2654435761)
+    high = (key >> 32).to(tl.uint32) + layer.to(tl.uint32) * 2246822519
+    bits = column.to(tl.uint32) * 3266489917 + low
+    bits = (bits ^ (bits >> 16)) * 2246822507 + high
+    bits = (bits ^ (bits >> 13)) * 3266489909
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
+def is_kept(key, layer, column, threshold):
+    return hash_columns(key, layer, column) >= threshold.to(tl.uint32)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def noise_kernel(noise, keys, scales, width, layer, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    bits = hash_columns(tl.load(keys + row), layer, column)
+    uniform = (bits >> 8).to(tl.float32) * 1.1920928955078125e-07 - 1.0  # 2**-23: in [-1, 1)
+    tl.store(noise + row * width + column, uniform * tl.load(scales + row), mask=column < width)
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -60,7 +74,7 @@ def place_low_rank_kernel(out, out_stride, right, rows, columns, first, ranks, s
 
 @triton.jit(do_not_specialize=["layer", "threshold"])
 def drop_kernel(
-    x, x_stride, dropped, copy, copy_stride, width, seed, layer, threshold, scale,
+    x, x_stride, dropped, copy, copy_stride, width, keys, layer, threshold, scale,
     DROPS: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -69,13 +83,14 @@ def drop_kernel(
     if COPIES:
         tl.store(copy + row * copy_stride + column, values, mask=inside)
     if DROPS:
-        kept = tl.where(is_kept(place, seed, layer, threshold), values.to(tl.float32) * scale, 0.0)
+        key = tl.load(keys + row)
+        kept = tl.where(is_kept(key, layer, column, threshold), values.to(tl.float32) * scale, 0.0)
         tl.store(dropped + place, kept.to(dropped.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["layer", "threshold"])
 def add_low_rank_kernel(
-    total, left, right, tokens, width, seed, layer, threshold, scale,
+    total, left, right, tokens, width, keys, layer, threshold, scale,
     RANKS: tl.constexpr, DROPS: tl.constexpr, BLOCK_RANKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1) * 128 + tl.arange(0, 128)[:, None]
@@ -91,7 +106,8 @@ def add_low_rank_kernel(
         update = tl.dot(a, b, update, input_precision="ieee")
     update *= scale
     if DROPS:
-        update = tl.where(is_kept(place, seed, layer, threshold), update, 0.0)
+        key = tl.load(keys + row, mask=row < tokens, other=0)  # [128, 1]
+        update = tl.where(is_kept(key, layer, column, threshold), update, 0.0)
     update += tl.load(total + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(total + place, update.to(total.dtype.element_ty), mask=inside)
 
@@ -109,7 +125,7 @@ def activation_and_slope(x, SILU: tl.constexpr):
 
 @triton.jit(do_not_specialize=["layer", "threshold"])
 def gate_kernel(
-    gate_up, out, out_stride, dropped, width, seed, layer, threshold, scale,
+    gate_up, out, out_stride, dropped, width, keys, layer, threshold, scale,
     SILU: tl.constexpr, DROPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -122,14 +138,15 @@ def gate_kernel(
     values = (active * up).to(out.dtype.element_ty)
     tl.store(out + row * out_stride + column, values, mask=inside)
     if DROPS:
-        place = row * width + column
-        kept = tl.where(is_kept(place, seed, layer, threshold), values.to(tl.float32) * scale, 0.0)
-        tl.store(dropped + place, kept.to(out.dtype.element_ty), mask=inside)
+        kept = tl.where(
+            is_kept(tl.load(keys + row), layer, column, threshold), values.to(tl.float32) * scale, 0.0
+        )
+        tl.store(dropped + row * width + column, kept.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["layer", "threshold"])
 def gate_backward_kernel(
-    gate_up, grad, width, seed, layer, threshold, scale,
+    gate_up, grad, width, keys, layer, threshold, scale,
     SILU: tl.constexpr, DROPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -144,7 +161,8 @@ def gate_backward_kernel(
     tl.store(start + width, (upstream * active).to(kind), mask=inside)
     values = active * up
     if DROPS:
-        values = tl.where(is_kept(place, seed, layer, threshold), values * scale, 0.0)
+        key = tl.load(keys + row)
+        values = tl.where(is_kept(key, layer, column, threshold), values * scale, 0.0)
     tl.store(grad + place, values.to(kind), mask=inside)
 
 
