@@ -20,6 +20,7 @@ from utils.checks import ADAPTER_FILE, CONVERT, has_adapter, read_model_config
 from utils.console import UserError, notice
 from utils.frozen_weights import replace_by_dense, unpack_8bit_layers
 from utils.prompts import find_stop_tokens, read_template
+from utils.rope import follow_each_batch
 from utils.tokenizer_files import load_own_tokenizer
 
 if TYPE_CHECKING:
@@ -149,6 +150,7 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
         keep_cpu_weights_unpacked(model)
     if not trainable and not has_gpu(model_args) and not has_fast_cpu_kernels(model):
         replace_by_dense(model, dtype)
+    follow_each_batch(model)
     model.requires_grad_(model_args.full_finetune)
     return model
 
