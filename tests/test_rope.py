@@ -102,6 +102,23 @@ def test_frequencies_that_no_row_changes_let_all_rows_share(kind):
     assert find_shared_length(LlamaConfig(**SIZES, rope_parameters=rope)) is None
 
 
+@torch.no_grad()
+def test_questions_beyond_the_original_context_are_asked_alone(smol_tokenizer):
+    from utils.mmlu import compute_letter_logits, find_letter_tokens
+
+    sizes = SIZES | {"vocab_size": len(smol_tokenizer), "max_position_embeddings": 32}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, rope_parameters=DYNAMIC)).eval()
+    questions = [f"Which letter is it, {'or not ' * count}?\nAnswer:" for count in (1, 30, 5, 12, 14, 4)]
+    ids = [smol_tokenizer(question, return_tensors="pt").input_ids for question in questions]
+    assert [x.shape[1] > 32 for x in ids] == [False, True, False, True, True, False]
+    letters = list(find_letter_tokens(smol_tokenizer).values())
+    alone = [copy.deepcopy(model)(input_ids=x, use_cache=False).logits[0, -1, letters] for x in ids]
+    follow_each_batch(model)
+    found = compute_letter_logits(model, smol_tokenizer, questions, 2048, 8)
+    assert torch.allclose(found, torch.stack(alone), atol=1e-4)
+
+
 @pytest.fixture
 def long_model(small_model, tmp_path):
     """The byte-reading model with an original context that half of the rows are beyond, and larger weights."""

@@ -63,9 +63,9 @@ def split_at_long(lengths: list[int], limit: int | None) -> list[list[int]]:
 
 def pack_apart(lengths: list[int], sizes: list[int], limit: int | None) -> list[tuple[list[int], int]]:
     """pack_rows, with a micro-batch of its own for each row of more than `limit` tokens."""
-    long = [row for row, length in enumerate(lengths) if limit is not None and length > limit]
-    short = [row for row in range(len(lengths)) if row not in set(long)]
+    short = [row for row, length in enumerate(lengths) if limit is None or length <= limit]
     packed = pack_rows([lengths[row] for row in short], sizes)
+    long = sorted(set(range(len(lengths))) - set(short))
     alone = [([row], sizes[bisect.bisect_left(sizes, lengths[row])]) for row in long]
     return [([short[i] for i in rows], size) for rows, size in packed] + alone
 

@@ -51,7 +51,7 @@ def find_attention_obstacle(model: nn.Module) -> str | None:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model's code does where it misses its mask
-            return f"tried on packed rows: {str(error).splitlines()[0]}"
+            return f"tried on packed rows: {(str(error) or type(error).__name__).splitlines()[0]}"
 
 
 def try_packed_attention(model: nn.Module) -> str | None:
