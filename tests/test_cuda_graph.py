@@ -4,7 +4,18 @@ import os
 
 import pytest
 import torch
-from tiny_llms import DEVICE, LINEARS, adapter_gradients, build_batch, build_model, relative_difference
+from tiny_llms import (
+    CONFIGS,
+    DEVICE,
+    GQA,
+    LINEARS,
+    SIZES,
+    adapter_gradients,
+    build_batch,
+    build_model,
+    relative_difference,
+)
+from transformers import LlamaConfig, Phi3Config
 
 from utils.console import run_main
 from utils.cuda_graph import GraphedStep, find_size, round_up
@@ -144,6 +155,37 @@ def test_layers_that_need_no_gradient_leave_no_copy_under_way(monkeypatch):
         assert not offload or (len(step.fast.store.rooms) == 2 and not step.fast.store.coming)
         gradients.append(torch.cat([x.flatten() for x in adapter_gradients(step.fast.model).values()]))
     assert torch.equal(*gradients)
+
+
+def cut_rows(*lengths):
+    """build_batch's 40 tokens as rows of other lengths."""
+    places = torch.cat([torch.arange(length) for length in lengths])[None]
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    bounds = {"position_ids": places.to(DEVICE), "cu_seqlens": ends.to(DEVICE), "max_length": max(lengths)}
+    return build_batch(packed=True) | bounds
+
+
+@pytest.mark.gpu
+def test_rows_beyond_the_original_context_turn_by_the_long_factors_in_a_graph(monkeypatch):
+    """Captured on short rows, then replayed for a long one, which shares its size, and for short rows again."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    sizes = GQA | {"original_max_position_embeddings": 16, "rope_parameters": rope | {"rope_theta": 10000.0}}
+    monkeypatch.setitem(CONFIGS, "long", lambda: Phi3Config(**sizes))
+    step, fast = build_pair("long", dropout=0.0)
+    losses = []
+    for lengths in ((13, 9, 13, 5), (12, 10, 13, 5), (30, 10), (13, 9, 13, 5), (30, 10)):
+        losses.append(step(cut_rows(*lengths), 0.5).item())
+        expected = fast.run(cut_rows(*lengths), torch.tensor(0.5, device=DEVICE)).item()
+        assert losses[-1] == pytest.approx(expected, rel=2e-3)
+    assert step.obstacle is None and len(step.graphs) == 1 and losses[2] == losses[4] != losses[0]
+
+
+@pytest.mark.gpu
+def test_dynamic_frequencies_are_not_captured(monkeypatch, capsys):
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    monkeypatch.setitem(CONFIGS, "dynamic", lambda: LlamaConfig(**SIZES, rope_parameters=rope))
+    assert "rotary frequencies" in build_pair("dynamic")[0].obstacle
+    assert "without CUDA graphs (its rotary frequencies" in capsys.readouterr().out
 
 
 def join_twice(batch):

@@ -27,6 +27,7 @@ OWN_GROUPS = {
     "eval.report": "ReportArguments",
     "eval.train_speed": "SpeedArguments",
     "eval.chat_speed": "ChatSpeedArguments",
+    "eval.compare_runs": "CompareArguments",
     "utils.merge_adapter": "MergeArguments",
 }
 
@@ -68,9 +69,12 @@ def read_script_commands(script):
         [line for line in block.group(1).splitlines() if not line.strip().startswith("#")] if block else []
     )
     array = " ".join(lines)
+    others = dict(re.findall(r"^(\w+)=\((.+)\)$", text, flags=re.MULTILINE))  # arrays of one line
     variables = read_variables(text)
     for name, rest in re.findall(r"^(?:[^#\n]*\| )?\s*python (\w+)\.py (.*)$", text, flags=re.MULTILINE):
-        filled = rest.replace('"${args[@]}"', array).replace('"$@"', "")
+        filled = rest.replace('"${args[@]}"', array).replace('"$@"', "").replace('"${@:2}"', "")
+        for other, flags in others.items():
+            filled = filled.replace(f'"${{{other}[@]}}"', flags)
         words = shlex.split(filled)
         yield name, [variables.get(word, word) for word in words]
 
@@ -96,6 +100,16 @@ def test_modules_that_a_shell_script_runs_are_there(script):
     for module in re.findall(r"python -m ([\w.]+)", script.read_text()):
         path = ROOT / (module.replace(".", "/") + ".py")
         assert path.is_file(), module
+
+
+def test_quality_compares_everything_off_with_everything_on():
+    script = ROOT / "scripts" / "quality.sh"
+    ((name, words),) = read_script_commands(script)
+    arrays = dict(re.findall(r"^(plain|fast)=\((.+)\)$", script.read_text(), flags=re.MULTILINE))
+    for setting, is_on in (("plain", False), ("fast", True)):
+        _, _, _, training_args, _ = parse_command(name, [*words, *arrays[setting].split()])
+        switches = (training_args.packing, training_args.fast_lora, training_args.gradient_checkpointing)
+        assert switches == (is_on, is_on, is_on) and training_args.do_eval
 
 
 @pytest.mark.parametrize("script", FINETUNE_SCRIPTS, ids=lambda path: path.name)
@@ -243,6 +257,18 @@ def test_generate_and_chat_scripts_use_the_guanaco_scripts_run(checkout, guanaco
 @pytest.mark.slow
 def test_webserver_script_opens_the_page_of_the_guanaco_scripts_run(checkout, guanaco_run):
     check_page(run_shell("bash scripts/webserver.sh --max_new_tokens 4", checkout))
+
+
+@pytest.mark.slow
+def test_quality_script_trains_both_settings_and_judges_them(checkout, tmp_path):
+    tiny_models.build_llama1(tmp_path)
+    flags = ["--seeds", "0 1", "--data", "data/guanaco_identity.jsonl", "--model_name_or_path", tmp_path]
+    model = checkout / "models" / "SmolLM2-135M-Instruct"  # the script looks for it, the flag takes its place
+    model.mkdir(parents=True)
+    (model / "model.safetensors").touch()
+    printed = run_bash(checkout, "quality.sh", *flags, *SMALL_FLAGS)
+    assert re.search(r"\| mean \| \d\.\d{4} \| \d\.\d{4} \|", printed) and "the spread of seeds" in printed
+    assert (checkout / "output" / "quality" / "fast-1" / "adapter_model.safetensors").is_file()
 
 
 SMALLER_EVALUATION = {

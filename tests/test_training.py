@@ -236,16 +236,6 @@ def test_nf4_gradients_equal_those_of_the_dequantized_base_even_after_an_evaluat
     assert relative_difference(adapter_gradients(quantized, batch), expected) < 1e-2
 
 
-def test_packing_check_tells_architectures_apart(tiny_model):
-    from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
-
-    from utils.packing import keeps_rows_apart
-
-    assert keeps_rows_apart(AutoModelForCausalLM.from_pretrained(tiny_model))
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=100, hidden_size=32, n_layer=1, n_head=2))
-    assert not keeps_rows_apart(bloom)
-
-
 def test_evaluation_loss_does_not_depend_on_the_batch_size(call_main, tiny_model, tmp_path):
     losses = []
     for size in (1, 5):

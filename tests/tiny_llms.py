@@ -49,6 +49,7 @@ CONFIGS = {
     "cohere with scaled logits": lambda: CohereConfig(**GQA),
     "granite with divided logits": lambda: GraniteConfig(**GQA, logits_scaling=8.0),
     "phi3": lambda: Phi3Config(**GQA),
+    "phi3 with half of a head rotated": lambda: Phi3Config(**GQA, partial_rotary_factor=0.5),
     "bloom": lambda: BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=4),
     "opt": lambda: OPTConfig(
         vocab_size=VOCABULARY, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4,

@@ -8,6 +8,7 @@ import torch
 from utils.console import notice
 from utils.fast_model import FastModel, MicroBatch
 from utils.graph_capture import CaptureError, capture_graph, round_to_power
+from utils.rope import find_ropes, is_dynamic
 
 
 class GraphedStep:
@@ -91,6 +92,8 @@ def find_graph_obstacle(fast: FastModel) -> str | None:
     if fast.flat.weights.device.type != "cuda":
         return "no GPU"
     obstacle = fast.attention_obstacle or fast.loss_obstacle
+    if any(is_dynamic(rope) for rope in find_ropes(fast.causal_model.config)):
+        obstacle = "its rotary frequencies are chosen on the host, by the longest row"
     if fast.has_own_dropout:
         obstacle = "the base model has dropout of its own"
     if obstacle:

@@ -1,5 +1,8 @@
 """One micro-batch forward and backward on the fused path: adapter, attention and loss put together."""
 
+import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from utils.fast_loss import Head, find_loss_obstacle, pick_targets
 from utils.keyed_noise import key_dropout
 from utils.offload import RERUN, SMALLEST_WIDTH, HostStore
 from utils.prompts import IGNORE_INDEX
+from utils.trials import ROW, draw_tokens, evaluating, is_near
 from utils.varlen_attention import find_attention_obstacle, packed_attention
 
 MicroBatch = dict[str, Any]
@@ -135,7 +139,26 @@ def apply_liger(causal_model: nn.Module) -> None:
     if kind not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
         return
     ours = {"swiglu": False, "geglu": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
-    monkey_patch._apply_liger_kernel_to_instance(causal_model, **ours)
+    patch = partial(monkey_patch._apply_liger_kernel_to_instance, causal_model, **ours)
+    if not patch_if_equal(causal_model, patch):
+        notice("fast path: norms and rotary embedding run unfused, liger-kernel's compute something else")
+
+
+def patch_if_equal(causal_model: nn.Module, patch: Callable[[], None]) -> bool:
+    """Call `patch`; where the model then computes something else, take back what it did to it."""
+    spaces = [vars(module) for module in causal_model.modules()]
+    spaces.append(vars(sys.modules[type(causal_model).__module__]))  # the functions that layers call
+    before = [dict(space) for space in spaces]
+    ids = draw_tokens(causal_model, 2, ROW)
+    with evaluating(causal_model):
+        expected = causal_model.base_model(input_ids=ids, use_cache=False)[0]
+        patch()
+        is_equal = is_near(causal_model.base_model(input_ids=ids, use_cache=False)[0], expected)
+    for space, old in zip(spaces, before, strict=True) if not is_equal else ():
+        for name in space.keys() - old.keys():
+            del space[name]
+        space.update(old)
+    return is_equal
 
 
 def has_own_dropout(model: nn.Module) -> bool:

@@ -128,10 +128,18 @@ def compute_letter_logits(
     import torch
     from accelerate.utils import gather_object
 
+    from utils.packing import split_at_long
+    from utils.rope import find_shared_length
+
     letters = list(find_letter_tokens(tokenizer).values())
     ids = [tokenizer(question).input_ids[-max_len:] for question in questions]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    batches = [order[start : start + batch_size] for start in range(0, len(ids), batch_size)]
+    groups = split_at_long([len(ids[i]) for i in order], find_shared_length(model.config))
+    batches = [
+        [order[place] for place in group[start : start + batch_size]]
+        for group in groups
+        for start in range(0, len(group), batch_size)
+    ]
     rank, size = read_rank_and_size()
     found: list[tuple[int, list[float]]] = []
     was_training = model.training

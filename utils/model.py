@@ -22,6 +22,7 @@ from utils.cpu import choose_cpu_dtype, keep_weights_unpacked, repacks_weights
 from utils.encoding import find_own_bos
 from utils.frozen_weights import replace_by_dense, unpack_8bit_layers
 from utils.prompts import find_stop_tokens, read_template, render_chat, template_names
+from utils.rope import follow_each_batch
 from utils.tokenizer_files import load_own_tokenizer
 from utils.trained_biases import keep_biases_in_float32
 
@@ -180,6 +181,7 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
         keep_weights_unpacked(model)
         if not trainable and not has_gpu(model_args):
             replace_by_dense(model, dtype)
+    follow_each_batch(model)
     model.requires_grad_(model_args.full_finetune)
     return model
 

@@ -49,6 +49,28 @@ def fit_rows(lengths: list[int], sizes: list[int]) -> list[list[int]] | None:
     return bins
 
 
+def split_at_long(lengths: list[int], limit: int | None) -> list[list[int]]:
+    """Rows by index, in their order: each of more than `limit` tokens alone, those between together."""
+    groups: list[list[int]] = []
+    shared = False
+    for row, length in enumerate(lengths):
+        is_long = limit is not None and length > limit
+        if is_long or not shared:
+            groups.append([])
+        groups[-1].append(row)
+        shared = not is_long
+    return groups
+
+
+def pack_apart(lengths: list[int], sizes: list[int], limit: int | None) -> list[tuple[list[int], int]]:
+    """pack_rows, with a micro-batch of its own for each row of more than `limit` tokens."""
+    short = [row for row, length in enumerate(lengths) if limit is None or length <= limit]
+    packed = pack_rows([lengths[row] for row in short], sizes)
+    long = sorted(set(range(len(lengths))) - set(short))
+    alone = [([row], sizes[bisect.bisect_left(sizes, lengths[row])]) for row in long]
+    return [([short[i] for i in rows], size) for rows, size in packed] + alone
+
+
 def choose_capacity(
     lengths: np.ndarray, batch_size: int, rows_per_step: int, max_len: int, on_gpu: bool
 ) -> int:
@@ -99,23 +121,25 @@ class PackingCollator:
     cu_seqlens (where rows begin and end)  # int32 [rows + 1]; max_length (of a row, an int)
     label_positions, in NumPy  # int64 [positions]; num_tokens  # int64 []; rows (of the set)  # int64 [rows]
     `fixed`: filled up to one of choose_sizes, for GPUs.
+    `limit`: a row of more tokens shares with no other (utils/rope.py).
     """
 
     pad_token_id: int
     capacity: int
     fixed: bool = False
+    limit: int | None = None
 
     def __call__(self, examples: list[Example]) -> dict[str, list[dict[str, torch.Tensor]]]:
         lengths = [len(example["input_ids"]) for example in examples]
-        packed = pack_rows(lengths, choose_sizes(self.capacity, self.fixed))
+        packed = pack_apart(lengths, choose_sizes(self.capacity, self.fixed), self.limit)
         return {"micro_batches": [self.join([examples[row] for row in rows], size) for rows, size in packed]}
 
     def join(self, examples: list[Example], size: int) -> dict[str, torch.Tensor]:
         lengths = [len(example["input_ids"]) for example in examples]
         tokens = sum(lengths)
         width = size if self.fixed else tokens
-        if width > tokens:  # the filling is a row of its own
-            lengths.append(width - tokens)
+        while (filled := sum(lengths)) < width:  # the filling is rows of its own
+            lengths.append(min(width - filled, self.limit or width))
         input_ids = np.full(width, self.pad_token_id, np.int64)
         labels = np.full(width, IGNORE_INDEX, np.int64)
         input_ids[:tokens] = np.concatenate([example["input_ids"] for example in examples])
@@ -144,14 +168,25 @@ class PaddingCollator:
 
     Gives input_ids, labels, attention_mask, token_keys  # int64 [rows, width]; num_tokens  # int64 []
     label_positions, whose next token is a label in some row, in NumPy  # int64 [positions]
+    `limit`: a row of more tokens is padded with no other. Then {"micro_batches": [...]}, in the rows' order.
     """
 
     pad_token_id: int
     multiple: int = 1
+    limit: int | None = None
 
-    def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: list[Example]) -> dict[str, Any]:
+        groups = split_at_long([len(example["input_ids"]) for example in examples], self.limit)
+        if len(groups) == 1:
+            return self.pad(examples)
+        return {"micro_batches": [self.pad([examples[row] for row in group]) for group in groups]}
+
+    def pad(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-        width = -(-int(lengths.max()) // self.multiple) * self.multiple
+        longest = int(lengths.max())
+        width = -(-longest // self.multiple) * self.multiple
+        if self.limit and width > self.limit:  # padding has positions, too
+            width = max(longest, self.limit)
         input_ids = torch.full((len(examples), width), self.pad_token_id)
         labels = torch.full((len(examples), width), IGNORE_INDEX)
         rows = np.array([example["row"] for example in examples])
@@ -167,32 +202,3 @@ class PaddingCollator:
             "num_tokens": lengths.sum(),
             "rows": torch.from_numpy(rows),
         }
-
-
-@torch.no_grad()
-def keeps_rows_apart(model: Any) -> bool:
-    """Whether packing leaves a row the logits it has alone, tried on the model itself.
-
-    False for architectures that take positions from elsewhere (ALiBi in BLOOM, the mask in OPT).
-    """
-    was_training = model.training
-    model.eval()
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    rows = torch.randint(vocabulary, (1, 24), generator=generator).to(model.device)
-    positions = torch.arange(24, device=model.device)[None]
-
-    def read_second_row(input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-        return logits[:, -12:].float()
-
-    try:
-        alone = read_second_row(rows[:, 12:], positions[:, :12])
-        packed = read_second_row(rows, positions % 12)
-        joined = read_second_row(rows, positions)
-    except TypeError:  # its forward takes no position_ids
-        return False
-    finally:
-        model.train(was_training)
-    # Packed rows must differ from the row alone by rounding only, one long row by its context.
-    return bool((packed - alone).norm() < 0.25 * (joined - alone).norm())

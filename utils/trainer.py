@@ -22,14 +22,16 @@ from utils.callbacks import ProgressLine
 from utils.console import UserError, notice
 from utils.keyed_noise import add_embedding_noise, key_dropout
 from utils.model import has_gpu
-from utils.packing import PackingCollator, PaddingCollator, choose_capacity, keeps_rows_apart
+from utils.packing import PackingCollator, PaddingCollator, choose_capacity
 from utils.prompts import IGNORE_INDEX
 from utils.resumable_trainer import ResumableTrainer
+from utils.rope import find_shared_length
 from utils.run_record import hide_secrets
 from utils.sharing import render_model_card
 from utils.sources import EVAL, TEST, TRAIN
 from utils.token_keys import TokenKeys
 from utils.token_rows import TokenRows
+from utils.trials import find_packing_obstacle
 
 MAX_STATE_SHARE = 0.1  # of the free GPU memory: activations need the rest
 # Our flags that the Trainer does not have.
@@ -65,7 +67,9 @@ class QLoraTrainer(ResumableTrainer):
             add_embedding_noise(self.model.get_input_embeddings(), self.keys, self.neftune_noise_alpha)
         self.neftune_noise_alpha = None  # the Trainer's noise goes by the length of the batch
         self.padding_collator = PaddingCollator(
-            self.data_collator.pad_token_id, 1 if self.args.device.type == "cpu" else 8
+            self.data_collator.pad_token_id,
+            1 if self.args.device.type == "cpu" else 8,
+            self.data_collator.limit,
         )
         # compute_loss below divides by num_items_in_batch, whatever the model's own forward accepts.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = self._loss_shifts_labels = True
@@ -157,9 +161,9 @@ class QLoraTrainer(ResumableTrainer):
         model.eval()
         loss_sum, token_count, row_count = 0.0, 0, 0
         for batch in dataloader:
-            batch = self._prepare_inputs(batch)
-            losses = self.compute_token_losses(model, batch).sum(1)  # [rows]
-            counts = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1)  # [rows]
+            parts = find_micro_batches(self._prepare_inputs(batch))
+            losses = torch.cat([self.compute_token_losses(model, part).sum(1) for part in parts])  # [rows]
+            counts = torch.cat([(part["labels"][:, 1:] != IGNORE_INDEX).sum(1) for part in parts])  # [rows]
             losses, counts = self.accelerator.gather_for_metrics((losses, counts))
             loss_sum, token_count = loss_sum + losses.double().sum().item(), token_count + counts.sum().item()
             row_count += len(counts)
@@ -282,14 +286,16 @@ def choose_collator(
 ) -> PackingCollator | PaddingCollator:
     """Packed where the model keeps rows apart; `lengths` of the training rows  # int64 [rows]"""
     on_gpu, batch = has_gpu(model_args), training_args.per_device_train_batch_size
-    if training_args.packing and keeps_rows_apart(model):
+    limit = find_shared_length(model.config)
+    obstacle = find_packing_obstacle(model) if training_args.packing else None
+    if training_args.packing and not obstacle:
         rows_per_step = batch * training_args.gradient_accumulation_steps
         capacity = choose_capacity(lengths, batch, rows_per_step, data_args.max_len, on_gpu)
-        return PackingCollator(tokenizer.pad_token_id, capacity, fixed=on_gpu)
-    if training_args.packing:
-        notice(f"--packing: {model.config.model_type} mixes packed rows, so batches are padded instead")
+        return PackingCollator(tokenizer.pad_token_id, capacity, on_gpu, limit)
+    if obstacle:
+        notice(f"--packing: {model.config.model_type} gets padded batches instead ({obstacle})")
     multiple = 8 if on_gpu else 1  # tensor cores want whole tiles
-    return PaddingCollator(tokenizer.pad_token_id, multiple)
+    return PaddingCollator(tokenizer.pad_token_id, multiple, limit)
 
 
 def build_trainer_args(

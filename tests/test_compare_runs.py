@@ -1,0 +1,53 @@
+"""Two settings are told apart by more than what seeds differ by."""
+
+import json
+
+import pytest
+
+from eval.compare_runs import compare_losses, main
+from utils.console import UserError
+
+
+@pytest.fixture
+def compare(tmp_path, monkeypatch, capsys):
+    def compare(losses, *seeds):
+        for run, loss in losses.items():
+            (tmp_path / run).mkdir()
+            (tmp_path / run / "metrics.json").write_text(json.dumps({"eval_loss": loss, "log": []}))
+        monkeypatch.setattr("sys.argv", ["compare_runs", str(tmp_path), "--seeds", *seeds])
+        main()
+        return capsys.readouterr().out
+
+    return compare
+
+
+def test_differences_are_paired_by_seed_and_held_against_the_range_of_seeds():
+    # 0.02, -0.01 and 0.02 have the mean 0.01; plain ranges over 0.05
+    table, is_equal = compare_losses([0, 1, 2], [1.50, 1.55, 1.52], [1.52, 1.54, 1.54])
+    assert is_equal and "equal within the spread of seeds (0.0100 against 0.0500)" in table
+    assert "| 1 | 1.5500 | 1.5400 | -0.0100 |" in table and "| mean | 1.5233 | 1.5333 | +0.0100 |" in table
+    # better by 0.06 in each seed is a difference, too
+    table, is_equal = compare_losses([0, 1, 2], [1.50, 1.55, 1.52], [1.44, 1.49, 1.46])
+    assert not is_equal and "PARTED BY MORE THAN the spread of seeds (0.0600 against 0.0500)" in table
+
+
+def test_exit_code_is_1_where_the_settings_part(compare):
+    with pytest.raises(SystemExit) as left:
+        compare({"plain-3": 1.5, "fast-3": 1.7, "plain-4": 1.6, "fast-4": 1.8}, "3", "4")
+    assert left.value.code == 1
+
+
+def test_table_is_printed_where_they_agree(compare):
+    printed = compare({"plain-3": 1.5, "fast-3": 1.52, "plain-4": 1.6, "fast-4": 1.58}, "3", "4")
+    assert printed.startswith("| seed | plain | fast |") and "equal within" in printed
+
+
+def test_missing_run_and_single_seed_are_one_line(compare):
+    with pytest.raises(UserError, match="fast-4.*holds no eval_loss"):
+        compare({"plain-3": 1.5, "fast-3": 1.52, "plain-4": 1.6}, "3", "4")
+    with pytest.raises(UserError, match="--seeds 3: a spread needs two"):
+        compare({}, "3")
+
+
+def test_a_loss_that_is_no_number_is_no_agreement():
+    assert not compare_losses([0, 1], [1.5, 1.6], [float("nan"), 1.6])[1]
