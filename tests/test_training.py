@@ -88,18 +88,8 @@ def test_packed_run_equals_the_padded_run_of_the_same_command(call_main, tiny_mo
     ("bits", "targets"), [(4, ["all-linear"]), (32, ["all-linear"]), (32, ["q_proj", "lm_head"])]
 )
 def test_fast_path_trains_what_the_plain_path_trains(call_main, tiny_model, tmp_path, bits, targets):
-    flags = [
-        "--bits",
-        bits,
-        "--lora_target_modules",
-        *targets,
-        "--max_steps",
-        4,
-        "--learning_rate",
-        1e-2,
-        "--adam_epsilon",
-        1e-4,
-    ]
+    flags = ["--bits", bits, "--lora_target_modules", *targets]
+    flags += ["--max_steps", 4, "--learning_rate", 1e-2, "--adam_epsilon", 1e-4]
     flags += ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--lora_dropout", 0.1]
     for fast in ("True", "False"):
         printed = train(call_main, tiny_model, tmp_path / fast, *flags, "--fast_lora", fast)
