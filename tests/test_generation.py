@@ -53,7 +53,7 @@ def open_run(folder, given=(), **flags):
     return model_args, load_run(model_args, read_model_config(model_args))
 
 
-def test_run_brings_its_base_quantization_template_and_stop_tokens(run, tiny_model):
+def test_run_brings_its_base_quantization_template_and_stop_tokens(float32_cpu, run, tiny_model):
     model_args, chat = open_run(run)
     assert (model_args.model_name_or_path, model_args.bits, model_args.quant_type) == (
         str(tiny_model),

@@ -113,7 +113,7 @@ def test_merge_into_16_bits_equals_pefts_own(call_main, tiny_model, tmp_path, fl
 
 
 @pytest.mark.parametrize("flags", [["--quant_type", "fp4"], ["--no_double_quant"], ["--bits", "8"]], ids=str)
-def test_every_quantization_passes_parity(call_main, tiny_model, tmp_path, flags):
+def test_every_quantization_passes_parity(call_main, tiny_model, tmp_path, float32_cpu, flags):
     run = train(call_main, tiny_model, tmp_path / "run", *flags)
     assert "parity passed" in merge(call_main, run, tmp_path / "merged")
 

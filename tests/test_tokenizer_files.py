@@ -144,10 +144,14 @@ def test_of_named_templates_the_default_is_used_and_saved(build, place, tmp_path
     tokenizer = load_tokenizer(ModelArguments(model_name_or_path=str(tmp_path)))
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(chat, tokenize=False)
-    assert render_chat(tokenizer, chat) == expected == "<user>q</s><assistant>a</s>"
+    # LLaMA's tokenizer puts a BOS before any text: so does its template, here and in the run.
+    adds_bos = build is not build_qwen2
+    assert expected == "<user>q</s><assistant>a</s>"
+    assert render_chat(tokenizer, chat) == "<s>" * adds_bos + expected
     assert len(hash_text(tokenizer.chat_template)) == 64 and find_input_marker(tokenizer) == "\n\n"
     tokenizer.save_pretrained(tmp_path / "run")
-    assert (tmp_path / "run" / "chat_template.jinja").read_text() == TEMPLATES["default"]
+    saved = (tmp_path / "run" / "chat_template.jinja").read_text()
+    assert saved == "{{ bos_token }}" * adds_bos + TEMPLATES["default"]
     assert not (tmp_path / "run" / "additional_chat_templates").exists()
     capsys.readouterr()
     again = load_tokenizer(ModelArguments(str(tmp_path), checkpoint_dir=str(tmp_path / "run")))

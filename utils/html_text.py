@@ -46,7 +46,8 @@ CONVERTER = PageConverter(
 
 def convert_page(text: str) -> tuple[str, list[str]]:
     """(Markdown, what was done) where all of `text` is a piece of a page; else (`text`, [])."""
-    if not re.match(r"\s*<\w", text) or not re.search(r"</\w+>$", text.rstrip()):
+    is_marked_up = re.match(r"\s*<\w", text) and re.search(r"</\w+>$", text.rstrip())
+    if not is_marked_up or "<![" in text:  # some parsers lose what follows that
         return text, []
     try:
         page = BeautifulSoup(text, "html.parser")

@@ -82,6 +82,8 @@ def add_bos(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Let the template render the BOS that this tokenizer puts before any text: a server adds none itself."""
     rendered = render_chat(tokenizer, [{"role": "user", "content": "Question"}], add_generation_prompt=True)
     if find_own_bos(tokenizer) and not rendered.startswith(tokenizer.bos_token):
+        if tokenizer.chat_template not in map(read_template, template_names()):
+            notice(f"the chat template lacks the {tokenizer.bos_token} that its tokenizer puts first: added")
         tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
 
 

@@ -148,12 +148,12 @@ class PackingCollator:
         labels[bounds[:-1]] = IGNORE_INDEX  # nothing comes before a row's first token
         position_ids = np.arange(width) - np.repeat(bounds[:-1], lengths)
         rows = np.array([example["row"] for example in examples])
-        filled = np.append(rows, -1) if width > tokens else rows
+        owners = np.append(rows, [-1] * (len(lengths) - len(rows)))  # of the filling: none
         return {
             "input_ids": torch.from_numpy(input_ids)[None],
             "labels": torch.from_numpy(labels)[None],
             "position_ids": torch.from_numpy(position_ids)[None],
-            "token_keys": number_tokens(np.repeat(filled, lengths), position_ids)[None],
+            "token_keys": number_tokens(np.repeat(owners, lengths), position_ids)[None],
             "cu_seqlens": torch.from_numpy(bounds.astype(np.int32)),
             "max_length": max(lengths),
             "label_positions": np.flatnonzero(labels[1:] != IGNORE_INDEX),
