@@ -117,6 +117,11 @@ def check_mergeable(model_args: ModelArguments, config: dict[str, Any]) -> None:
         raise UserError(
             f"{model_args.checkpoint_dir} holds no {ADAPTER_FILE}: a pickled adapter cannot be merged"
         )
+    check_adapter_kind(model_args)
+
+
+def check_adapter_kind(model_args: ModelArguments) -> None:
+    """Raises UserError for an adapter that is no sum of weights."""
     adapter = read_adapter_config(model_args)
     if adapter["peft_type"] != "LORA" or adapter.get("fan_in_fan_out"):
         raise UserError(
