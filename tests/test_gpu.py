@@ -1,6 +1,7 @@
 """What only a CUDA device shows: autocast in both 16-bit types, paged optimizers, speed of the quickstart."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,6 +66,34 @@ def test_optimizer_state_is_paged(call_main, smollm2, tmp_path, monkeypatch, fla
     train(call_main, smollm2, tmp_path / "run", *flags)
     states = [state["state1"] for state in kept[0].state.values()]
     assert states and any(getattr(state, "is_paged", False) for state in states)
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_32bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize("fast_lora", ["True", "False"])
+def test_optimizer_state_is_paged_again_after_a_resume(
+    call_main, smollm2, tmp_path, monkeypatch, fast_lora, optim
+):
+    """And the run ends as the uninterrupted one: no page was filled before its zeros were written."""
+    from utils.trainer import QLoraTrainer
+
+    kept, save_final = [], QLoraTrainer.save_final
+    monkeypatch.setattr(
+        QLoraTrainer, "save_final", lambda self: (kept.append(self.optimizer.optimizer), save_final(self))
+    )
+    run, flags = tmp_path / "run", ["--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2]
+    flags += ["--optim", optim, "--fast_lora", fast_lora, "--lora_r", 256, "--learning_rate", 1e-3]
+    train(call_main, smollm2, run, *flags)
+    expected = load_weights(run)
+    shutil.rmtree(run / "checkpoint-4")
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    printed, _ = train(call_main, smollm2, run, *flags)
+    assert "checkpoint-2" in printed and kept[1].is_paged
+    large = [state for weight, state in kept[1].state.items() if weight.numel() >= 100_000]
+    assert large and all(state[name].is_paged for state in large for name in ("state1", "state2"))
+    weights = load_weights(run)
+    difference = sum((weights[name] - weight).double().square().sum() for name, weight in expected.items())
+    assert difference / sum(weight.double().square().sum() for weight in expected.values()) < 1e-8
 
 
 def test_batch_of_four_equals_four_accumulated_rows(call_main, smollm2, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,15 +12,21 @@ import openai
 import pytest
 import torch
 from conftest import ROOT, save_random_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from shell_runs import find_free_port
 from test_generation import FLAGS
+from tiny_models import FAMILIES, build_baichuan
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.arguments import GenerationArguments, ModelArguments
 from utils.checks import read_model_config, resolve_model
 from utils.console import UserError
 from utils.generation import load_run, stream_reply
+from utils.merge_weights import check_all_used
+from utils.model import load_base
 from utils.shards import Entry, plan_shards, save_shards
+from utils.tokenizer_files import load_own_tokenizer
 
 
 def train(call_main, model, folder, *flags):
@@ -110,6 +117,187 @@ def test_merge_into_16_bits_equals_pefts_own(call_main, tiny_model, tmp_path, fl
     assert (merged[changed].float() - base[changed].float()).abs().max() > 0.005
     for name, weight in merged.items():
         torch.testing.assert_close(weight.float(), expected[name].float(), rtol=2**-8, atol=1e-6)
+
+
+def build_base(build, folder):
+    """A small model of a family, its weights in bfloat16 as published: 4-bit codes are any CPU's then."""
+    folder.mkdir()
+    build(folder)
+    for file in folder.glob("*.safetensors"):
+        half = {name: weight.bfloat16() for name, weight in load_file(file).items()}
+        save_file(half, file, metadata={"format": "pt"})
+    return folder
+
+
+def save_adapter(base, folder, bits=32, **config):
+    """A random adapter saved by PEFT, and the logits of PEFT's own forward, in float32."""
+    model = load_base(ModelArguments(str(base), bits=bits), torch.float32)
+    config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | config
+    model = get_peft_model(model, LoraConfig(**config)).eval()
+    torch.manual_seed(1)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data += 0.1 * torch.randn_like(weight)
+    model.save_pretrained(folder)
+    with model.disable_adapter():
+        plain = read_logits(model)
+    assert find_difference(plain, read_logits(model)) > 0.1
+    return folder, read_logits(model)
+
+
+@torch.no_grad()
+def read_logits(model):
+    ids = torch.arange(5, 45)[None]
+    return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+
+
+def find_difference(logits, expected):
+    """Relative, of all logits together."""
+    return ((logits - expected).norm() / expected.norm()).item()
+
+
+def merge_bare(call_main, adapter, base, folder, *flags):
+    """Merge an adapter that has no run.json, and load the result as a server would."""
+    merge(call_main, adapter, folder, "--model_name_or_path", base, "--no_parity", *flags)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.id)
+def test_merged_family_says_what_pefts_forward_says(family, call_main, tmp_path):
+    base = build_base(family.build, tmp_path / "base")
+    adapter, expected = save_adapter(base, tmp_path / "adapter", bits=4)
+    merged = merge_bare(call_main, adapter, base, tmp_path / "merged")
+    assert find_difference(read_logits(merged), expected) < 0.015
+
+
+def test_merged_baichuan_is_a_llama_folder_with_the_same_words(call_main, tmp_path):
+    base = build_base(build_baichuan, tmp_path / "base")
+    adapter, _ = save_adapter(base, tmp_path / "adapter")
+    rows = ["--eval_dataset_name", ROOT / "data" / "guanaco_identity.jsonl", "--max_eval_samples", "2"]
+    argv = ["--model_name_or_path", base, *rows]
+    assert "parity passed" in merge(call_main, adapter, tmp_path / "merged", *argv)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and "auto_map" not in config
+    text = "Who are you? 你是谁？\n"
+    expected = load_own_tokenizer(str(base), trust_remote_code=False)(text).input_ids
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")(text).input_ids == expected
+
+
+# What an adapter may be beside LoRA on every linear layer. `tied`: embedding and output layer are one tensor.
+ADAPTERS = {
+    "output layer": {"target_modules": ["lm_head", "q_proj"]},  # PEFT saves its base layer too
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "tied adapters": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+    "trained output layer": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "trained embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "DoRA": {"target_modules": ["embed_tokens", "lm_head", "up_proj"], "use_dora": True},
+    "patterns": {
+        "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"],
+        "rank_pattern": {"down_proj": 8},
+        "alpha_pattern": {"layers.1.mlp.down_proj": 32, "v_proj": 2},
+        "use_rslora": True,
+        "layers_to_transform": [1],
+    },
+    "start": {"init_lora_weights": "orthogonal"},
+}
+
+
+@pytest.fixture
+def build_tied(small_model, tmp_path):
+    """A copy of the small model, its output layer its embedding if asked."""
+
+    def build(is_tied):
+        base = shutil.copytree(small_model, tmp_path / "base")
+        if is_tied:
+            config = json.loads((base / "config.json").read_text())
+            (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+            weights = load_file(base / "model.safetensors")
+            del weights["lm_head.weight"]
+            save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+        return base
+
+    return build
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_every_kind_of_adapter_is_merged_whole(adapter, is_tied, call_main, build_tied, tmp_path):
+    base = build_tied(is_tied)
+    folder, expected = save_adapter(base, tmp_path / "adapter", **ADAPTERS[adapter])
+    merged = merge_bare(call_main, folder, base, tmp_path / "merged", "--bits", "16")
+    assert find_difference(read_logits(merged), expected) < 0.015
+    names = load_file(tmp_path / "merged" / "model.safetensors").keys()
+    touches = adapter not in ("patterns", "start")
+    assert ("lm_head.weight" in names) == (touches or not is_tied)
+
+
+def test_bias_of_lora_b_is_merged_where_the_layer_has_one(call_main, tmp_path):
+    qwen2 = next(family.build for family in FAMILIES if family.id == "qwen2")
+    base = build_base(qwen2, tmp_path / "base")
+    folder, expected = save_adapter(base, tmp_path / "a", lora_bias=True, target_modules=["q_proj", "v_proj"])
+    merged = merge_bare(call_main, folder, base, tmp_path / "merged", "--bits", "16")
+    assert find_difference(read_logits(merged), expected) < 0.015
+    folder, _ = save_adapter(base, tmp_path / "b", lora_bias=True, target_modules=["o_proj"])
+    with pytest.raises(
+        UserError, match=r"o_proj.lora_\S+ cannot be merged: .* no \S+o_proj.bias to add it to"
+    ):
+        merge_bare(call_main, folder, base, tmp_path / "second", "--bits", "16")
+    assert not list(tmp_path.glob("second*"))
+
+
+REFUSED = {
+    "init_lora_weights": {"init_lora_weights": "pissa"},
+    "trainable_token_indices": {"trainable_token_indices": [3, 4]},
+    "layer_replication": {"layer_replication": [[0, 2], [1, 2]]},
+    "alora_invocation_tokens": {"alora_invocation_tokens": [5]},
+}
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_adapter_that_is_no_sum_of_weights_is_refused_by_name(field, call_main, small_model, tmp_path):
+    model = load_base(ModelArguments(str(small_model), bits=32), torch.float32)
+    config = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | REFUSED[field]
+    get_peft_model(model, LoraConfig(**config)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=f"has {field} .* cannot be merged"):
+        merge_bare(call_main, tmp_path / "adapter", small_model, tmp_path / "merged")
+
+
+def change_adapter(folder, change):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def test_field_of_a_peft_to_come_is_refused(call_main, small_model, tmp_path):
+    folder, _ = save_adapter(small_model, tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"use_next_lora": True}))
+    with pytest.raises(UserError, match="has use_next_lora True"):
+        merge_bare(call_main, folder, small_model, tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "said"),
+    [
+        ("model.layers.9.mlp.up_proj.weight", [64, 64], "cannot be merged: the base has no model.layers.9"),
+        ("lm_head.weight", [9, 64], r"lm_head.weight \[9, 64\] does not fit the base's"),
+        ("model.layers.0.mlp.up_proj.lora_C.weight", [4, 4], "of a kind that cannot be merged"),
+        ("model.layers.0.mlp.up_proj.lora_magnitude_vector", [63], "does not fit the base's"),
+    ],
+)
+def test_tensor_of_the_adapter_without_a_place_is_named(call_main, small_model, tmp_path, name, shape, said):
+    folder, _ = save_adapter(small_model, tmp_path / "adapter")
+    change_adapter(folder, lambda tensors: tensors.update({f"base_model.model.{name}": torch.ones(shape)}))
+    with pytest.raises(UserError, match=said):
+        merge_bare(call_main, folder, small_model, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_every_tensor_of_the_adapter_must_have_been_used():
+    check_all_used(["a", "b"], {"a", "b"})
+    with pytest.raises(UserError, match="the adapter's tensor b "):
+        check_all_used(["a", "c", "b"], {"a"})
 
 
 @pytest.mark.parametrize("flags", [["--quant_type", "fp4"], ["--no_double_quant"], ["--bits", "8"]], ids=str)

@@ -68,21 +68,23 @@ def load_baichuan(name: str, config: dict[str, Any], **options: Any) -> "PreTrai
     return model
 
 
+def cut_rows(name: str, rows: int) -> dict[str, slice]:
+    """{name: its rows} of q, k and v in the W_pack of that name, which has `rows` rows."""
+    layer, part = name.removesuffix(PACKED), rows // 3
+    return {layer + split: slice(i * part, (i + 1) * part) for i, split in enumerate(SPLIT)}
+
+
 def split_packed(name: str, tensor: Any) -> dict[str, Any]:
     """{name: tensor} with W_pack cut into q, k and v; any other tensor as it is."""
     if not name.endswith(PACKED):
         return {name: tensor}
-    layer, rows = name.removesuffix(PACKED), tensor.shape[0] // 3
-    return {layer + part: tensor[i * rows : (i + 1) * rows] for i, part in enumerate(SPLIT)}
+    return {part: tensor[rows] for part, rows in cut_rows(name, tensor.shape[0]).items()}
 
 
 def split_shapes(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
     """{name: shape} as the loaded model has them."""
     split = {}
     for name, shape in shapes.items():
-        if name.endswith(PACKED):
-            layer = name.removesuffix(PACKED)
-            split |= {layer + part: [shape[0] // 3, shape[1]] for part in SPLIT}
-        else:
-            split[name] = shape
+        parts = cut_rows(name, shape[0]) if name.endswith(PACKED) else {}
+        split |= {part: [shape[0] // 3, *shape[1:]] for part in parts} or {name: shape}
     return split

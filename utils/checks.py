@@ -15,6 +15,7 @@ from utils.run_record import RUN_FILE, find_run_record
 from utils.trainer_names import LOGGERS, OPTIMIZERS, SCHEDULERS
 
 ADAPTER_FILE = "adapter_model.safetensors"
+OUTPUT_LAYERS = {"lm_head", "embed_out"}
 NATIVE_KINDS = {"baichuan"}  # read without its own Python (utils/baichuan.py)
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 # What a run fixes for inference; flags given beside --checkpoint_dir override it.
@@ -310,6 +311,8 @@ def find_misfit(adapter: dict[str, list[int]], base: dict[str, list[int]]) -> st
             continue
         # Some publish the decoder alone (BLOOM): its layers' names lack the first word.
         expected = base.get(f"{layer}.weight") or base.get(f"{layer.partition('.')[2]}.weight")
+        if expected is None and layer in OUTPUT_LAYERS:
+            continue  # tied: its weight is stored as the embedding's, and PEFT checks it
         if expected is None:
             return f"the base has no layer {layer}"
         side = 1 if matrix.startswith("A.") else 0

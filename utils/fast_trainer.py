@@ -25,6 +25,8 @@ def find_flag_obstacle(training_args: TrainingArguments) -> str | None:
 class FastQLoraTrainer(QLoraTrainer):
     """QLoraTrainer whose micro-batches run through FastModel, replayed as CUDA graphs on a GPU."""
 
+    path = "fused"
+
     def __init__(self, *args: Any, fast: FastModel, **kwargs: Any):
         super().__init__(*args, keys=fast.keys, **kwargs)
         self.fast, self.run_step = fast, GraphedStep(fast)
@@ -43,6 +45,9 @@ class FastQLoraTrainer(QLoraTrainer):
             group = {"params": [self.fast.flat.weights], "weight_decay": self.args.weight_decay}
             self.optimizer = optimizer_class([group], **options)
         return self.optimizer
+
+    def list_pieces(self, parameter: torch.nn.Parameter, names: dict[torch.nn.Parameter, str]) -> list[Any]:
+        return [[names[weight], start, list(weight.shape)] for weight, start in self.fast.flat.starts.items()]
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         parts = find_micro_batches(self._prepare_inputs(inputs))

@@ -18,9 +18,44 @@ from typing import Any, Literal
 from transformers.hf_argparser import HfArg
 
 from utils.arguments import ModelArguments, find_given_flags, parse_args, require_positive
-from utils.checks import check_adapter_fits, read_json, read_model_config, resolve_model
+from utils.baichuan import build_llama_config, is_baichuan
+from utils.checks import ADAPTER_FILE, check_adapter_fits, read_json, read_model_config, resolve_model
 from utils.console import UserError, notice, run_main
 from utils.run_record import write_json
+
+# Fields of adapter_config.json that the arithmetic of merge_weights.py follows, or that do not change what an
+# adapter computes. Any other that is set, also one of a PEFT to come, is refused.
+MERGEABLE_FIELDS = {
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_bias",
+    "lora_dropout",
+    "megatron_core",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_dora",
+    "use_rslora",
+}
+# init_lora_weights that leave the base as it is; PiSSA, OLoRA and others change it before training.
+KEEPING_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 @dataclass
@@ -45,8 +80,8 @@ def main() -> None:
     output_dir = check_output_dir(model_args, merge_args)
     model_args = resolve_model(model_args, find_given_flags(sys.argv[1:]))
     config = read_model_config(model_args)
-    check_adapter_fits(model_args, config)
     check_mergeable(model_args, config)
+    check_adapter_fits(model_args, config)
 
     from utils.parity import certify, load_held_out_rows
 
@@ -54,7 +89,7 @@ def main() -> None:
     if merge_args.parity:
         rows = load_held_out_rows(model_args, merge_args.eval_dataset_name, merge_args.max_eval_samples)
     merge(model_args, merge_args.merge_base, config, output_dir)
-    print_serving_commands(output_dir, config)
+    print_serving_commands(output_dir)
     if rows and not certify(model_args, rows, output_dir):
         raise SystemExit(1)
 
@@ -78,12 +113,30 @@ def check_mergeable(model_args: ModelArguments, config: dict[str, Any]) -> None:
         raise UserError(
             f"--model_name_or_path {model_args.model_name_or_path} is stored quantized: name the 16-bit model"
         )
+    if not Path(model_args.checkpoint_dir, ADAPTER_FILE).is_file():
+        raise UserError(
+            f"{model_args.checkpoint_dir} holds no {ADAPTER_FILE}: a pickled adapter cannot be merged"
+        )
+    check_adapter_kind(model_args)
+
+
+def check_adapter_kind(model_args: ModelArguments) -> None:
+    """Raises UserError for an adapter that is no sum of weights."""
     adapter = read_adapter_config(model_args)
     if adapter["peft_type"] != "LORA" or adapter.get("fan_in_fan_out"):
         raise UserError(
             f"the adapter {model_args.checkpoint_dir} is {adapter['peft_type']} on "
             f"{'transposed' if adapter.get('fan_in_fan_out') else 'linear'} layers: only LoRA and DoRA on "
             "linear layers can be merged"
+        )
+    foreign = {name: value for name, value in adapter.items() if value and name not in MERGEABLE_FIELDS}
+    if adapter.get("init_lora_weights", True) not in KEEPING_STARTS:
+        foreign = {"init_lora_weights": adapter["init_lora_weights"]} | foreign
+    if foreign:
+        name, value = next(iter(foreign.items()))
+        raise UserError(
+            f"the adapter {model_args.checkpoint_dir} has {name} {value}: no sum of the base's weights and "
+            "its own says that, so it cannot be merged"
         )
 
 
@@ -98,11 +151,16 @@ def merge(model_args: ModelArguments, merge_base: str, config: dict[str, Any], o
     beside = output_dir.with_name(output_dir.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    base = find_base_folder(model_args)
-    dtype = merge_weights(model_args, base, read_adapter_config(model_args), merge_base, beside)
-    save_companions(model_args, base, config, dtype, beside)
-    beside.rename(output_dir)
-    notice(f"merged into the {merge_base} base: {output_dir}, {dtype}")
+    try:
+        base = find_base_folder(model_args)
+        changes = merge_weights(model_args, base, read_adapter_config(model_args), merge_base, beside)
+        if is_baichuan(config):
+            config = build_llama_config(config).to_dict()
+        save_companions(model_args, base, config | changes, beside)
+        beside.rename(output_dir)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)  # there only after a failure
+    notice(f"merged into the {merge_base} base: {output_dir}, {changes['dtype']}")
 
 
 def find_base_folder(model_args: ModelArguments) -> Path:
@@ -119,9 +177,7 @@ def find_base_folder(model_args: ModelArguments) -> Path:
     )
 
 
-def save_companions(
-    model_args: ModelArguments, base: Path, config: dict[str, Any], dtype: str, folder: Path
-) -> None:
+def save_companions(model_args: ModelArguments, base: Path, config: dict[str, Any], folder: Path) -> None:
     """config.json, tokenizer with its template, generation_config.json with every stop token, model code."""
     from utils.generation import find_stop_ids
     from utils.model import load_tokenizer
@@ -129,21 +185,21 @@ def save_companions(
     tokenizer = load_tokenizer(model_args)
     stop_ids = find_stop_ids(model_args, tokenizer)
     kept = {name: value for name, value in config.items() if name != "torch_dtype"}
-    write_json(kept | {"dtype": dtype}, folder / "config.json")
+    write_json(kept, folder / "config.json")
     tokenizer.save_pretrained(folder)
     path = base / "generation_config.json"
     generation = read_json(path) if path.is_file() else {"bos_token_id": tokenizer.bos_token_id}
     generation.pop("_from_model_config", None)  # transformers would read config.json's ids in place of these
     stops = {"eos_token_id": stop_ids, "pad_token_id": tokenizer.pad_token_id}
     write_json(generation | stops, folder / path.name)
-    for code in base.glob("*.py"):
+    for code in base.glob("*.py") if "auto_map" in config else []:
         shutil.copyfile(code, folder / code.name)
 
 
-def print_serving_commands(folder: Path, config: dict[str, Any]) -> None:
+def print_serving_commands(folder: Path) -> None:
     """Each server finds template and stop tokens in the folder: they need no further flags."""
     name = folder.resolve().name
-    trust = " --trust-remote-code" if "auto_map" in config else ""
+    trust = " --trust-remote-code" if "auto_map" in read_json(folder / "config.json") else ""
     print(
         "to serve it to many users, by OpenAI's API:\n"
         f"  transformers serve {folder}{trust}\n"

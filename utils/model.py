@@ -310,7 +310,10 @@ def build_without_weights(model_args: ModelArguments) -> "PreTrainedModel":
         if is_baichuan(config):
             return AutoModelForCausalLM.from_config(build_llama_config(config))
         places = {"revision": model_args.revision, "cache_dir": model_args.cache_dir}
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, **places))
+        trusted = {"trust_remote_code": model_args.trust_remote_code}
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(name, **places, **trusted), **trusted
+        )
 
 
 def load_adapter(model: "PreTrainedModel", checkpoint_dir: str, trainable: bool = False) -> PeftModel:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from utils.arguments import TrainingArguments
 from utils.checkpoints import find_fault, find_valid_checkpoint, read_manifest
 from utils.console import UserError, notice
 from utils.run_lock import LOCK_FILE, check_usable
@@ -129,6 +130,20 @@ def check_overwriting(output_dir: Path, arguments: dict[str, Any]) -> None:
             )
 
 
+def read_resolved(training_args: TrainingArguments) -> dict[str, str]:
+    """What the run that goes on chose when it began: `optim`, and `path` where --fast_lora is the same."""
+    output_dir, asked = Path(training_args.output_dir), training_args.extra.get("resume_from_checkpoint")
+    run = Path(asked).parent if names_checkpoint(asked) else output_dir
+    is_removed = training_args.overwrite_output_dir and run.resolve() == output_dir.resolve()
+    if not training_args.do_train or is_removed or not (run / RUN_FILE).is_file():
+        return {}
+    record = find_run_record(run)
+    is_asked_alike = record["arguments"].get("fast_lora") == training_args.fast_lora
+    return {
+        name: value for name, value in record.get("resolved", {}).items() if name != "path" or is_asked_alike
+    }
+
+
 def check_same_run(output_dir: Path, record: dict[str, Any], force: bool) -> None:
     """Raises UserError, naming it, where base, data, prompt or processes differ from the run found there."""
     earlier = find_run_record(output_dir) if (output_dir / RUN_FILE).is_file() else None
@@ -187,7 +202,7 @@ def choose_checkpoint(
     Raises UserError where the one asked for is faulty, or where base, rows or arguments are not those it was
     made with (`force`: a line instead).
     """
-    if asked and asked.lower() != "true":
+    if names_checkpoint(asked):
         folder = Path(asked)
         is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name)
         fault = find_fault(folder) if is_checkpoint else "its name is not checkpoint-N"
@@ -204,6 +219,11 @@ def choose_checkpoint(
     if changed:
         refuse_or_say(f"{folder} was made with other {' and '.join(changed)} than this run has", force)
     return folder
+
+
+def names_checkpoint(asked: str | None) -> bool:
+    """Whether --resume_from_checkpoint names one; `True` asks for the newest."""
+    return bool(asked) and asked.lower() != "true"
 
 
 def refuse_or_say(change: str, force: bool) -> None:

@@ -32,6 +32,7 @@ from utils.checkpoints import (
 )
 from utils.console import UserError, notice
 from utils.finite import all_finite
+from utils.optimizer_state import Layout, describe_optimizer, load_state, match_schedule, match_state
 from utils.resume import find_fixed_arguments, fingerprint
 from utils.training_state import (
     load_rng,
@@ -204,6 +205,8 @@ class SavingTrainer(transformers.Trainer):
         loss, tokens = self.step_start or (self._tr_loss, self.tokens_since_log)
         return {
             "optimizer": self.optimizer.state_dict(),
+            "optimizer_kind": describe_optimizer(self.optimizer),
+            "layout": self.describe_layout(),
             "scheduler": self.lr_scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "progress": {
@@ -220,12 +223,27 @@ class SavingTrainer(transformers.Trainer):
             },
         }
 
+    def describe_layout(self) -> Layout:
+        """Which weights lie where in the optimizer's parameters."""
+        names = {weight: name for name, weight in self.model.named_parameters()}
+        parameters = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        return [
+            {"shape": list(parameter.shape), "pieces": self.list_pieces(parameter, names)}
+            for parameter in parameters
+        ]
+
+    def list_pieces(self, parameter: torch.nn.Parameter, names: dict[torch.nn.Parameter, str]) -> list[Any]:
+        """[name, first element, shape] of each weight in a parameter of the optimizer: here they are one."""
+        return [[names[parameter], 0, list(parameter.shape)]]
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         state = load_training_state(Path(checkpoint))
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_scheduler.load_state_dict(state["scheduler"])
+        force = self.record["arguments"].get("force_resume", False)
+        saved = match_state(state, self.optimizer, self.describe_layout(), checkpoint, force)
+        load_state(self.optimizer, saved)
+        self.lr_scheduler.load_state_dict(match_schedule(state, len(self.optimizer.param_groups)))
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.resumed = state["progress"]

@@ -25,6 +25,7 @@ from utils.model import has_gpu
 from utils.packing import PackingCollator, PaddingCollator, choose_capacity
 from utils.prompts import IGNORE_INDEX
 from utils.resumable_trainer import ResumableTrainer
+from utils.resume import read_resolved
 from utils.rope import find_shared_length
 from utils.run_record import hide_secrets
 from utils.sharing import render_model_card
@@ -58,6 +59,8 @@ class QLoraTrainer(ResumableTrainer):
 
     So (batch 4, accumulation 1) and (batch 1, accumulation 4) give the same gradients for rows of any length.
     """
+
+    path = "plain"  # PEFT's and the model's own forward
 
     def __init__(self, *args: Any, record: dict[str, Any], keys: TokenKeys | None = None, **kwargs: Any):
         """`keys`: of dropout, where key_dropout has seen to it already."""
@@ -223,8 +226,9 @@ def build_trainer(
     """The Trainer with this run's model, rows and callbacks."""
     lengths = datasets[TRAIN].lengths
     collator = choose_collator(model, tokenizer, lengths, model_args, data_args, training_args)
-    training_args = choose_optimizer(model, training_args)
-    build = choose_path(model, training_args, dtype)
+    earlier = read_resolved(training_args)
+    training_args = choose_optimizer(model, training_args, earlier.get("optim"))
+    build = choose_path(model, training_args, dtype, earlier.get("path"))
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     trainer = build(
         model=model,
@@ -236,6 +240,7 @@ def build_trainer(
         callbacks=callbacks,
         record=record,
     )
+    record["resolved"] = {"optim": training_args.optim, "path": trainer.path}
     trainer.remove_callback(transformers.ProgressCallback)
     trainer.remove_callback(transformers.PrinterCallback)
     if not trainer.args.disable_tqdm:
@@ -243,24 +248,38 @@ def build_trainer(
     return trainer
 
 
-def choose_optimizer(model: torch.nn.Module, training_args: TrainingArguments) -> TrainingArguments:
-    """--optim auto: paged where the optimizer's state would crowd the GPU, fused where it is small."""
+def choose_optimizer(
+    model: torch.nn.Module, training_args: TrainingArguments, earlier: str | None
+) -> TrainingArguments:
+    """--optim auto: paged where the optimizer's state would crowd the GPU, fused where it is small.
+
+    A run that goes on takes what its `earlier` start took, however much memory is free now.
+    """
     if training_args.optim != "auto":
+        if earlier not in (None, training_args.optim):
+            notice(f"--optim {training_args.optim} takes the place of {earlier}, which this run began with")
         return training_args
-    optim = "adamw_torch"
-    if model.device.type == "cuda":
+    optim = earlier or "adamw_torch"
+    if model.device.type == "cuda" and not earlier:
         state_bytes = 8 * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         free_bytes, _ = torch.cuda.mem_get_info(model.device)
         optim = "paged_adamw_32bit" if state_bytes > MAX_STATE_SHARE * free_bytes else "adamw_torch_fused"
-    notice(f"--optim auto is {optim}")
+    notice(f"--optim auto is {optim}" + (", which this run began with" if earlier else ""))
     return training_args.with_values(optim=optim)
 
 
 def choose_path(
-    model: torch.nn.Module, training_args: TrainingArguments, dtype: torch.dtype
+    model: torch.nn.Module, training_args: TrainingArguments, dtype: torch.dtype, earlier: str | None
 ) -> Callable[..., QLoraTrainer]:
-    """The trainer of the fused path (--fast_lora) where it covers model and optimizer, else the plain one."""
+    """The trainer of the fused path (--fast_lora) where it covers model and optimizer, else the plain one.
+
+    A run whose `earlier` start was on the plain path stays on it; one from the fused path goes on here as it
+    can, its optimizer's state put into the order of the path taken.
+    """
     if not training_args.fast_lora:
+        return QLoraTrainer
+    if training_args.do_train and earlier == "plain":
+        notice("--fast_lora: the plain path is used (this run began on it)")
         return QLoraTrainer
     from utils.fast_model import prepare_fast_evaluation, prepare_fast_model
     from utils.fast_trainer import FastQLoraTrainer, find_flag_obstacle
@@ -271,7 +290,8 @@ def choose_path(
     fast = find_flag_obstacle(training_args)
     fast = fast or prepare_fast_model(model, dtype, training_args.offload_checkpoints)
     if isinstance(fast, str):
-        notice(f"--fast_lora: the plain path is used ({fast})")
+        began = ", and this run began on the fused one" if earlier == "fused" else ""
+        notice(f"--fast_lora: the plain path is used ({fast}){began}")
         return QLoraTrainer
     return functools.partial(FastQLoraTrainer, fast=fast)
 
