@@ -17,6 +17,7 @@ def capture_graph(
 ) -> tuple[torch.cuda.CUDAGraph, Result]:
     """(graph of what `run` launches, what it returns, which each replay fills); nothing is computed yet."""
     graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[device.index or 0]
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
     before = generator.clone_state()
     try:
         with torch.cuda.stream(stream):  # a capture that fails does not leave the stream itself
@@ -24,7 +25,17 @@ def capture_graph(
                 return graph, run()
     except RuntimeError as error:
         generator.graphsafe_set_state(before.graphsafe_get_state())  # else it waits for a capture's end
+        stop_recording(device, pool)
         raise CaptureError(str(error.__context__ or error).splitlines()[0]) from error
+
+
+def stop_recording(device: torch.device, pool: Any) -> None:
+    """End what a failed capture leaves open: memory freed later, by the garbage collector, would abort."""
+    try:
+        torch._C._cuda_endAllocateToPool(device.index or 0, pool)
+    except RuntimeError as error:
+        if "not currently recording" not in str(error):  # the capture came to its own end
+            raise
 
 
 def round_to_power(number: int, smallest: int) -> int:
