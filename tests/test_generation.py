@@ -50,7 +50,7 @@ def open_run(folder, given=(), **flags):
     return model_args, load_run(model_args, read_model_config(model_args))
 
 
-def test_run_brings_its_base_quantization_template_and_stop_tokens(run, tiny_model):
+def test_run_brings_its_base_quantization_template_and_stop_tokens(float32_cpu, run, tiny_model):
     model_args, chat = open_run(run)
     assert (model_args.model_name_or_path, model_args.bits, model_args.quant_type) == (
         str(tiny_model),
@@ -170,7 +170,7 @@ def test_beams_give_the_reply_in_one_piece(run):
     assert len(list(stream_reply(chat, QUESTION, GenerationArguments(max_new_tokens=4, num_beams=2)))) == 1
 
 
-def test_batched_replies_equal_single_ones_and_leave_the_rng_alone(smollm2):
+def test_batched_replies_equal_single_ones_and_leave_the_rng_alone(smollm2, float32_cpu):
     model_args = resolve_model(ModelArguments(str(smollm2), bits=16), set())
     chat = load_run(model_args, read_model_config(model_args))
     chats = [

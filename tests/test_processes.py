@@ -45,7 +45,7 @@ def run(*command):
 
 
 @pytest.mark.parametrize("fast_lora", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_two_processes_equal_one_with_twice_the_rows(tiny_model, tmp_path, fast_lora):
+def test_two_processes_equal_one_with_twice_the_rows(tiny_model, float32_cpu, tmp_path, fast_lora):
     two, one = tmp_path / "two", tmp_path / "one"
     printed = run(2, tiny_model, two, "--per_device_train_batch_size", 2, "--fast_lora", fast_lora)
     assert printed.count("finished: ") == 1  # one process speaks

@@ -82,7 +82,7 @@ def test_packed_run_equals_the_padded_run_of_the_same_command(call_main, tiny_mo
 
 
 @pytest.mark.parametrize("bits", [4, 32])
-def test_fast_path_trains_what_the_plain_path_trains(call_main, tiny_model, tmp_path, bits):
+def test_fast_path_trains_what_the_plain_path_trains(call_main, tiny_model, float32_cpu, tmp_path, bits):
     flags = ["--bits", bits, "--max_steps", 4, "--learning_rate", 1e-2, "--adam_epsilon", 1e-4]
     flags += ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2]
     for fast in ("True", "False"):
