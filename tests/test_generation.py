@@ -220,7 +220,7 @@ def test_beams_give_the_reply_in_one_piece(run):
     assert len(list(stream_reply(chat, QUESTION, GenerationArguments(max_new_tokens=4, num_beams=2)))) == 1
 
 
-def test_batched_replies_equal_single_ones_and_leave_the_rng_alone(smollm2):
+def test_batched_replies_equal_single_ones_and_leave_the_rng_alone(smollm2, float32_cpu):
     model_args = resolve_model(ModelArguments(str(smollm2), bits=16), set())
     chat = load_run(model_args, read_model_config(model_args))
     chats = [
