@@ -113,7 +113,7 @@ def test_float32_base_trains_in_the_16_bits_that_it_is_evaluated_in(
     kept, save_final = [], QLoraTrainer.save_final
     monkeypatch.setattr(QLoraTrainer, "save_final", lambda self: (kept.append(self), save_final(self)))
     flags = ["--bits", 32, "--bf16", "--max_steps", 1, "--max_train_samples", 3, "--max_eval_samples", 3]
-    flags += ["--template", "vanilla", "--source_max_len", 30, "--target_max_len", 30]
+    flags += ["--template", "vanilla", "--source_max_len", 30, "--target_max_len", 30, "--ignore_data_report"]
     flags += ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1]
     flags += ["--do_train", "--do_eval", "--eval_on_start", "True", "--packing", "False"]
     folder = shutil.copytree(small_model, tmp_path / "model")
