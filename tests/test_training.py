@@ -85,14 +85,20 @@ def test_packed_run_equals_the_padded_run_of_the_same_command(call_main, tiny_mo
 
 
 @pytest.mark.parametrize(
-    ("bits", "targets"), [(4, ["all-linear"]), (32, ["all-linear"]), (32, ["q_proj", "lm_head"])]
+    ("bits", "model", "targets"),
+    [
+        (4, "tiny_model", ["all-linear"]),
+        (32, "tiny_model", ["all-linear"]),
+        (32, "small_model", ["q_proj", "lm_head"]),
+    ],
 )
-def test_fast_path_trains_what_the_plain_path_trains(call_main, tiny_model, tmp_path, bits, targets):
-    flags = ["--bits", bits, "--lora_target_modules", *targets]
+def test_fast_path_trains_what_the_plain_path_trains(call_main, request, tmp_path, bits, model, targets):
+    model = request.getfixturevalue(model)
+    flags = ["--bits", bits, "--lora_target_modules", *targets, "--ignore_data_report"]
     flags += ["--max_steps", 4, "--learning_rate", 1e-2, "--adam_epsilon", 1e-4]
     flags += ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--lora_dropout", 0.1]
     for fast in ("True", "False"):
-        printed = train(call_main, tiny_model, tmp_path / fast, *flags, "--fast_lora", fast)
+        printed = train(call_main, model, tmp_path / fast, *flags, "--fast_lora", fast)
         assert "plain path" not in printed
     assert relative_difference(load_weights(tmp_path / "True"), load_weights(tmp_path / "False")) < 1e-3
     norms = read_gradient_norms(tmp_path / "False")
