@@ -85,16 +85,22 @@ def test_packed_run_equals_the_padded_run_of_the_same_command(call_main, tiny_mo
 
 
 @pytest.mark.parametrize(
-    ("bits", "targets"), [(4, ["all-linear"]), (32, ["all-linear"]), (32, ["q_proj", "lm_head"])]
+    ("bits", "model", "targets"),
+    [
+        (4, "tiny_model", ["all-linear"]),
+        (32, "tiny_model", ["all-linear"]),
+        (32, "small_model", ["q_proj", "lm_head"]),
+    ],
 )
 def test_fast_path_trains_what_the_plain_path_trains(
-    call_main, tiny_model, tmp_path, float32_cpu, bits, targets
+    call_main, request, tmp_path, float32_cpu, bits, model, targets
 ):
-    flags = ["--bits", bits, "--lora_target_modules", *targets]
+    model = request.getfixturevalue(model)
+    flags = ["--bits", bits, "--lora_target_modules", *targets, "--ignore_data_report"]
     flags += ["--max_steps", 4, "--learning_rate", 1e-2, "--adam_epsilon", 1e-4]
     flags += ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--lora_dropout", 0.1]
     for fast in ("True", "False"):
-        printed = train(call_main, tiny_model, tmp_path / fast, *flags, "--fast_lora", fast)
+        printed = train(call_main, model, tmp_path / fast, *flags, "--fast_lora", fast)
         assert "plain path" not in printed
     assert relative_difference(load_weights(tmp_path / "True"), load_weights(tmp_path / "False")) < 1e-3
     norms = read_gradient_norms(tmp_path / "False")
@@ -115,10 +121,9 @@ def test_float32_base_trains_in_the_16_bits_that_it_is_evaluated_in(
     kept, save_final = [], QLoraTrainer.save_final
     monkeypatch.setattr(QLoraTrainer, "save_final", lambda self: (kept.append(self), save_final(self)))
     flags = ["--bits", 32, "--bf16", "--max_steps", 1, "--max_train_samples", 3, "--max_eval_samples", 3]
-    flags += ["--template", "vanilla", "--source_max_len", 30, "--target_max_len", 30]
+    flags += ["--template", "vanilla", "--source_max_len", 30, "--target_max_len", 30, "--ignore_data_report"]
     flags += ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1]
     flags += ["--do_train", "--do_eval", "--eval_on_start", "True", "--packing", "False"]
-    flags += ["--ignore_data_report"]  # answers are cut
     folder = shutil.copytree(small_model, tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")  # as it is, rounding moves the loss by 3e-6 only
     save_file({n: x * 4 for n, x in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
