@@ -28,7 +28,7 @@ def measure_kept_share(layer, multiply, tokens) -> float:
     """Of an adapter's part far below the rounding of y, the share that is still in y: 1 is all of it."""
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     generator = torch.Generator().manual_seed(0)
-    xs = torch.randn(448 // tokens, tokens, layer.in_features, generator=generator).to(DEVICE, BF16)
+    xs = torch.randn(256 // tokens, tokens, layer.in_features, generator=generator).to(DEVICE, BF16)
     torch.nn.init.normal_(B, std=5e-5)
     part = 2.0 * (xs.double() @ A.to(BF16).double().t()) @ B.to(BF16).double().t()
     tuned = torch.stack([multiply(x) for x in xs]).double()
