@@ -23,5 +23,7 @@ ruff check .
 ruff format --check .
 # Files side by side, one thread each; the slow tests one after another, as several of them measure time.
 workers=$(($(nproc) < 4 ? $(nproc) : 4))
+# They are the CPU's: a GPU there is hidden, and has tests of its own (python -m pytest -m gpu).
+export CUDA_VISIBLE_DEVICES=
 OMP_NUM_THREADS=1 python -m pytest -m "not slow and not gpu" -n "$workers" --dist loadfile "$@"
 if "$all"; then python -m pytest -m "slow and not gpu" "$@"; fi

@@ -30,11 +30,14 @@ def multiply_few(group: "Projections", i: int, x: torch.Tensor) -> torch.Tensor:
     """y of layer `i`  # [tokens, out] from x in the compute dtype  # [tokens, in]"""
     base, B = group.bases[i], group.B[i]
     xa = F.linear(x, group.A.split(group.ranks)[i])
-    if isinstance(base, Linear4bit):
-        y = matmul_4bit(x.float(), base.weight, base.weight.quant_state)
-        y.addmm_(xa.float(), B.float().t(), alpha=group.scale)
-    else:
+    if not x.is_cuda:  # its product adds to a sum that it rounds once
         y = torch.addmm((xa @ B.t()).mul_(group.scale), x, base.weight.t())
+    else:
+        if isinstance(base, Linear4bit):
+            y = matmul_4bit(x.float(), base.weight, base.weight.quant_state)
+        else:
+            y = torch.mm(x, base.weight.t(), out_dtype=torch.float32)
+        y.addmm_(xa.float(), B.float().t(), alpha=group.scale)
     if base.bias is not None:
         y += base.bias
     return y.to(group.dtype)
