@@ -30,7 +30,7 @@ def multiply_few(group: "Projections", i: int, x: torch.Tensor) -> torch.Tensor:
     """y of layer `i`  # [tokens, out] from x in the compute dtype  # [tokens, in]"""
     base, B = group.bases[i], group.B[i]
     xa = F.linear(x, group.A.split(group.ranks)[i])
-    if not x.is_cuda:  # its product adds to a sum that it rounds once
+    if type(base) is nn.Linear and not x.is_cuda:  # a CPU's product adds before it rounds
         y = torch.addmm((xa @ B.t()).mul_(group.scale), x, base.weight.t())
     else:
         if isinstance(base, Linear4bit):
