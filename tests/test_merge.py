@@ -300,7 +300,14 @@ def test_every_tensor_of_the_adapter_must_have_been_used():
         check_all_used(["a", "c", "b"], {"a"})
 
 
-@pytest.mark.parametrize("flags", [["--quant_type", "fp4"], ["--no_double_quant"], ["--bits", "8"]], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--bits", "8"],
+        *(pytest.param(f, marks=pytest.mark.slow) for f in (["--quant_type", "fp4"], ["--no_double_quant"])),
+    ],
+    ids=str,
+)
 def test_every_quantization_passes_parity(call_main, tiny_model, tmp_path, float32_cpu, flags):
     run = train(call_main, tiny_model, tmp_path / "run", *flags)
     assert "parity passed" in merge(call_main, run, tmp_path / "merged")

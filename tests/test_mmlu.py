@@ -99,6 +99,7 @@ def test_letters_are_the_tokens_behind_the_question(smol, tmp_path):
     assert smol.tokenizer.convert_ids_to_tokens(list(tokens.values())) == ["ĠA", "ĠB", "ĠC", "ĠD"]
 
 
+@pytest.mark.slow
 def test_batches_and_the_order_of_questions_change_nothing_but_rounding(smol):
     inputs = [question["input"] for question in QUESTIONS]
     together = compute_letter_logits(smol.model, smol.tokenizer, inputs, 2048, 8)

@@ -100,6 +100,7 @@ def test_changed_data_and_bare_adapters_leave_the_loss_out_and_say_so(good_run, 
     )
 
 
+@pytest.mark.slow
 def test_run_that_held_nothing_out_gets_no_held_out_figures(call_main, tiny_model, tmp_path):
     flags = [flag for flag in FLAGS[2:] if flag != "--do_eval"]
     argv = ["--model_name_or_path", tiny_model, "--output_dir", tmp_path / "run", *flags]

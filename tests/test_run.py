@@ -188,6 +188,7 @@ def test_training_goes_on_from_another_runs_adapter(call_main, run, tiny_model, 
     assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
 
 
+@pytest.mark.slow
 def test_wandb_offline_and_tensorboard_get_the_run(tiny_model, tmp_path):
     argv = ["--model_name_or_path", tiny_model, *FLAGS, "--output_dir", tmp_path / "run", "--max_steps", "2"]
     argv += [

@@ -79,12 +79,12 @@ def measure(program, path, model, **environment):
     return found
 
 
-def test_twenty_thousand_rows_are_ready_and_cached(smollm2, tmp_path):
-    path = write_alpaca_rows(tmp_path / "rows.jsonl", 20_000)
+def test_five_thousand_rows_are_ready_and_cached(smollm2, tmp_path):
+    path = write_alpaca_rows(tmp_path / "rows.jsonl", 5_000)
     first = measure(PREPARE, path, smollm2, QLORA_CACHE=str(tmp_path / "cache"))
     again = measure(PREPARE, path, smollm2, QLORA_CACHE=str(tmp_path / "cache"))
     bare = measure(BARE, path, smollm2)
-    assert first["rows"] == again["rows"] == 20_000 and first["tokens"] == again["tokens"] == bare["tokens"]
+    assert first["rows"] == again["rows"] == 5_000 and first["tokens"] == again["tokens"] == bare["tokens"]
     assert again["tokenized"] < 0.5 * first["tokenized"] and first["peak_gib"] < 2
 
 

@@ -31,7 +31,7 @@ def read_last_progress(run):
     return json.loads((folder / "training_state.json").read_text())["progress"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_run_stopped_at_random_moments_ends_with_the_bits_of_the_uninterrupted_one(
     server, command, tmp_path, number
 ):

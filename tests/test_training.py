@@ -170,7 +170,9 @@ def test_flags_of_the_trainer_reach_it(call_main, tiny_model, tmp_path, monkeypa
     assert resolved.extra == training_args.extra and training_args.output_dir is None
 
 
-@pytest.mark.parametrize("script", ["qlora_finetune", "qlora_int8_finetune"])
+@pytest.mark.parametrize(
+    "script", ["qlora_finetune", pytest.param("qlora_int8_finetune", marks=pytest.mark.slow)]
+)
 def test_two_runs_with_one_seed_are_bitwise_equal(call_main, tiny_model, tmp_path, script):
     flags = ["--max_steps", "3", "--lora_dropout", "0.1", "--per_device_train_batch_size", "4"]
     for name in ("first", "second"):
