@@ -25,5 +25,5 @@ ruff format --check .
 workers=$(($(nproc) < 4 ? $(nproc) : 4))
 # They are the CPU's: a GPU there is hidden, and has tests of its own (python -m pytest -m gpu).
 export CUDA_VISIBLE_DEVICES=
-OMP_NUM_THREADS=1 python -m pytest -m "not slow and not gpu" -n "$workers" --dist loadfile "$@"
+OMP_NUM_THREADS=1 python -m pytest -m "not slow and not gpu" -n "$workers" --dist loadfile --no-loadscope-reorder "$@"
 if "$all"; then python -m pytest -m "slow and not gpu" "$@"; fi

@@ -23,6 +23,17 @@ def pytest_sessionstart(session):
         reporter.write_line(describe_cpu())
 
 
+# Files of many seconds come first, so that no worker is left with one at the end.
+LONG = (
+    "processes page training generation bad_input models checkpoints cli_demo merge signals eval run".split()
+)
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
+
 @pytest.fixture
 def float32_cpu(monkeypatch):
     """A CPU that computes in float32, whichever this is: where runs are compared to 1e-4."""

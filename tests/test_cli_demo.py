@@ -102,6 +102,7 @@ def test_stop_leaves(smollm2, tiny_model):
     assert chat.exit_code() == 0
 
 
+@pytest.mark.slow
 def test_ctrl_d_leaves(tiny_model):
     chat = Terminal("--model_name_or_path", tiny_model, "--max_new_tokens", "4")
     chat.wait_for("\n> ")

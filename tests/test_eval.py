@@ -166,5 +166,10 @@ def test_mistakes_are_one_line(run, tiny_model, tmp_path, call_main):
         call_main("eval.generate_answers", *base)
     with pytest.raises(UserError, match="eval/prompts"):
         call_main("eval.generate_answers", *base, "--questions", tmp_path / "none.jsonl")
+
+
+@pytest.mark.slow
+def test_data_set_out_of_reach_is_one_line(tiny_model, tmp_path, call_main):
+    base = ["--model_name_or_path", tiny_model, "--bits", "16"]
     with pytest.raises(UserError, match="a data set cannot be had"):
         call_main("eval.lm_tasks", *base, "--tasks", "arc_easy", "--output_dir", tmp_path)

@@ -79,6 +79,7 @@ def measure(program, path, model, **environment):
     return found
 
 
+@pytest.mark.slow
 def test_five_thousand_rows_are_ready_and_cached(smollm2, tmp_path):
     path = write_alpaca_rows(tmp_path / "rows.jsonl", 5_000)
     first = measure(PREPARE, path, smollm2, QLORA_CACHE=str(tmp_path / "cache"))
