@@ -51,7 +51,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".starter-") as beside:
         complete = Path(beside, "model")
         save_starter_model(complete)
-        complete.rename(folder)
+        try:
+            complete.rename(folder)
+        except OSError:
+            if not (folder / "model.safetensors").is_file():
+                raise
+            notice(f"{folder} was made meanwhile by another process")
+            return
     notice(f"{folder} is ready")
 
 
