@@ -1,4 +1,4 @@
-"""Runs scripts in processes that cost tenths of a second: everything is imported once, each run is a fork.
+"""Runs scripts in processes that cost tenths of a second: modules are imported once, each run is a fork.
 
 The server itself never calls a torch operator, so that its children start without anybody's threads.
 """
@@ -15,15 +15,20 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+TRAINING = """qlora_finetune qlora_int8_finetune utils.training matplotlib.pyplot bitsandbytes peft.tuners.lora.bnb
+    transformers.models.llama.modeling_llama transformers.integrations.bitsandbytes""".split()
+FLAGS = (
+    "qlora_finetune cli_demo transformers.hf_argparser".split()
+)  # what a mistake is found with: without torch
 
 
 class ForkServer:
     """The test's side: start a run, signal it by its process id, wait for its exit code."""
 
-    def __init__(self):
+    def __init__(self, modules=TRAINING):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(
-            [sys.executable, __file__], cwd=ROOT, env=environment, text=True,
+            [sys.executable, __file__, *modules], cwd=ROOT, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         while self.process.stdout.readline() != "ready\n":  # libraries may print while they are imported
@@ -34,10 +39,17 @@ class ForkServer:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, log: Path, *argv, script="qlora_finetune", max_file_bytes=None) -> int:
+    def start(
+        self, log: Path, *argv, script="qlora_finetune", errors=None, forbidden=(), max_file_bytes=None
+    ) -> int:
+        """The run's process id. Its standard error goes to the file `errors`, or to `log` as well.
+
+        A module of `forbidden` that the run imports is named there.
+        """
         argv = [str(word) for word in argv]
         log.touch()
-        return self.ask(script=script, argv=argv, log=str(log), max_file_bytes=max_file_bytes)
+        request = {"script": script, "argv": argv, "log": str(log), "errors": str(errors or log)}
+        return self.ask(**request, forbidden=forbidden, max_file_bytes=max_file_bytes)
 
     def wait(self, pid: int) -> int:
         """Exit code, or the negative signal number; as subprocess gives it."""
@@ -63,28 +75,9 @@ class ForkServer:
         self.process.wait()
 
 
-def import_everything() -> None:
-    sys.path.insert(0, str(ROOT))
-    for name in (
-        "qlora_finetune",
-        "qlora_int8_finetune",
-        "utils.training",
-        "matplotlib.pyplot",
-        "bitsandbytes",
-    ):
-        importlib.import_module(name)
-    for name in (
-        "transformers.models.llama.modeling_llama",
-        "transformers.integrations.bitsandbytes",
-        "peft.tuners.lora.bnb",
-    ):
-        importlib.import_module(name)
-
-
 def run_child(request: dict) -> None:
-    handle = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for number in (1, 2):
-        os.dup2(handle, number)
+    for number, path in (1, request["log"]), (2, request["errors"]):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     if request["max_file_bytes"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["max_file_bytes"],) * 2)
     from utils.console import run_main
@@ -102,13 +95,17 @@ def run_child(request: dict) -> None:
 
         traceback.print_exc()
         code = 1
+    for name in sys.modules.keys() & set(request["forbidden"]):
+        print(f"{name} was imported", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def serve() -> None:
-    import_everything()
+def serve(modules: list[str]) -> None:
+    sys.path.insert(0, str(ROOT))
+    for name in modules:
+        importlib.import_module(name)
     gc.freeze()  # each child would walk it, and copy the pages by that
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     print("ready", flush=True)
@@ -124,4 +121,4 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1:])
