@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT
 from test_sources import alpaca_rows, write_rows
 
 from utils.console import UserError
@@ -107,13 +107,14 @@ def test_token_ids_beyond_the_vocabulary_are_red(report, tiny_model, monkeypatch
         report(GOOD)
 
 
-def test_red_report_ends_with_code_3_before_weights_load(tiny_model, tmp_path):
+def test_red_report_ends_with_code_3_before_weights_load(call_main, tiny_model, tmp_path):
     rows = [{"instruction": f"q{i}", "output": "word " * 200} for i in range(4)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     argv = ["--model_name_or_path", tiny_model, "--dataset_name", path, "--target_max_len", 20]
     argv += ["--source_max_len", 100, "--output_dir", tmp_path / "run"]
-    result = run_script("qlora_finetune.py", *argv)
-    assert result.returncode == 3 and result.stderr.startswith("error: 4 of 4 sequences have no stop token")
+    with pytest.raises(UserError, match="^4 of 4 sequences have no stop token") as caught:
+        call_main("qlora_finetune", *argv)
+    assert caught.value.exit_code == 3
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "data_report.json",
         "data_report.png",
