@@ -90,7 +90,7 @@ def test_no_template_loses_tools_in_silence(smol_tokenizer, tmp_path):
         {"messages": CALLED[:2]},
         {"messages": TWO_TURNS},
     ]
-    for name in (None, *template_names()):
+    for name in (None, *sorted(set(template_names()) - {"chatml"})):
         if name:
             smol_tokenizer.chat_template = read_template(name)
         kept, counts = train_rows(smol_tokenizer, tmp_path, rows)
@@ -103,6 +103,32 @@ def test_no_template_loses_tools_in_silence(smol_tokenizer, tmp_path):
             f"dropped: {NO_TOOLS} the tools",
             f"dropped: {NO_TOOLS} tool calls",
         ]
+
+
+QWEN_TOOLS = (
+    "<|im_start|>system\nBe kind.\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
+    '{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}\n</tools>\n\n'
+    "For each function call, return a json object with function name and arguments within <tool_call></tool_call> "
+    'XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n'
+)
+QWEN_CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "巴黎"}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("said", ["", "Let me look."])
+def test_chatml_shows_tools_as_the_qwen_models_do(smol_tokenizer, tmp_path, said):
+    smol_tokenizer.chat_template = read_template("chatml")
+    calling = CALLED[1] | {"content": said, "tool_calls": CALLS * 2}
+    chat = [{"role": "system", "content": "Be kind."}, CALLED[0], calling, CALLED[2], CALLED[2], CALLED[3]]
+    answer = f"{said}\n{QWEN_CALL}\n{QWEN_CALL}".strip() + "<|im_end|>"
+    result = "\n<tool_response>\nsunny\n</tool_response>"
+    expected = (
+        f"{QWEN_TOOLS}<|im_start|>user\nHow is it?<|im_end|>\n<|im_start|>assistant\n{answer}\n"
+        f"<|im_start|>user{result * 2}<|im_end|>\n<|im_start|>assistant\nIt is sunny.<|im_end|>"
+    )
+    (row,), counts = train_rows(smol_tokenizer, tmp_path, [{"messages": chat, "tools": [TOOL]}])
+    assert smol_tokenizer.decode(row["input_ids"]) == expected and counts == {}
+    assert read_labels(smol_tokenizer, row) == f"{answer}It is sunny.<|im_end|>"
 
 
 def test_results_that_the_template_does_not_show_leave_the_row_out(smol_tokenizer, tmp_path):

@@ -14,14 +14,16 @@ from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
 
-from utils.console import UserError, notice
+from utils.console import UserError, notice_once
 from utils.formats import TEXT_ROLE, Chat, Messages
 
 IGNORE_INDEX = -100
 TEMPLATES_DIR = Path(__file__).parent / "templates"
 PLAIN_KEYS = {"role", "content"}
 TEMPLATES: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # tokenizer -> (template's source, its renderer)
-TOOLS_CURE = "(use a model whose own template has them: Qwen2.5, Qwen3, Llama 3.1; none of --template does)"
+TOOLS_CURE = (
+    "(those of Qwen2.5, Qwen3 and Llama 3.1 show them; where <|im_end|> is a token, --template chatml does)"
+)
 Render = Callable[[Messages, bool], str]  # messages, whether a generation prompt follows
 Span = tuple[int, int]  # characters [start, end) of a rendered text
 
@@ -107,11 +109,6 @@ def convert_arguments(message: dict[str, Any], kind: type) -> dict[str, Any]:
             pass
         calls.append(call | {"function": function} if "function" in call else function)
     return message | {"tool_calls": calls}
-
-
-@functools.cache
-def notice_once(message: str) -> None:
-    notice(message)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from utils.console import UserError, notice
+from utils.console import UserError, notice_once
 from utils.file_text import measure_size, open_binary, open_text
 
 ROW_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
@@ -61,7 +61,7 @@ def read_json(path: Path) -> Iterator[Any]:
         yield from read_json_array(path)
         return
     head, rows = peek(read_json_values(path) if goes_on(first) else read_json_lines(path), 2)
-    yield from find_inner_rows(head[0]) if len(head) == 1 else rows
+    yield from find_inner_rows(path, head[0]) if len(head) == 1 else rows
 
 
 def goes_on(line: str) -> bool:
@@ -75,7 +75,7 @@ def goes_on(line: str) -> bool:
     return False
 
 
-def find_inner_rows(value: Any) -> list[Any]:
+def find_inner_rows(path: Path, value: Any) -> list[Any]:
     """The rows of a file that holds this value alone: {"data": [...]} has them in its one list of objects.
 
     Objects with a speaker are the turns of a chat, which is a row itself.
@@ -88,7 +88,7 @@ def find_inner_rows(value: Any) -> list[Any]:
     if len(lists) != 1 or any(key in row for row in lists[0][1] for key in ("role", "from")):
         return [value]
     name, rows = lists[0]
-    notice(f"the rows are those of {name!r}, the one list in the file")
+    notice_once(f"{path}: the rows are those of {name!r}, the one list in the file")
     return rows
 
 
