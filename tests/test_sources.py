@@ -215,9 +215,30 @@ def test_zip_file_is_the_folder_it_holds(tmp_path, capsys):
         archive.writestr("table.xlsx", b"x")
     with pytest.raises(UserError, match="the zip file holds no .json.* but table.xlsx"):
         load(tmp_path / "none.zip")
-    (tmp_path / "set.zip").write_bytes((tmp_path / "set.zip").read_bytes()[:300])
-    with pytest.raises(UserError, match="damaged zip file"):
-        load(tmp_path / "set.zip")
+
+
+@pytest.mark.parametrize("dataset_format", [None, "alpaca"])
+@pytest.mark.parametrize(
+    ("at", "byte", "reason"),
+    [
+        (60, 255, "rows.jsonl is damaged in its zip file"),
+        (-1, 0, "is a damaged zip file"),
+        (6, 1, "a password"),
+    ],
+)
+def test_zip_file_that_cannot_be_unpacked_is_one_clear_line(tmp_path, dataset_format, at, byte, reason):
+    from zipfile import ZipFile
+
+    with ZipFile(tmp_path / "set.zip", "w") as archive:
+        archive.writestr("rows.jsonl", "\n".join(json.dumps(row) for row in alpaca_rows(9)))
+    data = bytearray((tmp_path / "set.zip").read_bytes())
+    data[at] = byte
+    if reason == "a password":  # a flag of the file, which its entry in the list has too
+        data[data.index(b"PK\x01\x02") + 8] = byte
+    (tmp_path / "set.zip").write_bytes(data if at > 0 else data[:300])
+    with pytest.raises(UserError, match=reason) as caught:
+        load(tmp_path / "set.zip", dataset_format=dataset_format)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("joined", ["{}，{}", "“{}”", "{}、{}", "{};{}", "'{}'", "{}＃2"])

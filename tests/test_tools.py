@@ -68,6 +68,20 @@ def test_template_that_adds_arguments_to_a_text_gets_them_as_json(smol_tokenizer
         assert '<call>weather {"city": "巴黎"}</call>' in render_chat(smol_tokenizer, chat)
 
 
+ODD_CALLS = ["look", [1], [None], {"name": "look"}, [{"function": "look"}], [{"function": {"name": 7}}], [[]]]
+
+
+@pytest.mark.parametrize("template", ["hermes", "glm", "chatml", "alpaca"])
+def test_calls_of_another_kind_leave_the_row_out_with_a_reason(smol_tokenizer, tmp_path, template):
+    layouts = {"hermes": HERMES_LIKE, "glm": GLM_LIKE}
+    smol_tokenizer.chat_template = layouts.get(template) or read_template(template)
+    rows = [{"messages": [CALLED[0], CALLED[1] | {"tool_calls": calls}]} for calls in ODD_CALLS]
+    kept, counts = train_rows(smol_tokenizer, tmp_path, rows)
+    assert len(kept) + sum(counts.values()) == len(rows)
+    assert all(reason.startswith("dropped: the chat template") for reason in counts)
+    assert all("7" in read_labels(smol_tokenizer, row) for row in kept)  # a number is a name to some
+
+
 def test_call_ends_with_the_token_that_opens_its_result(smol_tokenizer):
     smol_tokenizer.chat_template = GLM_LIKE
     stop_ids, rows = encode_chat(smol_tokenizer, [*CALLED, *TWO_TURNS])

@@ -6,7 +6,9 @@ A zip file is read as the folder that it holds: `rows.zip/train.json` is a file 
 import codecs
 import functools
 import gzip
+import hashlib
 import io
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -68,6 +70,15 @@ def open_raw(path: Path) -> IO[bytes]:
             return archive.open(member)
         except NotImplementedError as error:
             raise UserError(f"{disk} cannot be read as it is packed ({error}): unpack it") from error
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of the bytes that open_raw gives."""
+    try:
+        with open_raw(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (BadZipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is damaged in its zip file ({error}): download it again") from error
 
 
 def open_binary(path: Path) -> IO[bytes]:

@@ -98,7 +98,9 @@ def convert_arguments(message: dict[str, Any], kind: type) -> dict[str, Any]:
         return message
     calls = []
     for call in message["tool_calls"]:
-        function = call.get("function", call)
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            raise TypeError(f"the tool call {str(call)[:40]!r} is no object with a function")
         arguments = function.get("arguments")
         try:
             if kind is dict and isinstance(arguments, str):

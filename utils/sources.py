@@ -2,7 +2,6 @@
 
 import dataclasses
 import glob
-import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from utils.arguments import DataArguments
 from utils.console import UserError, notice
-from utils.file_text import is_in_archive, list_archive, open_raw
+from utils.file_text import hash_file, is_in_archive, list_archive
 from utils.formats import ALIASES, FORMATS, Messages, read_row, sniff_format
 from utils.hub import reach_hub
 from utils.named_sets import NAMED_SETS
@@ -91,9 +90,7 @@ def find_entry(entry: str, data_args: DataArguments) -> list[Source]:
     sources = []
     for path, part in zip(files, parts, strict=True):
         found = data_args.dataset_format or sniff_source(str(path), read_file(path), dataset_format)
-        with open_raw(path) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        sources.append(Source(name, str(path), part, digest, found, sample, path))
+        sources.append(Source(name, str(path), part, hash_file(path), found, sample, path))
     return sources
 
 
