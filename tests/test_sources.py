@@ -158,14 +158,16 @@ def test_count_behind_a_name_draws_a_seeded_sample(tmp_path):
     assert list_questions(first) != [f"Question {i}?" for i in range(10)]
 
 
-def test_counts_of_one_file_are_drawn_apart_and_count_together(tmp_path):
+def test_counts_of_one_file_are_drawn_apart_and_count_together(tmp_path, capsys):
     path = write_rows(tmp_path / "rows.jsonl", alpaca_rows(100))
     more = write_rows(tmp_path / "more.jsonl", alpaca_rows(100, start=100))
     both = list_questions(load(f"{path}#10,{more}#5,{path}#20"))
     assert len(both) == len(set(both)) == 35
     assert both[:10] == list_questions(load(f"{path}#10"))  # what one count draws does not hang on the others
     assert len(list_questions(load(f"{path}#10,{path}"))) == 110  # all rows, and ten of them twice
+    assert "takes all" not in capsys.readouterr().out
     assert len(list_questions(load(f"{path}#90,{path}#90"))) == 100
+    assert f"{path}#90 takes all of the 10 rows that are there to draw" in capsys.readouterr().out
 
 
 def test_count_behind_a_name_for_evaluation_draws_a_sample(tmp_path):

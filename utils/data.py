@@ -248,13 +248,15 @@ def assign_parts(
     entries = np.repeat([list(samples).index(source.entry) for source in sources], sizes)
     usable = (hashes != 0) & ~np.concatenate(copies)
     drawn = np.zeros(len(hashes), bool)
-    for entry, sample in enumerate(samples.values()):
+    for entry, (name, sample) in enumerate(samples.items()):
         if sample:
             mine = entries == entry
             if (mine & (made_for == PARTS.index(TRAIN))).any():  # its files made for evaluation stay whole
                 mine &= made_for == PARTS.index(TRAIN)
             # Two counts of one file draw different rows of it.
             free = mine & usable & ~np.isin(hashes, hashes[drawn])
+            if sample > free.sum():
+                notice(f"{name}#{sample} takes all of the {int(free.sum()):,} rows that are there to draw")
             chosen = take_smallest(mix(hashes, "sample", data_seed), free, sample)
             usable &= chosen | ~mine
             drawn |= chosen

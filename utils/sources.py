@@ -58,7 +58,7 @@ def find_sources(
     """
     entries = [names] if Path(names).expanduser().exists() else [name for name in names.split(",") if name]
     sources = [
-        dataclasses.replace(source, entry=f"{flag} {place}: {source.entry}")
+        dataclasses.replace(source, entry=f"{flag} {place}. {source.entry}")
         for place, entry in enumerate(entries, 1)
         for source in find_entry(entry.strip(), data_args)
     ]
