@@ -299,6 +299,21 @@ def test_long_chat_is_split_between_its_turns_and_loses_no_answer(tmp_path, smol
         )
 
 
+def test_pieces_of_a_split_chat_have_the_room_of_both_limits(tmp_path, smol_tokenizer):
+    """Each question with its answer fits 60 + 40 tokens, no answer fits 40 alone."""
+    chat = build_chat(6, words=30)
+    chat = [
+        message | {"content": message["content"][:20]} if i % 2 == 0 else message
+        for i, message in enumerate(chat)
+    ]
+    limits = {"source_max_len": 60, "target_max_len": 40}
+    rows, counts = train_rows(smol_tokenizer, tmp_path, [{"messages": chat}], **limits)
+    assert counts == {tokenizing.CHAT_SPLIT: 1} and len(rows) == 6
+    assert all(40 < len(row["input_ids"]) <= 100 for row in rows)
+    answers = "".join(read_labels(smol_tokenizer, row) for row in rows)
+    assert answers == "".join(f"{m['content']}<|im_end|>" for m in chat if m["role"] == "assistant")
+
+
 def test_oldest_turns_go_first_when_asked(tmp_path, smol_tokenizer):
     flags = {"model_max_length": 128, "truncation": "oldest_turns"}
     (row,), counts = train_rows(smol_tokenizer, tmp_path, [{"messages": build_chat(12, words=8)}], **flags)
@@ -341,7 +356,7 @@ def test_row_that_the_template_refuses_is_counted_not_fatal(tmp_path, smol_token
     )
     rows = [{"prompt": "bad", "completion": "x"}, {"prompt": "good", "completion": "y"}]
     kept, counts = train_rows(smol_tokenizer, tmp_path, rows)
-    assert len(kept) == 1 and counts == {tokenizing.REFUSED: 1}
+    assert len(kept) == 1 and counts == {"dropped: the chat template refuses these messages: no": 1}
 
 
 def test_origins_tell_the_source_and_row_of_every_sequence(tmp_path, smol_tokenizer):
@@ -386,6 +401,10 @@ def test_tool_chat_that_fills_its_limit_exactly_is_cut_there(smol_tokenizer, tmp
         {"role": "tool", "content": "sunny"},
         {"role": "assistant", "content": "It is sunny."},
     ]
+    smol_tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ m.tool_calls }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
     (whole,), _ = train_rows(smol_tokenizer, tmp_path, [{"messages": chat}], model_max_length=500)
     stop = smol_tokenizer.eos_token_id
     first_end = whole["labels"].index(stop) + 1

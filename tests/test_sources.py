@@ -158,6 +158,105 @@ def test_count_behind_a_name_draws_a_seeded_sample(tmp_path):
     assert list_questions(first) != [f"Question {i}?" for i in range(10)]
 
 
+def test_counts_of_one_file_are_drawn_apart_and_count_together(tmp_path, capsys):
+    path = write_rows(tmp_path / "rows.jsonl", alpaca_rows(100))
+    more = write_rows(tmp_path / "more.jsonl", alpaca_rows(100, start=100))
+    both = list_questions(load(f"{path}#10,{more}#5,{path}#20"))
+    assert len(both) == len(set(both)) == 35
+    assert both[:10] == list_questions(load(f"{path}#10"))  # what one count draws does not hang on the others
+    assert len(list_questions(load(f"{path}#10,{path}"))) == 110  # all rows, and ten of them twice
+    assert "takes all" not in capsys.readouterr().out
+    assert len(list_questions(load(f"{path}#90,{path}#90"))) == 100
+    assert f"{path}#90 takes all of the 10 rows that are there to draw" in capsys.readouterr().out
+
+
+def test_count_behind_a_name_for_evaluation_draws_a_sample(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", alpaca_rows(30))
+    apart = write_rows(tmp_path / "apart.jsonl", alpaca_rows(30, start=20))
+    rows = load(f"{path}#15", do_eval=True, eval_dataset_name=f"{apart}#7")
+    assert (rows.count(TRAIN), rows.count(EVAL)) == (15, 7)
+    assert list_questions(rows, EVAL) == list_questions(load(f"{apart}#7"))
+    # No row of that file is trained on, drawn or not.
+    assert not set(list_questions(rows)) & {f"Question {i}?" for i in range(20, 50)}
+
+
+def test_what_a_folder_leaves_out_is_said(tmp_path, capsys):
+    for name in ("train.json", "test.json", "dataset_info.json"):
+        write_rows(tmp_path / "set" / name, alpaca_rows(3, start=10 * len(name)))
+    for name in ("notes.md", "old/rows.xlsx", ".gitattributes"):
+        (tmp_path / "set" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "set" / name).write_text("x")
+    load(tmp_path / "set")
+    said = capsys.readouterr().out
+    assert "by their names no files of rows: dataset_info.json, notes.md, old/rows.xlsx\n" in said
+    assert "by their names not trained on: test.json (" in said and ".gitattributes" not in said
+    other = write_rows(tmp_path / "other.json", alpaca_rows(3))
+    load(other, do_eval=True, eval_dataset_name=str(tmp_path / "set"))
+    assert "not trained on" not in capsys.readouterr().out
+
+
+def test_zip_file_is_the_folder_it_holds(tmp_path, capsys):
+    from zipfile import ZipFile
+
+    folder = tmp_path / "plain"
+    write_rows(folder / "a" / "train.jsonl", alpaca_rows(20))
+    write_rows(folder / "a" / "test.jsonl.gz", alpaca_rows(4, start=18))
+    (folder / "readme.md").write_text("x")
+    with ZipFile(tmp_path / "set.zip", "w") as archive:
+        for path in sorted(folder.rglob("*.*")):
+            archive.write(path, path.relative_to(folder))
+        archive.writestr("__MACOSX/a/._train.jsonl", b"\0")
+    zipped, plain = load(tmp_path / "set.zip", do_eval=True), load(folder, do_eval=True)
+    assert "no files of rows: readme.md" in capsys.readouterr().out
+    for part in (TRAIN, EVAL):
+        assert list_questions(zipped, part) == list_questions(plain, part) != []
+    assert [source.digest for source in zipped.sources] == [source.digest for source in plain.sources]
+    assert list_questions(load(f"{tmp_path}/*.zip")) == list_questions(plain)
+    assert len(list_questions(load(f"{tmp_path}/set.zip/a/test.jsonl.gz"))) == 4
+    with ZipFile(tmp_path / "none.zip", "w") as archive:
+        archive.writestr("table.xlsx", b"x")
+    with pytest.raises(UserError, match="the zip file holds no .json.* but table.xlsx"):
+        load(tmp_path / "none.zip")
+
+
+@pytest.mark.parametrize("dataset_format", [None, "alpaca"])
+@pytest.mark.parametrize(
+    ("at", "byte", "reason"),
+    [
+        (60, 255, "rows.jsonl is damaged in its zip file"),
+        (-1, 0, "is a damaged zip file"),
+        (6, 1, "a password"),
+    ],
+)
+def test_zip_file_that_cannot_be_unpacked_is_one_clear_line(tmp_path, dataset_format, at, byte, reason):
+    from zipfile import ZipFile
+
+    with ZipFile(tmp_path / "set.zip", "w") as archive:
+        archive.writestr("rows.jsonl", "\n".join(json.dumps(row) for row in alpaca_rows(9)))
+    data = bytearray((tmp_path / "set.zip").read_bytes())
+    data[at] = byte
+    if reason == "a password":  # a flag of the file, which its entry in the list has too
+        data[data.index(b"PK\x01\x02") + 8] = byte
+    (tmp_path / "set.zip").write_bytes(data if at > 0 else data[:300])
+    with pytest.raises(UserError, match=reason) as caught:
+        load(tmp_path / "set.zip", dataset_format=dataset_format)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("joined", ["{}，{}", "“{}”", "{}、{}", "{};{}", "'{}'", "{}＃2"])
+def test_odd_comma_or_quotation_mark_in_a_list_of_files_is_named(tmp_path, joined):
+    files = [write_rows(tmp_path / name, alpaca_rows(3)) for name in ("a.json", "b.json")]
+    mark = joined.replace("{}", "")[0]
+    with pytest.raises(
+        UserError, match=f"no such file; it holds {mark} where . is meant|{mark} where nothing"
+    ):
+        load(joined.format(*files))
+    with pytest.raises(UserError, match=f"it holds {mark}"):
+        load(joined.format("oasst1", "alpaca"))
+    odd = write_rows(tmp_path / "a，b.json", alpaca_rows(3))
+    assert load(odd).count(TRAIN) == 3  # a name may have it
+
+
 def test_held_out_files_of_a_folder_are_not_trained_on(tmp_path):
     write_rows(tmp_path / "oasst1" / "openassistant_best_replies_train.jsonl", alpaca_rows(20))
     write_rows(tmp_path / "oasst1" / "openassistant_best_replies_eval.jsonl", alpaca_rows(4, start=20))

@@ -1,5 +1,6 @@
 """What the user reads: notices on rank 0, and one clear line for a user's mistake."""
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -25,6 +26,12 @@ def notice(message: str) -> None:
     """Print something inferred, replaced or ignored, once per run."""
     if is_main_process():
         print(message, flush=True)
+
+
+@functools.cache
+def notice_once(message: str) -> None:
+    """notice() of what comes up again and again."""
+    notice(message)
 
 
 def close_bars() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.cache import build_key, find_or_build, hash_code
 from utils.console import UserError, notice
+from utils.file_text import measure_size
 from utils.formats import Chat, read_row
 from utils.readers import find_kind
 from utils.run_record import find_run_record
@@ -88,7 +89,7 @@ def load_rows(model_args: ModelArguments, data_args: DataArguments, training_arg
         wanted = find_held_out(record) or wanted
     if data_args.eval_dataset_name:
         sources = [source for source in sources if source.part == TRAIN]
-        sources += find_sources(data_args.eval_dataset_name, data_args, forced_part=EVAL)
+        sources += find_sources(data_args.eval_dataset_name, data_args, EVAL, "--eval_dataset_name")
     scans = [scan_source(source) for source in sources]
     report_sources(sources, scans, wanted)
     copies = find_copies(sources, scans)
@@ -154,7 +155,7 @@ def scan_source(source: Source) -> Scan:
         found = {"bad": scan.bad, "cleaned": scan.cleaned, "counts": scan.counts}
         (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
 
-    if source.path is not None and source.path.stat().st_size < 200 * CACHED_ROWS:
+    if source.path is not None and measure_size(source.path) < 200 * CACHED_ROWS:
         return scan_rows(source)
     kind = find_kind(source.path) if source.path else None  # the same bytes are other rows as .csv and .tsv
     key = build_key(
@@ -243,18 +244,22 @@ def assign_parts(
     sizes = [len(scan.hashes) for scan in scans]
     hashes = np.concatenate([scan.hashes for scan in scans])
     made_for = np.repeat([PARTS.index(source.part) for source in sources], sizes)
-    entry_names = list(dict.fromkeys(source.entry for source in sources))
-    entries = np.repeat([entry_names.index(source.entry) for source in sources], sizes)
+    samples = {source.entry: source.sample for source in sources}
+    entries = np.repeat([list(samples).index(source.entry) for source in sources], sizes)
     usable = (hashes != 0) & ~np.concatenate(copies)
-    for i, name in enumerate(entry_names):
-        sample = next(source.sample for source in sources if source.entry == name)
+    drawn = np.zeros(len(hashes), bool)
+    for entry, (name, sample) in enumerate(samples.items()):
         if sample:
-            mine = usable & (entries == i) & (made_for == PARTS.index(TRAIN))
-            usable &= (
-                take_smallest(mix(hashes, "sample", data_seed), mine, sample)
-                | (entries != i)
-                | (made_for != PARTS.index(TRAIN))
-            )
+            mine = entries == entry
+            if (mine & (made_for == PARTS.index(TRAIN))).any():  # its files made for evaluation stay whole
+                mine &= made_for == PARTS.index(TRAIN)
+            # Two counts of one file draw different rows of it.
+            free = mine & usable & ~np.isin(hashes, hashes[drawn])
+            if sample > free.sum():
+                notice(f"{name}#{sample} takes all of the {int(free.sum()):,} rows that are there to draw")
+            chosen = take_smallest(mix(hashes, "sample", data_seed), free, sample)
+            usable &= chosen | ~mine
+            drawn |= chosen
     parts = np.where(usable & (made_for == PARTS.index(TRAIN)), PARTS.index(TRAIN), 0).astype(np.uint8)
     keys = mix(hashes, "split", data_seed)
     own = usable & (made_for > PARTS.index(TRAIN))

@@ -5,6 +5,7 @@ before it, rendered with the generation prompt, and what rendering the turn appe
 """
 
 import functools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,16 @@ from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
 
-from utils.console import UserError, notice
+from utils.console import UserError, notice_once
 from utils.formats import TEXT_ROLE, Chat, Messages
 
 IGNORE_INDEX = -100
 TEMPLATES_DIR = Path(__file__).parent / "templates"
 PLAIN_KEYS = {"role", "content"}
 TEMPLATES: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # tokenizer -> (template's source, its renderer)
+TOOLS_CURE = (
+    "(those of Qwen2.5, Qwen3 and Llama 3.1 show them; where <|im_end|> is a token, --template chatml does)"
+)
 Render = Callable[[Messages, bool], str]  # messages, whether a generation prompt follows
 Span = tuple[int, int]  # characters [start, end) of a rendered text
 
@@ -63,9 +67,16 @@ def apply_template(
 ) -> str:
     """tokenizer.apply_chat_template. Plain messages skip its copies and checks: a third of the time."""
     if tools or any(message.keys() != PLAIN_KEYS for message in messages):
-        return tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        render = functools.partial(
+            tokenizer.apply_chat_template,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
+        try:
+            return render([convert_arguments(message, dict) for message in messages])
+        except TypeError:  # DeepSeek-V3's adds the arguments to a text
+            return render([convert_arguments(message, str) for message in messages])
     cached = TEMPLATES.get(tokenizer)
     if cached is None or cached[0] != tokenizer.chat_template:
         from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -78,9 +89,28 @@ def apply_template(
     return cached[1](messages=messages, add_generation_prompt=add_generation_prompt)
 
 
-@functools.cache
-def notice_once(message: str) -> None:
-    notice(message)
+def convert_arguments(message: dict[str, Any], kind: type) -> dict[str, Any]:
+    """The message with the arguments of its calls as an object (`dict`) or as its JSON (`str`).
+
+    OpenAI's files have the JSON; transformers' templates take the object, and quote a JSON text once more.
+    """
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            raise TypeError(f"the tool call {str(call)[:40]!r} is no object with a function")
+        arguments = function.get("arguments")
+        try:
+            if kind is dict and isinstance(arguments, str):
+                function = function | {"arguments": json.loads(arguments)}
+            elif kind is str and not isinstance(arguments, str):
+                function = function | {"arguments": json.dumps(arguments, ensure_ascii=False)}
+        except json.JSONDecodeError:  # no JSON: the template shows it as it stands
+            pass
+        calls.append(call | {"function": function} if "function" in call else function)
+    return message | {"tool_calls": calls}
 
 
 @dataclass(frozen=True)
@@ -139,6 +169,7 @@ def split_chat(tokenizer: Any, chat: Chat, stops: list[str], last_only: bool = F
     if messages[0]["role"] == TEXT_ROLE:
         text = messages[0]["content"] + tokenizer.eos_token
         return [RenderedRow(messages, text, [(0, len(text))], [(0, len(text))])]
+    check_tools(tokenizer, chat)
     render = bind_render(tokenizer, chat)
     turns = answer_turns(messages)
     rows: list[RenderedRow] = []
@@ -152,6 +183,38 @@ def split_chat(tokenizer: Any, chat: Chat, stops: list[str], last_only: bool = F
         rows.insert(0, RenderedRow(messages[: last + 1], text, answers, trained, rewritten or bool(rows)))
         turns = earlier if rewritten and not last_only else []
     return rows
+
+
+def check_tools(tokenizer: Any, chat: Chat) -> None:
+    """Raise UserError where the template drops the chat's tools, a call or a result without a word.
+
+    It does where the same text comes out without them: a call would be trained as an empty answer. So would
+    one that does not begin with the generation prompt (see render_turn).
+    """
+    messages, render = chat.messages, bind_render(tokenizer, chat)
+    if chat.tools and render(messages, False) == render_chat(tokenizer, messages):
+        raise UserError(f"the chat template leaves out the tools {TOOLS_CURE}")
+    for i, message in enumerate(messages):
+        if message.get("tool_calls"):
+            silent = {name: value for name, value in message.items() if name != "tool_calls"}
+            if is_same(render, messages[:i], message, silent):
+                raise UserError(f"the chat template leaves out tool calls {TOOLS_CURE}")
+            if not render(messages[: i + 1], False).startswith(render(messages[:i], True)):
+                raise UserError(
+                    "the chat template's generation prompt opens a thought, its tool calls have none"
+                )
+        elif message["role"] == "tool" and message["content"]:
+            if is_same(render, messages[:i], message, message | {"content": ""}):
+                raise UserError(f"the chat template leaves out the results of tools {TOOLS_CURE}")
+
+
+def is_same(render: Render, before: Messages, message: dict[str, Any], silent: dict[str, Any]) -> bool:
+    """Whether both messages come out alike; a template that refuses the silent one tells them apart."""
+    text = render([*before, message], False)
+    try:
+        return text == render([*before, silent], False)
+    except UserError:
+        return False
 
 
 def bind_render(tokenizer: Any, chat: Chat) -> Render:
@@ -182,17 +245,55 @@ def render_turn(
     # A generation prompt that opens what the template drops later (<think>) is no prefix: the bare answer.
     rest = whole[len(prompt) :] if whole.startswith(prompt) else messages[turn]["content"].strip()
     ends = [rest.find(stop) + len(stop) for stop in stops if stop in rest]
-    return prompt, rest[: min(ends)] if ends else rest + stops[0]
+    return prompt, rest[: min(ends)] if ends else rest + find_closing(render, messages[: turn + 1], stops)
+
+
+def find_closing(render: Render, messages: Messages, stops: list[str]) -> str:
+    """The stop token behind an answer that its template leaves open: what opens the turn that follows it.
+
+    That is another one behind a tool call than behind words (GLM: <|observation|> and <|user|>).
+    """
+    behind = render_result(render, messages) if messages[-1].get("tool_calls") else ""
+    return next((stop for stop in stops if behind.lstrip().startswith(stop)), stops[0])
+
+
+def render_result(render: Render, messages: Messages) -> str:
+    """What the template puts behind messages that end with a call where the tool's result follows."""
+    text = render(messages, False)
+    whole = render([*messages, {"role": "tool", "content": "Probe"}], False)
+    return whole[len(text) :] if whole.startswith(text) else ""
+
+
+def find_inner_stop(messages: Messages, stops: list[str]) -> str | None:
+    """A stop token that stands in the middle of an answer's own text: what follows it is not trained."""
+    for message in messages:
+        if message["role"] == "assistant":
+            for stop in stops:
+                if stop in message["content"] and message["content"].partition(stop)[2].strip():
+                    return stop
+    return None
 
 
 def find_stop_tokens(tokenizer: Any, eos_token_ids: list[int]) -> list[int]:
     """Ids that end a reply; the first is what closes an answer in the template, or follows it (GLM)."""
     probe = "Probe"
-    question = {"role": "user", "content": "Question"}
-    chat = [question, {"role": "assistant", "content": probe}, question]
-    tail = render_chat(tokenizer, chat).rpartition(probe)[2].lstrip()
-    first = tokenizer(tail, add_special_tokens=False).input_ids[:1]
-    closing = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    opens_chat = tokenizer.bos_token_id != tokenizer.eos_token_id and first == [tokenizer.bos_token_id]
-    closes_turn = first if closing.issuperset(first) and not opens_chat else []
-    return list(dict.fromkeys([*closes_turn, tokenizer.eos_token_id, *eos_token_ids]))
+    question, answer = {"role": "user", "content": "Question"}, {"role": "assistant", "content": probe}
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+
+    def find_first_special(text: str) -> list[int]:
+        first = tokenizer(text.lstrip(), add_special_tokens=False).input_ids[:1]
+        opens_chat = tokenizer.bos_token_id != tokenizer.eos_token_id and first == [tokenizer.bos_token_id]
+        return first if special.issuperset(first) and not opens_chat else []
+
+    def render_behind(chat: Messages) -> str:
+        return render_chat(tokenizer, chat).rpartition(probe)[2]
+
+    closes_turn, closes_call = find_first_special(render_behind([question, answer, question])), []
+    if not find_first_special(render_behind([question, answer])):  # left open: what follows it ends it
+        call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+        asked = [question, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        try:
+            closes_call = find_first_special(render_result(functools.partial(render_chat, tokenizer), asked))
+        except UserError:  # a template without tools
+            pass
+    return list(dict.fromkeys([*closes_turn, tokenizer.eos_token_id, *eos_token_ids, *closes_call]))

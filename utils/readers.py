@@ -1,18 +1,21 @@
-"""A file -> its rows, one at a time: JSON, JSON lines, CSV, TSV, parquet and text, each also gzipped."""
+"""A file -> its rows, one at a time: JSON, JSON lines, CSV, TSV, parquet and text, each also packed."""
 
 import csv
 import gzip
 import io
 import itertools
 import json
+import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from utils.console import UserError
+from utils.console import UserError, notice_once
+from utils.file_text import measure_size, open_binary, open_text
 
 ROW_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
+WORKBOOKS = (".xlsx", ".xls", ".ods", ".numbers", ".et")
 JSON_CHUNK = 1 << 20  # characters read at once from a JSON array
 SPACE = " \t\r\n"
 
@@ -26,25 +29,22 @@ def find_kind(path: Path) -> str | None:
 def read_file(path: Path) -> Iterator[Any]:
     """Rows of one file, in its order, without holding it in memory. Raises UserError where it is damaged."""
     readers = {".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet, ".txt": read_text}
-    if path.stat().st_size == 0:
+    if path.suffix.lower() in WORKBOOKS:
+        raise UserError(f"{path} is a spreadsheet: save it as CSV in UTF-8 and give that file")
+    if measure_size(path) == 0:
         raise UserError(f"{path} is empty: rows are needed")
     try:
         yield from readers.get(find_kind(path), read_json)(path)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is no UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
-        ) from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path} is a damaged gzip file ({error}): download it again") from error
-
-
-def open_binary(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+        kind = "gzip" if path.suffix == ".gz" else "zip"
+        raise UserError(f"{path} is a damaged {kind} file ({error}): download it again") from error
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path} is damaged in its zip file ({error}): download it again") from error
 
 
 def read_lines(path: Path) -> Iterator[str]:
     """Text lines without their ends; a byte order mark and carriage returns are dropped."""
-    with io.TextIOWrapper(open_binary(path), encoding="utf-8-sig", newline="\n") as stream:
+    with open_text(path, newline="\n") as stream:
         for number, line in enumerate(stream, 1):
             if "\0" in line:
                 raise UserError(f"{path}: line {number} holds a NUL byte, so the file is binary or damaged")
@@ -52,15 +52,52 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def read_json(path: Path) -> Iterator[Any]:
-    """A JSON array or JSON lines, told apart by the first character."""
+    """A JSON array, JSON lines, objects over several lines, or one object that holds the rows."""
     lines = read_lines(path)
     first = next((line for line in lines if line.strip(SPACE)), None)
     if first is None:
         raise UserError(f"{path} is empty: rows are needed")
     if first.lstrip(SPACE).startswith("["):
         yield from read_json_array(path)
-    else:
-        yield from read_json_lines(path)
+        return
+    head, rows = peek(read_json_values(path) if goes_on(first) else read_json_lines(path), 2)
+    yield from find_inner_rows(path, head[0]) if len(head) == 1 else rows
+
+
+def goes_on(line: str) -> bool:
+    """Whether a JSON value begins in this line and ends in another."""
+    try:
+        json.loads(line)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(line.rstrip(SPACE))
+    except RecursionError:
+        pass
+    return False
+
+
+def find_inner_rows(path: Path, value: Any) -> list[Any]:
+    """The rows of a file that holds this value alone: {"data": [...]} has them in its one list of objects.
+
+    Objects with a speaker are the turns of a chat, which is a row itself.
+    """
+    lists = [
+        (name, own)
+        for name, own in (value.items() if isinstance(value, dict) else ())
+        if isinstance(own, list) and own and all(isinstance(row, dict) for row in own)
+    ]
+    if len(lists) != 1 or any(key in row for row in lists[0][1] for key in ("role", "from")):
+        return [value]
+    name, rows = lists[0]
+    notice_once(f"{path}: the rows are those of {name!r}, the one list in the file")
+    return rows
+
+
+def read_json_values(path: Path) -> Iterator[Any]:
+    """Values that follow each other, each over any number of lines."""
+    with open_text(path) as stream:
+        window = Window(path, stream)
+        while window.skip_space():
+            yield window.decode()
 
 
 def read_json_lines(path: Path) -> Iterator[Any]:
@@ -75,7 +112,7 @@ def read_json_lines(path: Path) -> Iterator[Any]:
 
 def read_json_array(path: Path) -> Iterator[Any]:
     """Elements of a top-level array, decoded one by one from a window of text."""
-    with io.TextIOWrapper(open_binary(path), encoding="utf-8-sig") as stream:
+    with open_text(path) as stream:
         window = Window(path, stream)
         window.skip_space()
         window.at += 1  # the opening bracket
@@ -158,7 +195,9 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        file = ParquetFile(io.BytesIO(gzip.open(path).read()) if path.suffix == ".gz" else path)
+        file = ParquetFile(
+            path if path.is_file() and path.suffix != ".gz" else io.BytesIO(open_binary(path).read())
+        )
         for batch in file.iter_batches(batch_size=1000):
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:

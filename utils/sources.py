@@ -2,7 +2,6 @@
 
 import dataclasses
 import glob
-import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from utils.arguments import DataArguments
 from utils.console import UserError, notice
+from utils.file_text import hash_file, is_in_archive, list_archive
 from utils.formats import ALIASES, FORMATS, Messages, read_row, sniff_format
 from utils.hub import reach_hub
 from utils.named_sets import NAMED_SETS
@@ -19,6 +19,7 @@ from utils.readers import ROW_SUFFIXES, find_kind, peek, read_file
 TRAIN, EVAL, TEST = "train", "eval", "test"
 HELD_OUT_FILE = re.compile(r"(?<![a-z])(eval|valid|validation|dev|test)(?![a-z])", re.IGNORECASE)
 HUB_SPLITS = {"train": TRAIN, "validation": EVAL, "valid": EVAL, "eval": EVAL, "dev": EVAL, "test": TEST}
+HUB_METADATA = ("dataset_info.json", "dataset_infos.json", "state.json")
 SNIFFED_ROWS = 100
 
 
@@ -26,7 +27,7 @@ SNIFFED_ROWS = 100
 class Source:
     """One file, or one split of a hub set. `part` is what its publisher made it for: train, eval or test."""
 
-    entry: str  # the part of --dataset_name it came from, without #count
+    entry: str  # the part of --dataset_name or --eval_dataset_name it came from, and its place there
     name: str
     part: str
     digest: str
@@ -48,15 +49,23 @@ class Source:
         }
 
 
-def find_sources(names: str, data_args: DataArguments, forced_part: str | None = None) -> list[Source]:
+def find_sources(
+    names: str, data_args: DataArguments, forced_part: str | None = None, flag: str = "--dataset_name"
+) -> list[Source]:
     """The sources of a comma-separated list. `forced_part` replaces what files and splits are named.
 
     Raises UserError for what is neither on this disk nor on the hub, and for rows of no known format.
     """
     entries = [names] if Path(names).expanduser().exists() else [name for name in names.split(",") if name]
-    sources = [source for entry in entries for source in find_entry(entry.strip(), data_args)]
+    sources = [
+        dataclasses.replace(source, entry=f"{flag} {place}. {source.entry}")
+        for place, entry in enumerate(entries, 1)
+        for source in find_entry(entry.strip(), data_args)
+    ]
     if forced_part:
         sources = [dataclasses.replace(source, part=forced_part) for source in sources]
+    elif apart := [source.path.name for source in sources if source.path and source.part != TRAIN]:
+        notice(f"by their names not trained on: {list_names(apart)} (name a file itself to train on it)")
     return sources
 
 
@@ -65,7 +74,7 @@ def find_entry(entry: str, data_args: DataArguments) -> list[Source]:
     if not Path(entry).exists() and (counted := re.fullmatch(r"(.+)#(\d+)", entry)):
         name, sample = counted.group(1), int(counted.group(2))
         if sample == 0:
-            raise UserError(f"--dataset_name {entry}: a sample of 0 rows is none")
+            raise UserError(f"{entry}: a sample of 0 rows is none")
     files = find_files(name, data_args)
     known = NAMED_SETS.get(re.sub(r"\[.*", "", name))
     dataset_format = data_args.dataset_format or (known.dataset_format if known else None)
@@ -81,9 +90,7 @@ def find_entry(entry: str, data_args: DataArguments) -> list[Source]:
     sources = []
     for path, part in zip(files, parts, strict=True):
         found = data_args.dataset_format or sniff_source(str(path), read_file(path), dataset_format)
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        sources.append(Source(name, str(path), part, digest, found, sample, path))
+        sources.append(Source(name, str(path), part, hash_file(path), found, sample, path))
     return sources
 
 
@@ -113,33 +120,73 @@ def find_files(name: str, data_args: DataArguments) -> list[Path]:
     path = Path(name).expanduser()
     if path.is_dir():
         return list_data_files(path, f"--dataset_name {name}")
-    if path.exists():
-        return [path]
+    if path.exists() or is_in_archive(path):
+        return open_archives([path])
     if glob.has_magic(name) and not re.search(r"/[^/]*\[[\w+:%]*\]$|^[\w-]+\[\w+\]$", name):
         matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
         files = [match for match in matches if match.is_file()]
         if not files:
-            raise UserError(f"--dataset_name {name} matches no file")
-        return files
+            raise UserError(f"--dataset_name {name} matches no file{name_odd_marks(name)}")
+        return open_archives(files)
     looks_local = find_kind(path) or name.startswith((".", "/", "~")) or name.count("/") > 1
     bare = re.sub(r"[:\[].*", "", name)
-    if looks_local or (bare not in NAMED_SETS and bare.count("/") != 1):
+    if looks_local or name_odd_marks(name) or (bare not in NAMED_SETS and bare.count("/") != 1):
         raise UserError(
-            f"--dataset_name {name}: no such file; use a file, folder or glob of "
-            f"{', '.join(ROW_SUFFIXES)} (.gz too), a hub id, or one of {', '.join(NAMED_SETS)}"
+            f"--dataset_name {name}: no such file{name_odd_marks(name)}; use a file, folder or glob of "
+            f"{', '.join(ROW_SUFFIXES)} (.gz and .zip too), a hub id, or one of {', '.join(NAMED_SETS)}"
         )
     return []
 
 
+# What stands in a list of files where a comma, a number sign or nothing is meant.
+ODD_MARKS = {"，": ",", "、": ",", "；": ",", ";": ",", "＃": "#"} | dict.fromkeys(
+    "“”‘’「」『』\"'", "nothing"
+)
+
+
+def name_odd_marks(name: str) -> str:
+    odd = [mark for mark in ODD_MARKS if mark in name]
+    return "".join(f"; it holds {mark} where {ODD_MARKS[mark]} is meant" for mark in odd)
+
+
+def open_archives(files: list[Path]) -> list[Path]:
+    """The files, and in the place of each zip file those with rows in it."""
+    opened = []
+    for path in files:
+        if path.suffix.lower() == ".zip":
+            opened += select_data_files(list_archive(path), f"--dataset_name {path}: the zip file", path)
+        else:
+            opened.append(path)
+    return opened
+
+
 def list_data_files(folder: Path, flag: str) -> list[Path]:
     """Files with rows under a folder, metadata of the hub's own left out."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and find_kind(path)]
-    files = [
-        path for path in files if path.name not in ("dataset_info.json", "dataset_infos.json", "state.json")
-    ]
-    if not files:
-        raise UserError(f"{flag}: the folder holds no {', '.join(ROW_SUFFIXES)} file (.gz too)")
-    return files
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return select_data_files(files, f"{flag}: the folder", folder)
+
+
+def select_data_files(files: list[Path], where: str, folder: Path) -> list[Path]:
+    """Those that hold rows by their names; the others are said, but for hidden ones."""
+    chosen: list[Path] = []
+    others: list[str] = []
+    for path in files:
+        name = path.relative_to(folder)
+        if find_kind(path) and path.name not in HUB_METADATA:
+            chosen.append(path)
+        elif not any(part.startswith(".") for part in name.parts):
+            others.append(str(name))
+    if not chosen:
+        found = f", but {list_names(others)}" if others else ""
+        raise UserError(f"{where} holds no {', '.join(ROW_SUFFIXES)} file (.gz too){found}")
+    if others:
+        notice(f"{folder}: by their names no files of rows: {list_names(others)}")
+    return chosen
+
+
+def list_names(names: list[str], count: int = 6) -> str:
+    more = f" and {len(names) - count:,} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 # Behind a set's name in its files' names, as in alpaca-train-00001-of-00002.parquet; alpaca-clean is another.

@@ -17,10 +17,11 @@ from utils.console import UserError, is_main_process, notice
 from utils.data import LISTED_ROWS, PARTS, Rows
 from utils.encoding import Pieces, encode_rows
 from utils.formats import TEXT_ROLE, Chat, Messages
-from utils.prompts import RenderedRow, find_input_marker, split_chat
+from utils.prompts import RenderedRow, find_inner_stop, find_input_marker, split_chat
 from utils.token_rows import TokenRows, TokenWriter, open_rows
 
 LENGTH_STEP = 64
+LISTED_FINDINGS = 30  # a template may name each row in its reason
 CHUNK_ROWS, CHUNK_CHARACTERS = 1000, 2_000_000
 
 
@@ -40,7 +41,7 @@ class Found:
 
 # Findings, as the report names them.
 TOO_LONG = "dropped: too long"
-REFUSED = "dropped: refused by the chat template"
+REFUSED = "dropped: refused by the chat template for other reasons"
 NO_LABELS = "dropped: nothing to train on"
 PROMPT_CUT = "prompts that lost their beginning"
 ANSWER_CUT = "answers that lost their end and stop token"
@@ -48,6 +49,7 @@ TURNS_CUT = "chats that lost their oldest turns"
 CHAT_SPLIT = "chats split between their turns"
 TURN_BY_TURN = "rows rendered turn by turn"
 NO_STOP = "rows without a stop token in their labels"
+STOP_INSIDE = "answers that hold a stop token and are trained up to it"
 TOKEN_SPLIT = "rows where a token was split, as it reached from a prompt into its answer"
 TWO_BOS = "rows with two BOS at the front"
 LITERAL_NONE = "rows with the literal None as a text"
@@ -118,9 +120,13 @@ class RowMaker:
         stops = self.tokenizer.convert_ids_to_tokens(self.stop_ids)
         try:
             rendered = split_chat(self.tokenizer, chat, stops, self.data_args.train_last_turn_only)
-        except UserError:
-            found[part].note(REFUSED, number)
+        except UserError as error:  # with the template's own reason
+            reason = f"dropped: {error}".splitlines()[0]
+            listed = reason in found[part].counts or len(found[part].counts) < LISTED_FINDINGS
+            found[part].note(reason if listed else REFUSED, number)
             return []
+        if find_inner_stop(chat.messages, stops):
+            found[part].note(STOP_INSIDE, number)
         if not rendered:
             found[part].note(NO_LABELS, number)
         if any(message["content"].strip() in ("None", "null", "nan") for message in chat.messages):
@@ -162,7 +168,8 @@ class RowMaker:
             yield from ([(ids[start : start + limit], True)] for start in range(0, len(ids), limit))
             return
         sizes = [len(ids) for ids, _ in pieces]
-        single = len(pieces) == 2 and not row.turn_by_turn and data_args.model_max_length is None
+        # A piece of a longer chat is none of a single turn: only the sum of the limits counts for it too.
+        single = len(pieces) == 2 and not (noted or row.turn_by_turn or data_args.model_max_length)
         if single and sizes[0] <= data_args.source_max_len and sizes[1] <= data_args.target_max_len:
             yield pieces
         elif not single and sum(sizes) <= limit:
