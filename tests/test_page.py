@@ -1,6 +1,7 @@
 """The page as people use it: in a real browser, two tabs at once, and many users through its queue."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -117,10 +118,12 @@ class Server:
         self.client = httpx.Client(base_url=f"{self.url}/gradio_api", timeout=600, limits=limits)
         self.send_index = next(i for i, fn in self.page.fns.items() if fn.name == "answer")
 
-    def send(self, question, said=(), side="tuned", length=24, session=None, system="", language="en"):
+    def send(
+        self, question, said=(), side="tuned", length=24, session=None, system="", language="en", top_p=1
+    ):
         """One message as a browser sends it, in a session of its own if none is named: the outputs at its end."""
         session = session or uuid.uuid4().hex[:10]
-        data = [question, said, side, system, 0, 1, 50, 1, length, True]
+        data = [question, said, side, system, 0, top_p, 50, 1, length, True]
         body = {"data": data, "fn_index": self.send_index, "session_hash": session, "event_data": None}
         body = json.dumps(body)  # half surrogates too, which httpx would refuse to send
         headers = {"content-type": "application/json", "accept-language": language}
@@ -571,6 +574,7 @@ def test_what_no_tokenizer_reads_is_refused_in_one_line(server, capfd, language)
             {"question": "a", "system": "\ud800"},
             {"question": "a", "said": half},
         ],
+        "no number|不是数字": [{"question": "a", "top_p": value} for value in (None, "x", [1], math.nan)],
         "cannot be read|无法读取": [
             {"question": "a", "said": said}
             for said in ("text", [1, 2], turns[:1], turns[::-1], [{"role": "user"}, turns[1]])
@@ -581,7 +585,7 @@ def test_what_no_tokenizer_reads_is_refused_in_one_line(server, capfd, language)
         for request in requests:
             outputs = server.send(**request, language=language)
             assert line in outputs["status"] and "\n" not in outputs["status"], (request, outputs)
-    assert server.ask("Who are you?", turns)[:2] == turns
+    assert server.ask("Who are you?", turns, system=" \n")[:2] == turns
     printed = "".join(capfd.readouterr())
     assert "Traceback" not in printed and "udc00" not in printed
 

@@ -15,14 +15,22 @@ from utils.generation import SAMPLING_DEFAULTS, ChatModel, Kept, RecentlyKept, s
 from utils.page_arguments import PageArguments
 from utils.page_labels import CSS, LABELS, choose_words
 from utils.page_messages import (
-    check_characters,
     describe_reply,
     fit_turns,
     read_messages,
+    read_numbers,
     read_text,
     show_messages,
 )
-from utils.page_parts import MAX_BEAMS, add_controls, add_conversation, busy_box, idle_box
+from utils.page_parts import (
+    MAX_BEAMS,
+    MAX_TEMPERATURE,
+    MIN_TOP_P,
+    add_controls,
+    add_conversation,
+    busy_box,
+    idle_box,
+)
 from utils.page_scripts import EXPORT, GIVE_BACK, OPEN, TAKE
 
 MAX_SESSIONS = 256  # each holds 0.1 to 0.2 MB; the oldest is forgotten
@@ -61,11 +69,12 @@ def build_page(
                 yield SKIP
                 return
             wishes[session] = ""
-            place = session, settings[0]  # base and tuned read with other keys and values
+            side = "base" if settings[0] == "base" else "tuned"
+            place = session, side  # base and tuned read with other keys and values
             kept = recent.take(place)
             try:
                 wish = functools.partial(wishes.get, session)
-                yield from speaker.stream_answer(question, said, keep, settings, wish, kept, words)
+                yield from speaker.stream_answer(question, said, keep, side, settings[1:], wish, kept, words)
             finally:
                 recent.put_back(place, kept)
                 del wishes[session]
@@ -113,6 +122,7 @@ def build_page(
             "show_progress": "minimal",
             "show_progress_on": chatbot,
             "trigger_mode": "once",
+            "preprocess": False,  # whatever was sent is checked here, where it can be refused in one line
             "api_visibility": "private",
         }
         sent = box.submit(None, [box, asked], [box, asked], js=TAKE, **quick)
@@ -151,6 +161,7 @@ class Speaker:
         question: Any,
         said: Any,
         keep: int | None,
+        side: str,
         settings: tuple,
         wish: Callable[[], str],
         kept: Kept,
@@ -160,8 +171,7 @@ class Speaker:
 
         `keep`: where in `said` the question stands that is asked again (`question` None) or edited.
         """
-        side, system, *numbers, stream = settings
-        generation_args = read_settings(self.start, self.page_args, *numbers)
+        system, *numbers, stream = settings
         refused, shown = gr.skip(), gr.skip()
         try:
             messages = read_messages(said, words)
@@ -171,8 +181,9 @@ class Speaker:
             else:
                 text = refused = read_text(question, words)
             turns = [*messages[:keep], {"role": "user", "content": text}]
-            check_characters(system or "", words)
-            opening = [{"role": "system", "content": system.strip()}] if system and system.strip() else []
+            system = system.strip() if isinstance(system, str) else system
+            opening = [{"role": "system", "content": read_text(system, words)}] if system else []
+            generation_args = read_settings(self.start, self.page_args, *read_numbers(numbers, words))
             read = fit_turns(self.chat, opening, turns, generation_args.max_new_tokens, self.page_args, words)
         except UserError as error:
             gr.Warning(str(error))
@@ -218,7 +229,11 @@ def read_settings(
     """The flags that the page started with, and the controls within its limits whatever a browser sends."""
     sampling: dict[str, float] = SAMPLING_DEFAULTS
     if temperature > 0:
-        sampling = {"temperature": float(temperature), "top_p": float(top_p), "top_k": int(top_k)}
+        sampling = {
+            "temperature": min(float(temperature), max(MAX_TEMPERATURE, start.temperature)),
+            "top_p": min(max(float(top_p), min(MIN_TOP_P, start.top_p)), 1.0),
+            "top_k": max(int(top_k), 0),
+        }
     longest = max(1, min(int(length), page_args.limit_new_tokens))
     return dataclasses.replace(
         start,

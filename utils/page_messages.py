@@ -4,6 +4,7 @@ A message is {"role", "content"}, a reply also {"side": "tuned" or "base"} where
 Questions and replies alternate.
 """
 
+import math
 import re
 from bisect import bisect_left
 from itertools import accumulate, takewhile
@@ -41,6 +42,14 @@ def check_characters(text: str, words: dict[str, str]) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(words["half a character"]) from error
+
+
+def read_numbers(values: list[Any], words: dict[str, str]) -> list[float]:
+    """Raises UserError for a setting that is emptied, say."""
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(words["no number"])
+    return values
 
 
 def read_messages(said: Any, words: dict[str, str]) -> Messages:

@@ -8,6 +8,8 @@ from utils.page_labels import LABELS
 from utils.page_messages import LATEX
 
 MAX_BEAMS = 4
+MAX_TEMPERATURE = 2
+MIN_TOP_P = 0.05
 
 
 def word(key: str) -> gr.i18n.I18nData:
@@ -60,13 +62,18 @@ def add_controls(
         system = gr.Textbox(page_args.system, label=word("system"), lines=1, max_lines=6, elem_id="system")
         with gr.Row():
             temperature = gr.Slider(
-                0, max(2, starts), starts, step=0.05, label=word("temperature"), elem_id="temperature"
+                0,
+                max(MAX_TEMPERATURE, starts),
+                starts,
+                step=0.05,
+                label=word("temperature"),
+                elem_id="temperature",
             )
             length = gr.Slider(
                 1, page_args.limit_new_tokens, longest, step=1, label=word("max_new_tokens"), elem_id="length"
             )
         with gr.Row():
-            least, most = min(0.05, generation_args.top_p), max(200, generation_args.top_k)
+            least, most = min(MIN_TOP_P, generation_args.top_p), max(200, generation_args.top_k)
             top_p = gr.Slider(
                 least, 1, generation_args.top_p, step=0.05, label=word("top_p"), elem_id="top_p"
             )
