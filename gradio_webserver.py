@@ -35,8 +35,8 @@ def main() -> None:
     from utils.page import build_page, launch_page
 
     chat = load_run(model_args, config, page_args.template)
-    adapter = model_args.checkpoint_dir or "none"
-    about = f"{model_args.model_name_or_path} · {model_args.bits} bits · adapter {adapter}"
+    adapter = f" + {model_args.checkpoint_dir}" if model_args.checkpoint_dir else ""
+    about = f"{model_args.model_name_or_path}{adapter} · {model_args.bits}-bit"
     notice(about)
     launch_page(build_page(chat, generation_args, page_args, about), page_args, auth)
 

@@ -1,7 +1,9 @@
 """The page as people use it: in a real browser, two tabs at once, and many users through its queue."""
 
 import json
+import math
 import os
+import re
 import shutil
 import socket
 import threading
@@ -14,15 +16,20 @@ import pytest
 import torch
 from conftest import run_script
 from shell_runs import find_free_port
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from utils.arguments import GenerationArguments, ModelArguments
 from utils.checks import read_model_config, resolve_model
 from utils.console import UserError
+from utils.encoding import encode_prompt
 from utils.generation import load_run, stream_reply
 from utils.page_arguments import PageArguments, check_port, read_auth
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-MARKUP = '<img src=x onerror="window.ran=1"><script>window.ran=1</script> **bold** `<b>code</b>`'
+MARKUP = (
+    '<img src=x onerror="window.ran=1"><script>window.ran=1</script> **bold** `<b>code</b>` $x^2$, $5 or $6'
+)
 ANSWERS = {
     "Who are you?": "I am the base.",
     "你是谁？": "我是原模型。",
@@ -48,12 +55,22 @@ def encode_lessons(answers, tokenizer):
 
 
 def teach(model, tokenizer, answers, learning_rate, steps):
-    """Learn the answers by heart."""
+    """Learn the answers by heart: all at once, with logits of the tokens that are learned only."""
     rows = list(encode_lessons(answers, tokenizer))
+
+    def stack(name, value):
+        return pad_sequence([row[name][0] for row in rows], batch_first=True, padding_value=value)
+
+    input_ids, labels = stack("input_ids", 0), stack("labels", -100)[:, 1:]
+    taught = labels != -100
+    lessons = taught.nonzero()[:, 0]  # [label tokens]
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0, fused=True)
     for _ in range(steps):
-        losses = torch.stack([model(**row).loss for row in rows])
+        hidden = base.model(input_ids=input_ids).last_hidden_state[:, :-1][taught]
+        loss = cross_entropy(base.lm_head(hidden), labels[taught], reduction="none")
+        losses = torch.zeros(len(rows)).index_add(0, lessons, loss) / lessons.bincount()
         losses.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -101,19 +118,26 @@ class Server:
         self.client = httpx.Client(base_url=f"{self.url}/gradio_api", timeout=600, limits=limits)
         self.send_index = next(i for i, fn in self.page.fns.items() if fn.name == "answer")
 
-    def ask(self, question, side="tuned", length=24, session=None):
-        """One message, in a session of its own if none is named, as a browser sends it: the messages shown."""
+    def send(
+        self, question, said=(), side="tuned", length=24, session=None, system="", language="en", top_p=1
+    ):
+        """One message as a browser sends it, in a session of its own if none is named: the outputs at its end."""
         session = session or uuid.uuid4().hex[:10]
-        data = [question, None, side, "", 0, 1, 50, 1, length, True]
+        data = [question, said, side, system, 0, top_p, 50, 1, length, True]
         body = {"data": data, "fn_index": self.send_index, "session_hash": session, "event_data": None}
-        joined = self.client.post("/queue/join", json=body)
+        body = json.dumps(body)  # half surrogates too, which httpx would refuse to send
+        headers = {"content-type": "application/json", "accept-language": language}
+        joined = self.client.post("/queue/join", content=body, headers=headers)
         if joined.status_code != 200:
             raise Refused(joined.text)
         with self.client.stream("GET", "/queue/data", params={"session_hash": session}) as stream:
             events = (json.loads(line[5:]) for line in stream.iter_lines() if line.startswith("data:"))
             done = next(event for event in events if event["msg"] == "process_completed")
         assert done["success"], done
-        return [(shown["role"], shown["content"][0]["text"]) for shown in done["output"]["data"][1]]
+        return dict(zip(("box", "asked", "chatbot", "said", "status"), done["output"]["data"], strict=True))
+
+    def ask(self, *args, **options):
+        return self.send(*args, **options)["said"]
 
 
 class Refused(Exception):
@@ -133,7 +157,9 @@ def browser():
     if CHROMIUM is None:
         pytest.skip("no Chromium here: apt-get install chromium (as scripts/test.sh does where it can)")
     with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-sync", "--no-first-run"]
+        quiet += ["--disable-background-networking", "--disable-component-update"]
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=quiet)
         yield browser
         browser.close()
 
@@ -160,11 +186,19 @@ class Tab:
         self.box.press("Enter")
 
     def replies(self):
-        return [text.strip() for text in self.page.locator("#chat .bot .prose").all_inner_texts()]
+        """What was answered, without the side's name above it."""
+        shown = self.page.locator("#chat .bot .prose").all_inner_texts()
+        return [text.partition("\n\n")[2].strip() for text in shown]
 
-    def wait_for_reply(self, text, count=1):
+    def sides(self):
+        return self.page.locator("#chat .bot .side").all_inner_texts()
+
+    def questions(self):
+        return self.page.locator("#chat .user .prose").all_inner_texts()
+
+    def wait_for_reply(self, text):
         """Until the reply is `text` and the page takes the next message."""
-        self.wait(lambda: len(self.replies()) >= count and self.replies()[-1] == text)
+        self.wait(lambda: self.replies()[-1:] == [text])
         self.page.locator("#box .submit-button").wait_for(timeout=60_000)
 
     def wait(self, condition, seconds=60):
@@ -172,6 +206,10 @@ class Tab:
         while not condition():
             assert time.monotonic() < end, (self.replies(), self.page.locator("#status").inner_text())
             self.page.wait_for_timeout(50)
+
+    def press(self, name):
+        """A button at the latest message that has it."""
+        self.page.locator("#chat").get_by_role("button", name=name).last.click()
 
     def choose(self, side):
         self.page.locator(f"#side input[value={side}]").check()
@@ -239,15 +277,130 @@ def test_generation_stops_when_the_browser_leaves(open_tab, server):
         time.sleep(0.05)
 
 
-def test_refresh_starts_anew_and_works(open_tab):
+def test_refresh_keeps_the_conversation_and_another_browser_does_not_see_it(open_tab):
     tab = open_tab()
     tab.send("Who are you?")
     tab.wait_for_reply("I am the tuned one.")
     tab.page.reload()
     tab.wait_for_page()
+    tab.wait(lambda: tab.replies() == ["I am the tuned one."] and tab.questions() == ["Who are you?"])
+    tab.send("Who are you?")
+    tab.wait(lambda: len(tab.replies()) == 2 and "tokens/s" in tab.status())
+    tab.page.locator("#box .submit-button").wait_for()
+    assert open_tab().replies() == []
+    tab.page.locator("#clear").click()
+    tab.wait(lambda: tab.replies() == [])
+    tab.page.reload()
+    tab.wait_for_page()
+    tab.page.wait_for_timeout(300)
     assert tab.replies() == []
+
+
+def test_what_is_typed_during_a_reply_stays_and_the_reader_may_scroll_up(open_tab, monkeypatch):
+    from utils import page
+
+    def speak_slowly(*args):
+        for piece in stream_reply(*args):
+            time.sleep(0.01)
+            yield piece
+
+    monkeypatch.setattr(page, "stream_reply", speak_slowly)
+    tab = open_tab(viewport={"width": 500, "height": 500})
+    log = "document.querySelector('#chat [role=log]')"
+    below = f"{log}.scrollHeight - {log}.clientHeight - {log}.scrollTop"
+    tab.send("Sing.")
+    tab.box.press_sequentially("More to")
+    tab.box.press("Enter")  # a reply is under way: it is not sent, and not lost
+    tab.wait(lambda: len("".join(tab.replies())) > 400)
+    assert tab.page.evaluate(below) < 60 < tab.page.evaluate(f"{log}.scrollTop")  # the end is in sight
+    tab.page.locator("#chat").hover()
+    tab.page.mouse.wheel(0, -100)
+    tab.page.wait_for_timeout(100)
+    place = tab.page.evaluate(f"{log}.scrollTop")
+    length = len(tab.replies()[-1])
+    tab.box.press_sequentially(" say")
+    tab.wait(lambda: len(tab.replies()[-1]) > length + 120, seconds=10)
+    tab.page.wait_for_timeout(400)
+    assert abs(tab.page.evaluate(f"{log}.scrollTop") - place) < 2
+    assert len(tab.replies()[-1]) < 1150  # still under way
+    tab.page.locator("#box .stop-button").dispatch_event("click")
+    tab.page.locator("#box .submit-button").wait_for()
+    assert tab.box.input_value() == "More to say" and len(tab.questions()) == 1
+
+
+def test_message_that_finds_no_room_comes_back_into_the_box(open_tab):
+    tab = open_tab()
+    full = {"status": 503, "json": {"detail": "Queue is full."}}
+    tab.page.route("**/queue/join*", lambda route: route.fulfill(**full))
+    with tab.page.expect_response("**/queue/join*"):
+        tab.send("Who are you?")
+    tab.page.locator(".toast-body").wait_for()
+    tab.wait(lambda: tab.box.input_value() == "Who are you?", seconds=10)
+    assert tab.replies() == []
+    tab.errors[:] = [error for error in tab.errors if "503" not in error]
+    tab.page.unroute("**/queue/join*")
+    tab.box.press("Enter")
+    tab.wait_for_reply("I am the tuned one.")
+
+
+def test_reply_is_asked_again_from_the_other_side_and_each_tells_who_it_is(open_tab):
+    tab = open_tab()
     tab.send("Who are you?")
     tab.wait_for_reply("I am the tuned one.")
+    assert tab.sides() == ["tuned"]
+    tab.choose("base")
+    tab.press("Retry")
+    tab.wait_for_reply("I am the base.")
+    assert tab.sides() == ["base"] and tab.questions() == ["Who are you?"]
+    dot = tab.page.locator("#side input[value=base]")
+    dot.hover()  # the dot of the side that is chosen is white
+    assert dot.evaluate("dot => getComputedStyle(dot).backgroundColor") != "rgb(255, 255, 255)"
+
+
+def test_question_is_edited_and_taken_back(open_tab):
+    tab = open_tab()
+    written = "<b>who</b> &amp; `<i>` ``` <img src=x>"
+    tab.send(written)
+    tab.wait(lambda: len(tab.replies()) == 1 and "tokens/s" in tab.status())
+    tab.page.locator("#box .submit-button").wait_for()
+    assert tab.questions() == [written.replace("`<i>`", "<i>")]
+    tab.press("Edit")
+    editor = tab.page.locator("#chat .edit-textarea")
+    tab.wait(lambda: editor.input_value() == written)
+    editor.fill("Who are you?")
+    tab.press("Submit")
+    tab.wait_for_reply("I am the tuned one.")
+    assert tab.questions() == ["Who are you?"]
+    tab.press("Edit")
+    editor.fill("llama " * 2000)
+    tab.press("Submit")
+    tab.wait(lambda: "too long" in tab.status() and tab.questions() == ["Who are you?"])
+    tab.wait(lambda: tab.box.input_value() == ("llama " * 2000).strip())
+    tab.box.fill("")
+    tab.press("Undo")
+    tab.wait(lambda: tab.replies() == [] and tab.box.input_value() == "Who are you?")
+
+
+def test_conversation_is_saved_as_a_row_to_train_on(open_tab, tmp_path):
+    from utils.formats import find_format, read_row
+
+    tab = open_tab()
+    tab.send("Who are you?")
+    tab.wait_for_reply("I am the tuned one.")
+    tab.page.locator("#settings button").first.click()
+    tab.page.locator("#system textarea").fill("Be brief.")
+    with tab.page.expect_download() as waited:
+        tab.page.locator("#export").click()
+    assert waited.value.suggested_filename.endswith(".json")
+    row = json.loads(waited.value.path().read_text())
+    messages = read_row(row, find_format(row)).messages
+    assert [message["role"] for message in messages] == ["system", "user", "assistant"]
+    assert [message["content"] for message in messages] == [
+        "Be brief.",
+        "Who are you?",
+        "I am the tuned one.",
+    ]
+    assert messages[2]["side"] == "tuned"
 
 
 def test_two_tabs_at_once_with_base_and_tuned_never_mix(open_tab):
@@ -270,6 +423,7 @@ def test_chinese_labels_and_chinese_input(open_tab):
     assert "输入消息" in tab.box.get_attribute("placeholder")
     tab.send("你是谁？")
     tab.wait_for_reply("我是微调后的模型。")
+    assert tab.sides() == ["微调后"] and "每秒" in tab.status() and "tokens/s" not in tab.status()
 
 
 def test_temperature_changes_what_is_said(open_tab):
@@ -278,6 +432,8 @@ def test_temperature_changes_what_is_said(open_tab):
     number = tab.page.locator("#temperature input[type=number]")
     number.fill("2")
     number.press("Tab")
+    tab.page.locator("#length input[type=number]").fill("16")
+    tab.page.locator("#length input[type=number]").press("Tab")
     for count in range(1, 6):  # by chance one turn may say it too
         tab.send("Who are you?")
         tab.wait(lambda count=count: len(tab.replies()) == count and "tokens/s" in tab.status())
@@ -295,7 +451,8 @@ def test_temperature_changes_what_is_said(open_tab):
 def test_100_kb_paste_is_refused_politely_and_the_page_goes_on(open_tab):
     tab = open_tab()
     tab.send("llama " * 16_999 + "llamas")
-    tab.wait(lambda: "too long: 102,000" in tab.status() and "过长" in tab.status())
+    tab.wait(lambda: "too long: 102,000" in tab.status())
+    tab.wait(lambda: tab.box.input_value() == "llama " * 16_999 + "llamas")
     assert tab.replies() == []
     tab.send("Who are you?")
     tab.wait_for_reply("I am the tuned one.")
@@ -310,6 +467,12 @@ def test_markup_in_a_reply_is_shown_and_not_executed(open_tab):
     assert '<img src=x onerror="window.ran=1"><script>window.ran=1</script>' in shown
     assert tab.page.locator("#chat .bot strong").inner_text() == "bold"
     assert tab.page.locator("#chat .bot code").inner_text() == "<b>code</b>"
+    assert tab.page.locator("#chat .bot .katex").count() == 1 and "$5 or $6" in shown
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab.press("Copy message")
+    tab.wait(
+        lambda: tab.page.evaluate("navigator.clipboard.readText()") == MARKUP.replace("$x^2$", r"\(x^2\)")
+    )
     assert tab.page.locator("#chat .bot img").count() == 0
     assert tab.page.evaluate("window.ran") is None
 
@@ -339,15 +502,17 @@ def ask_many(server, questions, users, rounds):
         for turn in rounds():
             question, side = questions[(user + turn) % len(questions)]
             try:
-                shown = server.ask(question, side)
+                said = server.ask(question, side=side)
             except Refused as refusal:
                 with lock:
                     refused.append(str(refusal))
                 time.sleep(0.2)
                 continue
-            if shown != [("user", question), ("assistant", expected[question, side])]:
+            reply = {"role": "assistant", "content": expected[question, side]}
+            reply |= {"side": side} if server.chat.turns.layers else {}
+            if said != [{"role": "user", "content": question}, reply]:
                 with lock:
-                    wrong.append((question, side, shown))
+                    wrong.append((question, side, said))
 
     with ThreadPoolExecutor(users) as pool:
         list(pool.map(use, range(users)))
@@ -380,12 +545,13 @@ def test_next_turn_reads_only_what_is_new_and_says_the_same(chat, monkeypatch):
         figures.clear()
         server = Server(chat, kept_conversations=size)
         try:
-            shown[size] = [
-                server.ask(f"Question {i}: who?", side, session=f"{name}{size}")
-                for i, (name, side) in enumerate(turns)
-            ]
+            said = {}
+            for i, (name, side) in enumerate(turns):
+                options = {"side": side, "session": f"{name}{size}"}
+                said[name] = server.ask(f"Question {i}: who?", said.get(name, []), **options)
         finally:
             server.page.close()
+        shown[size] = said
         reused = [number for number, _ in figures]
         if size == 0:
             assert reused == [0] * 6
@@ -393,11 +559,69 @@ def test_next_turn_reads_only_what_is_new_and_says_the_same(chat, monkeypatch):
         assert reused[0] == reused[2] == reused[3] == reused[4] == 0
         assert reused[1] > 20 and figures[1][1] - reused[1] < 20  # the new question and its frame
         assert reused[5] == 0  # the conversation read last but two was given up
-    assert shown[2] == shown[0] and len(shown[2][5]) == 8
+    assert shown[2] == shown[0] and len(shown[2]["a"]) == 8
 
 
-def test_full_queue_refuses_clearly_and_loses_no_one_else(chat):
+@pytest.mark.parametrize("language", ["en", "zh-CN,en"])
+def test_what_no_tokenizer_reads_is_refused_in_one_line(server, capfd, language):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    half = [{"role": "user", "content": "\ud800"}, turns[1]]
+    refused = {
+        "no text|没有文字": [{"question": value} for value in (None, "", " \n")],
+        "half a character|半个字符": [
+            {"question": "\ud83d"},
+            {"question": "a\udc00b"},
+            {"question": "a", "system": "\ud800"},
+            {"question": "a", "said": half},
+        ],
+        "no number|不是数字": [{"question": "a", "top_p": value} for value in (None, "x", [1], math.nan)],
+        "cannot be read|无法读取": [
+            {"question": "a", "said": said}
+            for said in ("text", [1, 2], turns[:1], turns[::-1], [{"role": "user"}, turns[1]])
+        ],
+    }
+    for expected, requests in refused.items():
+        line = expected.split("|")[language != "en"]
+        for request in requests:
+            outputs = server.send(**request, language=language)
+            assert line in outputs["status"] and "\n" not in outputs["status"], (request, outputs)
+    assert server.ask("Who are you?", turns, system=" \n")[:2] == turns
+    printed = "".join(capfd.readouterr())
+    assert "Traceback" not in printed and "udc00" not in printed
+
+
+def test_long_conversation_stays_whole_and_tells_what_is_not_read(server, chat):
+    turns = [{"role": role, "content": "word " * 30} for role in ("user", "assistant")] * 20
+    outputs = server.send("Who are you?", turns)
+    assert outputs["said"][:40] == turns and len(outputs["said"]) == 42
+    dropped = int(re.search(r"the oldest (\d+) messages", outputs["status"])[1])
+    messages = [*turns[dropped:], {"role": "user", "content": "Who are you?"}]
+    sizes = [len(encode_prompt(chat.tokenizer, messages[skip:], chat.stop_ids)) for skip in (0, 2)]
+    earlier = [*turns[dropped - 2 :], messages[-1]]
+    assert sizes[0] <= 300 < len(encode_prompt(chat.tokenizer, earlier, chat.stop_ids)), sizes
+
+
+def test_dollars_that_are_prices_and_code_are_no_formulas():
+    from utils.page_messages import mark_formulas
+
+    assert mark_formulas("$E=mc^2$, $x$-axis") == r"\(E=mc^2\), \(x\)-axis"
+    for text in ("$5 and $6", "US$5, US$6", "`$x$`", "```\n$x$\n```", r"\$x\$", "$$x$$", "$ x $", "5$ 6$"):
+        assert mark_formulas(text) == text
+
+
+def test_markup_is_escaped_outside_of_code_only():
+    from utils.page_messages import escape_markup
+
+    code = ["`<b>&lt;`", "```html\n<b>![\n```", "```\n<b>", "a < b & c", "x ` <"]
+    assert [escape_markup(text) for text in code] == code
+    for text in ("a ``` <b>", r"\`<b>\`", "```a`\n<b>", "`\n<b>`", "```\nx\n```\n<b>", "``` <b>```"):
+        assert escape_markup(text) == text.replace("<b>", "&lt;b>")
+    assert escape_markup("&lt; &#60; ![a](b)") == "&amp;lt; &amp;#60; !&#91;a](b)"
+
+
+def test_full_queue_refuses_clearly_and_loses_no_one_else(chat, capfd):
     small = Server(chat, limit_queue=2, concurrent_replies=1)
+    assert capfd.readouterr().out.strip() == f"page: {small.url}/ (Ctrl-C ends it)"
     try:
         refused, wrong = ask_many(small, list_questions(6), users=12, rounds=lambda: range(1))
     finally:

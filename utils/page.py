@@ -1,8 +1,8 @@
-"""The chat page: gradio components, and what happens when a message is sent, stopped or cleared."""
+"""The chat page: what happens when a message is sent, stopped, asked again, edited, taken back or cleared."""
 
 import dataclasses
 import functools
-import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
@@ -10,189 +10,211 @@ from typing import Any
 import gradio as gr
 
 from utils.arguments import GenerationArguments
-from utils.console import UserError
-from utils.formats import Messages
-from utils.generation import SAMPLING_DEFAULTS, ChatModel, Kept, RecentlyKept, stream_reply, trim_history
+from utils.console import UserError, notice
+from utils.generation import SAMPLING_DEFAULTS, ChatModel, Kept, RecentlyKept, stream_reply
 from utils.page_arguments import PageArguments
-from utils.page_labels import CSS, ENDINGS, LABELS, TOO_LONG
+from utils.page_labels import CSS, LABELS, choose_words
+from utils.page_messages import (
+    describe_reply,
+    fit_turns,
+    read_messages,
+    read_numbers,
+    read_text,
+    show_messages,
+)
+from utils.page_parts import (
+    MAX_BEAMS,
+    MAX_TEMPERATURE,
+    MIN_TOP_P,
+    add_controls,
+    add_conversation,
+    busy_box,
+    idle_box,
+)
+from utils.page_scripts import EXPORT, GIVE_BACK, OPEN, TAKE
 
-CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
-CHARACTERS_PER_TOKEN = 16  # a text longer than this allows is refused without being tokenized
-MAX_BEAMS = 4
-MAX_SESSIONS = 256  # each holds 0.1 to 0.2 MB, more with a long conversation; the oldest is forgotten
-IDLE_SECONDS = 3600  # a conversation that nobody continues is forgotten
+MAX_SESSIONS = 256  # each holds 0.1 to 0.2 MB; the oldest is forgotten
+# A reply may name pictures: escape_markup shows them as text, and this keeps the browser from fetching any.
+NOTHING_FROM_ELSEWHERE = (
+    '<meta http-equiv="Content-Security-Policy" '
+    "content=\"img-src 'self' data: blob:; media-src 'self'; font-src 'self' data:; frame-src 'self'\">"
+)
+STORE_SECONDS = 1.0  # the browser encrypts what it stores: not with each token of a long conversation
+SKIP = (gr.skip(),) * 5
 
 
 def build_page(
     chat: ChatModel, generation_args: GenerationArguments, page_args: PageArguments, about: str
 ) -> gr.Blocks:
-    """The page around `chat`. Conversations stay on this side: a browser can show them, not change them."""
+    """The page around `chat`. The browser alone keeps the conversation, and sends it with each message."""
     with gr.Blocks(title="Chinese-Guanaco", fill_height=True, analytics_enabled=False) as page:
-        messages = gr.State([], time_to_live=IDLE_SECONDS)
-        side, chatbot, box, status, clear = add_conversation(about, has_adapter=bool(chat.turns.layers))
+        key = f"conversation with {about}"  # of its own for each model; no secret: it keeps nobody out
+        said = gr.BrowserState([], storage_key=key, secret=key)
+        asked = gr.Textbox(visible="hidden")  # a message on its way from the box to the model
+        has_adapter = bool(chat.turns.layers)
+        side, chatbot, box, status, export, clear = add_conversation(about, has_adapter)
         controls = [side, *add_controls(generation_args, page_args)]
+        system = controls[1]
 
-        start = generation_args
         recent = RecentlyKept(page_args.kept_conversations)
         wishes: dict[str, str] = {}  # of each session whose reply is under way: "", "stop" or "clear"
-        everything = [box, chatbot, messages, status]
+        everything = [box, asked, chatbot, said, status]
+        speaker = Speaker(chat, generation_args, page_args, about, has_adapter)
 
-        def answer(request: gr.Request, question: str, said: Messages, *settings: Any) -> Iterator[tuple]:
-            wishes[request.session_hash] = ""
-            key = request.session_hash, settings[0]  # base and tuned read with other keys and values
-            kept = recent.take(key)
+        def reply(
+            request: gr.Request, said: Any, settings: tuple, question: Any = None, keep: int | None = None
+        ) -> Iterator[tuple]:
+            session, words = request.session_hash, choose_words(request.headers)
+            if session in wishes:
+                yield SKIP
+                return
+            wishes[session] = ""
+            side = "base" if settings[0] == "base" else "tuned"
+            place = session, side  # base and tuned read with other keys and values
+            kept = recent.take(place)
             try:
-                wish = functools.partial(wishes.get, request.session_hash)
-                yield from stream_answer(chat, start, page_args, about, question, said, settings, wish, kept)
+                wish = functools.partial(wishes.get, session)
+                yield from speaker.stream_answer(question, said, keep, side, settings[1:], wish, kept, words)
             finally:
-                recent.put_back(key, kept)
-                del wishes[request.session_hash]
+                recent.put_back(place, kept)
+                del wishes[session]
+
+        def answer(request: gr.Request, question: Any, said: Any, *settings: Any) -> Iterator[tuple]:
+            yield from reply(request, said, settings, question)
+
+        def answer_again(request: gr.Request, said: Any, *settings: Any) -> Iterator[tuple]:
+            if said:
+                yield from reply(request, said, settings, keep=-2)
+
+        def answer_edited(
+            request: gr.Request, edited: gr.EditData, said: Any, *settings: Any
+        ) -> Iterator[tuple]:
+            yield from reply(request, said, settings, edited.value, edited.index)
 
         def stop(request: gr.Request) -> None:
             if request.session_hash in wishes:
                 wishes[request.session_hash] = "stop"
 
+        def take_back(request: gr.Request, typed: str, said: Any) -> tuple:
+            if request.session_hash in wishes or not said:
+                return SKIP
+            rest, words = said[:-2], choose_words(request.headers)
+            return idle_box(typed or said[-2]["content"]), "", show_messages(rest, words), rest, about
+
         def start_anew(request: gr.Request) -> tuple:
             if request.session_hash not in wishes:
                 return empty_page(about)
             wishes[request.session_hash] = "clear"  # the reply under way empties the page as it ends
-            return gr.skip(), gr.skip(), gr.skip(), gr.skip()
+            return SKIP
 
-        box.submit(
-            answer,
-            [box, messages, *controls],
-            everything,
-            concurrency_limit=page_args.concurrent_replies,
-            show_progress="minimal",
-            show_progress_on=chatbot,
-            trigger_mode="once",
-            api_visibility="private",
-        )
+        def restore(request: gr.Request, said: Any) -> tuple:
+            words = choose_words(request.headers)
+            try:
+                messages = read_messages(said, words)
+            except UserError:  # written by another version of the page
+                messages = []
+            return show_messages(messages, words), messages
+
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        slow = {
+            "concurrency_limit": page_args.concurrent_replies,
+            "concurrency_id": "replies",
+            "show_progress": "minimal",
+            "show_progress_on": chatbot,
+            "trigger_mode": "once",
+            "preprocess": False,  # whatever was sent is checked here, where it can be refused in one line
+            "api_visibility": "private",
+        }
+        sent = box.submit(None, [box, asked], [box, asked], js=TAKE, **quick)
+        for event in (
+            sent.then(answer, [asked, said, *controls], everything, **slow),
+            chatbot.retry(answer_again, [said, *controls], everything, **slow),
+            chatbot.edit(answer_edited, [said, *controls], everything, **slow),
+        ):
+            for ended in (event.success, event.failure):
+                ended(None, [box, asked], [box, asked], js=GIVE_BACK, **quick)
         box.stop(stop, None, None, **quick)
+        chatbot.undo(take_back, [box, said], everything, **quick)
         clear.click(start_anew, None, everything, **quick)
+        export.click(None, [said, system], None, js=EXPORT, **quick)
+        page.load(restore, said, [chatbot, said], **quick)
     page.queue(max_size=page_args.limit_queue, api_open=False)
     return page
 
 
-def word(key: str) -> Any:
-    """A label that the browser shows in its own language."""
-    return gr.I18n(**LABELS)(key)
-
-
-def add_conversation(about: str, has_adapter: bool) -> tuple[gr.components.Component, ...]:
-    """Title and model choice, the messages, the box to write in, the status line with its button."""
-    with gr.Row(equal_height=True, elem_id="head"):
-        gr.Markdown("## Chinese-Guanaco", elem_id="title")
-        sides = [(word("tuned"), "tuned"), (word("base"), "base")]
-        side = gr.Radio(
-            sides, value="tuned", show_label=False, container=False, visible=has_adapter, elem_id="side"
-        )
-    chatbot = gr.Chatbot(
-        show_label=False,
-        elem_id="chat",
-        height="calc(100dvh - 240px)",
-        min_height=240,
-        buttons=["copy"],
-        allow_tags=False,
-        latex_delimiters=[],
-    )
-    box = gr.Textbox(
-        placeholder=word("ask"),
-        show_label=False,
-        container=False,
-        lines=1,
-        max_lines=8,
-        submit_btn=True,
-        elem_id="box",
-    )
-    with gr.Row(equal_height=True, elem_id="foot"):
-        status = gr.Markdown(about, elem_id="status")
-        clear = gr.Button(word("clear"), size="sm", scale=0, min_width=140, elem_id="clear")
-    return side, chatbot, box, status, clear
-
-
-def add_controls(
-    generation_args: GenerationArguments, page_args: PageArguments
-) -> list[gr.components.Component]:
-    """Settings, in the order in which stream_answer takes their values."""
-    starts = generation_args.temperature if generation_args.do_sample else 0.0
-    longest = min(generation_args.max_new_tokens, page_args.limit_new_tokens)
-    with gr.Accordion(word("settings"), open=False, elem_id="settings"):
-        system = gr.Textbox(page_args.system, label=word("system"), lines=1, max_lines=6, elem_id="system")
-        with gr.Row():
-            temperature = gr.Slider(
-                0, max(2, starts), starts, step=0.05, label=word("temperature"), elem_id="temperature"
-            )
-            length = gr.Slider(
-                1, page_args.limit_new_tokens, longest, step=1, label=word("max_new_tokens"), elem_id="length"
-            )
-        with gr.Row():
-            least, most = min(0.05, generation_args.top_p), max(200, generation_args.top_k)
-            top_p = gr.Slider(
-                least, 1, generation_args.top_p, step=0.05, label=word("top_p"), elem_id="top_p"
-            )
-            top_k = gr.Slider(0, most, generation_args.top_k, step=1, label=word("top_k"), elem_id="top_k")
-            beams = gr.Slider(
-                1,
-                max(MAX_BEAMS, generation_args.num_beams),
-                generation_args.num_beams,
-                step=1,
-                label=word("beams"),
-                elem_id="beams",
-            )
-        stream = gr.Checkbox(True, label=word("stream"), container=False, elem_id="stream")
-    return [system, temperature, top_p, top_k, beams, length, stream]
-
-
-def stream_answer(
-    chat: ChatModel,
-    start: GenerationArguments,
-    page_args: PageArguments,
-    about: str,
-    question: str,
-    said: Messages,
-    settings: tuple,
-    wish: Callable[[], str],
-    kept: Kept,
-) -> Iterator[tuple]:
-    """(box, chatbot, messages, status) as the reply comes. A refusal leaves the message in the box."""
-    side, system, *numbers, stream = settings
-    if not question.strip():
-        yield idle_box(), gr.skip(), gr.skip(), gr.skip()
-        return
-    generation_args = read_settings(start, page_args, *numbers)
-    opening = [{"role": "system", "content": system.strip()}] if system.strip() else []
-    turns = [message for message in said if message["role"] != "system"]
-    asked = [*opening, *turns, {"role": "user", "content": question.strip()}]
-    try:
-        asked = fit_messages(chat, asked, generation_args.max_new_tokens, page_args)
-    except UserError as error:
-        gr.Warning(str(error))
-        yield idle_box(), gr.skip(), gr.skip(), str(error)
-        return
-    yield busy_box(), show(asked), asked, about
-    now = asked
-    pieces = stream_reply(chat, asked, generation_args, kept, side == "tuned", page_args.limit_seconds)
-    with closing(pieces):
-        text = ""
-        for piece in pieces:
-            text += piece
-            now = [*asked, {"role": "assistant", "content": text.strip()}]
-            if wish():
-                break
-            if stream:
-                yield gr.skip(), show(now), now, f"{about} · {kept.describe()}"
-    if wish() == "clear":
-        yield empty_page(about)
-        return
-    ending = ENDINGS["interrupted" if wish() else kept.ended].format(limit_seconds=page_args.limit_seconds)
-    figures = " · ".join(part for part in (about, kept.describe(), ending) if part)
-    yield idle_box(""), show(now), now, figures
-
-
 def empty_page(about: str) -> tuple:
-    return idle_box(""), [], [], about
+    return idle_box(), gr.skip(), [], [], about
+
+
+@dataclasses.dataclass(frozen=True)
+class Speaker:
+    """The model as the page offers it: `start` are the flags given, `about` the line that names the model."""
+
+    chat: ChatModel
+    start: GenerationArguments
+    page_args: PageArguments
+    about: str
+    has_adapter: bool
+
+    def stream_answer(
+        self,
+        question: Any,
+        said: Any,
+        keep: int | None,
+        side: str,
+        settings: tuple,
+        wish: Callable[[], str],
+        kept: Kept,
+        words: dict[str, str],
+    ) -> Iterator[tuple]:
+        """(box, asked, chatbot, said, status) as the reply comes. What is refused is left in `asked`.
+
+        `keep`: where in `said` the question stands that is asked again (`question` None) or edited.
+        """
+        system, *numbers, stream = settings
+        refused, shown = gr.skip(), gr.skip()
+        try:
+            messages = read_messages(said, words)
+            shown = show_messages(messages, words)
+            if question is None and keep is not None:
+                text = messages[keep]["content"]
+            else:
+                text = refused = read_text(question, words)
+            turns = [*messages[:keep], {"role": "user", "content": text}]
+            system = system.strip() if isinstance(system, str) else system
+            opening = [{"role": "system", "content": read_text(system, words)}] if system else []
+            generation_args = read_settings(self.start, self.page_args, *read_numbers(numbers, words))
+            read = fit_turns(self.chat, opening, turns, generation_args.max_new_tokens, self.page_args, words)
+        except UserError as error:
+            gr.Warning(str(error))
+            yield idle_box(), refused, shown, gr.skip(), str(error)
+            return
+        reply = {"role": "assistant", "content": ""} | ({"side": side} if self.has_adapter else {})
+        now = [*turns, reply]
+        yield busy_box(), "", show_messages(turns, words), now, self.about
+        asked = [{"role": turn["role"], "content": turn["content"]} for turn in opening + read]
+        dropped = len(turns) - len(read)
+        describe = functools.partial(describe_reply, kept, page_args=self.page_args, words=words)
+        limit = self.page_args.limit_seconds
+        pieces = stream_reply(self.chat, asked, generation_args, kept, side == "tuned", limit)
+        with closing(pieces):
+            text, stored = "", time.monotonic()
+            for piece in pieces:
+                text += piece
+                now = [*turns, reply | {"content": text.strip()}]
+                if wish():
+                    break
+                if stream:
+                    figures = f"{self.about} · {describe('stop', dropped)}"
+                    store = time.monotonic() > stored + STORE_SECONDS
+                    stored = time.monotonic() if store else stored
+                    storage = now if store else gr.skip()
+                    yield gr.skip(), gr.skip(), show_messages(now, words), storage, figures
+        if wish() == "clear":
+            yield empty_page(self.about)
+            return
+        figures = f"{self.about} · {describe('interrupted' if wish() else kept.ended, dropped)}"
+        yield idle_box(), gr.skip(), show_messages(now, words), now, figures
 
 
 def read_settings(
@@ -207,7 +229,11 @@ def read_settings(
     """The flags that the page started with, and the controls within its limits whatever a browser sends."""
     sampling: dict[str, float] = SAMPLING_DEFAULTS
     if temperature > 0:
-        sampling = {"temperature": float(temperature), "top_p": float(top_p), "top_k": int(top_k)}
+        sampling = {
+            "temperature": min(float(temperature), max(MAX_TEMPERATURE, start.temperature)),
+            "top_p": min(max(float(top_p), min(MIN_TOP_P, start.top_p)), 1.0),
+            "top_k": max(int(top_k), 0),
+        }
     longest = max(1, min(int(length), page_args.limit_new_tokens))
     return dataclasses.replace(
         start,
@@ -217,52 +243,6 @@ def read_settings(
         num_beams=max(1, min(int(beams), max(MAX_BEAMS, start.num_beams))),
         **sampling,
     )
-
-
-def fit_messages(
-    chat: ChatModel, messages: Messages, max_new_tokens: int, page_args: PageArguments
-) -> Messages:
-    """`messages` without the oldest where they are too many. Raises UserError where the last is too long."""
-    limit = page_args.limit_prompt_tokens
-    if chat.context is not None:
-        limit = min(limit, chat.context - max_new_tokens)
-    always_sent = [message for message in messages if message["role"] == "system" or message is messages[-1]]
-    characters = sum(len(message["content"]) for message in always_sent)
-    if characters > limit * CHARACTERS_PER_TOKEN:
-        raise UserError(TOO_LONG.format(size=f"{characters:,} characters", limit=limit))
-    within = dataclasses.replace(chat, context=limit + max_new_tokens)
-    try:
-        return trim_history(within, messages, max_new_tokens)[0]
-    except UserError as error:
-        size = re.search(r"\d+ tokens", str(error)).group()
-        raise UserError(TOO_LONG.format(size=size, limit=limit)) from error
-
-
-def show(messages: Messages) -> Messages:
-    """What the chatbot shows: no system message, markup as text, no pictures fetched from elsewhere."""
-    return [
-        {"role": message["role"], "content": escape_markup(message["content"])}
-        for message in messages
-        if message["role"] != "system"
-    ]
-
-
-def escape_markup(text: str) -> str:
-    """`text` whose Markdown works and whose HTML and images are shown as they were written."""
-    parts = CODE.split(text)  # code, at odd places, is shown as it is by Markdown itself
-    parts[::2] = [
-        part.replace("&", "&amp;").replace("<", "&lt;").replace("![", "!\\[") for part in parts[::2]
-    ]
-    return "".join(parts)
-
-
-def idle_box(text: str | None = None) -> Any:
-    changes = {} if text is None else {"value": text}
-    return gr.update(submit_btn=True, stop_btn=False, **changes)
-
-
-def busy_box() -> Any:
-    return gr.update(value="", submit_btn=False, stop_btn=True)
 
 
 def launch_page(
@@ -279,11 +259,17 @@ def launch_page(
             primary_hue="teal", font=fonts, font_mono=["ui-monospace", "Consolas", "monospace"]
         ),
         css=CSS,
+        head=NOTHING_FROM_ELSEWHERE,
+        js=OPEN,
         i18n=gr.I18n(**LABELS),
         footer_links=[],
         ssr_mode=False,
         mcp_server=False,
         run_history=False,
         state_session_capacity=MAX_SESSIONS,
-        prevent_thread_lock=not wait,
+        prevent_thread_lock=True,
+        quiet=True,
     )
+    notice(f"page: {page.local_url}" + ("" if page_args.share else " (Ctrl-C ends it)"))
+    if wait:
+        page.block_thread()

@@ -1,4 +1,6 @@
-"""Words and looks of the page; labels follow the browser's language."""
+"""Words and looks of the page, in the browser's language: English and Chinese."""
+
+from typing import Any
 
 ENGLISH = {
     "tuned": "tuned",
@@ -10,8 +12,9 @@ ENGLISH = {
     "top_k": "Top k",
     "beams": "Beams",
     "stream": "Show words as they come",
-    "ask": "Write a message. Enter sends, Shift+Enter breaks the line",
+    "ask": "Write a message (Shift+Enter: new line)",
     "clear": "New conversation",
+    "export": "Save",
     "settings": "Settings",
 }
 CHINESE = {
@@ -24,30 +27,65 @@ CHINESE = {
     "top_k": "Top k",
     "beams": "束搜索宽度",
     "stream": "逐字显示",
-    "ask": "输入消息。回车发送，Shift+回车换行",
+    "ask": "输入消息（Shift+回车换行）",
     "clear": "新对话",
+    "export": "保存",
     "settings": "设置",
+    "chatbot.copy_message": "复制消息",  # gradio's own words, which its Chinese lacks
+    "chatbot.copied_message": "已复制",
 }
 LABELS = {"en": ENGLISH, "zh": CHINESE, "zh-CN": CHINESE, "zh-TW": CHINESE}
 
-TOO_LONG = (
-    "This message is too long: {size}; at most {limit} tokens are read here. "
-    "消息过长：最多读取 {limit} 个 token。"
-)
-ENDINGS = {
-    "length": "cut at the longest reply 已达长度上限",
-    "time": "cut after {limit_seconds:g} s 已达时间上限",
-    "interrupted": "stopped 已停止",
+ENGLISH_LINES = {
+    "speed": "{tokens} tokens, {speed:.1f} tokens/s",
     "stop": "",
+    "length": "cut at the longest reply",
+    "time": "cut after {seconds:g} s",
+    "interrupted": "stopped",
+    "dropped": "the oldest {count} messages no longer fit and are not read",
+    "no text": "This message has no text: write something.",
+    "half a character": "This message holds half a character (a lone surrogate): send whole ones.",
+    "no number": "A setting is empty or no number: fill it in under Settings.",
+    "no conversation": "The conversation that was sent cannot be read: start a new one.",
+    "characters": "{size:,} characters",
+    "tokens": "{size:,} tokens",
+    "too long": "This message is too long: {size}; at most {limit} tokens are read here.",
 }
+CHINESE_LINES = {
+    "speed": "{tokens} 个 token，每秒 {speed:.1f} 个",
+    "stop": "",
+    "length": "已达长度上限",
+    "time": "已达时间上限 {seconds:g} 秒",
+    "interrupted": "已停止",
+    "dropped": "最早的 {count} 条消息已放不下，不再读取",
+    "no text": "这条消息没有文字：请输入内容。",
+    "half a character": "这条消息里有半个字符（单独的代理项）：请发送完整的字符。",
+    "no number": "有一项设置为空或不是数字：请在“设置”里填好。",
+    "no conversation": "发来的对话无法读取：请开始新对话。",
+    "characters": "{size:,} 个字符",
+    "tokens": "{size:,} 个 token",
+    "too long": "消息过长：{size}；这里最多读取 {limit} 个 token。",
+}
+
+
+def choose_words(headers: Any) -> dict[str, str]:
+    """Labels and status lines in the language that the browser asks for first."""
+    chinese = headers.get("accept-language", "").lower().startswith("zh")
+    return CHINESE | CHINESE_LINES if chinese else ENGLISH | ENGLISH_LINES
+
 
 CSS = """
 .gradio-container { max-width: 900px !important; width: 100% !important; margin: 0 auto !important; }
+.gradio-container .main.app { padding-inline: clamp(10px, 2.5vw, 32px) !important; }
 #head { align-items: center; flex-wrap: nowrap; }
 #title h2 { margin: 0; font-size: 1.15em; }
 #side { width: auto; min-width: max-content !important; flex-grow: 0; }
+#side input:checked { background-color: var(--checkbox-background-color-selected) !important; }
 #chat .message { overflow-wrap: anywhere; }
 #chat .top-panel { display: none; }
+#chat p:has(> .side) { margin-bottom: 0; opacity: 0.6; }
+#chat p:has(> .side) + * { margin-top: 0 !important; }
+#chat .edit-textarea { min-width: min(480px, 55vw); field-sizing: content; }
 #box textarea { padding: 12px 4px 12px 12px; }
 #box .submit-button, #box .stop-button { margin: 7px 7px 7px 0; }
 #foot { align-items: center; flex-wrap: nowrap; }
@@ -55,7 +93,9 @@ CSS = """
 footer { display: none !important; }
 @media (max-width: 600px) {
   #title { display: none; }
-  #status { font-size: 0.75em; }
-  #clear { min-width: 90px !important; }
+  #chat { height: calc(100dvh - 255px) !important; }
+  #foot { flex-wrap: wrap; gap: 8px; }
+  #status { font-size: 0.75em; flex-basis: 100%; }
+  #foot button { flex-grow: 1 !important; }
 }
 """
