@@ -1,6 +1,8 @@
 # %% [markdown]
 # # A model in 4 bits, by hand
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/Chinese-Guanaco/blob/main/examples/basic_4bit.ipynb)
+#
 # The four lines that make a base model small enough to fine-tune on one card, in plain `transformers` and
 # `bitsandbytes`; everything else in this repository is built on them. Runs on a GPU, or on a CPU with a small
 # model. As a script: `MODEL=HuggingFaceTB/SmolLM2-135M-Instruct python examples/basic_4bit.py`.
@@ -11,12 +13,24 @@
 # | `EleutherAI/gpt-neox-20b` | 11.5 GB, for a free 16 GB T4 |
 # | `HuggingFaceTB/SmolLM2-135M-Instruct` | small enough for a CPU |
 
+# %% [markdown]
+# On Colab `bitsandbytes` is missing: it and the packages that go with it are installed, in the versions of
+# `requirements.txt`.
+
 # %%
+import importlib.util
 import logging
 import os
+import subprocess
+import sys
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+PACKAGES = ["transformers==5.23.0", "peft==0.21.2", "bitsandbytes==0.50.2", "accelerate==1.15.0"]
+if importlib.util.find_spec("bitsandbytes") is None:
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
+
+# %%
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
 
 MODEL = os.environ.get("MODEL", "huggyllama/llama-7b")
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of a package not needed

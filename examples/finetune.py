@@ -1,18 +1,36 @@
 # %% [markdown]
 # # Fine-tuning, from data to chat
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/Chinese-Guanaco/blob/main/examples/finetune.ipynb)
+#
 # Rows, a run of `qlora_finetune.py`, its figures, a conversation with it, and the adapter in plain `peft`.
 # As a script, on a CPU: `SETTING=small python examples/finetune.py`.
 
+# %% [markdown]
+# ## The repository
+#
+# On Colab the notebook lies alone in `/content`: this cell clones the repository beside it and installs what
+# it needs, once. In a checkout there is nothing to do.
+
 # %%
 import json
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-if not Path("utils").is_dir():  # a notebook starts in examples/
-    os.chdir("..")
+REPOSITORY = os.environ.get("REPOSITORY", "https://github.com/OWNER/Chinese-Guanaco")
+places = [Path.cwd(), Path.cwd().parent, Path(globals().get("__file__", ".")).resolve().parent.parent]
+ROOT = next((place for place in places if (place / "qlora_finetune.py").is_file()), None)
+if ROOT is None:
+    ROOT = Path("Chinese-Guanaco").resolve()
+    if not ROOT.is_dir():
+        subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, ROOT], check=True)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "-r", ROOT / "requirements.txt"]
+    subprocess.run(install, check=True)
+print(f"the repository: {ROOT}")
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of a package not needed
 
 # %% [markdown]
 # ## Which model, on what
@@ -38,15 +56,15 @@ SETTINGS = {
 }
 SETTING = os.environ.get("SETTING", "llama-7b-t4")
 flags = SETTINGS[SETTING].split() + os.environ.get("MORE_FLAGS", "").split()
-RUN = os.environ.get("RUN", f"output/example-{SETTING}")
+RUN = ROOT / os.environ.get("RUN", f"output/example-{SETTING}")
 
 
-def run_python(*words: str, stdin: str = "") -> None:
-    """A command as in the terminal, its output printed as it comes."""
+def run_python(*words: str | Path, stdin: str = "") -> None:
+    """A command as in the repository's terminal, its output printed as it comes."""
     print("$ python", *words)
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        [sys.executable, *words], stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True
+        [sys.executable, *words], cwd=ROOT, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True
     ) as process:
         process.stdin.write(stdin)
         process.stdin.close()
@@ -60,10 +78,10 @@ def run_python(*words: str, stdin: str = "") -> None:
 # ## Rows
 #
 # JSON lines, a question and an answer each. 128 rows of our own tell the model who it is, in Chinese and
-# English; put the path of your own file here.
+# English; put your own file in their place, for example `DATA = Path("mine.jsonl").resolve()`.
 
 # %%
-DATA = "data/guanaco_identity.jsonl"
+DATA = ROOT / "data/guanaco_identity.jsonl"
 with open(DATA, encoding="utf-8") as file:
     rows = [json.loads(line) for line in file]
 print(f"{len(rows)} rows")
@@ -77,6 +95,8 @@ for row in rows[:3]:
 # checkpoint, or says that the run is finished.
 
 # %%
+if SETTING == "small":
+    run_python("-m", "utils.starter_model", "models/SmolLM2-135M-Instruct")
 run_python("qlora_finetune.py", "--dataset_name", DATA, *flags, "--output_dir", RUN, "--logging_steps", "5")
 
 # %% [markdown]
@@ -106,13 +126,10 @@ run_python("cli_demo.py", "--checkpoint_dir", RUN, "--max_new_tokens", "32", std
 # training, because the adapter was trained on the 4-bit weights.
 
 # %%
-import logging  # noqa: E402
-
 import torch  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
 
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of a package not needed
 record = json.loads(Path(RUN, "run.json").read_text(encoding="utf-8"))
 quantization = BitsAndBytesConfig(
     load_in_4bit=True,
@@ -120,8 +137,9 @@ quantization = BitsAndBytesConfig(
     bnb_4bit_use_double_quant=True,
     bnb_4bit_compute_dtype=torch.float16 if torch.cuda.is_available() else torch.float32,
 )
+name = record["base_model"]["name"]  # a folder of the repository, or a hub id
 base = AutoModelForCausalLM.from_pretrained(
-    record["base_model"]["name"],
+    ROOT / name if (ROOT / name).is_dir() else name,
     quantization_config=quantization,
     dtype=quantization.bnb_4bit_compute_dtype,
     device_map="auto" if torch.cuda.is_available() else {"": "cpu"},

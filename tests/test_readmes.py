@@ -1,12 +1,15 @@
 """README.md and README_zh.md stay in step: the same commands, the same models, and every link leads somewhere."""
 
+import json
 import re
 import shlex
 from urllib.parse import unquote
 
 import pytest
 from conftest import ROOT
+from test_formats import list_turns
 from test_scripts import find_flag_types
+from test_sources import load, write_rows
 from tiny_models import render_models
 
 from utils.arguments import parse_args
@@ -38,7 +41,7 @@ def test_both_hold_the_same_commands_in_the_same_order():
 
 def test_both_hold_the_same_python_and_the_same_citation():
     english, chinese = (readme.read_text(encoding="utf-8") for readme in READMES)
-    for language in ("python", "bibtex", "text"):
+    for language in ("python", "bibtex", "text", "json"):
         assert read_blocks(english, language) and read_blocks(english, language) == read_blocks(
             chinese, language
         )
@@ -73,10 +76,12 @@ def test_every_relative_link_and_picture_exists(readme):
     assert "assets/logo.svg" in relative
     for link in relative:
         path, _, anchor = unquote(link).partition("#")
-        assert (ROOT / path).exists() if path else anchor in list_anchors(text), link
+        assert not path or (ROOT / path).exists(), link
+        target = (ROOT / path).read_text(encoding="utf-8") if path.endswith(".md") else text
+        assert not anchor or anchor in list_anchors(target), link
 
 
-@by_readme
+@pytest.mark.parametrize("readme", [*READMES, ROOT / "docs" / "reliability.md"], ids=lambda path: path.name)
 def test_every_named_test_and_file_exists(readme):
     text = readme.read_text(encoding="utf-8")
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
@@ -84,7 +89,96 @@ def test_every_named_test_and_file_exists(readme):
     assert len(tests) > 5
     assert [name for name in tests if f"def {name}" not in sources] == []
     named = re.findall(r"^    (\w[\w/]*\.py) ", text, flags=re.MULTILINE)
-    assert named and [name for name in named if not (ROOT / name).is_file()] == []
+    assert (named or readme not in READMES) and [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def find_marked(text, name):
+    return text[text.index(f"<!-- {name} -->") : text.index(f"<!-- /{name} -->")]
+
+
+# Hidden size, gate size, layers, width of keys, vocabulary, whether embedding and output layer are one.
+SHAPES = {
+    "Qwen2.5-0.5B": (896, 4864, 24, 128, 151936, True),
+    "Qwen2.5-1.5B": (1536, 8960, 28, 256, 151936, True),
+    "Qwen2.5-3B": (2048, 11008, 36, 256, 151936, True),
+    "LLaMA-7B": (4096, 11008, 32, 4096, 32000, False),
+    "Qwen2.5-7B": (3584, 18944, 28, 512, 152064, False),
+    "LLaMA-3-8B": (4096, 14336, 32, 1024, 128256, False),
+    "LLaMA-13B": (5120, 13824, 40, 5120, 32000, False),
+    "Qwen2.5-14B": (5120, 13824, 48, 1024, 152064, False),
+    "LLaMA-33B": (6656, 17920, 60, 6656, 32000, False),
+    "LLaMA-65B": (8192, 22016, 80, 8192, 32000, False),
+    "LLaMA-3-70B": (8192, 28672, 80, 1024, 128256, False),
+}
+
+
+def estimate_memory(model, tokens=2048, rank=64, adapter_bytes=18):
+    """The README's formula, GiB."""
+    hidden, gate, layers, keys, vocabulary, tied = SHAPES[model]
+    linear = layers * (2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * gate)
+    adapter = rank * layers * (4 * hidden + 2 * (hidden + keys) + 3 * (hidden + gate))
+    embedding = vocabulary * hidden * (1 if tied else 2)
+    total = 0.516 * linear + 2 * embedding + adapter_bytes * adapter + 54 * hidden * tokens
+    return total / 2**30 + 0.3
+
+
+def choose_card(gib):
+    return next(card for card in (4, 6, 8, 12, 16, 24, 32, 48, 80) if gib + 1 <= 0.92 * card)
+
+
+@by_readme
+def test_table_of_memory_is_what_its_formula_says_and_near_what_was_measured(readme):
+    table = find_marked(readme.read_text(encoding="utf-8"), "memory")
+    rows = re.findall(r"^\| (\S+) \| (\d.*) \|$", table, re.MULTILINE)
+    for model, cells in rows:
+        default, small = estimate_memory(model), estimate_memory(model, rank=16, adapter_bytes=12)
+        said = f"{default:.1f} | {choose_card(default)} | {small:.1f} | {choose_card(small)}"
+        assert cells == said, model
+    assert {model for model, _ in rows} == SHAPES.keys()
+    assert estimate_memory("LLaMA-7B", tokens=512) == pytest.approx(6.65, rel=0.02)  # measured on one H100
+    assert estimate_memory("LLaMA-7B", tokens=8192) == pytest.approx(8.2, rel=0.02)
+
+
+@by_readme
+def test_times_are_the_measured_speed_by_the_cards_arithmetic(readme):
+    row = r"^\| [A-Z][\w ]+ \| (\d+) \| ([\d,]*\d)\b[^|]*\| (\d+) [^|]*\|$"
+    cards = re.findall(row, readme.read_text(encoding="utf-8"), re.MULTILINE)
+    measured = 11_750
+    assert len(cards) == 5
+    for peak, speed, minutes in cards:
+        expected = measured * int(peak) / 989
+        assert int(speed.replace(",", "")) == pytest.approx(expected, rel=0.03)
+        assert int(minutes) == pytest.approx(10_000 * 283 / expected / 60, rel=0.05)
+
+
+def read_example_rows(path):
+    (block,) = read_blocks(find_marked(path.read_text(encoding="utf-8"), "rows"), "json")
+    return [json.loads(line) for line in block.splitlines()]
+
+
+CHAT = ["u:Are you there?", "a:Yes, I am."]
+EXAMPLES = [  # what the example rows mean, in their order
+    ["u:法国的首都是哪里？", "a:巴黎。"],
+    ["u:Translate into Chinese.\n\nGood morning.", "a:早上好。"],
+    CHAT,
+    CHAT,
+    ["u:What is the capital of France?", "a:Paris.", "u:And of Italy?", "a:Rome."],
+    ["u:Name a colour.", "a:Blue."],
+    ["x:A text without a chat is continued and not answered."],
+]
+
+
+def test_example_rows_are_the_same_everywhere():
+    english, chinese, data = map(read_example_rows, [*READMES, ROOT / "data" / "README.md"])
+    assert english == chinese == data and len(english) == len(EXAMPLES)
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_example_row_alone_is_a_data_set(number, tmp_path):
+    row = read_example_rows(READMES[0])[number]
+    rows = load(write_rows(tmp_path / "YOUR.jsonl", [row]))
+    ((_, _, _, chat),) = rows.read("\n\n")
+    assert list_turns(chat) == EXAMPLES[number]
 
 
 @pytest.mark.parametrize("command", list_bash_commands(READMES[0]), ids=" ".join)
