@@ -4,17 +4,18 @@
     python cli_demo.py --checkpoint_dir RUN --compare
     echo "Who are you?" | python cli_demo.py --checkpoint_dir RUN
 
-clear starts a new conversation, stop or Ctrl-D leaves, Ctrl-C interrupts the reply; /system TEXT starts anew
-with that system message, /regenerate answers the last question again, /save FILE appends the conversation.
+In the chat, /help lists the commands: a new conversation, a system message, another reply, a file to save to.
+Ctrl-C interrupts the reply; exit, quit, stop or Ctrl-D leaves.
 """
 
+import dataclasses
+import itertools
 import json
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from transformers.hf_argparser import HfArg
@@ -28,6 +29,16 @@ from utils.prompts import read_template
 
 if TYPE_CHECKING:
     from utils.generation import ChatModel, Kept
+
+COMMANDS = """\
+/clear        start a new conversation
+/system TEXT  start a new one with this system message; without TEXT, with none
+/regenerate   answer the last question again, sampled
+/save FILE    append the conversation to FILE.jsonl, a row that --dataset_name reads
+/help         this list
+exit, quit, stop or Ctrl-D leaves; Ctrl-C interrupts the reply"""
+# Words that need no slash; as messages to a model they say little.
+BARE_COMMANDS = {"clear", "exit", "quit", "stop"}
 
 
 @dataclass
@@ -69,8 +80,7 @@ def main() -> None:
     adapter = model_args.checkpoint_dir or "none"
     print(f"{model_args.model_name_or_path}, {model_args.bits} bits, adapter {adapter}")
     if sys.stdin.isatty():
-        print("clear: new conversation; stop or Ctrl-D: leave; Ctrl-C: interrupt the reply")
-        print("/system TEXT, /regenerate, /save FILE")
+        print("/help lists the commands; Ctrl-C interrupts the reply, Ctrl-D leaves")
     sides = [Side(tuned, Kept()) for tuned in ([False, True] if chat_args.compare else [True])]
     hold_conversation(chat, sides, generation_args, chat_args.system)
 
@@ -82,9 +92,13 @@ def hold_conversation(
     start_anew(sides, system)
     for line in read_questions():
         command, _, rest = line.partition(" ")
-        if line == "stop":
+        if line in BARE_COMMANDS:
+            command = f"/{line}"
+        if command in ("/exit", "/quit", "/stop"):
             return
-        elif line == "clear":
+        elif command == "/help":
+            print(COMMANDS)
+        elif command == "/clear":
             start_anew(sides, system)
             print("new conversation")
         elif command == "/system":
@@ -93,10 +107,10 @@ def hold_conversation(
             print(f"new conversation{'' if system else ' without a system message'}")
         elif command == "/save":
             save_conversation(sides, rest.strip())
-        elif line == "/regenerate":
+        elif command == "/regenerate":
             regenerate(chat, sides, generation_args)
-        elif command in ("/clear", "/stop", "/help") or (command.startswith("/") and command[1:].isalpha()):
-            print(f"{command} is no command: clear, stop, /system TEXT, /regenerate, /save FILE")
+        elif command.startswith("/") and command[1:].isalpha():
+            print(f"{command} is no command: /help lists them")
         else:
             ask(chat, sides, line, generation_args)
 
@@ -111,7 +125,8 @@ def regenerate(chat: "ChatModel", sides: list[Side], generation_args: Generation
         print("there is no reply yet")
         return
     if not generation_args.do_sample:
-        print("[without --do_sample the reply is the same again]")
+        print("[sampled: the likeliest reply would be the same again]")
+        generation_args = dataclasses.replace(generation_args, do_sample=True, num_beams=1)
     question = sides[-1].messages[-2]["content"]
     before = [(side, side.messages) for side in sides]
     for side in sides:
@@ -145,36 +160,54 @@ def ask(chat: "ChatModel", sides: list[Side], question: str, generation_args: Ge
     replies = print_replies(streams)
     for side, messages, reply in zip(sides, asked, replies, strict=True):
         side.messages = [*messages, {"role": "assistant", "content": reply.strip()}]
-    figures = [side.kept.describe() for side in sides]
+    figures = [describe_reply(side.kept, generation_args) for side in sides]
     print(f"[{'; '.join(figures)}]", file=sys.stderr, flush=True)
     return True
 
 
+def describe_reply(kept: "Kept", generation_args: GenerationArguments) -> str:
+    cut = f", cut by --max_new_tokens {generation_args.max_new_tokens}" if kept.ended == "length" else ""
+    return f"{kept.describe()}{cut}"
+
+
 def print_replies(streams: list[Iterator[str]]) -> list[str]:
     """One reply as it comes, or two in columns. Ctrl-C keeps what was said so far."""
-    replies = [""] * len(streams)
+    replies, interrupted = [""] * len(streams), False
 
-    def pieces() -> Iterator[tuple[str, ...]]:
-        for row in zip_longest(*streams, fillvalue=""):
-            for i, piece in enumerate(row):
-                replies[i] += piece
+    def read_pieces() -> Iterator[list[str]]:
+        """The next piece of each reply, until all have ended. Ctrl-C ends them too: what has come is kept."""
+        nonlocal interrupted
+        running = set(range(len(streams)))
+        while running and not interrupted:
+            row = [""] * len(streams)
+            try:
+                for i in sorted(running):
+                    piece = next(streams[i], None)
+                    running -= {i} if piece is None else set()
+                    row[i] = piece or ""
+                    replies[i] += row[i]
+            except KeyboardInterrupt:
+                interrupted = True
             yield row
 
     with ExitStack() as stack:
         for stream in streams:
             stack.enter_context(closing(stream))
-        try:
-            if len(streams) == 1:
-                for (piece,) in pieces():
-                    print(piece, end="", flush=True)
-                print()
-            else:
-                width = shutil.get_terminal_size().columns
-                headed = [("base\n", "tuned\n")]
-                for row in stream_rows((row for part in (headed, pieces()) for row in part), width):
-                    print(row, flush=True)
-        except KeyboardInterrupt:
-            print(" [interrupted]")
+        if len(streams) == 1:
+            shown = (piece for (piece,) in read_pieces())
+        else:
+            width = shutil.get_terminal_size().columns
+            pieces = itertools.chain([["base\n", "tuned\n"]], read_pieces())
+            shown = (f"{row}\n" for row in stream_rows(pieces, width))
+        while True:
+            try:
+                for text in shown:
+                    print(text, end="", flush=True)
+                break
+            except KeyboardInterrupt:  # it came while a piece was printed
+                interrupted = True
+    if len(streams) == 1 or interrupted:
+        print(" [interrupted]" if interrupted else "")
     return replies
 
 

@@ -1,5 +1,6 @@
 """The terminal chat as a person uses it: in a pseudo-terminal, with keys, pastes and interrupts."""
 
+import io
 import json
 import os
 import pty
@@ -9,9 +10,13 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT, run_script
 
+import cli_demo
 from utils.columns import measure_width, stream_rows, wrap_text
+from utils.console import UserError
+from utils.generation import Kept, ReplyStreamer, decode_reply
 
 PASTE = "\x1b[200~{}\x1b[201~"
 
@@ -130,18 +135,82 @@ def test_long_conversation_is_trimmed_with_a_notice(tiny_model):
     assert "the model's context is 512" in result.stdout
 
 
-def test_commands_change_system_message_regenerate_and_save(tiny_model, tmp_path):
+@pytest.fixture
+def say(call_main, monkeypatch):
+    """What the chat prints when these lines come through a pipe."""
+
+    def run(lines, *argv):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+        return call_main("cli_demo", *argv)
+
+    return run
+
+
+def test_commands_change_system_message_regenerate_and_save(say, tiny_model, tmp_path):
     saved = tmp_path / "chat.jsonl"
     lines = ["/regenerate", "/system 你是诗人。", "Hello.", "/regenerate", f"/save {saved}", "/save", "/sing"]
     argv = ["--model_name_or_path", tiny_model, "--max_new_tokens", "4", "--system", "Be brief."]
-    result = run_script("cli_demo.py", *argv, stdin="\n".join(lines))
-    assert result.returncode == 0, result.stderr
-    assert "there is no reply yet" in result.stdout
-    assert "/sing is no command" in result.stdout and "name the file" in result.stdout
+    printed = say([*lines, "/help"], *argv)
+    assert "there is no reply yet" in printed and "name the file" in printed
+    assert "/sing is no command: /help lists them" in printed and "/save FILE    append" in printed
     (row,) = map(json.loads, saved.read_text(encoding="utf-8").splitlines())
     assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
     assert row["messages"][0]["content"] == "你是诗人。" and row["messages"][1]["content"] == "Hello."
-    assert result.stderr.count("4 tokens, ") == 2 and "tokens/s]" in result.stderr
+    assert printed.count("4 tokens, ") == 2 and "tokens/s, cut by --max_new_tokens 4]" in printed
+
+
+@pytest.mark.parametrize("word", ["exit", "quit", "stop", "/exit", "/quit"])
+def test_word_that_leaves(tiny_model, word, capsys, monkeypatch):
+    """Nothing behind it is asked."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/clear\n{word}\nnever asked\n"))
+    cli_demo.hold_conversation(None, [], None, None)
+    assert capsys.readouterr().out == f"> /clear\nnew conversation\n> {word}\n"
+
+
+def test_reply_asked_for_again_is_another_one(say, tiny_model, tmp_path):
+    """The likeliest reply of the model would be the same: this one is sampled."""
+    saved = tmp_path / "chat.jsonl"
+    again = ["/regenerate", f"/save {saved}"] * 2
+    printed = say(
+        ["Hello.", f"/save {saved}", *again], "--model_name_or_path", tiny_model, "--max_new_tokens", "12"
+    )
+    assert printed.count("[sampled: the likeliest reply would be the same again]") == 2
+    rows = [json.loads(line)["messages"] for line in saved.read_text(encoding="utf-8").splitlines()]
+    assert len({row[-1]["content"] for row in rows}) == 3 and {len(row) for row in rows} == {2}
+
+
+def reply_until_ctrl_c(*pieces):
+    yield from pieces
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_keeps_what_both_replies_have_said(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    replies = cli_demo.print_replies(
+        [(piece for piece in ("I am ", "the base", " model")), reply_until_ctrl_c("I am ", "Gua")]
+    )
+    assert replies == ["I am the base model", "I am Gua"]
+    printed = capsys.readouterr().out
+    assert split_row(printed.splitlines()[1]) == ("I am the base", "I am Gua")
+    assert "model" in printed.splitlines()[2] and printed.endswith(" [interrupted]\n")
+    assert cli_demo.print_replies([reply_until_ctrl_c("Once ", "upon")]) == ["Once upon"]
+    assert capsys.readouterr().out == "Once upon [interrupted]\n"
+
+
+def test_cut_reply_ends_with_a_whole_character(smol_tokenizer):
+    """A reply cut by --max_new_tokens may end amid the bytes of a Chinese character."""
+    stop, text = smol_tokenizer.eos_token_id, "我是原驼🦙"
+    ids = smol_tokenizer(text).input_ids
+    for length in range(1, len(ids) + 1):
+        streamer = ReplyStreamer(smol_tokenizer, [stop], Kept())
+        streamer.put(torch.tensor([1]))  # the prompt
+        for token in ids[:length]:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+        shown = decode_reply(smol_tokenizer, ids[:length], [stop])
+        assert "".join(streamer) == shown and text.startswith(shown)
+    assert shown == text
+    assert decode_reply(smol_tokenizer, [*smol_tokenizer("a�").input_ids, stop], [stop]) == "a�"  # its own
 
 
 @pytest.mark.slow
@@ -175,9 +244,9 @@ def reply_words(result):
     return result.stdout.split("> Hello.\n")[1].strip().replace(" ", "").replace("\n", "")
 
 
-def test_compare_without_an_adapter_is_refused_before_loading(tiny_model):
-    result = run_script("cli_demo.py", "--model_name_or_path", tiny_model, "--compare")
-    assert result.returncode == 2 and "name one with --checkpoint_dir" in result.stderr
+def test_compare_without_an_adapter_is_refused_before_loading(call_main, tiny_model):
+    with pytest.raises(UserError, match="name one with --checkpoint_dir"):
+        call_main("cli_demo", "--model_name_or_path", tiny_model, "--compare")
 
 
 def test_columns_keep_their_width_with_chinese_text():

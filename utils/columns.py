@@ -1,7 +1,7 @@
 """Two texts beside each other in the terminal, row by row as they grow."""
 
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 
 
@@ -27,7 +27,7 @@ def wrap_text(text: str, width: int) -> list[str]:
     return lines
 
 
-def stream_rows(pieces: Iterable[tuple[str, str]], width: int) -> Iterator[str]:
+def stream_rows(pieces: Iterable[Sequence[str]], width: int) -> Iterator[str]:
     """Rows `left | right` of two growing texts, each as soon as neither side of it can change."""
     texts, shown = ["", ""], 0
     column = (width - 3) // 2

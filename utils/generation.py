@@ -148,9 +148,15 @@ def cut_after_stop(ids: list[int], stop_ids: list[int]) -> list[int]:
 
 
 def decode_reply(tokenizer: Any, ids: list[int], stop_ids: list[int]) -> str:
-    """Text up to the first stop token."""
+    """Text up to the first stop token; of a reply without one, up to its last whole character."""
     end = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
-    return tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+    text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+    return (drop_cut_character(text) if end == len(ids) else text).strip()
+
+
+def drop_cut_character(text: str) -> str:
+    """`text` without a last character of which not all bytes were generated: a Chinese one has three."""
+    return text.rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 @dataclass
@@ -201,13 +207,20 @@ class ReplyStreamer(TextIteratorStreamer):
     def __init__(self, tokenizer: Any, stop_ids: list[int], kept: Kept):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.stop_ids, self.kept, self.start = stop_ids, kept, time.perf_counter()
+        self.came_to_stop = False
 
     def put(self, value: torch.Tensor) -> None:
         if not self.next_tokens_are_prompt:
             self.count_token()
             if value.numel() == 1 and value.item() in self.stop_ids:
+                self.came_to_stop = True
                 return
         super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if stream_end and not self.came_to_stop:
+            text = drop_cut_character(text)
+        super().on_finalized_text(text, stream_end)
 
     def count_token(self) -> None:
         self.kept.seconds = time.perf_counter() - self.start
