@@ -47,17 +47,16 @@ def test_card_names_hub_ids_and_never_a_local_path_to_the_hub(run):
     record["data"]["sources"][0]["name"] = "tatsu-lab/alpaca"
     front, body = read_card(render_model_card(record))
     assert front["base_model"] == "huggyllama/llama-7b" and front["datasets"] == ["tatsu-lab/alpaca"]
-    assert 'from_pretrained(\n    "huggyllama/llama-7b"' in body
+    assert 'from_pretrained(\n    "huggyllama/llama-7b", quantization_config=quantization' in body
 
 
-def test_code_in_the_card_runs(run, tmp_path):
+def test_code_in_the_card_runs_as_pasted_and_answers(run):
+    """In the run's folder, nothing changed; the reply is what the chat of this repository says."""
     body = (run / "README.md").read_text()
-    code = body.split("```python\n")[1].split("```")[0].replace("THIS_FOLDER", str(run))
-    code = code.replace("torch.bfloat16", "torch.float32").replace('"auto"', '"cpu"')
-    code += "\nprint(type(model).__name__, model.base_model.model.model.layers[0].mlp.up_proj.base_layer)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    code = body.split("```python\n")[1].split("```")[0]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=run)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "PeftModelForCausalLM" in result.stdout and "4bit" in result.stdout
+    assert len(result.stdout.strip()) > 20
 
 
 def test_checkpoints_and_logs_stay_at_home(run):
@@ -72,7 +71,7 @@ def test_upload_takes_those_files_and_nothing_from_folders(run, monkeypatch):
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
-    sent = []
+    sent, cards = [], []
 
     class Hub(huggingface_hub.HfApi):
         def create_repo(self, repo_id, **options):
@@ -82,10 +81,15 @@ def test_upload_takes_those_files_and_nothing_from_folders(run, monkeypatch):
             found = (str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file())
             sent.extend(filter_repo_objects(found, allow_patterns=allow_patterns))
 
+        def upload_file(self, path_or_fileobj, path_in_repo, repo_id):
+            cards.append((path_in_repo, path_or_fileobj.decode()))
+
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     assert list(run.glob("checkpoint-*/*.safetensors"))
     push_run(run, "guanaco-tiny")
     assert sorted(sent) == list_shared_files(run)
+    ((name, card),) = cards  # whose code loads the run from the hub
+    assert name == "README.md" and 'folder = "someone/guanaco-tiny"\n' in card and 'folder = "."' not in card
 
 
 def test_card_of_a_checkpoint_claims_no_results(run):

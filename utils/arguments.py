@@ -188,7 +188,9 @@ class TrainingArguments:
     seed: int = HfArg(default=42, help="Seed of weights, dropout and samples.")
     data_seed: int = HfArg(default=42, help="Seed of the split and of the order of the rows.")
     logging_strategy: str = HfArg(default="steps", help="no, steps or epoch.")
-    logging_steps: float = HfArg(default=10, help="Steps between two log lines.")
+    logging_steps: float | None = HfArg(
+        default=None, help="Steps between two log lines; 10, or a tenth of a run below 100 steps."
+    )
     eval_strategy: str = HfArg(default="no", help="no, steps or epoch.")
     eval_steps: float | None = HfArg(default=None, help="Steps between evaluations.")
     save_strategy: str = HfArg(default="steps", help="no, steps or epoch.")

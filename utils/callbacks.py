@@ -12,6 +12,8 @@ from utils.console import is_main_process, notice
 from utils.formats import Messages
 from utils.mmlu import Question, evaluate_mmlu, find_letter_tokens
 
+FEW_POINTS = 30  # of a curve whose points are marked
+
 
 class ProgressLine(TrainerCallback):
     """A tqdm bar with loss, learning rate and real (unpadded) tokens/s."""
@@ -45,7 +47,10 @@ class ProgressLine(TrainerCallback):
 
 
 class SampleAnswers(TrainerCallback):
-    """Answers the same prompts before training and at each evaluation, into samples.jsonl and on screen."""
+    """Answers the same prompts before training, at each evaluation and at the end.
+
+    Into samples.jsonl and on screen.
+    """
 
     def __init__(
         self,
@@ -65,6 +70,9 @@ class SampleAnswers(TrainerCallback):
             self.write_answers(state.global_step, model)
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
+        self.write_answers(state.global_step, model)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
         self.write_answers(state.global_step, model)
 
     def write_answers(self, step: int, model: Any) -> None:
@@ -141,10 +149,11 @@ def save_training_curve(log_history: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "--")):
         points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
         if points:
-            axes.plot(*zip(*points, strict=True), style, label=label)
+            marker = "o" if len(points) < FEW_POINTS else ""  # one point alone would be no line at all
+            axes.plot(*zip(*points, strict=True), style, marker=marker, markersize=4, label=label)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     if axes.lines:

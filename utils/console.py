@@ -23,8 +23,15 @@ def read_rank_and_size() -> tuple[int, int]:
 
 
 def notice(message: str) -> None:
-    """Print something inferred, replaced or ignored, once per run."""
-    if is_main_process():
+    """Print something inferred, replaced or ignored, once per run; above a progress bar, not behind it."""
+    if not is_main_process():
+        return
+    if "tqdm.auto" in sys.modules:
+        from tqdm.auto import tqdm
+
+        with tqdm.external_write_mode(sys.stdout):
+            print(message, flush=True)
+    else:
         print(message, flush=True)
 
 

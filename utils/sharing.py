@@ -34,6 +34,7 @@ SHOWN_ARGUMENTS = (
     "double_quant",
     "seed",
 )
+HERE = 'folder = "."  # this one'  # in the card; on the hub its id
 SHOWN_METRICS = ("steps", "train_loss", "eval_loss", "train_tokens", "train_seconds", "peak_memory_gib")
 
 
@@ -63,6 +64,8 @@ def push_run(run: Path, hub_id: str, private: bool = False, token: str | None = 
     api = HfApi(token=token)
     repo = api.create_repo(hub_id, private=private, exist_ok=True)
     api.upload_folder(folder_path=run, repo_id=repo.repo_id, allow_patterns=files)
+    card = (run / "README.md").read_text(encoding="utf-8").replace(HERE, f'folder = "{repo.repo_id}"')
+    api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repo.repo_id)
     notice(f"{run} is at {repo}")
 
 
@@ -125,36 +128,49 @@ def render_table(heading: str, values: dict[str, Any], names: tuple[str, ...]) -
 
 
 def render_usage(record: dict[str, Any]) -> str:
-    """Commands and code that load the folder; the prompt's stop tokens are part of it."""
-    arguments, stops = record["arguments"], record["prompt"]["stop_tokens"]
-    chat = "```bash\npython cli_demo.py --checkpoint_dir THIS_FOLDER\n```"
-    if arguments["full_finetune"]:
-        return f"{chat}\n\nor as any model of transformers; replies end at `{stops[0]}`."
+    """A command, and code that loads the folder and answers a question; it ends where training ended it."""
+    arguments, prompt = record["arguments"], record["prompt"]
+    full, base = arguments["full_finetune"], record["base_model"]["name"]
     quantized = {
-        4: "BitsAndBytesConfig(load_in_4bit=True, "
-        f'bnb_4bit_quant_type="{arguments["quant_type"]}", '
-        f"bnb_4bit_use_double_quant={arguments['double_quant']}, bnb_4bit_compute_dtype=torch.bfloat16)",
+        4: f"""BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="{arguments["quant_type"]}",
+    bnb_4bit_use_double_quant={arguments["double_quant"]},
+    bnb_4bit_compute_dtype=torch.bfloat16,
+)""",
         8: "BitsAndBytesConfig(load_in_8bit=True)",
-    }.get(arguments["bits"], "None")
-    return f"""{chat}
-
-or, with replies that end at `{stops[0]}`:
-
-```python
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
-quantization = {quantized}
-base = AutoModelForCausalLM.from_pretrained(
-    "{record["base_model"]["name"]}",
-    quantization_config=quantization,
-    dtype=torch.bfloat16,
-    device_map="auto",
-)
-model = PeftModel.from_pretrained(base, "THIS_FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
-```"""
+    }.get(arguments["bits"])
+    names = ["AutoModelForCausalLM", "AutoTokenizer", *(["BitsAndBytesConfig"] if quantized else [])]
+    imports = ["import torch", *([] if full else ["from peft import PeftModel"])]
+    imports.append(f"from transformers import {', '.join(names)}")
+    options = [
+        'dtype=torch.bfloat16, device_map="auto"',
+        *(["quantization_config=quantization"] if quantized else []),
+    ]
+    name = "folder" if full else f'"{base}"'
+    code = [
+        *imports,
+        "",
+        HERE,
+        *([f"quantization = {quantized}"] if quantized else []),
+        "model = AutoModelForCausalLM.from_pretrained(",
+        f"    {name}, {', '.join(reversed(options))}",
+        ")",
+        *([] if full else ["model = PeftModel.from_pretrained(model, folder)"]),
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "",
+        'messages = [{"role": "user", "content": "Who are you?"}]',
+        "inputs = tokenizer.apply_chat_template(",
+        '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+        ").to(model.device)",
+        f"output = model.generate(**inputs, max_new_tokens=200, eos_token_id={prompt['stop_ids']})",
+        'print(tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
+    return (
+        "```bash\npython cli_demo.py --checkpoint_dir THIS_FOLDER\n```\n\n"
+        f"or, from within this folder (replies end at `{prompt['stop_tokens'][0]}`):\n\n"
+        "```python\n" + "\n".join(code) + "\n```"
+    )
 
 
 if __name__ == "__main__":

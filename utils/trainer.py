@@ -28,6 +28,7 @@ from utils.resumable_trainer import ResumableTrainer
 from utils.resume import read_resolved
 from utils.rope import find_shared_length
 from utils.run_record import hide_secrets
+from utils.run_summary import choose_logging_steps, describe_start
 from utils.sharing import render_model_card
 from utils.sources import EVAL, TEST, TRAIN
 from utils.token_keys import TokenKeys
@@ -228,12 +229,18 @@ def build_trainer(
     collator = choose_collator(model, tokenizer, lengths, model_args, data_args, training_args)
     earlier = read_resolved(training_args)
     training_args = choose_optimizer(model, training_args, earlier.get("optim"))
+    logging_steps = choose_logging_steps(len(lengths), training_args)
     build = choose_path(model, training_args, dtype, earlier.get("path"))
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     trainer = build(
         model=model,
         processing_class=tokenizer,
-        args=build_trainer_args(training_args, model_args, dtype, isinstance(collator, PackingCollator)),
+        args=build_trainer_args(
+            training_args.with_values(logging_steps=logging_steps),
+            model_args,
+            dtype,
+            isinstance(collator, PackingCollator),
+        ),
         train_dataset=datasets[TRAIN] if training_args.do_train else None,
         eval_dataset=next((datasets[part] for part in (EVAL, TEST) if len(datasets[part])), None),
         data_collator=collator,
@@ -245,6 +252,8 @@ def build_trainer(
     trainer.remove_callback(transformers.PrinterCallback)
     if not trainer.args.disable_tqdm:
         trainer.add_callback(ProgressLine)
+    if training_args.do_train:
+        notice(describe_start(trainer.model, len(lengths), training_args))
     return trainer
 
 

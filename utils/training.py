@@ -30,6 +30,7 @@ from utils.run_record import (
     save_run_record,
     write_json,
 )
+from utils.run_summary import describe_end
 from utils.sharing import share_finished_run
 from utils.signals import StopRequested, find_stop_signal, hold_stop, stop_held
 from utils.sources import EVAL, TEST
@@ -145,7 +146,7 @@ def run_trainer(
             metrics |= train(trainer, checkpoint)
             metrics |= evaluate(trainer, rows, stop_ids, training_args, generation_args)
             save_run(trainer, metrics, output_dir)
-        notice(f"finished: {output_dir}\nto chat: python cli_demo.py --checkpoint_dir {output_dir}")
+        notice(describe_end(metrics, trainer.state.log_history, output_dir))
         share_finished_run(training_args)
         return
     metrics |= evaluate(trainer, rows, stop_ids, training_args, generation_args)
