@@ -5,6 +5,7 @@ from typing import Any
 
 from eval.questions import Question
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
+from utils.checks import read_recorded_data
 from utils.console import UserError
 from utils.data import count_trained_copies, find_held_out, load_rows
 from utils.generation import ChatModel
@@ -30,7 +31,7 @@ def load_held_out(record: dict[str, Any] | None, chat: ChatModel, count: int) ->
         return HeldOut(
             [], [], [], "There is no run.json, so the held-out rows are unknown: no held-out loss."
         )
-    arguments = record["arguments"]
+    arguments = record["arguments"] | read_recorded_data(record)
     names = {field.name for field in dataclasses.fields(DataArguments)}
     data_args = DataArguments(**{name: value for name, value in arguments.items() if name in names})
     wanted = find_held_out(record) or [EVAL]
@@ -41,8 +42,8 @@ def load_held_out(record: dict[str, Any] | None, chat: ChatModel, count: int) ->
         rows = load_rows(ModelArguments(), data_args, training_args)
     except UserError as error:
         return HeldOut([], [], [], f"The run's data cannot be read ({error}): no held-out loss.")
-    recorded = {source["name"]: source["sha256"] for source in record["data"]["sources"]}
-    changed = [one.name for one in rows.sources if recorded.get(one.name, one.digest) != one.digest]
+    recorded = {source["sha256"] for source in record["data"]["sources"]}  # the files may have been moved
+    changed = [one.name for one in rows.sources if one.digest not in recorded]
     if changed:
         return HeldOut([], [], [], f"{', '.join(changed)} has changed since the run: no held-out loss.")
     counts = record["data"]["rows"]

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Chat with a run in the terminal: another run with  bash scripts/chat.sh --checkpoint_dir RUN
 #   model    the run's; base, bits and template come from its run.json
+[ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }
 set -euo pipefail
-cd "$(dirname "$0")/.."
+repo=$(cd "$(dirname "$0")/.." && pwd)  # paths are relative to where this is called from
 
 args=(
   # run
@@ -11,4 +12,4 @@ args=(
   --max_new_tokens 512 --do_sample --temperature 0.7 --top_p 0.9
 )
 
-python cli_demo.py "${args[@]}" "$@"
+python "$repo/cli_demo.py" "${args[@]}" "$@"

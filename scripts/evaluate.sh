@@ -6,12 +6,14 @@
 #   memory   not measured here
 #   time     not measured here
 #   bash scripts/evaluate.sh RUN
+[ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }
 set -euo pipefail
-cd "$(dirname "$0")/.."
+repo=$(cd "$(dirname "$0")/.." && pwd)  # paths are relative to where this is called from
+export PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}"
 
 run=${1:-output/guanaco-7b}
 
-python qlora_finetune.py --checkpoint_dir "$run" --do_eval --do_predict --max_eval_samples 200 --max_new_tokens 256
+python "$repo/qlora_finetune.py" --checkpoint_dir "$run" --do_eval --do_predict --max_eval_samples 200 --max_new_tokens 256
 python -m eval.lm_tasks "$run" --tasks mmlu,cmmlu,ceval-valid --base_too
-python -m eval.generate_answers "$run" --questions eval/prompts/*.jsonl
+python -m eval.generate_answers "$run" --questions "$repo"/eval/prompts/*.jsonl
 python -m eval.report "$run"

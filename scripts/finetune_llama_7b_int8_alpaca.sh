@@ -5,8 +5,9 @@
 #   gpu      not measured here
 #   memory   not measured here
 #   time     not measured here
+[ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }
 set -euo pipefail
-cd "$(dirname "$0")/.."
+repo=$(cd "$(dirname "$0")/.." && pwd)  # paths are relative to where this is called from
 
 args=(
   # model
@@ -25,4 +26,4 @@ args=(
   --save_steps 500 --save_total_limit 5
 )
 
-python qlora_int8_finetune.py "${args[@]}" "$@"
+python "$repo/qlora_int8_finetune.py" "${args[@]}" "$@"

@@ -5,8 +5,9 @@
 #   gpu      not measured here
 #   memory   not measured here
 #   time     not measured here
+[ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }
 set -euo pipefail
-cd "$(dirname "$0")/.."
+repo=$(cd "$(dirname "$0")/.." && pwd)  # paths are relative to where this is called from
 
 args=(
   # model
@@ -26,4 +27,4 @@ args=(
   --eval_strategy steps --eval_steps 187 --save_steps 500 --save_total_limit 40
 )
 
-python qlora_finetune.py "${args[@]}" "$@"
+python "$repo/qlora_finetune.py" "${args[@]}" "$@"

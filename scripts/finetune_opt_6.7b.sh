@@ -5,8 +5,10 @@
 #   gpu      not measured here
 #   memory   not measured here
 #   time     not measured here
+[ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }
 set -euo pipefail
-cd "$(dirname "$0")/.."
+repo=$(cd "$(dirname "$0")/.." && pwd)  # paths are relative to where this is called from
+export PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}"
 
 model=models/opt-6.7b
 if [ ! -d "$model" ]; then  # published as pickles: converted to safetensors once
@@ -30,4 +32,4 @@ args=(
   --eval_strategy steps --eval_steps 200 --save_steps 200 --save_total_limit 3
 )
 
-python qlora_finetune.py "${args[@]}" "$@"
+python "$repo/qlora_finetune.py" "${args[@]}" "$@"

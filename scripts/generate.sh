@@ -4,8 +4,9 @@
 #   gpu      not measured here
 #   memory   not measured here
 #   time     not measured here
+[ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }
 set -euo pipefail
-cd "$(dirname "$0")/.."
+repo=$(cd "$(dirname "$0")/.." && pwd)  # paths are relative to where this is called from
 
 args=(
   # run
@@ -15,4 +16,4 @@ args=(
   --max_new_tokens 512 --do_sample --temperature 0.7 --top_p 0.9
 )
 
-python qlora_finetune.py "${args[@]}" "$@"
+python "$repo/qlora_finetune.py" "${args[@]}" "$@"

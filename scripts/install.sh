@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv (or use the active environment) and install requirements.txt into it.
 # Without a GPU the CPU build of torch is preferred: 200 MB instead of 3 GB.
+[ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

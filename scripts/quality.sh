@@ -10,6 +10,7 @@
 # the plain losses over seeds (largest - smallest). Where fast is worse by more, the exit code is 1. In 16 bits
 # it may be better by more: PEFT rounds small parts of the adapter away.
 #   bash scripts/quality.sh [--data FILE.jsonl] [--seeds "0 1 2"] [flags of qlora_finetune.py]
+[ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -3,6 +3,7 @@
 #   model  SmolLM2-135M-Instruct      data  data/guanaco_identity.jsonl, 128 rows, Chinese and English
 #   2 CPU cores: about 3.5 minutes after installation, 2 GiB of memory
 # Flags are passed on to qlora_finetune.py:  bash scripts/quickstart.sh --overwrite_output_dir
+[ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -3,6 +3,7 @@
 #   bash scripts/test.sh          the first tier, under 12 minutes on 2 cores after installation
 #   bash scripts/test.sh --all    also the tests marked slow (the whole quickstart among them)
 # Any other argument goes to pytest:  bash scripts/test.sh tests/test_prompts.py -x
+[ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

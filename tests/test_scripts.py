@@ -63,7 +63,7 @@ def read_variables(text):
 
 def read_script_commands(script):
     """(python script, words) of each command of a shell script, its args=( ... ) array filled in."""
-    text = script.read_text()
+    text = re.sub(r'"\$repo/([\w.]+)"', r"\1", script.read_text())
     block = re.search(r"^args=\(\n(.*?)^\)", text, flags=re.MULTILINE | re.DOTALL)
     lines = (
         [line for line in block.group(1).splitlines() if not line.strip().startswith("#")] if block else []
@@ -125,7 +125,9 @@ def test_finetune_script_is_a_lab_notebook(script):
         "training",
         "output",
     ]
-    assert re.search(r'^python qlora_(int8_)?finetune\.py "\$\{args\[@\]\}" "\$@"$', text, flags=re.MULTILINE)
+    assert re.search(
+        r'^python "\$repo/qlora_(int8_)?finetune\.py" "\$\{args\[@\]\}" "\$@"$', text, flags=re.MULTILINE
+    )
     assert "source " not in text.replace("source_max_len ", "")
 
 

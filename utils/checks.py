@@ -10,8 +10,9 @@ from utils.arguments import DataArguments, LoraArguments, ModelArguments, Traini
 from utils.baichuan import is_baichuan, split_shapes
 from utils.console import UserError, notice
 from utils.hub import check_login, download_config
+from utils.places import find_base, find_data
 from utils.prompts import read_template
-from utils.run_record import RUN_FILE, find_run_record
+from utils.run_record import RUN_FILE, find_run_dir, find_run_record
 from utils.trainer_names import LOGGERS, OPTIMIZERS, SCHEDULERS
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -71,9 +72,7 @@ def check_arguments(
             model_args = dataclasses.replace(model_args, checkpoint_dir=training_args.output_dir)
     if not training_args.do_train and model_args.checkpoint_dir:
         record = find_run_record(Path(model_args.checkpoint_dir)) or {"arguments": {}}
-        recorded = {
-            name: record["arguments"][name] for name in RECORDED_DATA_FIELDS if name in record["arguments"]
-        }
+        recorded = read_recorded_data(record)
         data_args = dataclasses.replace(data_args, **{k: v for k, v in recorded.items() if k not in given})
         if "data_seed" in record["arguments"] and "data_seed" not in given:
             training_args = training_args.with_values(data_seed=record["arguments"]["data_seed"])
@@ -92,6 +91,17 @@ def check_arguments(
         notice(f"--output_dir is {output_dir}")
         training_args = training_args.with_values(output_dir=output_dir)
     return model_args, data_args, training_args
+
+
+def read_recorded_data(record: dict[str, Any]) -> dict[str, Any]:
+    """The run's data flags, its files where they are found now."""
+    recorded = {
+        name: record["arguments"][name] for name in RECORDED_DATA_FIELDS if name in record["arguments"]
+    }
+    for name in ("dataset_name", "eval_dataset_name", "data_dir"):
+        if recorded.get(name):
+            recorded[name] = find_data(recorded[name], record)
+    return recorded
 
 
 def check_trainer_names(training_args: TrainingArguments) -> None:
@@ -148,7 +158,7 @@ def resolve_model(model_args: ModelArguments, given: set[str]) -> ModelArguments
     if not folder.is_dir():
         raise UserError(f"--checkpoint_dir {model_args.checkpoint_dir}: no such folder")
     check_pickle(folder, ADAPTER_FILE, model_args.allow_pickle)
-    recorded = read_recorded_fields(folder)
+    recorded = read_recorded_fields(folder, "model_name_or_path" in given)
     for name, value in recorded.items():
         mine = getattr(model_args, name)
         if name in given and mine != value:
@@ -192,18 +202,28 @@ def check_remote_code(model_args: ModelArguments, config: dict[str, Any]) -> Non
             )
 
 
-def read_recorded_fields(folder: Path) -> dict[str, Any]:
-    """Base and quantization of the run that `folder` belongs to, from run.json or adapter_config.json."""
+def read_recorded_fields(folder: Path, names_base: bool) -> dict[str, Any]:
+    """Base and quantization of the run that `folder` belongs to, from run.json or adapter_config.json.
+
+    `names_base`: a flag names the base, so the run's own need not be there.
+    """
     record = find_run_record(folder)
+    is_trained_whole = record is not None and record["arguments"].get("full_finetune")
+    if not is_trained_whole and not has_adapter(folder) and (folder / "config.json").is_file():
+        raise UserError(
+            f"--checkpoint_dir {folder} holds a whole model and no adapter: use --model_name_or_path {folder}"
+        )
     if record is not None:
         fields = {name: record["arguments"].get(name) for name in RECORDED_MODEL_FIELDS}
-        if record["arguments"].get("full_finetune"):
+        if is_trained_whole:
             fields["model_name_or_path"] = str(folder)  # the weights themselves were trained
         elif not has_adapter(folder):
             raise UserError(
                 f"--checkpoint_dir {folder} holds no {ADAPTER_FILE}: "
                 f"the run is {record['status']}; name one of its checkpoint-N folders"
             )
+        elif not names_base:
+            fields["model_name_or_path"] = find_base(record, find_run_dir(folder))
         return fields
     if not has_adapter(folder) or not (folder / "adapter_config.json").is_file():
         raise UserError(
@@ -224,6 +244,10 @@ def check_model_path(name: str, allow_pickle: bool) -> str:
         notice(f"{name} has left the hub: {MOVED_MODELS[name]} holds the same weights")
     path = Path(name).expanduser()
     if path.is_dir():
+        if has_adapter(path) and not (path / "config.json").is_file():
+            raise UserError(
+                f"--model_name_or_path {name} holds an adapter and no model: use --checkpoint_dir {name}"
+            )
         if not (path / "config.json").is_file():
             raise UserError(
                 f"--model_name_or_path {name}: the folder has no config.json, so it holds no model"

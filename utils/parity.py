@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
-from utils.checks import RECORDED_DATA_FIELDS, read_model_config, resolve_model
+from utils.checks import read_model_config, read_recorded_data, resolve_model
 from utils.console import UserError, notice
 from utils.data import Rows, load_rows
 from utils.generation import load_run
@@ -43,7 +43,7 @@ def load_held_out_rows(
 ) -> tuple[Rows, DataArguments]:
     """The run's held-out rows, or those of the file or set `name`. Reads no weights."""
     record = find_run_record(Path(model_args.checkpoint_dir)) or {"arguments": {}}
-    fields = {key: record["arguments"][key] for key in RECORDED_DATA_FIELDS if key in record["arguments"]}
+    fields = read_recorded_data(record)
     if name is not None:
         fields |= {"dataset_name": name, "eval_dataset_name": name, "dataset_format": None}
     elif not fields:

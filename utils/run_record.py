@@ -73,6 +73,7 @@ def build_run_record(
         "tokenization": TOKENIZATION,
         "data": data,
         "arguments": arguments,
+        "directory": os.getcwd(),
         "command": shlex.join(["python", *hide_secrets(sys.argv)]),
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in LIBRARIES},
         "git_commit": read_git_commit(),
@@ -133,6 +134,11 @@ def find_run_record(folder: Path) -> dict[str, Any] | None:
                     f"{path} is damaged ({error}): restore it or name the adapter folder alone"
                 ) from error
     return None
+
+
+def find_run_dir(folder: Path) -> Path:
+    """The run that a checkpoint-N belongs to, or `folder` itself."""
+    return folder if (folder / RUN_FILE).is_file() else folder.resolve().parent
 
 
 def describe_finished(record: dict[str, Any], output_dir: Path) -> None:

@@ -21,6 +21,7 @@ HELD_OUT_FILE = re.compile(r"(?<![a-z])(eval|valid|validation|dev|test)(?![a-z])
 HUB_SPLITS = {"train": TRAIN, "validation": EVAL, "valid": EVAL, "eval": EVAL, "dev": EVAL, "test": TEST}
 HUB_METADATA = ("dataset_info.json", "dataset_infos.json", "state.json")
 SNIFFED_ROWS = 100
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -271,11 +272,12 @@ def find_hub_sources(name: str, sample: int | None, dataset_format: str | None) 
 
 
 def load_sample_prompts(path: str) -> list[Messages]:
-    """Chats of a file whose rows hold {prompt} or {messages}."""
-    if not Path(path).is_file():
+    """Chats of a file whose rows hold {prompt} or {messages}; a path is looked for in the repository too."""
+    file = next((here for here in (Path(path), REPOSITORY / path) if here.is_file()), None)
+    if file is None:
         raise UserError(f"--sample_prompts {path}: no such file")
     chats = []
-    for number, row in enumerate(read_file(Path(path)), 1):
+    for number, row in enumerate(read_file(file), 1):
         messages = row.get("messages") if isinstance(row, dict) else None
         asked = messages or [
             {"role": "user", "content": row.get("prompt") if isinstance(row, dict) else None}

@@ -18,6 +18,7 @@ from utils.checkpoints import disk_errors_explained, sweep_leftovers
 from utils.console import UserError, is_main_process, notice
 from utils.data import Rows
 from utils.formats import Messages
+from utils.places import describe_places
 from utils.predictions import find_answered, predict_rows
 from utils.prompts import find_input_marker
 from utils.resume import check_same_run, choose_checkpoint, fingerprint_folder
@@ -98,7 +99,9 @@ def build_record(
         "stop_tokens": tokenizer.convert_ids_to_tokens(stop_ids),
         "pad_token_id": tokenizer.pad_token_id,
     }
-    return build_run_record(arguments, base, prompt, rows.describe())
+    record = build_run_record(arguments, base, prompt, rows.describe())
+    places = describe_places(model_args.model_name_or_path, Path(arguments["output_dir"]))
+    return record | ({"base_places": places} if places else {})
 
 
 def build_callbacks(
