@@ -1,6 +1,7 @@
 """Familiar flags work, and say what they became."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -14,6 +15,9 @@ from utils.arguments import (
     parse_args,
 )
 from utils.console import UserError
+from utils.flag_hints import HINTS, NEVER_PROPOSED, describe_unknown
+from utils.page_arguments import PageArguments
+from utils.strict_parser import StrictParser
 from utils.trainer_flags import find_trainer_fields
 from utils.trainer_names import LOGGERS, OPTIMIZERS, SCHEDULERS
 
@@ -173,3 +177,37 @@ def test_names_are_those_of_the_trainer():
     assert tuple(kind.value for kind in SchedulerType) == SCHEDULERS
     assert tuple(name.value for name in OptimizerNames) == OPTIMIZERS
     assert tuple(sorted(INTEGRATION_TO_CALLBACK)) == LOGGERS
+
+
+def test_negative_number_with_an_exponent_is_a_value():
+    assert parse("--length_penalty -1e-1")[4].length_penalty == -0.1
+    assert parse("--length_penalty -.5E+1 --bits 8")[4].length_penalty == -5
+    assert parse("--greater_is_better True --label_smoothing_factor -1e-5")[3].extra[
+        "label_smoothing_factor"
+    ] == pytest.approx(-1e-5)
+
+
+def test_lists_take_commas_and_blanks():
+    for line in ("q_proj,v_proj", "q_proj v_proj", "q_proj, v_proj"):
+        assert parse(f"--lora_target_modules {line}")[2].lora_target_modules == ["q_proj", "v_proj"]
+    assert parse("--report_to tensorboard,wandb")[3].report_to == ["tensorboard", "wandb"]
+
+
+def test_every_hint_names_flags_that_exist():
+    page = StrictParser([PageArguments], "").flag_names()
+    known = {*StrictParser(FLAGS, "").flag_names(), *page}
+    for name, hint in HINTS.items():
+        assert f"--{name}" not in known, name
+        assert set(re.findall(r"--\w+", hint)) <= known, hint
+
+
+def test_no_misspelling_leads_to_a_flag_that_destroys():
+    flags = [*NEVER_PROPOSED, "--output_dir"]
+    for flag in NEVER_PROPOSED:
+        for typed in (flag[:-1], flag + "s", flag.replace("_", "")):
+            assert f"did you mean {flag}" not in describe_unknown(typed, flags)
+
+
+def test_inverted_flag_has_a_help_of_its_own():
+    shown = " ".join(StrictParser(FLAGS, "").format_help().split())
+    assert "--no_packing Turns --packing off. --fast_lora" in shown

@@ -12,11 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import run_script
+import torch
+from conftest import ROOT, run_script
 from fork_server import FLAGS, ForkServer
 
-from utils.console import UserError
+from utils.console import UserError, run_main
 from utils.resume import check_overwriting
+from utils.trackers import HOSTS, check_tracker
 
 ROWS = '{"instruction": "Who are you?", "input": "", "output": "I am Guanaco."}\n' * 4
 
@@ -61,6 +63,14 @@ FLAG_MISTAKES = {
     "unknown flag": (["--flash_attention", "True"], ["unknown flag --flash_attention"]),
     "misspelt flag": (["--learning_rat", "1e-4"], ["--learning_rat", "did you mean --learning_rate?"]),
     "misspelt flag inside": (["--lora_aplha", "8"], ["--lora_aplha", "did you mean --lora_alpha?"]),
+    "flag of another trainer": (["--batch_size", "4"], ["--batch_size", "--per_device_train_batch_size"]),
+    "resuming": (["--resume"], ["unknown flag --resume: the same command resumes"]),
+    "early stopping": (["--early_stopping_patience", "3"], ["no early stopping", "--save_strategy best"]),
+    "kind of tuning": (["--finetuning_type", "lora"], ["LoRA is trained by itself"]),
+    "alpha by layer": (["--lora_alpha_pattern", "{}"], ["one --lora_alpha holds for every layer"]),
+    "length of another trainer": (["--cutoff_len", "512"], ["--source_max_len and --target_max_len"]),
+    "near a flag that removes a run": (["--overwrite_output", "True"], ["unknown flag --overwrite_output:"]),
+    "tracker that is not installed": (["--report_to", "neptune"], ["pip install neptune"]),
     "abbreviated flag": (["--output", "x"], ["unknown flag --output", "--output_dir", "not abbreviated"]),
     "pasted en dash": (["–bits", "4"], ["U+2013", "type --bits"]),
     "stray word": (["4bit"], ["unexpected word '4bit'"]),
@@ -244,6 +254,94 @@ def other_adapter(tmp_path, tiny_model):
 def test_adapter_of_another_base_is_refused_by_its_shapes(tmp_path, other_adapter):
     says = ["q_proj is 64 x 64 and the adapter's lora_A is 4 x 128"]
     assert_refused(tmp_path, "cli_demo.py", "--checkpoint_dir", other_adapter, says=says)
+
+
+@pytest.fixture
+def broken_model(tmp_path, small_model):
+    return shutil.copytree(small_model, tmp_path / "broken")
+
+
+@pytest.mark.parametrize("script", ["qlora_finetune.py", "cli_demo.py"])
+def test_weights_that_are_cut_off_are_named(tmp_path, broken_model, rows, script):
+    """A download that broke off: found by the file's own header, before a weight is read."""
+    path = broken_model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    argv = ["--model_name_or_path", broken_model]
+    argv += ["--dataset_name", rows, "--model_max_length", "200"] if script == "qlora_finetune.py" else []
+    assert_refused(tmp_path, script, *argv, says=[f"{path} is damaged", "download"])
+
+
+def test_part_of_the_weights_that_is_missing_is_named(tmp_path, broken_model):
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (broken_model / "model.safetensors.index.json").write_text(json.dumps(index))
+    says = ["lacks model-00002-of-00002.safetensors", "download"]
+    assert_refused(tmp_path, "cli_demo.py", "--model_name_or_path", broken_model, says=says)
+
+
+def test_model_without_tokenizer_is_one_line(tmp_path, broken_model):
+    for path in broken_model.glob("tokenizer*"):
+        path.unlink()
+    assert_refused(
+        tmp_path,
+        "cli_demo.py",
+        "--model_name_or_path",
+        broken_model,
+        says=["holds no tokenizer", "tokenizer.json"],
+    )
+
+
+def test_weights_and_biases_without_login_is_one_line(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # whether it is installed here or not
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match="wandb: nobody is logged in: run `wandb login`, or set WANDB_MODE=off"
+    ):
+        check_tracker("wandb")
+    for mode in ("offline", "disabled"):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        check_tracker("wandb")
+    monkeypatch.delenv("WANDB_MODE")
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
+    monkeypatch.setitem(HOSTS, "wandb", ("nowhere.invalid", *HOSTS["wandb"][1:]))
+    monkeypatch.setattr("utils.trackers.getproxies", dict)
+    with pytest.raises(UserError, match="nowhere.invalid cannot be reached .*: set WANDB_MODE=offline"):
+        check_tracker("wandb")
+
+
+def run_failing(error):
+    def main():
+        raise error
+
+    run_main(main)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total ..."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."),
+        MemoryError(),
+    ],
+)
+def test_full_memory_is_one_line_with_its_cures(error, capsys):
+    with pytest.raises(SystemExit) as left:
+        run_failing(error)
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and said.count("\n") == 1 and said.startswith("error: memory is full")
+    cures = ("--gradient_accumulation_steps", "--gradient_checkpointing", "--source_max_len", "--bits 4")
+    assert all(cure in said for cure in cures)
+    with pytest.raises(RuntimeError, match="another"):  # an error of ours keeps its traceback
+        run_failing(RuntimeError("another"))
+
+
+def test_pipe_that_is_closed_ends_quietly():
+    command = f"{sys.executable} qlora_finetune.py --help | head -n 1"
+    result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.startswith("usage: qlora_finetune.py") and result.stderr == ""
 
 
 @pytest.mark.parametrize("script", ["qlora_finetune.py", "qlora_int8_finetune.py", "cli_demo.py"])

@@ -1,16 +1,16 @@
 """Every flag of the scripts: one dataclass per concern, and the strict parser that fills them."""
 
-import argparse
 import copy
-import difflib
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from utils.console import UserError
+from utils.flag_hints import describe_unknown
 from utils.legacy_flags import RENAMED, translate_legacy_flags
+from utils.strict_parser import StrictParser
 from utils.trainer_flags import parse_trainer_flags
 
 
@@ -288,30 +288,9 @@ def require_choice(arguments: Any, name: str, choices: list[str]) -> None:
         raise UserError(f"--{name} {value}: use one of {', '.join(choices)}")
 
 
-class OneNameFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Help that shows each flag once, not in its hyphened spelling too."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if action.option_strings and action.option_strings[0] != "-h":
-            return " ".join(
-                [action.option_strings[0], self._format_args(action, action.dest.upper())]
-            ).strip()
-        return super()._format_action_invocation(action)
-
-
-class StrictParser(HfArgumentParser):
-    """HfArgumentParser without abbreviations, whose errors are UserErrors."""
-
-    def __init__(self, dataclass_types: list[type], description: str):
-        super().__init__(
-            dataclass_types, description=description, allow_abbrev=False, formatter_class=OneNameFormatter
-        )
-
-    def error(self, message: str):
-        raise UserError(re.sub(r"argument (--\w+)(/--[\w-]+)*", r"\1", message))
-
-    def flag_names(self) -> list[str]:
-        return [option for action in self._actions for option in action.option_strings]
+def split_commas(names: list[str]) -> list[str]:
+    """`q_proj,v_proj` and `q_proj v_proj` are the same."""
+    return [part for name in names for part in name.split(",") if part]
 
 
 def parse_args(
@@ -338,17 +317,11 @@ def parse_args(
         training.extra, rest = parse_trainer_flags(rest)
     if rest:
         raise UserError(describe_unknown(rest[0], flags))
+    for arguments in parsed:
+        for name in ("lora_target_modules", "report_to"):
+            if hasattr(arguments, name):
+                setattr(arguments, name, split_commas(getattr(arguments, name)))
     return tuple(parsed)
-
-
-def describe_unknown(word: str, flags: list[str]) -> str:
-    if not word.startswith("-"):
-        return f"unexpected word {word!r}: every value follows a --flag, a value with spaces goes in quotes"
-    name = word.split("=")[0]
-    close = [flag for flag in flags if flag.startswith(name)] or difflib.get_close_matches(name, flags, n=1)
-    return f"unknown flag {name}" + (
-        f": did you mean {close[0]}? Flags are not abbreviated" if close else ": --help lists all flags"
-    )
 
 
 def name_leading_words(argv: list[str], flag: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ from utils.hub import check_login, download_config
 from utils.places import find_base, find_data
 from utils.prompts import read_template
 from utils.run_record import RUN_FILE, find_run_dir, find_run_record
-from utils.trainer_names import LOGGERS, OPTIMIZERS, SCHEDULERS
+from utils.trackers import check_tracker
+from utils.trainer_names import OPTIMIZERS, SCHEDULERS
+from utils.weight_files import check_tokenizer, find_misfit, read_base_shapes, read_json, read_shapes
 
 ADAPTER_FILE = "adapter_model.safetensors"
-OUTPUT_LAYERS = {"lm_head", "embed_out"}
 NATIVE_KINDS = {"baichuan"}  # read without its own Python (utils/baichuan.py)
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 # What a run fixes for inference; flags given beside --checkpoint_dir override it.
@@ -109,10 +109,8 @@ def check_trainer_names(training_args: TrainingArguments) -> None:
     require_choice(training_args, "lr_scheduler_type", list(SCHEDULERS))
     require_choice(training_args, "optim", ["auto", *OPTIMIZERS])
     for name in training_args.report_to:
-        if name not in ("none", "all", *LOGGERS):
-            raise UserError(f"--report_to {name}: use none or one of {', '.join(LOGGERS)}")
-        if name in ("wandb", "tensorboard", "mlflow") and importlib.util.find_spec(name) is None:
-            raise UserError(f"--report_to {name}: its package is missing (pip install {name})")
+        if name not in ("none", "all"):
+            check_tracker(name)
 
 
 def resolve_adapter(lora_args: LoraArguments, model_args: ModelArguments, given: set[str]) -> LoraArguments:
@@ -278,13 +276,6 @@ def read_model_config(model_args: ModelArguments) -> dict[str, Any]:
     return config
 
 
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is no JSON ({error}): download the model again") from error
-
-
 def check_push(training_args: TrainingArguments) -> None:
     """Raises UserError where --push_to_hub could not work, before anything is trained."""
     if training_args.extra.get("push_to_hub"):
@@ -308,15 +299,18 @@ def check_template(data_args: DataArguments) -> None:
 
 
 def check_adapter_fits(model_args: ModelArguments, config: dict[str, Any]) -> None:
-    """Raises UserError where the adapter's shapes are not the base's. Reads safetensors headers only.
+    """Raises UserError where a file is missing or cut off, or the adapter's shapes are not the base's.
+
+    Reads safetensors headers only.
 
     A base that is not on this disk as plain safetensors is checked by PEFT while it loads.
     """
+    check_tokenizer(model_args)
     packed = is_baichuan(config)  # refuses its relatives
+    base = read_base_shapes(Path(model_args.model_name_or_path))
     if model_args.checkpoint_dir is None or model_args.full_finetune or "quantization_config" in config:
         return
     adapter = read_shapes(list(Path(model_args.checkpoint_dir).glob(ADAPTER_FILE)))
-    base = read_shapes(sorted(Path(model_args.model_name_or_path).glob("*.safetensors")))
     if packed:
         base = split_shapes(base)
     misfit = find_misfit(adapter, base) if base else None
@@ -325,35 +319,3 @@ def check_adapter_fits(model_args: ModelArguments, config: dict[str, Any]) -> No
             f"the adapter {model_args.checkpoint_dir} does not fit the base "
             f"{model_args.model_name_or_path}: {misfit}; name the base it was trained on"
         )
-
-
-def find_misfit(adapter: dict[str, list[int]], base: dict[str, list[int]]) -> str | None:
-    """The first LoRA matrix (lora_A [r, in], lora_B [out, r]) that does not fit its layer [out, in]."""
-    for name, shape in adapter.items():
-        layer, _, matrix = name.removeprefix("base_model.model.").partition(".lora_")
-        if not matrix.startswith(("A.", "B.")):
-            continue
-        # Some publish the decoder alone (BLOOM): its layers' names lack the first word.
-        expected = base.get(f"{layer}.weight") or base.get(f"{layer.partition('.')[2]}.weight")
-        if expected is None and layer in OUTPUT_LAYERS:
-            continue  # tied: its weight is stored as the embedding's, and PEFT checks it
-        if expected is None:
-            return f"the base has no layer {layer}"
-        side = 1 if matrix.startswith("A.") else 0
-        if shape[side] != expected[side]:
-            kind, (rows, columns) = f"lora_{matrix[0]}", expected
-            return f"{layer} is {rows} x {columns} and the adapter's {kind} is {shape[0]} x {shape[1]}"
-    return None
-
-
-def read_shapes(files: list[Path]) -> dict[str, list[int]]:
-    from safetensors import SafetensorError, safe_open
-
-    shapes: dict[str, list[int]] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="numpy") as tensors:
-                shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
-        except SafetensorError as error:
-            raise UserError(f"{file} is damaged ({error}): download or train it again") from error
-    return shapes

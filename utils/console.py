@@ -2,6 +2,8 @@
 
 import functools
 import os
+import re
+import signal
 import sys
 from collections.abc import Callable
 
@@ -60,7 +62,7 @@ def let_gpu_memory_grow() -> None:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's main(); a UserError becomes one line on stderr and exit code 2."""
+    """Run a script's main(); a UserError, and full memory, become one line on stderr and exit code 2."""
     let_gpu_memory_grow()
     try:
         main()
@@ -71,3 +73,29 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at the exit
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        close_bars()
+        print(f"error: {describe_out_of_memory(error)}", file=sys.stderr)
+        raise SystemExit(UserError.exit_code) from None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of the GPU, where torch says it, or of the host."""
+    torch = sys.modules.get("torch")
+    on_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
+def describe_out_of_memory(error: Exception) -> str:
+    asked = re.search(r"allocate [\d.]+ \w+", str(error))
+    return (
+        f"memory is full ({asked.group() if asked else type(error).__name__}): lower "
+        "--per_device_train_batch_size and raise --gradient_accumulation_steps as much, set "
+        "--gradient_checkpointing True, or shorten rows with --source_max_len and --target_max_len; in chat, "
+        "use --bits 4 or a lower --max_new_tokens"
+    )

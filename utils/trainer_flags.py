@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.console import UserError
+from utils.strict_parser import NEGATIVE_NUMBER
 
 # Set from our own arguments, or without a meaning here.
 OURS = {"bf16", "fp16", "use_cpu", "activation_checkpointing", "use_cache"}
@@ -36,6 +37,7 @@ def parse_trainer_flags(words: list[str]) -> tuple[dict[str, Any], list[str]]:
         if name in wanted
     ]
     parser = HfArgumentParser(make_dataclass("OtherTrainerFlags", fields), allow_abbrev=False)
+    parser._negative_number_matcher = NEGATIVE_NUMBER
 
     def refuse(message: str):
         raise UserError(message.removeprefix("argument "))

@@ -1,0 +1,42 @@
+"""HfArgumentParser made strict: no abbreviations, one line for an error, each flag once in --help."""
+
+import argparse
+import re
+
+from transformers.hf_argparser import HfArgumentParser
+
+from utils.console import UserError
+
+# argparse takes -1e-5 for a flag; 3.14 no longer does.
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
+
+
+class OneNameFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that shows each flag once, not in its hyphened spelling too."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        is_inverted = any(option.startswith("--no_") for option in action.option_strings)
+        return f"Turns --{action.dest} off." if is_inverted else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.option_strings and action.option_strings[0] != "-h":
+            return " ".join(
+                [action.option_strings[0], self._format_args(action, action.dest.upper())]
+            ).strip()
+        return super()._format_action_invocation(action)
+
+
+class StrictParser(HfArgumentParser):
+    """HfArgumentParser without abbreviations, whose errors are UserErrors."""
+
+    def __init__(self, dataclass_types: list[type], description: str):
+        super().__init__(
+            dataclass_types, description=description, allow_abbrev=False, formatter_class=OneNameFormatter
+        )
+        self._negative_number_matcher = NEGATIVE_NUMBER
+
+    def error(self, message: str):
+        raise UserError(re.sub(r"argument (--\w+)(/--[\w-]+)*", r"\1", message))
+
+    def flag_names(self) -> list[str]:
+        return [option for action in self._actions for option in action.option_strings]

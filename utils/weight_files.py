@@ -1,0 +1,74 @@
+"""What a model's folder must hold, seen from file names and safetensors headers alone."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from utils.arguments import ModelArguments
+from utils.console import UserError
+
+TOKENIZER_FILE = re.compile(r"tokenizer|vocab|spiece|.*\.(model|tiktoken)$")
+OUTPUT_LAYERS = {"lm_head", "embed_out"}
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is no JSON ({error}): download the model again") from error
+
+
+def read_base_shapes(folder: Path) -> dict[str, list[int]]:
+    """{name: shape} of the base's weights; {} where they are not safetensors in a folder."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        wanted = set(read_json(index).get("weight_map", {}).values())
+        missing = sorted(name for name in wanted if not (folder / name).is_file())
+        if missing:
+            raise UserError(f"{folder} lacks {missing[0]}, which its index names: download the model again")
+    return read_shapes(sorted(folder.glob("*.safetensors")))
+
+
+def check_tokenizer(model_args: ModelArguments) -> None:
+    """Raises UserError where neither the base's folder nor that of --checkpoint_dir holds a tokenizer."""
+    folders = [Path(path) for path in (model_args.model_name_or_path, model_args.checkpoint_dir) if path]
+    if not folders[0].is_dir():
+        return
+    if not any(path for folder in folders for path in folder.iterdir() if TOKENIZER_FILE.match(path.name)):
+        raise UserError(
+            f"--model_name_or_path {folders[0]} holds no tokenizer (tokenizer.json, tokenizer.model, ...): "
+            "copy its files from where the model was published"
+        )
+
+
+def find_misfit(adapter: dict[str, list[int]], base: dict[str, list[int]]) -> str | None:
+    """The first LoRA matrix (lora_A [r, in], lora_B [out, r]) that does not fit its layer [out, in]."""
+    for name, shape in adapter.items():
+        layer, _, matrix = name.removeprefix("base_model.model.").partition(".lora_")
+        if not matrix.startswith(("A.", "B.")):
+            continue
+        # Some publish the decoder alone (BLOOM): its layers' names lack the first word.
+        expected = base.get(f"{layer}.weight") or base.get(f"{layer.partition('.')[2]}.weight")
+        if expected is None and layer in OUTPUT_LAYERS:
+            continue  # tied: its weight is stored as the embedding's, and PEFT checks it
+        if expected is None:
+            return f"the base has no layer {layer}"
+        side = 1 if matrix.startswith("A.") else 0
+        if shape[side] != expected[side]:
+            kind, (rows, columns) = f"lora_{matrix[0]}", expected
+            return f"{layer} is {rows} x {columns} and the adapter's {kind} is {shape[0]} x {shape[1]}"
+    return None
+
+
+def read_shapes(files: list[Path]) -> dict[str, list[int]]:
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
+        except SafetensorError as error:
+            raise UserError(f"{file} is damaged ({error}): download or train it again") from error
+    return shapes
