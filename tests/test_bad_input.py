@@ -142,10 +142,10 @@ BAD_FILES = {
     "broken array": (b'[{"instruction": "x"},\n{"instruction" "y"}]', ["line 2"]),
     "no object": (b"[1, 2]", ["row 1"]),
     "other columns": (
-        b'{"question": "x", "response": "y"}\n',
-        ["question, response", "--dataset_format: messages"],
+        b'{"frage": "x", "antwort": "y"}\n',
+        ["frage, antwort", "--columns instruction=frage,output=antwort"],
     ),
-    "no text": (b'{"instruction": "x", "output": 3}\n', ["row 1", "'output'", "3"]),
+    "no text": (b'{"instruction": "x", "output": [3]}\n', ["row 1", "'output'", "[3]"]),
     "bad messages": (b'{"messages": "hello"}\n', ["row 1", "'messages'"]),
 }
 

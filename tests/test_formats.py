@@ -88,6 +88,22 @@ GOLDEN = {
         {"text": "### Human: ¿Qué?### Assistant: Nada.\n### Human: 好### Assistant: 嗯 🙂"},
         ["u:¿Qué?", "a:Nada.", "u:好", "a:嗯 🙂"],
     ),
+    "preference": (
+        {
+            "conversations": [{"from": "human", "value": "天气？"}],
+            "chosen": {"from": "gpt", "value": "☀️"},
+            "rejected": {"from": "gpt", "value": "不知道"},
+        },
+        ["u:天气？", "a:☀️"],
+    ),
+    "question-answer": (
+        {"问题": "再见用英语怎么说？", "回答": "Goodbye 👋", "来源": "x"},
+        ["u:再见用英语怎么说？", "a:Goodbye 👋"],
+    ),
+    "seed-task": (
+        {"id": "s1", "instruction": "Add.", "instances": [{"input": "1 + 1", "output": "2"}]},
+        ["u:Add.\n\n1 + 1", "a:2"],
+    ),
     "self-instruct": ({"prompt": "Say hi.", "completion": "hi 你好"}, ["u:Say hi.", "a:hi 你好"]),
     "sharegpt": (
         {
@@ -180,7 +196,10 @@ def test_sharegpt_cleaning_is_done_and_named():
 BAD = {
     "null answer": ({"instruction": "q", "output": None}, "alpaca", "'output' holds 'None'"),
     "empty answer": ({"instruction": "q", "output": "  "}, "alpaca", "'output' is empty"),
-    "number": ({"prompt": 3, "completion": "x"}, "self-instruct", "'prompt' holds '3'"),
+    "list": ({"prompt": [3], "completion": "x"}, "self-instruct", r"'prompt' holds '\[3\]'"),
+    "no pair": ({"a": "q", "b": "x"}, "question-answer", "no column of a, b is known as a question"),
+    "nothing chosen": ({"prompt": "q"}, "preference", "a turn is 'None': an object"),
+    "chosen of nothing": ({"chosen": "a"}, "preference", "'chosen' answers nothing"),
     "history": ({"instruction": "q", "output": "a", "history": ["x"]}, "alpaca", "'history'"),
     "no turns": ({"conversations": []}, "sharegpt", "list of turns"),
     "unknown role": (
@@ -192,7 +211,7 @@ BAD = {
     "lone surrogate": ({"instruction": "q\ud800", "output": "a"}, "alpaca", "surrogate"),
     "no object": ("text", "alpaca", "an object with columns"),
     "no speaker": ({"text": "hello"}, "oasst1", "no speaker begins"),
-    "no content": ({"messages": [{"role": "user"}]}, "messages", "content is 'None'"),
+    "no content": ({"messages": [{"role": "user"}]}, "messages", "a user turn holds 'None'"),
 }
 
 
@@ -224,7 +243,7 @@ JUNK = st.recursive(
 )
 COLUMNS = (
     "messages conversations chosen instruction input output response context prompt completion text history "
-    "system tools"
+    "system tools conversation instances question answer label images rejected"
 )
 
 

@@ -286,9 +286,11 @@ def test_name_that_means_nothing_says_what_would(tmp_path, monkeypatch, name):
         load(name)
 
 
-def test_unknown_columns_are_named_with_the_formats(tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", [{"question": "q", "reply": "a"}])
-    with pytest.raises(UserError, match="has the columns question, reply.*--dataset_format: messages"):
+def test_unknown_columns_are_named_with_the_flag_that_says_which_is_which(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"frage": "q", "reply": "a"}])
+    with pytest.raises(
+        UserError, match="has the columns frage, reply.*--columns instruction=frage,output=reply"
+    ):
         load(path)
 
 

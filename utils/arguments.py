@@ -74,6 +74,9 @@ class DataArguments:
             "messages",
             "oasst1",
             "olcc",
+            "preference",
+            "question-answer",
+            "seed-task",
             "self-instruct",
             "sharegpt",
             "text",
@@ -81,6 +84,11 @@ class DataArguments:
         ]
         | None
     ) = HfArg(default=None, help="Column layout; found from the columns when left out.")
+    columns: str | None = HfArg(
+        default=None,
+        help="Own names of columns: instruction=QUESTION,output=ANSWER; also input, system, history, "
+        "messages, role, content, tools, text.",
+    )
     data_dir: str | None = HfArg(default=None, help="Folder of local copies of the named sets.")
     load_from_local: bool = HfArg(default=False, help="Read the named set from --data_dir.")
     template: str | None = HfArg(

@@ -47,6 +47,7 @@ RECORDED_DATA_FIELDS = (
     "dataset_name",
     "eval_dataset_name",
     "dataset_format",
+    "columns",
     "data_dir",
     "load_from_local",
     "source_max_len",

@@ -159,7 +159,11 @@ def scan_source(source: Source) -> Scan:
         return scan_rows(source)
     kind = find_kind(source.path) if source.path else None  # the same bytes are other rows as .csv and .tsv
     key = build_key(
-        digest=source.digest, kind=kind, dataset_format=source.dataset_format, code=hash_code(__name__)
+        digest=source.digest,
+        kind=kind,
+        dataset_format=source.dataset_format,
+        columns=source.layout and source.layout.describe(),
+        code=hash_code(__name__),
     )
     folder, _ = find_or_build("scan", key, build)
     found = json.loads((folder / "found.json").read_text(encoding="utf-8"))
@@ -189,6 +193,8 @@ def report_sources(sources: list[Source], scans: list[Scan], wanted: list[str]) 
     for source, scan in zip(sources, scans, strict=True):
         bad = int((scan.hashes == 0).sum())
         line = f"{source.name}: {len(scan.hashes):,} rows, format {source.dataset_format}"
+        if source.dataset_format == "preference":
+            line += " (the chosen answers are trained, the rejected left out)"
         for reason, numbers in list(scan.bad.items())[:3]:
             line += f"\n  {scan.counts[reason]:,} left out, row {numbers[0]} first: {reason}"
         if len(scan.bad) > 3:

@@ -13,6 +13,7 @@ from utils.console import UserError, is_main_process, notice
 from utils.data import Rows
 from utils.model import has_gpu
 from utils.packing import choose_capacity, measure_packing, measure_padding
+from utils.preferences import NOT_WANTED
 from utils.prompts import IGNORE_INDEX
 from utils.run_record import write_json
 from utils.sources import EVAL, TEST, TRAIN
@@ -148,7 +149,13 @@ def find_red(report: dict[str, Any], vocabulary: int) -> list[str]:
     if not train["sequences"]:
         red.append(f"not one of {train['rows']:,} rows has anything to train on")
     read = sum(source["rows"] for source in report["sources"] if source["part"] == TRAIN)
-    bad = sum(count for s in report["sources"] if s["part"] == TRAIN for count, _ in s["left_out"].values())
+    bad = sum(
+        count
+        for source in report["sources"]
+        if source["part"] == TRAIN
+        for reason, (count, _) in source["left_out"].items()
+        if not reason.startswith(NOT_WANTED)
+    )
     dropped = sum(count for what, count in findings.items() if what.startswith("dropped"))
     if read and train["sequences"] and bad + dropped > MAX_LOST_SHARE * read:
         red.append(f"{bad + dropped:,} of {read:,} rows are lost")

@@ -4,30 +4,18 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from utils.console import UserError
+from utils.layouts import INPUTS, find_pair
+from utils.media import check_media
+from utils.preferences import CONTEXTS, check_desirable, read_preferred
+from utils.roles import ROLES, build_message, wrap_tools
 
 Row = dict[str, Any]
 Messages = list[dict[str, Any]]
 TEXT_ROLE = "text"  # a row that is trained whole, without a template
-ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "bot": "assistant",
-    "belle": "assistant",
-    "assistant": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
 
 
 @dataclass(frozen=True)
@@ -44,6 +32,8 @@ class Chat:
 
 def read_text(row: Row, column: str) -> str:
     value = row.get(column)
+    if isinstance(value, bool | int | float):  # a label, a score
+        return json.dumps(value)
     if not isinstance(value, str):
         raise UserError(f"column {column!r} holds {str(value)[:40]!r}: text is needed")
     return value
@@ -60,7 +50,9 @@ def build_exchange(row: Row, question: str, answer: str, marker: str, extra: str
     for role, text in turns:
         if not text.strip():
             raise UserError(f"column {(question if role == 'user' else answer)!r} is empty")
-    return Chat([{"role": role, "content": text} for role, text in turns])
+    is_number = any(isinstance(row.get(column), bool | int | float) for column in (question, answer))
+    notes = ("numbers and booleans written as text",) if is_number else ()
+    return Chat([{"role": role, "content": text} for role, text in turns], cleaned=notes)
 
 
 def read_alpaca(row: Row, marker: str) -> Chat:
@@ -78,7 +70,8 @@ def read_alpaca(row: Row, marker: str) -> Chat:
         raise UserError(f"column 'history' holds {str(history)[:40]!r}: [[question, answer], ...] is needed")
     for question, answer in history:
         earlier += [("user", question), ("assistant", answer)]
-    return tidy_turns(earlier + [(message["role"], message["content"]) for message in exchange.messages])
+    asked = [(message["role"], message["content"]) for message in exchange.messages]
+    return tidy_turns(earlier + asked, list(exchange.cleaned))
 
 
 def read_dolly(row: Row, marker: str) -> Chat:
@@ -122,36 +115,71 @@ def read_plain_text(row: Row, marker: str) -> Chat:
 
 
 def read_sharegpt(row: Row, marker: str) -> Chat:
-    """conversations [{from, value}, ...]; a reply that is a piece of ShareGPT's page becomes Markdown."""
+    """conversations [{from, value}, ...]; a reply that is a piece of ShareGPT's page becomes Markdown.
+
+    Under `conversation` also [{human, assistant}, ...], a question and its answer in one.
+    """
     from utils.html_text import convert_page  # here: its parser takes 0.2 s to import
 
-    turns = read_list(row, "conversations")
+    turns = read_list(row, "conversations" if "conversations" in row else "conversation")
     names = ("from", "value") if any("from" in turn for turn in turns) else ("role", "content")
-    spoken, notes = [], []
-    for turn in turns:
-        role, text = find_role(turn.get(names[0])), turn.get(names[1])
-        if role == "assistant" and isinstance(text, str):
-            text, done = convert_page(text)
+    messages, notes = [], []
+    for turn in turns if names[0] in turns[0] else split_pairs(turns):
+        message = build_message(turn, *(names if names[0] in turn else ("role", "content")))
+        if message["role"] == "assistant":
+            message["content"], done = convert_page(message["content"])
             notes += [note for note in done if note not in notes]
-        spoken.append((role, text))
+        messages.append(message)
     if isinstance(row.get("system"), str) and row["system"].strip():
-        spoken.insert(0, ("system", row["system"]))
-    return tidy_turns(spoken, notes)
+        messages.insert(0, {"role": "system", "content": row["system"]})
+    return tidy_messages(messages, notes, read_tools(row))
+
+
+def split_pairs(turns: list[Row]) -> list[Row]:
+    """[{human: ..., assistant: ...}, ...] -> one turn a speaker, in the order of the keys."""
+    spoken = [
+        {"role": name, "content": text}
+        for turn in turns
+        for name, text in turn.items()
+        if name.lower() in ROLES and text
+    ]
+    if not spoken:
+        raise UserError(f"a turn has the columns {', '.join(turns[0])}: from and value, or role and content")
+    return spoken
 
 
 def read_chat_messages(row: Row, marker: str) -> Chat:
     """messages [{role, content, ...}, ...]; tool calls and tool turns are kept for the template to render."""
-    messages = []
-    for turn in read_list(row, "messages"):
-        content = turn.get("content")
-        if isinstance(content, list):  # parts of a multi-modal chat: text only
-            content = "".join(read_text(part, "text") for part in content if isinstance(part, dict))
-        if not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
-            raise UserError(f"a message's content is {str(content)[:40]!r}: text is needed")
-        kept = {name: value for name, value in turn.items() if value is not None}
-        messages.append(kept | {"role": find_role(turn.get("role")), "content": content or ""})
+    messages = [build_message(turn, "role", "content") for turn in read_list(row, "messages")]
+    if isinstance(row.get("system"), str) and row["system"].strip() and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": row["system"]})
     ordered, notes = keep_ordered(messages)
     return Chat(ordered, read_tools(row), tuple(notes))
+
+
+def read_question_answer(row: Row, marker: str) -> Chat:
+    """A question and its answer under any known names (layouts.py), with history and system as alpaca's."""
+    pair = find_pair(row)
+    if pair is None:
+        raise UserError(
+            f"no column of {', '.join(map(str, row))} is known as a question and one as its answer"
+        )
+    question, answer = pair
+    extra = next((name for name in INPUTS if row.get(name)), None)
+    named = {"instruction": row[question], "output": row[answer], "input": row.get(extra) if extra else None}
+    return read_alpaca({"history": row.get("history"), "system": row.get("system")} | named, marker)
+
+
+def read_preference(row: Row, marker: str) -> Chat:
+    return tidy_messages(read_preferred(row, marker), [], read_tools(row))
+
+
+def read_seed_task(row: Row, marker: str) -> Chat:
+    """Self-instruct's seeds: an instruction and `instances` [{input, output}, ...]; the first is read."""
+    instances = read_list(row, "instances")
+    chat = read_alpaca({"instruction": row.get("instruction")} | instances[0], marker)
+    more = ("further instances of a task left out",) if len(instances) > 1 else ()
+    return replace(chat, cleaned=(*chat.cleaned, *more))
 
 
 def read_tools(row: Row) -> list[dict[str, Any]] | None:
@@ -164,10 +192,13 @@ def read_tools(row: Row) -> list[dict[str, Any]] | None:
             raise UserError(f"column 'tools' is no JSON ({error})") from error
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise UserError(f"column 'tools' holds {str(tools)[:40]!r}: a list of objects is needed")
-    return tools
+    return wrap_tools(tools)
 
 
 FORMATS: dict[str, Callable[[Row, str], Chat]] = {
+    "preference": read_preference,
+    "seed-task": read_seed_task,
+    "question-answer": read_question_answer,
     "messages": read_chat_messages,
     "sharegpt": read_sharegpt,
     "hh-rlhf": read_hh_rlhf,
@@ -194,18 +225,23 @@ def find_format(row: Any) -> str | None:
     if not isinstance(row, dict):
         return None
     columns = row.keys()
+    if "chosen" in columns:
+        alone = isinstance(row["chosen"], str) and not any(row.get(name) for name in CONTEXTS)
+        return "hh-rlhf" if alone else "preference"
     if "messages" in columns:
         return "messages"
-    if "conversations" in columns:
+    if "conversations" in columns or isinstance(row.get("conversation"), list):
         return "sharegpt"
-    if "chosen" in columns:
-        return "hh-rlhf"
+    if "instances" in columns:
+        return "seed-task"
     if columns >= {"instruction", "response"}:
         return "dolly"
     if columns >= {"instruction", "output"}:
         return "belle" if str(row["instruction"]).lstrip().startswith(("Human:", "Human：")) else "alpaca"
     if columns >= {"prompt", "completion"}:
         return "self-instruct"
+    if find_pair(columns):
+        return "question-answer"
     if columns >= {"input", "output"}:
         return "input-output"
     if "text" in columns:
@@ -230,7 +266,9 @@ def read_row(row: Any, dataset_format: str, marker: str = "\n\n") -> Chat:
     """One row as a Chat. `marker` goes between a question and its input. Raises UserError for a bad row."""
     if not isinstance(row, dict):
         raise UserError(f"holds {str(row)[:40]!r}: an object with columns is needed")
+    check_desirable(row)
     chat = FORMATS[ALIASES.get(dataset_format, dataset_format)](row, marker)
+    check_media(row, [message["content"] for message in chat.messages])
     if not any(message["role"] in ("assistant", TEXT_ROLE) for message in chat.messages):
         raise UserError("has no answer to train on")
     try:
@@ -247,13 +285,6 @@ def read_list(row: Row, column: str) -> list[Row]:
     return turns
 
 
-def find_role(name: Any) -> str:
-    role = ROLES.get(name.lower()) if isinstance(name, str) else None
-    if role is None:
-        raise UserError(f"a turn is spoken by {str(name)[:40]!r}: use system, user, assistant or tool")
-    return role
-
-
 def split_turns(text: str, speaker: str) -> list[tuple[str, str]]:
     """(role, text) of each turn; `speaker` matches what stands before a turn and captures who speaks."""
     before, *parts = re.split(speaker, text)
@@ -263,16 +294,20 @@ def split_turns(text: str, speaker: str) -> list[tuple[str, str]]:
 
 
 def tidy_turns(turns: list[tuple[str, Any]], notes: list[str] | None = None) -> Chat:
-    """Turns as messages: without empty ones, and up to the first that is out of order."""
-    notes = notes or []
+    """tidy_messages of (role, text)."""
     for role, text in turns:
         if not isinstance(text, str):
             raise UserError(f"a {role} turn holds {str(text)[:40]!r}: text is needed")
-    spoken = [(role, text) for role, text in turns if text.strip()]
-    if len(spoken) < len(turns):
+    return tidy_messages([{"role": role, "content": text} for role, text in turns], notes or [])
+
+
+def tidy_messages(messages: Messages, notes: list[str], tools: list[Any] | None = None) -> Chat:
+    """The messages without empty ones, and up to the first that is out of order."""
+    spoken = [message for message in messages if message["content"].strip() or message.get("tool_calls")]
+    if len(spoken) < len(messages):
         notes = [*notes, "empty turns taken out"]
-    messages, order = keep_ordered([{"role": role, "content": text} for role, text in spoken])
-    return Chat(messages, cleaned=(*notes, *order))
+    ordered, order = keep_ordered(spoken)
+    return Chat(ordered, tools, (*notes, *order))
 
 
 def keep_ordered(messages: Messages) -> tuple[Messages, list[str]]:

@@ -16,6 +16,7 @@ from jinja2 import TemplateError
 
 from utils.console import UserError, notice_once
 from utils.formats import TEXT_ROLE, Chat, Messages
+from utils.roles import UNTRAINED
 
 IGNORE_INDEX = -100
 TEMPLATES_DIR = Path(__file__).parent / "templates"
@@ -65,7 +66,12 @@ def render_chat(
 def apply_template(
     tokenizer: Any, tools: list[Any] | None, messages: Messages, add_generation_prompt: bool
 ) -> str:
-    """tokenizer.apply_chat_template. Plain messages skip its copies and checks: a third of the time."""
+    """tokenizer.apply_chat_template. Plain messages skip its copies and checks: a third of the time.
+
+    Templates never see which answers are context (roles.UNTRAINED).
+    """
+    if any(UNTRAINED in message for message in messages):
+        messages = [{key: message[key] for key in message if key != UNTRAINED} for message in messages]
     if tools or any(message.keys() != PLAIN_KEYS for message in messages):
         render = functools.partial(
             tokenizer.apply_chat_template,
@@ -179,8 +185,14 @@ def split_chat(tokenizer: Any, chat: Chat, stops: list[str], last_only: bool = F
         text = prompt + render_turn(render, messages, last, stops, prompt)[1]
         rewritten = bool(earlier) and not answers
         answers = [*answers, (find_border(prompt), len(text))]
-        trained = answers[-1:] if last_only else answers
-        rows.insert(0, RenderedRow(messages[: last + 1], text, answers, trained, rewritten or bool(rows)))
+        spoken = turns[-len(answers) :]  # the turns of these answers: all, or the last one alone
+        trained = [
+            span for turn, span in zip(spoken, answers, strict=True) if messages[turn].get(UNTRAINED, True)
+        ]
+        if last_only:
+            trained = [span for span in trained if span == answers[-1]]
+        if trained:
+            rows.insert(0, RenderedRow(messages[: last + 1], text, answers, trained, rewritten or bool(rows)))
         turns = earlier if rewritten and not last_only else []
     return rows
 

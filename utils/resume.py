@@ -177,10 +177,10 @@ def find_data_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     )
     changes = [f"{name} is {'gone' if name in old else 'new'}" for name in sorted(old.keys() ^ new.keys())]
     changes += [
-        f"{name}: {key} {old[name][key]} -> {new[name][key]}"
+        f"{name}: {key} {old[name].get(key)} -> {new[name].get(key)}"
         for name in sorted(old.keys() & new.keys())
-        for key in ("sha256", "format", "sample")
-        if old[name][key] != new[name][key]
+        for key in ("sha256", "format", "sample", "columns")
+        if old[name].get(key) != new[name].get(key)
     ]
     if was["rows"][TRAIN] != now["rows"][TRAIN]:
         changes.append(f"training rows {was['rows'][TRAIN]} -> {now['rows'][TRAIN]}")

@@ -11,8 +11,9 @@ from typing import Any
 from utils.arguments import DataArguments
 from utils.console import UserError, notice
 from utils.file_text import hash_file, is_in_archive, list_archive
-from utils.formats import ALIASES, FORMATS, Messages, read_row, sniff_format
+from utils.formats import ALIASES, Messages, read_row, sniff_format
 from utils.hub import reach_hub
+from utils.layouts import INFO_FILE, Layout, find_layout, parse_columns, suggest_flag
 from utils.named_sets import NAMED_SETS
 from utils.readers import ROW_SUFFIXES, find_kind, peek, read_file
 
@@ -35,10 +36,12 @@ class Source:
     dataset_format: str
     sample: int | None = None  # rows drawn from the entry
     path: Path | None = None
+    layout: Layout | None = None  # the file's own names of columns
     dataset: Any = None  # datasets.Dataset
 
     def read(self) -> Iterator[Any]:
-        return read_file(self.path) if self.path else iter(self.dataset)
+        rows = read_file(self.path) if self.path else iter(self.dataset)
+        return map(self.layout.apply, rows) if self.layout else rows
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -47,7 +50,7 @@ class Source:
             "sha256": self.digest,
             "format": self.dataset_format,
             "sample": self.sample,
-        }
+        } | ({"columns": self.layout.describe()} if self.layout else {})
 
 
 def find_sources(
@@ -79,8 +82,9 @@ def find_entry(entry: str, data_args: DataArguments) -> list[Source]:
     files = find_files(name, data_args)
     known = NAMED_SETS.get(re.sub(r"\[.*", "", name))
     dataset_format = data_args.dataset_format or (known.dataset_format if known else None)
+    asked = parse_columns(data_args.columns)
     if not files:
-        return find_hub_sources(name, sample, dataset_format)
+        return find_hub_sources(name, sample, dataset_format, asked)
     held_out = [bool(HELD_OUT_FILE.search(path.name)) for path in files]
     if all(held_out):
         held_out = [False] * len(files)  # named by the user, or nothing else is there
@@ -90,9 +94,19 @@ def find_entry(entry: str, data_args: DataArguments) -> list[Source]:
     ]
     sources = []
     for path, part in zip(files, parts, strict=True):
-        found = data_args.dataset_format or sniff_source(str(path), read_file(path), dataset_format)
-        sources.append(Source(name, str(path), part, hash_file(path), found, sample, path))
+        layout, rows = asked or load_layout(path), read_file(path)
+        rows = map(layout.apply, rows) if layout else rows
+        found = data_args.dataset_format or sniff_source(str(path), rows, dataset_format)
+        sources.append(Source(name, str(path), part, hash_file(path), found, sample, path, layout))
     return sources
+
+
+def load_layout(path: Path) -> Layout | None:
+    """That of a dataset_info.json beside the file, if it names the file."""
+    found = find_layout(path)
+    if found:
+        notice(f"{path} is read by {path.parent / INFO_FILE}, where it is {found[1]}")
+    return found[0] if found else None
 
 
 def sniff_source(name: str, rows: Iterator[Any], expected: str | None) -> str:
@@ -104,10 +118,10 @@ def sniff_source(name: str, rows: Iterator[Any], expected: str | None) -> str:
         raise UserError(f"{name}: row 1 is {str(first[0])[:40]!r}: an object with columns is needed")
     found = sniff_format(first)
     if found is None:
-        columns = ", ".join(next(row for row in first if isinstance(row, dict)))
+        row = next(row for row in first if isinstance(row, dict))
         raise UserError(
-            f"{name}: no known format has the columns {columns}; use one of the column layouts in "
-            f"data/README.md, or force one with --dataset_format: {', '.join([*FORMATS, *ALIASES])}"
+            f"{name}: no known format has the columns {', '.join(map(str, row))}: say which is which, as in "
+            f"{suggest_flag(row)} (data/README.md has the known layouts)"
         )
     if expected and ALIASES.get(expected, expected) != found:
         notice(f"{name}: the rows are {found}, not {expected} as the set's own")
@@ -230,7 +244,9 @@ def say_where_to_get(name: str) -> str:
     return f"download {where}{files} into DIR/{short}/ and add --load_from_local --data_dir DIR"
 
 
-def find_hub_sources(name: str, sample: int | None, dataset_format: str | None) -> list[Source]:
+def find_hub_sources(
+    name: str, sample: int | None, dataset_format: str | None, layout: Layout | None
+) -> list[Source]:
     """The splits of a hub set `org/name[:config][[split]]`, or of a named one."""
     bare, config, split = re.fullmatch(r"([^:\[]+)(?::([^\[]+))?(?:\[(.+)\])?", name).groups()
     known = NAMED_SETS.get(bare)
@@ -256,7 +272,8 @@ def find_hub_sources(name: str, sample: int | None, dataset_format: str | None) 
     sources = []
     for part, dataset in splits.items():
         if part in HUB_SPLITS:
-            found = dataset_format or sniff_source(name, iter(dataset), dataset_format)
+            rows = map(layout.apply, dataset) if layout else iter(dataset)
+            found = dataset_format or sniff_source(name, rows, dataset_format)
             sources.append(
                 Source(
                     name,
@@ -265,6 +282,7 @@ def find_hub_sources(name: str, sample: int | None, dataset_format: str | None) 
                     dataset._fingerprint,
                     found,
                     sample,
+                    layout=layout,
                     dataset=dataset,
                 )
             )

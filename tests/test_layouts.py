@@ -1,0 +1,262 @@
+"""Files as other trainers ship them: exactly their answers are labels, and what is left out says why."""
+
+import json
+
+import pytest
+from conftest import ROOT
+
+from utils.arguments import DataArguments, ModelArguments, TrainingArguments
+from utils.console import UserError
+from utils.data import load_rows
+from utils.data_report import build_report
+from utils.formats import find_format, read_row
+from utils.layouts import parse_columns
+from utils.model import add_pad_token
+from utils.prompts import IGNORE_INDEX
+from utils.tokenizing import tokenize_rows
+
+QWEN = (ROOT / "utils" / "templates" / "chatml.jinja").read_text()
+CALL = {"name": "look_up", "arguments": {"city": "Lima"}}
+TOOL = {"name": "look_up", "description": "Looks up.", "parameters": {"type": "object", "properties": {}}}
+CALL_TEXT = '<tool_call>\n{"name": "look_up", "arguments": {"city": "Lima"}}\n</tool_call>'
+
+
+@pytest.fixture
+def learn(smol_tokenizer, tmp_path, capsys, monkeypatch):
+    """The answers that rows (or a file) are trained on, each decoded with its stop token; and what was printed."""
+    smol_tokenizer.chat_template = QWEN
+    add_pad_token(smol_tokenizer)
+    stop = smol_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+
+    def run(rows, **flags):
+        path = rows
+        if isinstance(rows, list):
+            path = tmp_path / "rows.json"
+            path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+        data_args = DataArguments(dataset_name=str(path), source_max_len=2000, target_max_len=2000, **flags)
+        loaded = load_rows(ModelArguments(), data_args, TrainingArguments())
+        parts = tokenize_rows(loaded, smol_tokenizer, [stop], data_args)
+        answers = []
+        for row in map(parts["train"].__getitem__, range(len(parts["train"]))):
+            span = []
+            for label in [*row["labels"], IGNORE_INDEX]:
+                if label != IGNORE_INDEX:
+                    span.append(int(label))
+                elif span:
+                    answers.append(smol_tokenizer.decode(span))
+                    span = []
+        run.report = build_report(loaded, parts, len(smol_tokenizer), data_args, TrainingArguments(), False)
+        return answers, capsys.readouterr().out
+
+    return run
+
+
+def ends(*answers):
+    return [f"{answer}<|im_end|>" for answer in answers]
+
+
+PAIRS = [
+    ({"question": "Q?", "answer": "A."}, ["A."]),
+    ({"query": "Q?", "response": "A.", "history": [["q", "a"]], "system": "s"}, ["a", "A."]),
+    ({"问题": "在吗？", "回答": "在。"}, ["在。"]),
+    ({"指令": "翻译", "输入": "你好", "输出": "Hello"}, ["Hello"]),
+    ({"prompt": "Q?", "completion": "A."}, ["A."]),
+    ({"prompt": "Q?", "response": "A."}, ["A."]),
+    ({"instruction": "1 + 2?", "output": 3}, ["3"]),
+    ({"question": "Is it?", "answer": True}, ["true"]),
+    ({"conversation": [{"human": "q", "assistant": "a"}, {"human": "Q", "assistant": "A"}]}, ["a", "A"]),
+    ({"conversation": [{"from": "human", "value": "q"}, {"from": "bot", "value": "a"}]}, ["a"]),
+    ({"id": 1, "instruction": "Do.", "instances": [{"input": "", "output": "Done."}]}, ["Done."]),
+    ({"messages": [{"role": "human_user", "content": "q"}, {"role": "chatgpt", "content": "a"}]}, ["a"]),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "q"}]},
+                {"role": "assistant", "content": [{"type": "text", "value": "a "}, {"type": "text", "text": "b"}]},
+            ]
+        },
+        ["a b"],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "row, answers", PAIRS, ids=lambda value: "-".join(value) if isinstance(value, dict) else ""
+)
+def test_row_of_a_known_layout_is_trained_on_its_answers(learn, row, answers):
+    assert learn([row])[0] == ends(*answers)
+
+
+CALLED = [
+    {"from": "human", "value": "Weather in Lima?"},
+    {"from": "function_call", "value": json.dumps(CALL)},
+    {"from": "observation", "value": "sunny"},
+    {"from": "gpt", "value": "It is sunny."},
+]
+
+
+def test_calls_of_sharegpt_are_trained_as_calls(learn):
+    row = {"conversations": CALLED, "tools": json.dumps([TOOL])}
+    assert learn([row])[0] == ends(CALL_TEXT, "It is sunny.")
+    chat = read_row(row, "sharegpt")
+    assert [message["role"] for message in chat.messages] == ["user", "assistant", "tool", "assistant"]
+    assert chat.tools == [{"type": "function", "function": TOOL}]
+    named = [{"role": turn["from"], "content": turn["value"]} for turn in CALLED]
+    named[1]["role"], named[2]["role"] = "tool_call", "tool_response"
+    assert read_row({"messages": named, "tools": [TOOL]}, "messages") == chat
+
+
+def test_call_that_is_no_json_is_a_bad_row():
+    turns = [CALLED[0], {"from": "function_call", "value": "look(1)"}, *CALLED[2:]]
+    with pytest.raises(UserError, match="a call holds 'look\\(1\\)': JSON with name and arguments"):
+        read_row({"conversations": turns}, "sharegpt")
+
+
+def test_columns_of_any_name_are_said_by_a_flag(learn):
+    rows = [{"frage": "Q?", "antwort": "A.", "note": "x"}]
+    with pytest.raises(
+        UserError, match="columns frage, antwort, note: .*--columns instruction=frage,output=antwort"
+    ):
+        learn(rows)
+    assert learn(rows, columns="instruction=frage,output=antwort")[0] == ends("A.")
+    rows = [{"dialog": [{"speaker": "user", "text": "q"}, {"speaker": "assistant", "text": "a"}]}]
+    with pytest.raises(UserError, match="--columns messages=dialog,role=speaker,content=text"):
+        learn(rows)
+    assert learn(rows, columns="messages=dialog,role=speaker,content=text")[0] == ends("a")
+
+
+def test_columns_are_part_of_what_a_run_is_known_by(learn):
+    """Also of the cache: the same file under other columns is other rows."""
+    rows = [{"a": "Q?", "b": "A."}]
+    assert learn(rows, columns="instruction=a,output=b")[0] == ends("A.")
+    assert learn(rows, columns="instruction=b,output=a")[0] == ends("Q?")
+
+
+def test_bad_columns_are_one_line():
+    for text in ("question=frage", "instruction", "instruction="):
+        with pytest.raises(UserError, match="is not NAME=COLUMN with a NAME of instruction"):
+            parse_columns(text)
+
+
+INFO = {
+    "plain": {"file_name": "plain.json", "columns": {"prompt": "ask", "query": "more", "response": "say"}},
+    "shared": {
+        "file_name": "shared.json",
+        "formatting": "sharegpt",
+        "columns": {"messages": "dialog", "system": "rules"},
+        "tags": {"role_tag": "who", "content_tag": "what", "user_tag": "asker", "assistant_tag": "sayer"},
+    },
+    "ranked": {"file_name": "ranked.json", "ranking": True, "columns": {"prompt": "ask", "chosen": "good"}},
+    "default": {"file_name": "default.json"},
+}
+INFO_ROWS = {
+    "plain": ({"ask": "Q?", "more": "m", "say": "A.", "other": "x"}, ["A."]),
+    "shared": (
+        {"dialog": [{"who": "asker", "what": "q"}, {"who": "sayer", "what": "a"}], "rules": "s"},
+        ["a"],
+    ),
+    "ranked": ({"ask": "Q?", "good": "Good.", "rejected": "Bad."}, ["Good."]),
+    "default": ({"instruction": "Q?", "output": "A."}, ["A."]),
+}
+
+
+@pytest.mark.parametrize("name", INFO)
+def test_file_is_read_by_the_dataset_info_beside_it(learn, tmp_path, name):
+    (tmp_path / "dataset_info.json").write_text(json.dumps(INFO))
+    row, answers = INFO_ROWS[name]
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps([row]))
+    learned, printed = learn(path)
+    assert learned == ends(*answers)
+    assert f"{path} is read by {tmp_path / 'dataset_info.json'}, where it is {name}" in printed
+
+
+CONTEXT = [
+    {"from": "human", "value": "q"},
+    {"from": "gpt", "value": "earlier"},
+    {"from": "human", "value": "Q"},
+]
+PREFERENCES = [
+    {"conversations": CONTEXT, "chosen": {"from": "gpt", "value": "Good."}, "rejected": {"from": "gpt", "value": "Bad."}},
+    {"prompt": "Q?", "chosen": "Good.", "rejected": "Bad."},
+    {"instruction": "Q?", "input": "more", "chosen": "Good.", "rejected": "Bad."},
+    {
+        "prompt": "Q?",
+        "chosen": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "Good."}],
+        "rejected": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "Bad."}],
+    },
+    {"prompt": [{"role": "user", "content": "Q?"}], "chosen": [{"role": "assistant", "content": "Good."}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", PREFERENCES, ids=["conversations", "texts", "alpaca", "messages", "trl"])
+def test_of_a_preference_the_chosen_answer_alone_is_trained(learn, row):
+    learned, printed = learn([row])
+    assert learned == ends("Good.")
+    assert (
+        "format preference" in printed and "the chosen answers are trained, the rejected left out" in printed
+    )
+
+
+def test_undesirable_rows_of_a_kto_file_are_left_out_and_no_loss(learn):
+    rows = [{"prompt": f"q{i}", "completion": f"a{i}", "label": i % 2 == 0} for i in range(6)]
+    rows += [
+        {
+            "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "bad"}],
+            "label": False,
+        }
+    ]
+    learned, printed = learn(rows[:6])
+    assert learned == ends("a0", "a2", "a4")
+    assert "3 left out, row 2 first: not to be learned: column 'label' is false" in printed
+    assert learn.report["red"] == []
+    with pytest.raises(UserError, match="not to be learned: column 'label' is false"):
+        read_row(rows[6], "messages")
+
+
+def test_answer_of_no_weight_is_context_and_no_label(learn):
+    turns = [("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    for mark in ({"weight": 0}, {"train": False}, {"loss": False}):
+        assert learn([{"messages": [messages[0], messages[1] | mark, *messages[2:]]}])[0] == ends("a2")
+        assert learn([{"messages": [*messages[:3], messages[3] | mark]}])[0] == ends("a1")
+    kept = [messages[0], messages[1] | {"weight": 1}, messages[2], messages[3] | {"train": True}]
+    assert learn([{"messages": kept}])[0] == ends("a1", "a2")
+    said = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 0}]
+    said += [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    assert learn([{"conversations": said}])[0] == ends("A")
+
+
+MEDIA = [
+    ({"instruction": "What is it?", "output": "A cat.", "images": ["cat.png"]}, "column 'images' names media"),
+    ({"question": "What?", "answer": "A cat.", "image": "cat.png"}, "column 'image' names media"),
+    (
+        {"messages": [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A cat."}]},
+        "the text stands around a <image>",
+    ),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image_url", "image_url": {}}, {"type": "text", "text": "?"}]},
+                {"role": "assistant", "content": "A cat."},
+            ]
+        },
+        "a part of type 'image_url': only text is trained",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row, reason", MEDIA, ids=["images", "image", "tag", "part"])
+def test_row_with_media_is_refused_and_counted_as_lost(learn, row, reason):
+    with pytest.raises(UserError, match=reason):
+        read_row(row, find_format(row))
+    good = {name: None if name.startswith("image") else value for name, value in row.items()}
+    if "messages" in row:
+        turns = [("user", "Q?"), ("assistant", "A cat.")]
+        good = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    learned, printed = learn([good, good, row])
+    assert (
+        learned == ends("A cat.", "A cat.") and "1 left out, row 3 first: " in printed and reason in printed
+    )
+    assert "1 of 3 rows are lost" in learn.report["red"]
