@@ -221,8 +221,16 @@ class Review:
     tokens: tuple[int, int]
 
 
+class NoVerdict(ValueError):
+    """Replies that were paid for and hold no verdict; `tokens` in and out."""
+
+    def __init__(self, message: str, tokens: tuple[int, int]):
+        super().__init__(message)
+        self.tokens = tokens
+
+
 def ask_judge(client: Any, prompt: str, judge_args: JudgeArguments) -> Review:
-    """Ask until a reply holds a verdict. Raises openai's errors, and ValueError where none does."""
+    """Ask until a reply holds a verdict. Raises openai's errors, and NoVerdict where none does."""
     messages = [{"role": "user", "content": prompt}]
     options = {"temperature": judge_args.temperature} if judge_args.temperature >= 0 else {}
     tokens_in = tokens_out = 0
@@ -246,7 +254,10 @@ def ask_judge(client: Any, prompt: str, judge_args: JudgeArguments) -> Review:
             {"role": "assistant", "content": text},
             {"role": "user", "content": ASK_AGAIN[judge_args.scoring]},
         ]
-    raise ValueError(f"no verdict in {judge_args.attempts} replies, the last ends with {text[-60:]!r}")
+    raise NoVerdict(
+        f"no verdict in {judge_args.attempts} replies, the last ends with {text[-60:]!r}",
+        (tokens_in, tokens_out),
+    )
 
 
 def parse_score(text: str, scoring: str) -> int | list[float] | None:
@@ -276,9 +287,10 @@ def save_result(
     except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
         raise UserError(f"the endpoint refuses (--model {judge_args.model}): {error}") from error
     except (openai.OpenAIError, ValueError) as error:
+        if isinstance(error, NoVerdict):
+            count_tokens(tokens, error.tokens)
         return f"question {comparison.question.question_id}: {type(error).__name__}: {error}"
-    tokens[0] += review.tokens[0]
-    tokens[1] += review.tokens[1]
+    count_tokens(tokens, review.tokens)
     question_id, answer1_id, answer2_id = comparison.key
     players = dict(zip(("player1", "player2"), comparison.players, strict=True))
     row = {
@@ -296,6 +308,11 @@ def save_result(
         file.flush()
         os.fsync(file.fileno())
     return None
+
+
+def count_tokens(total: list[int], used: tuple[int, int]) -> None:
+    total[0] += used[0]
+    total[1] += used[1]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.console import UserError
+from utils.console import UserError, notice
 from utils.formats import Messages, split_turns
 from utils.readers import read_file
 from utils.run_record import hash_text
@@ -23,17 +23,33 @@ class Question:
 def load_questions(paths: list[str]) -> list[Question]:
     """Rows {question_id, text, category} of all files. Raises UserError for a bad row and an id twice."""
     questions: dict[str | int, Question] = {}
+    later = 0
     for path in paths:
         for number, row in enumerate(read_question_rows(Path(path)), 1):
-            if not isinstance(row.get("text"), str) or "question_id" not in row:
+            question_id, text = find_id(row), find_question(row)
+            if not isinstance(text, str) or question_id is None:
                 raise UserError(f"{path}: row {number} is no question: question_id and text are needed")
-            question_id = row["question_id"]
+            later += isinstance(row.get("turns"), list) and len(row["turns"]) > 1
             if question_id in questions:
                 raise UserError(f"{path}: question_id {question_id!r} is there twice")
             questions[question_id] = Question(
-                question_id, row["text"], row.get("category", "generic"), read_question(row["text"])
+                question_id, text, row.get("category", "generic"), read_question(text)
             )
+    if later:
+        notice(f"{later} questions have later turns, which are not asked: each stands on its first")
     return list(questions.values())
+
+
+def find_id(row: dict[str, Any]) -> str | int | None:
+    """question_id, or the message_id of an OASST question."""
+    return row.get("question_id", row.get("message_id"))
+
+
+def find_question(row: dict[str, Any]) -> Any:
+    """`text`; the first of MT-bench's `turns`; the chat so far, `input`, of an OASST question."""
+    turns = row.get("turns")
+    first = turns[0] if isinstance(turns, list) and turns else None
+    return next((text for text in (row.get("text"), first, row.get("input")) if text is not None), None)
 
 
 def read_question_rows(path: Path) -> list[dict[str, Any]]:
@@ -62,17 +78,19 @@ class Answer:
 
 
 def load_answers(path: str) -> dict[str | int, Answer]:
-    """{question_id: answer} of a file with `generation` (the runs) or `text` (the paper's baselines)."""
+    """{question_id: answer} of a file with `generation` (the runs) or `text` (the paper's baselines).
+
+    Where the paper cut an answer before it went to the judge, `generation_truncated` is what was judged.
+    """
     answers = {}
     for number, row in enumerate(read_question_rows(Path(path)), 1):
-        text = row.get("generation", row.get("text"))
-        if not isinstance(text, str) or "question_id" not in row:
+        text = row.get("generation_truncated") or row.get("generation", row.get("text"))
+        question_id = find_id(row)
+        if not isinstance(text, str) or question_id is None:
             raise UserError(
                 f"{path}: row {number} is no answer: question_id, and generation or text, are needed"
             )
-        answers[row["question_id"]] = Answer(
-            row.get("answer_id") or name_answer(row["question_id"], text), text
-        )
+        answers[question_id] = Answer(row.get("answer_id") or name_answer(question_id, text), text)
     return answers
 
 

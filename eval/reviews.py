@@ -30,14 +30,22 @@ class Match:
 
 def load_matches(paths: list[str]) -> list[Match]:
     """Every verdict of the files; a review without one is left out. Raises UserError for no review."""
-    matches, without = [], 0
-    for path in map(Path, paths):
-        for review in read_reviews(path):
-            winner, scores = read_verdict(review, path)
-            without += winner is None
-            if winner is not None:
-                names = name_players(review, path)
-                matches.append(Match(str(review["question_id"]), *names, winner, scores))
+    reviews = [(path, review) for path in map(Path, paths) for review in read_reviews(path)]
+    owners = find_owners(reviews)
+    matches, without, turned = [], 0, set()
+    for path, review in reviews:
+        winner, scores = read_verdict(review, path)
+        without += winner is None
+        if winner is not None:
+            names = order_players(review, path, owners)
+            if names != name_players(review, path):
+                turned.add(path)
+            matches.append(Match(str(review["question_id"]), *names, winner, scores))
+    if turned:
+        notice(
+            f"{len(turned)} of {len(paths)} files are named the other way round: the answers' ids tell who "
+            "wrote them"
+        )
     if without:
         notice(f"{without} reviews hold no verdict and are left out")
     if not matches:
@@ -59,6 +67,8 @@ def read_reviews(path: Path) -> list[dict[str, Any]]:
             review = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}: line {number} is no JSON ({error.msg}): mend or remove it") from error
+        if isinstance(review, dict) and "message_id" in review:  # of the OASST questions
+            review = {"question_id": review["message_id"]} | review
         if not isinstance(review, dict) or not {"question_id", "score"} <= review.keys():
             raise UserError(f"{path}: line {number} is no review: question_id and score are needed")
         reviews.append(review)
@@ -78,6 +88,32 @@ def read_verdict(review: dict[str, Any], path: Path) -> tuple[int | None, tuple[
     raise UserError(
         f"{path}: question {review['question_id']} has the score {score!r}: 1, 2, 3 or [a, b] is read"
     )
+
+
+def find_owners(reviews: list[tuple[Path, dict[str, Any]]]) -> dict[str, set[str]]:
+    """{answer id: who may have written it}: the players that all files with this answer are named after.
+
+    One name is left where an answer was compared with those of several others.
+    """
+    owners: dict[str, set[str]] = {}
+    for path, review in reviews:
+        players = set(name_players(review, path))
+        for answer in (review.get("answer1_id"), review.get("answer2_id")):
+            if answer is not None:
+                owners[answer] = owners.get(answer, players) & players
+    return owners
+
+
+def order_players(review: dict[str, Any], path: Path, owners: dict[str, set[str]]) -> tuple[str, str]:
+    """(writer of answer 1, of answer 2), by the answers' ids where they tell, else as the file is named."""
+    names = name_players(review, path)
+    if names[0] == names[1] or "player1" in (review.get("metadata") or {}):
+        return names
+    for place, answer in enumerate((review.get("answer1_id"), review.get("answer2_id"))):
+        found = owners.get(answer, set())
+        if len(found) == 1:
+            return names if names[place] in found else names[::-1]
+    return names
 
 
 def name_players(review: dict[str, Any], path: Path) -> tuple[str, str]:

@@ -162,3 +162,52 @@ def test_bad_review_file_is_one_line(tmp_path, name, text, says):
         load_matches([str(tmp_path / name)])
     with pytest.raises(UserError, match="cannot be read"):
         load_matches([str(tmp_path / "missing.jsonl")])
+
+
+def write_relative(folder, name, first, second, scores):
+    """A score-relative file; `first` and `second` wrote its answers, whatever its name says."""
+    rows = [
+        {
+            "review_id": f"r{i}", "question_id": i, "answer1_id": f"{first}{i}", "answer2_id": f"{second}{i}",
+            "reviewer_id": 1, "metadata": {}, "text": "Because.", "score": score,
+        }
+        for i, score in enumerate(scores, 1)
+    ]  # fmt: skip
+    path = folder / f"{name}-gpt4-reviewer.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return str(path)
+
+
+def test_answers_ids_tell_who_was_compared_where_file_names_lie(tmp_path, capsys):
+    """gpt-3.5's answers are in every file: so it is known which are the other's, whatever the order of names."""
+    files = [
+        write_relative(tmp_path, "7b-vs-gpt-3.5", "gpt", "7b", [[8, 6], [10, 9]]),
+        write_relative(tmp_path, "gpt-3.5-vs-7b", "7b", "gpt", [[6, 8], [9, 10]]),
+        write_relative(tmp_path, "65b-vs-gpt-3.5", "65b", "gpt", [[9, 9], [9, 9]]),
+    ]
+    matches = load_matches(files)
+    assert "2 of 3 files are named the other way round" in capsys.readouterr().out
+    assert {(match.player1, match.player2) for match in matches[:2]} == {("gpt-3.5", "7b")}
+    assert relate_scores(matches) == {("gpt-3.5", "7b"): 18 / 15, ("65b", "gpt-3.5"): 1.0}
+
+
+def test_two_files_of_one_pair_go_by_their_names(tmp_path, capsys):
+    """Nothing in them tells whose answers these are."""
+    files = [write_relative(tmp_path, "a-vs-b", "x", "y", [[8, 6]])]
+    files.append(write_relative(tmp_path, "b-vs-a", "y", "x", [[6, 8]]))
+    assert relate_scores(load_matches(files)) == {("a", "b"): 8 / 6}
+    assert "other way round" not in capsys.readouterr().out
+
+
+def test_reviews_of_the_oasst_questions_are_read(tmp_path):
+    path = tmp_path / "7b-oa-generations-vs-gpt-4-oa-generations-gpt-4-reviewer-threeclass.jsonl"
+    row = {
+        "message_id": "0016-ab",
+        "answer1_id": "a",
+        "answer2_id": "b",
+        "metadata": {},
+        "text": "2",
+        "score": 2,
+    }
+    path.write_text(json.dumps(row) + "\n")
+    assert load_matches([str(path)]) == [Match("0016-ab", "7b", "gpt-4", 2)]

@@ -77,6 +77,8 @@ def test_finished_run_holds_exactly_these_files(call_main, tiny_model, tmp_path)
     assert len(predictions) == 6 and all(
         set(row) == {"prompt", "reference", "prediction"} for row in predictions
     )
+    log = json.loads((tmp_path / "run" / "metrics.json").read_text())["log"]
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [2, 4]  # the last is not made twice
     assert "train: 116 rows" in printed and "held out for evaluation: 6 rows" in printed
 
 

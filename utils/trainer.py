@@ -82,6 +82,7 @@ class QLoraTrainer(ResumableTrainer):
         self.keeps_logits = not is_adapted and "logits_to_keep" in find_forward_parameters(self.model)
         self.tokens_since_log = torch.zeros((), dtype=torch.long, device=self.args.device)
         self.tokens_seen, self.last_log_time = 0, None  # the clock starts with the first step
+        self.last_evaluation: tuple[int, dict[str, float]] | None = None  # step, metrics
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.keys.read(inputs)
@@ -188,6 +189,7 @@ class QLoraTrainer(ResumableTrainer):
             self.log(added)
         if self.last_log_time is not None:
             self.last_log_time += time.perf_counter() - start  # evaluation is no training time
+        self.last_evaluation = (self.state.global_step, metrics)
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -181,8 +181,13 @@ def evaluate(
     training_args: TrainingArguments,
     generation_args: GenerationArguments,
 ) -> dict[str, float]:
-    """--do_eval and --do_predict."""
-    metrics = trainer.evaluate() if training_args.do_eval else {}
+    """--do_eval and --do_predict. An evaluation of these very weights, just made, is not made again."""
+    step, metrics = trainer.last_evaluation or (None, {})
+    if not training_args.do_eval:
+        metrics = {}
+    elif step != trainer.state.global_step or trainer.args.load_best_model_at_end:
+        metrics = trainer.evaluate()
+    metrics = dict(metrics)
     if training_args.do_predict:
         metrics |= predict(trainer, rows, stop_ids, training_args, generation_args)
     return metrics
