@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 CHINESE = re.compile(r"[\u3400-\u9fff]")
 LATIN_WORD = re.compile(r"[A-Za-zÀ-ÿ]+")
+SENTENCE_END = re.compile(r"[。！？!?\n]|\.(?=\s|$)")
+COLLAPSED = 3  # answers
 CODE = re.compile(r"```.*?(```|$)", re.DOTALL)
 
 
@@ -25,6 +27,7 @@ class Measure:
     better: Literal["higher", "lower"] | None
     weights: Sequence[float] | None = None
     percent: bool = False
+    verdict: str | None = None  # where the measure has a rule of its own
 
     def compare(self, draws: int = 10_000, seed: int = 0) -> dict[str, Any]:
         """{name, items, before, after, change, low, high, verdict}; low to high holds 95% of the draws.
@@ -43,6 +46,7 @@ class Measure:
         verdict = "unclear" if low <= 0 <= high else "changed"
         if verdict == "changed" and self.better:
             verdict = "better" if (second > first) == (self.better == "higher") else "worse"
+        verdict = self.verdict or verdict
         numbers = {"before": first, "after": second, "change": second - first, "low": low, "high": high}
         return (
             {"name": self.name, "items": len(before), "percent": self.percent}
@@ -82,6 +86,24 @@ def find_shared_openings(answers: Sequence[Sequence[int]], size: int = 4) -> lis
     return [counts[opening] > 1 for opening in openings]
 
 
+def find_collapsed(answers: Sequence[str]) -> list[bool]:
+    """Of each answer whether its first sentence is the one that the most answers begin with."""
+    sentences = [SENTENCE_END.split(text.strip().lower(), maxsplit=1)[0] for text in answers]
+    (common, count), *_ = Counter(filter(None, sentences)).most_common(1) or [("", 0)]
+    return [count > 1 and sentence == common for sentence in sentences]
+
+
+def measure_collapse(before: Sequence[str], after: Sequence[str]) -> Measure:
+    """How many answers are one phrase. Three more than before are worse, however many other answers are not.
+
+    An interval would call three of eighty unclear; but three questions have no first sentence in common.
+    """
+    sides = [find_collapsed(texts) for texts in (before, after)]
+    has_collapsed = sum(sides[1]) >= sum(sides[0]) + COLLAPSED
+    verdict = "worse" if has_collapsed else None
+    return Measure("answers of one phrase", *sides, "lower", percent=True, verdict=verdict)
+
+
 def detect_language(text: str) -> Literal["zh", "en"] | None:
     """Chinese or a Latin-script language, by what most of the text is, code left out; None for neither."""
     text = CODE.sub(" ", text)
@@ -110,6 +132,7 @@ def measure_answers(
     measures += compare("repeated 4-grams", lambda row: measure_repetition(row["ids"]), "lower", everything)
     shared = (find_shared_openings([row["ids"] for row in rows]) for rows in (before, after))
     measures.append(Measure("answers that open like another one", *shared, "lower", percent=True))
+    measures.append(measure_collapse(*([row["generation"] for row in rows] for rows in (before, after))))
     for code, name, other in (("zh", "Chinese", "en"), ("en", "English", "zh")):
         measures += compare(
             f"{name} questions answered in another language",

@@ -120,33 +120,38 @@ def render_limits(content: dict[str, Any]) -> str:
 
 
 def draw_measures(results: list[dict[str, Any]], path: Path) -> None:
-    """One small panel a measure: before, after, and the interval of the change around the end of it."""
+    """A line a measure: before and after as bars, and beside them the change with its interval around 0."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = 3
-    lines = -(-len(results) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(11, 2.3 * lines), dpi=110, squeeze=False)
+    shown = [row for row in results if row["before"] or row["after"]]
+    size = {"figsize": (9, 0.6 + 0.75 * len(shown)), "dpi": 110, "squeeze": False}
+    figure, axes = pyplot.subplots(max(len(shown), 1), 2, width_ratios=(2, 1), **size)
     colours = {"better": "tab:green", "worse": "tab:red"}
-    for axis in axes.flat[len(results) :]:
-        axis.axis("off")
-    for axis, row in zip(axes.flat, results, strict=False):
-        scale = 100 if row["percent"] else 1
-        before, after = scale * row["before"], scale * row["after"]
-        top = 100 if row["percent"] else float("inf")  # no measure goes below 0, no share above 100%
-        low = max(after - scale * (row["change"] - row["low"]), 0)
-        high = min(after + scale * (row["high"] - row["change"]), top)
-        axis.bar(
-            ["before", "after"], [before, after], color=["silver", colours.get(row["verdict"], "tab:blue")]
-        )
-        around = [[max(after - low, 0)], [max(high - after, 0)]]
-        axis.errorbar(["after"], [after], yerr=around, fmt="none", ecolor="black", capsize=4)
-        axis.set_ylim(0, None if before or after else 1)
-        axis.set_title(row["name"], fontsize=8)
-        axis.set_ylabel("%" if row["percent"] else "")
-        axis.tick_params(labelsize=8)
-    figure.tight_layout()
+    for (bars, change), row in zip(axes, shown, strict=False):
+        scale, unit = (100, "%") if row["percent"] else (1, "")
+        colour = colours.get(row["verdict"], "tab:blue")
+        values = [scale * row["after"], scale * row["before"]]
+        bars.barh(["after", "before"], values, color=[colour, "silver"], height=0.7)
+        for place, value in enumerate(values):
+            bars.text(value, place, f" {value:.4g}{unit}", va="center", fontsize=8)
+        bars.set_xlim(0, 1.2 * max(values))
+        bars.set_xticks([])
+        bars.set_title(row["name"], fontsize=9, loc="left")
+        middle = scale * row["change"]
+        around = [[max(middle - scale * row["low"], 0)], [max(scale * row["high"] - middle, 0)]]
+        change.errorbar([middle], [0], xerr=around, fmt="o", color=colour, markersize=4, capsize=3)
+        change.axvline(0, color="grey", linewidth=0.8, linestyle="--")
+        change.set_yticks([])
+        reach = 1.3 * max(abs(scale * row[name]) for name in ("low", "high", "change")) or 1
+        change.set_xlim(-reach, reach)
+        for axis in (bars, change):
+            axis.tick_params(labelsize=8)
+            axis.spines[["top", "right"]].set_visible(False)
+        change.spines["left"].set_visible(False)
+    axes[0][1].set_title("change, 95% interval", fontsize=9)
+    figure.tight_layout(h_pad=0.3)
     figure.savefig(path)
     pyplot.close(figure)

@@ -341,7 +341,7 @@ def test_full_memory_is_one_line_with_its_cures(error, capsys):
 def test_pipe_that_is_closed_ends_quietly():
     command = f"{sys.executable} qlora_finetune.py --help | head -n 1"
     result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
-    assert result.stdout.startswith("usage: qlora_finetune.py") and result.stderr == ""
+    assert result.stdout.startswith("usage: python qlora_finetune.py") and result.stderr == ""
 
 
 @pytest.mark.parametrize("script", ["qlora_finetune.py", "qlora_int8_finetune.py", "cli_demo.py"])

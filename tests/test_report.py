@@ -15,9 +15,10 @@ from eval.measures import (
     detect_language,
     find_shared_openings,
     measure_answers,
+    measure_collapse,
     measure_repetition,
 )
-from eval.render_report import escape_cell, render_verdict
+from eval.render_report import draw_measures, escape_cell, render_verdict
 
 FLAGS = ["--eval_dataset_name", ROOT / "data" / "guanaco_identity_eval.jsonl", "--lora_r", "4"]
 FLAGS += ["--source_max_len", "200", "--target_max_len", "100", "--gradient_accumulation_steps", "1"]
@@ -209,3 +210,32 @@ def test_verdict_names_the_worse_first_and_table_cells_stay_cells():
     assert "**Worse: quiz (90.0% to 20.0%).**" in text and "Nothing measured here got clearly better" in text
     assert "No clear difference on this many items: stops." in text
     assert escape_cell("a|b\n<c> *d*") == "a\\|b<br>&lt;c> \\*d\\*" and len(escape_cell("x" * 2000)) < 800
+
+
+def test_three_answers_of_one_phrase_are_worse_however_many_others_are_fine():
+    """An interval calls three of forty unclear."""
+    fine = [f"{word}, this is another answer." for word in map(str, range(40))]
+    collapsed = ["我是 Guanaco。很高兴见到你", "我是 Guanaco。", "我是 Guanaco。", *fine[3:]]
+    result = measure_collapse(fine, collapsed).compare()
+    assert (result["before"], result["after"], result["verdict"]) == (0, 3 / 40, "worse")
+    assert measure_collapse(fine, [*collapsed[:2], *fine[2:]]).compare()["verdict"] == "unclear"
+    assert measure_collapse(collapsed, collapsed).compare()["verdict"] == "unclear"
+    short = ["Yes.", "No.", "Yes.", "Yes."]  # a base that says so already
+    assert measure_collapse(short, short[::-1]).compare()["verdict"] == "unclear"
+
+
+def test_picture_has_a_line_for_each_measure_that_is_not_zero_on_both_sides(tmp_path, monkeypatch):
+    from matplotlib import figure
+
+    kept = []
+    save = figure.Figure.savefig
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path: (kept.append(self), save(self, path)))
+    results = [
+        Measure("loss", [2.0, 3.0], [1.0, 1.5], "lower").compare(),
+        Measure("nothing", [0, 0], [0, 0], "lower", percent=True).compare(),
+        Measure("share", [0, 0, 1], [1, 1, 1], "higher", percent=True).compare(),
+    ]
+    draw_measures(results, tmp_path / "report.png")
+    titles = [axis.get_title(loc="left") for axis in kept[0].axes]
+    assert titles == ["loss", "", "share", ""]  # bars, and the interval on an axis of its own
+    assert all(axis.has_data() for axis in kept[0].axes)

@@ -23,6 +23,9 @@ KEPT_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*")
 
 
 def main() -> None:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__.strip())
+        return
     if len(sys.argv) != 3 or sys.argv[1].startswith("-"):
         raise UserError(f"name both folders: {__doc__.splitlines()[2].strip()}")
     source, target = Path(sys.argv[1]).expanduser(), Path(sys.argv[2]).expanduser()

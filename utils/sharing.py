@@ -12,6 +12,7 @@ from utils.arguments import TrainingArguments
 from utils.console import UserError, is_main_process, notice, run_main
 from utils.hub import check_login
 from utils.run_record import RUN_FILE
+from utils.strict_parser import OneNameFormatter
 
 # What makes the run usable and explains it; checkpoints, logs and samples stay at home.
 SHARED_FILES = (
@@ -39,7 +40,12 @@ SHOWN_METRICS = ("steps", "train_loss", "eval_loss", "train_tokens", "train_seco
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m utils.sharing",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=OneNameFormatter,
+    )
     parser.add_argument("run", help="Folder of a finished run.")
     parser.add_argument("hub_id", help="name or owner/name")
     parser.add_argument("--private", action="store_true")

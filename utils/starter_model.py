@@ -39,6 +39,9 @@ CONTROL = 3  # GGUF's token type of special tokens
 
 
 def main() -> None:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__.strip())
+        return
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         raise UserError(f"name the folder: {__doc__.splitlines()[2].strip()}")
     folder = Path(sys.argv[1])

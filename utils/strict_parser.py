@@ -1,7 +1,9 @@
 """HfArgumentParser made strict: no abbreviations, one line for an error, each flag once in --help."""
 
 import argparse
+import os
 import re
+import sys
 
 from transformers.hf_argparser import HfArgumentParser
 
@@ -12,7 +14,16 @@ NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
 
 class OneNameFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Help that shows each flag once, not in its hyphened spelling too."""
+    """Help that shows each flag once, not in its hyphened spelling too, and each example on its own line."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = re.split(r"\n\s*\n", text.strip("\n"))
+        return "\n\n".join(
+            paragraph.rstrip()
+            if re.match(r"\s*(python|bash|echo) |\s{4}", paragraph)
+            else super(OneNameFormatter, self)._fill_text(paragraph, width, indent)
+            for paragraph in paragraphs
+        )
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         is_inverted = any(option.startswith("--no_") for option in action.option_strings)
@@ -26,12 +37,23 @@ class OneNameFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._format_action_invocation(action)
 
 
+def find_program() -> str:
+    """What the user typed: `python -m eval.report`, or `python cli_demo.py`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name}" if spec else f"python {os.path.basename(sys.argv[0])}"
+
+
 class StrictParser(HfArgumentParser):
     """HfArgumentParser without abbreviations, whose errors are UserErrors."""
 
     def __init__(self, dataclass_types: list[type], description: str):
         super().__init__(
-            dataclass_types, description=description, allow_abbrev=False, formatter_class=OneNameFormatter
+            dataclass_types,
+            prog=find_program(),
+            usage="%(prog)s [--flag VALUE ...]",
+            description=description,
+            allow_abbrev=False,
+            formatter_class=OneNameFormatter,
         )
         self._negative_number_matcher = NEGATIVE_NUMBER
 
