@@ -359,6 +359,26 @@ def test_help_answers_within_two_seconds(script):
     assert min(seconds) < max(2, 1.4 * max(parser_seconds))
 
 
+def find_commands():
+    """Every `python -m` command: a module of utils or eval that runs as one."""
+    modules = [*(ROOT / "utils").glob("*.py"), *(ROOT / "eval").glob("*.py")]
+    return sorted(
+        f"{path.parent.name}.{path.stem}" for path in modules if '__name__ == "__main__"' in path.read_text()
+    )
+
+
+@pytest.mark.parametrize("module", find_commands())
+def test_help_of_a_command_needs_no_torch_and_shows_its_example(tmp_path, module):
+    """Without torch it answers in a second; the example stands on a line of its own."""
+    log, errors = tmp_path / "log", tmp_path / "errors"
+    code = get_server().run(log, "--help", script=module, errors=errors, forbidden=["torch"])
+    assert code == 0 and errors.read_text() == ""
+    lines = [line.strip() for line in log.read_text().splitlines()]
+    assert [line for line in lines if line.startswith(f"python -m {module}") or line.startswith("OPENAI_")], (
+        lines
+    )
+
+
 def test_help_names_every_flag_once():
     listed = re.findall(
         r"^  (--[\w-]+)", run_script("qlora_finetune.py", "--help").stdout, flags=re.MULTILINE

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from eval import train_speed
+from eval import speed_steps, train_speed
 from eval.speed_workloads import build_packed, draw_length, fill_each_size, parse_workload
 from utils.console import UserError
 from utils.packing import choose_sizes
@@ -80,9 +80,9 @@ def test_padded_variants_time_as_many_micro_batches_for_each_number_of_rows():
         ("real-128", 32, 3),
         ("4x2048", 4, 3),
     ):
-        steps, warm_ups, _ = train_speed.plan_steps("original", workload, arguments, "cuda")
+        steps, warm_ups, _ = speed_steps.plan_steps("original", workload, arguments, "cuda")
         assert warm_ups == 1 and [len(step) for step in steps] == [rows] * (1 + timed)
-    steps, warm_ups, _ = train_speed.plan_steps("fast", "real-128", arguments, "cuda")
+    steps, warm_ups, _ = speed_steps.plan_steps("fast", "real-128", arguments, "cuda")
     assert [len(step) for step in steps[warm_ups:]] == [128] * 6
 
 
@@ -101,3 +101,7 @@ def test_random_model_has_the_shape_and_the_layers(bits):
 
 def test_seven_billion_weights_are_counted():
     assert count_linear_weights(SHAPES["llama-7b"]()) == pytest.approx(6.6e9, rel=0.01)
+
+
+def test_shapes_of_the_flag_are_those_that_can_be_built():
+    assert list(train_speed.SHAPE_NAMES) == list(SHAPES)
