@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import permutations
@@ -187,17 +188,17 @@ def judge_all(
     Path(judge_args.output_dir).mkdir(parents=True, exist_ok=True)
     waiting = list(zip(comparisons, prompts, strict=True))[::-1]
     under_way: dict[Future, Comparison] = {}
-    failures, failed_in_a_row, tokens = [], 0, [0, 0]
+    failures, failed_in_a_row, used = [], 0, TokensUsed()
     bar = tqdm(total=len(waiting), unit="review")
     with ThreadPoolExecutor(judge_args.parallel) as pool:
         try:
             while waiting or under_way:
                 while waiting and len(under_way) < judge_args.parallel:
                     comparison, prompt = waiting.pop()
-                    under_way[pool.submit(ask_judge, client, prompt, judge_args)] = comparison
+                    under_way[pool.submit(ask_judge, client, prompt, judge_args, used)] = comparison
                 done, _ = wait(under_way, return_when=FIRST_COMPLETED)
                 for future in done:
-                    failure = save_result(future, under_way.pop(future), judge_args, tokens)
+                    failure = save_result(future, under_way.pop(future), judge_args)
                     failed_in_a_row = failed_in_a_row + 1 if failure else 0
                     failures += [failure] if failure else []
                     bar.update()
@@ -205,9 +206,9 @@ def judge_all(
                     raise UserError(f"{failed_in_a_row} reviews in a row failed, the last: {failures[-1]}")
         finally:  # what is paid for is kept
             for future, comparison in under_way.items():
-                save_result(future, comparison, judge_args, tokens)
+                save_result(future, comparison, judge_args)
             bar.close()
-            notice(f"used {tokens[0]:,} tokens in, {tokens[1]:,} out")
+            notice(f"used {used.tokens_in:,} tokens in, {used.tokens_out:,} out")
     if failures:
         raise UserError(
             f"{len(failures)} reviews failed, the first: {failures[0]}; start again to ask for them"
@@ -218,22 +219,25 @@ def judge_all(
 class Review:
     text: str
     score: int | list[float]
-    tokens: tuple[int, int]
 
 
-class NoVerdict(ValueError):
-    """Replies that were paid for and hold no verdict; `tokens` in and out."""
+class TokensUsed:
+    """Tokens of every reply that came, those without a verdict too: the endpoint counts them all."""
 
-    def __init__(self, message: str, tokens: tuple[int, int]):
-        super().__init__(message)
-        self.tokens = tokens
+    def __init__(self):
+        self.tokens_in = self.tokens_out = 0
+        self.lock = threading.Lock()
+
+    def add(self, usage: Any) -> None:
+        with self.lock:
+            self.tokens_in += usage.prompt_tokens
+            self.tokens_out += usage.completion_tokens
 
 
-def ask_judge(client: Any, prompt: str, judge_args: JudgeArguments) -> Review:
-    """Ask until a reply holds a verdict. Raises openai's errors, and NoVerdict where none does."""
+def ask_judge(client: Any, prompt: str, judge_args: JudgeArguments, used: TokensUsed) -> Review:
+    """Ask until a reply holds a verdict. Raises openai's errors, and ValueError where none does."""
     messages = [{"role": "user", "content": prompt}]
     options = {"temperature": judge_args.temperature} if judge_args.temperature >= 0 else {}
-    tokens_in = tokens_out = 0
     for _ in range(judge_args.attempts):
         reply = client.chat.completions.create(
             model=judge_args.model,
@@ -243,21 +247,18 @@ def ask_judge(client: Any, prompt: str, judge_args: JudgeArguments) -> Review:
         )
         # A server that answers with anything but JSON gives a str here.
         usage, choices = getattr(reply, "usage", None), getattr(reply, "choices", None)
-        tokens_in += usage.prompt_tokens if usage else 0
-        tokens_out += usage.completion_tokens if usage else 0
+        if usage:
+            used.add(usage)
         text = (choices[0].message.content if choices else None) or ""
         score = parse_score(text, judge_args.scoring)
         if score is not None:
-            return Review(text, score, (tokens_in, tokens_out))
+            return Review(text, score)
         messages = [
             messages[0],
             {"role": "assistant", "content": text},
             {"role": "user", "content": ASK_AGAIN[judge_args.scoring]},
         ]
-    raise NoVerdict(
-        f"no verdict in {judge_args.attempts} replies, the last ends with {text[-60:]!r}",
-        (tokens_in, tokens_out),
-    )
+    raise ValueError(f"no verdict in {judge_args.attempts} replies, the last ends with {text[-60:]!r}")
 
 
 def parse_score(text: str, scoring: str) -> int | list[float] | None:
@@ -273,9 +274,7 @@ def parse_score(text: str, scoring: str) -> int | list[float] | None:
     return scores if scores and all(1 <= score <= 10 for score in scores) else None
 
 
-def save_result(
-    future: Future, comparison: Comparison, judge_args: JudgeArguments, tokens: list[int]
-) -> str | None:
+def save_result(future: Future, comparison: Comparison, judge_args: JudgeArguments) -> str | None:
     """Append the review to its file; returns what went wrong instead, if anything did.
 
     Raises UserError where the endpoint refuses every request: a wrong key, model or parameter.
@@ -287,10 +286,7 @@ def save_result(
     except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
         raise UserError(f"the endpoint refuses (--model {judge_args.model}): {error}") from error
     except (openai.OpenAIError, ValueError) as error:
-        if isinstance(error, NoVerdict):
-            count_tokens(tokens, error.tokens)
         return f"question {comparison.question.question_id}: {type(error).__name__}: {error}"
-    count_tokens(tokens, review.tokens)
     question_id, answer1_id, answer2_id = comparison.key
     players = dict(zip(("player1", "player2"), comparison.players, strict=True))
     row = {
@@ -308,11 +304,6 @@ def save_result(
         file.flush()
         os.fsync(file.fileno())
     return None
-
-
-def count_tokens(total: list[int], used: tuple[int, int]) -> None:
-    total[0] += used[0]
-    total[1] += used[1]
 
 
 if __name__ == "__main__":

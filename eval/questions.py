@@ -21,35 +21,29 @@ class Question:
 
 
 def load_questions(paths: list[str]) -> list[Question]:
-    """Rows {question_id, text, category} of all files. Raises UserError for a bad row and an id twice."""
+    """Rows {question_id or message_id, text or MT-bench's turns, category} of all files.
+
+    Raises UserError for a bad row and an id twice.
+    """
     questions: dict[str | int, Question] = {}
-    later = 0
+    more_turns = 0
     for path in paths:
         for number, row in enumerate(read_question_rows(Path(path)), 1):
-            question_id, text = find_id(row), find_question(row)
+            question_id, text = find_id(row), row.get("text", find_first(row.get("turns")))
             if not isinstance(text, str) or question_id is None:
-                raise UserError(f"{path}: row {number} is no question: question_id and text are needed")
-            later += isinstance(row.get("turns"), list) and len(row["turns"]) > 1
+                raise UserError(
+                    f"{path}: row {number} is no question: question_id (or message_id) and text (or turns) "
+                    "are needed"
+                )
+            more_turns += "text" not in row and len(row["turns"]) > 1
             if question_id in questions:
                 raise UserError(f"{path}: question_id {question_id!r} is there twice")
             questions[question_id] = Question(
                 question_id, text, row.get("category", "generic"), read_question(text)
             )
-    if later:
-        notice(f"{later} questions have later turns, which are not asked: each stands on its first")
+    if more_turns:
+        notice(f"--questions: {more_turns} of {len(questions)} have more than one turn: the first is asked")
     return list(questions.values())
-
-
-def find_id(row: dict[str, Any]) -> str | int | None:
-    """question_id, or the message_id of an OASST question."""
-    return row.get("question_id", row.get("message_id"))
-
-
-def find_question(row: dict[str, Any]) -> Any:
-    """`text`; the first of MT-bench's `turns`; the chat so far, `input`, of an OASST question."""
-    turns = row.get("turns")
-    first = turns[0] if isinstance(turns, list) and turns else None
-    return next((text for text in (row.get("text"), first, row.get("input")) if text is not None), None)
 
 
 def read_question_rows(path: Path) -> list[dict[str, Any]]:
@@ -60,6 +54,15 @@ def read_question_rows(path: Path) -> list[dict[str, Any]]:
     if bad:
         raise UserError(f"{path}: row {bad} is {str(rows[bad - 1])[:40]!r}: an object is needed")
     return rows
+
+
+def find_id(row: dict[str, Any]) -> str | int | None:
+    """OASST's rows have message_id in place of question_id."""
+    return row.get("question_id", row.get("message_id"))
+
+
+def find_first(values: Any) -> Any:
+    return values[0] if isinstance(values, list) and values else None
 
 
 def read_question(text: str) -> Messages:
@@ -80,18 +83,27 @@ class Answer:
 def load_answers(path: str) -> dict[str | int, Answer]:
     """{question_id: answer} of a file with `generation` (the runs) or `text` (the paper's baselines).
 
-    Where the paper cut an answer before it went to the judge, `generation_truncated` is what was judged.
+    `generation_truncated`, where the paper has it, is what it judged: without the next question that a model
+    went on to ask itself. MT-bench's `choices` give the answer to the first turn.
     """
     answers = {}
     for number, row in enumerate(read_question_rows(Path(path)), 1):
-        text = row.get("generation_truncated") or row.get("generation", row.get("text"))
-        question_id = find_id(row)
+        question_id, text = find_id(row), find_answer(row)
         if not isinstance(text, str) or question_id is None:
             raise UserError(
-                f"{path}: row {number} is no answer: question_id, and generation or text, are needed"
+                f"{path}: row {number} is no answer: question_id (or message_id), and generation or text, "
+                "are needed"
             )
         answers[question_id] = Answer(row.get("answer_id") or name_answer(question_id, text), text)
     return answers
+
+
+def find_answer(row: dict[str, Any]) -> Any:
+    for name in ("generation_truncated", "generation", "text"):
+        if name in row:
+            return row[name]
+    choice = find_first(row.get("choices"))
+    return find_first(choice.get("turns")) if isinstance(choice, dict) else None
 
 
 def name_answer(question_id: str | int, text: str) -> str:

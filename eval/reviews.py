@@ -1,11 +1,17 @@
 """Review files of the QLoRA paper: a judge's verdicts on pairs of answers, one JSON line each.
 
-{review_id, question_id, answer1_id, answer2_id, reviewer_id, metadata, text, score}. A three-class score is 1
-or 2, the better answer, or 3, a tie; a score-relative one is [score 1, score 2], each out of 10.
+{review_id, question_id, answer1_id, answer2_id, reviewer_id, metadata, text, score}; OASST's reviews have
+message_id in place of question_id. A three-class score is 1 or 2, the better answer, or 3, a tie; a
+score-relative one is [score 1, score 2], each out of 10.
+
+A file's name, A-vs-B, tells who was compared, but not who wrote answer 1: most score-relative files of the
+paper are named the other way round. An answer keeps its id in all files it was judged in, so an id that is
+in A-vs-B and in A-vs-C is A's.
 """
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,22 +36,16 @@ class Match:
 
 def load_matches(paths: list[str]) -> list[Match]:
     """Every verdict of the files; a review without one is left out. Raises UserError for no review."""
-    reviews = [(path, review) for path in map(Path, paths) for review in read_reviews(path)]
-    owners = find_owners(reviews)
-    matches, without, turned = [], 0, set()
-    for path, review in reviews:
-        winner, scores = read_verdict(review, path)
-        without += winner is None
-        if winner is not None:
-            names = order_players(review, path, owners)
-            if names != name_players(review, path):
-                turned.add(path)
-            matches.append(Match(str(review["question_id"]), *names, winner, scores))
-    if turned:
-        notice(
-            f"{len(turned)} of {len(paths)} files are named the other way round: the answers' ids tell who "
-            "wrote them"
-        )
+    matches, without = [], 0
+    files = {path: read_reviews(path) for path in map(Path, paths)}
+    orders = order_players(files)
+    for path, reviews in files.items():
+        for review in reviews:
+            winner, scores = read_verdict(review, path)
+            without += winner is None
+            if winner is not None:
+                names = read_players(review) or orders.get(path) or name_players(path)
+                matches.append(Match(read_question_id(review), *names, winner, scores))
     if without:
         notice(f"{without} reviews hold no verdict and are left out")
     if not matches:
@@ -67,10 +67,12 @@ def read_reviews(path: Path) -> list[dict[str, Any]]:
             review = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}: line {number} is no JSON ({error.msg}): mend or remove it") from error
-        if isinstance(review, dict) and "message_id" in review:  # of the OASST questions
-            review = {"question_id": review["message_id"]} | review
-        if not isinstance(review, dict) or not {"question_id", "score"} <= review.keys():
-            raise UserError(f"{path}: line {number} is no review: question_id and score are needed")
+        if not isinstance(review, dict) or not (
+            "score" in review and review.keys() & {"question_id", "message_id"}
+        ):
+            raise UserError(
+                f"{path}: line {number} is no review: question_id (or message_id) and score are needed"
+            )
         reviews.append(review)
     return reviews
 
@@ -86,41 +88,63 @@ def read_verdict(review: dict[str, Any], path: Path) -> tuple[int | None, tuple[
         first, second = map(float, score)
         return (TIE if first == second else 1 if first > second else 2), (first, second)
     raise UserError(
-        f"{path}: question {review['question_id']} has the score {score!r}: 1, 2, 3 or [a, b] is read"
+        f"{path}: question {read_question_id(review)} has the score {score!r}: 1, 2, 3 or [a, b] is read"
     )
 
 
-def find_owners(reviews: list[tuple[Path, dict[str, Any]]]) -> dict[str, set[str]]:
-    """{answer id: who may have written it}: the players that all files with this answer are named after.
-
-    One name is left where an answer was compared with those of several others.
-    """
-    owners: dict[str, set[str]] = {}
-    for path, review in reviews:
-        players = set(name_players(review, path))
-        for answer in (review.get("answer1_id"), review.get("answer2_id")):
-            if answer is not None:
-                owners[answer] = owners.get(answer, players) & players
-    return owners
+def read_question_id(review: dict[str, Any]) -> str:
+    return str(review["question_id"] if "question_id" in review else review["message_id"])
 
 
-def order_players(review: dict[str, Any], path: Path, owners: dict[str, set[str]]) -> tuple[str, str]:
-    """(writer of answer 1, of answer 2), by the answers' ids where they tell, else as the file is named."""
-    names = name_players(review, path)
-    if names[0] == names[1] or "player1" in (review.get("metadata") or {}):
-        return names
-    for place, answer in enumerate((review.get("answer1_id"), review.get("answer2_id"))):
-        found = owners.get(answer, set())
-        if len(found) == 1:
-            return names if names[place] in found else names[::-1]
-    return names
-
-
-def name_players(review: dict[str, Any], path: Path) -> tuple[str, str]:
-    """Who was compared: as the review's metadata says, else as the file is named."""
+def read_players(review: dict[str, Any]) -> tuple[str, str] | None:
+    """Who wrote answers 1 and 2, where the review itself says so, as eval.judge's do."""
     metadata = review.get("metadata") or {}
-    if "player1" in metadata and "player2" in metadata:
-        return metadata["player1"], metadata["player2"]
+    return (metadata["player1"], metadata["player2"]) if {"player1", "player2"} <= metadata.keys() else None
+
+
+def order_players(files: dict[Path, list[dict[str, Any]]]) -> dict[Path, tuple[str, str]]:
+    """{file: (who wrote its answers 1, who its answers 2)}, by answer ids, else by name; both are said.
+
+    Two models may give one answer (an empty one), and with it one id: so all rows of a file vote.
+    """
+    unnamed = {path: [row for row in rows if not read_players(row)] for path, rows in files.items()}
+    names = {path: name_players(path) for path, rows in unnamed.items() if rows}
+    pairs: dict[tuple[str, str], set[frozenset[str]]] = {}  # in which pairings an answer was judged
+    for path, players in names.items():
+        for answer in (answer for row in unnamed[path] for answer in read_answer_keys(row)):
+            pairs.setdefault(answer, set()).add(frozenset(players))
+    judged = {answer: Counter(player for pair in seen for player in pair) for answer, seen in pairs.items()}
+    orders, swapped, unsure = {}, [], []
+    for path, (one, two) in names.items():
+        votes = 0
+        for row in unnamed[path]:
+            for answer, sign in zip(read_answer_keys(row), (1, -1), strict=False):
+                lead = judged[answer][one] - judged[answer][two]
+                votes += sign * ((lead > 0) - (lead < 0))
+        orders[path] = (two, one) if votes < 0 else (one, two)
+        swapped += [path] if votes < 0 else []
+        unsure += [path] if votes == 0 else []
+    if swapped:
+        notice(
+            f"{len(swapped)} of {len(names)} files are named the other way round, the first is "
+            f"{swapped[0].name}: who is who is taken from the answer ids"
+        )
+    if unsure:
+        notice(
+            f"who wrote answers 1 and 2 of {len(unsure)} files is taken from their names: answer ids tell it "
+            "only beside reviews of the same answers against a third model"
+        )
+    return orders
+
+
+def read_answer_keys(review: dict[str, Any]) -> list[tuple[str, str]]:
+    """[(question, id of answer 1), (question, id of answer 2)], empty where the review has no ids."""
+    ids = [review.get("answer1_id"), review.get("answer2_id")]
+    return [(read_question_id(review), str(one)) for one in ids] if all(ids) else []
+
+
+def name_players(path: Path) -> tuple[str, str]:
+    """The two that a file is named after, in the name's order."""
     found = FILE_NAME.fullmatch(path.stem)
     if found is None:
         raise UserError(
@@ -156,17 +180,21 @@ def measure_order_agreement(matches: list[Match]) -> tuple[int, int]:
 
 
 def relate_scores(matches: list[Match]) -> dict[tuple[str, str], float]:
-    """{(A, B): A's total score over B's, mean of both orders} of score-relative reviews (paper, table 6)."""
+    """{(A, B): A's total score over B's, mean of both orders} of score-relative reviews (paper, table 6).
+
+    B is the one of the two that was compared with more models: ChatGPT in the paper.
+    """
     totals: dict[tuple[str, str], list[float]] = {}
     for match in matches:
         if match.scores:
             total = totals.setdefault((match.player1, match.player2), [0.0, 0.0])
             total[0] += match.scores[0]
             total[1] += match.scores[1]
+    pairings = Counter(player for pair in {frozenset(players) for players in totals} for player in pair)
     ratios: dict[tuple[str, str], list[float]] = {}
     for (one, two), (first, second) in totals.items():
-        if (two, one) in ratios:
-            ratios[two, one].append(second / first)
+        if (two, one) in ratios or pairings[one] > pairings[two]:
+            ratios.setdefault((two, one), []).append(second / first)
         else:
-            ratios[one, two] = [first / second]
+            ratios.setdefault((one, two), []).append(first / second)
     return {pair: sum(orders) / len(orders) for pair, orders in ratios.items()}

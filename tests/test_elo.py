@@ -4,6 +4,7 @@ import json
 import random
 import time
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 
@@ -140,6 +141,51 @@ def test_score_relative_reviews_give_winners_and_a_share_over_both_orders(tmp_pa
     assert relate_scores(matches) == {("mine", "gpt-3.5"): pytest.approx((15 / 17 + 8 / 9) / 2)}
 
 
+def write_relative(path, first, second, scores, key="question_id"):
+    """A score-relative file of answers with the ids `first`-N and `second`-N."""
+    rows = [
+        {key: i, "answer1_id": f"{first}-{i}", "answer2_id": f"{second}-{i}", "metadata": {}, "score": score}
+        for i, score in enumerate(scores)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def test_answer_ids_tell_who_is_who_where_files_are_named_the_other_way_round(tmp_path, capsys):
+    """Small scores 6 and 7 of ChatGPT's 8 and 8, large 10 of 8, in files that all say the opposite."""
+    files = [
+        write_relative(tmp_path / "7b-vs-gpt-3.5-gpt4-reviewer.jsonl", "chat", "seven", [[8, 6], [8, 7]]),
+        write_relative(tmp_path / "gpt-3.5-vs-7b-gpt4-reviewer.jsonl", "seven", "chat", [[6, 8], [7, 8]]),
+        write_relative(tmp_path / "65b-vs-gpt-3.5-gpt4-reviewer.jsonl", "chat", "large", [[8, 10], [8, 10]]),
+    ]
+    matches = load_matches(files)
+    assert relate_scores(matches) == {("7b", "gpt-3.5"): 13 / 16, ("65b", "gpt-3.5"): 20 / 16}
+    assert count_results(matches)["7b"] == {"wins": 0, "ties": 0, "losses": 4}
+    assert "3 of 3 files are named the other way round" in capsys.readouterr().out
+    assert relate_scores(load_matches(files[:2])) == {("7b", "gpt-3.5"): pytest.approx(16 / 13)}
+    assert "of 2 files is taken from their names" in capsys.readouterr().out
+
+
+def test_one_answer_that_two_models_gave_turns_no_file_round(tmp_path):
+    """Both small models gave no answer to question 0; ids are made of the text."""
+    files = []
+    for name in ("7b", "13b"):
+        path = tmp_path / f"{name}-vs-gpt-3.5-gpt4-reviewer.jsonl"
+        rows = Path(write_relative(path, name, "chat", [[1, 9], [7, 8], [7, 8]])).read_text()
+        path.write_text(rows.replace(f"{name}-0", "empty"))
+        files.append(str(path))
+    assert {(match.player1, match.player2) for match in load_matches(files)} == {
+        ("7b", "gpt-3.5"),
+        ("13b", "gpt-3.5"),
+    }
+
+
+def test_oasst_reviews_are_read_by_message_id(tmp_path):
+    path = tmp_path / "a-vs-b-gpt-4-reviewer-threeclass.jsonl"
+    write_relative(path, "a", "b", [1, 2, -1], key="message_id")
+    assert [(match.question_id, match.winner) for match in load_matches([str(path)])] == [("0", 1), ("1", 2)]
+
+
 def test_reviews_without_verdict_are_left_out_and_said(tmp_path, capsys):
     path = write_reviews(tmp_path / "a-vs-b-gpt-4-reviewer-threeclass.jsonl", [1, -1, [-1, -1]])
     assert len(load_matches([path])) == 1
@@ -151,7 +197,11 @@ def test_reviews_without_verdict_are_left_out_and_said(tmp_path, capsys):
     [
         ("a-vs-b-gpt-4-reviewer.jsonl", '{"question_id": 1, "score": 9}', "has the score 9"),
         ("a-vs-b-gpt-4-reviewer.jsonl", '{"question_id": 1', "line 1 is no JSON"),
-        ("a-vs-b-gpt-4-reviewer.jsonl", '{"text": "?"}', "question_id and score are needed"),
+        (
+            "a-vs-b-gpt-4-reviewer.jsonl",
+            '{"text": "?"}',
+            r"question_id \(or message_id\) and score are needed",
+        ),
         ("reviews.jsonl", '{"question_id": 1, "score": 1}', "who was compared"),
         ("a-vs-b-gpt-4-reviewer.jsonl", "", "no review in them"),
     ],
@@ -162,52 +212,3 @@ def test_bad_review_file_is_one_line(tmp_path, name, text, says):
         load_matches([str(tmp_path / name)])
     with pytest.raises(UserError, match="cannot be read"):
         load_matches([str(tmp_path / "missing.jsonl")])
-
-
-def write_relative(folder, name, first, second, scores):
-    """A score-relative file; `first` and `second` wrote its answers, whatever its name says."""
-    rows = [
-        {
-            "review_id": f"r{i}", "question_id": i, "answer1_id": f"{first}{i}", "answer2_id": f"{second}{i}",
-            "reviewer_id": 1, "metadata": {}, "text": "Because.", "score": score,
-        }
-        for i, score in enumerate(scores, 1)
-    ]  # fmt: skip
-    path = folder / f"{name}-gpt4-reviewer.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return str(path)
-
-
-def test_answers_ids_tell_who_was_compared_where_file_names_lie(tmp_path, capsys):
-    """gpt-3.5's answers are in every file: so it is known which are the other's, whatever the order of names."""
-    files = [
-        write_relative(tmp_path, "7b-vs-gpt-3.5", "gpt", "7b", [[8, 6], [10, 9]]),
-        write_relative(tmp_path, "gpt-3.5-vs-7b", "7b", "gpt", [[6, 8], [9, 10]]),
-        write_relative(tmp_path, "65b-vs-gpt-3.5", "65b", "gpt", [[9, 9], [9, 9]]),
-    ]
-    matches = load_matches(files)
-    assert "2 of 3 files are named the other way round" in capsys.readouterr().out
-    assert {(match.player1, match.player2) for match in matches[:2]} == {("gpt-3.5", "7b")}
-    assert relate_scores(matches) == {("gpt-3.5", "7b"): 18 / 15, ("65b", "gpt-3.5"): 1.0}
-
-
-def test_two_files_of_one_pair_go_by_their_names(tmp_path, capsys):
-    """Nothing in them tells whose answers these are."""
-    files = [write_relative(tmp_path, "a-vs-b", "x", "y", [[8, 6]])]
-    files.append(write_relative(tmp_path, "b-vs-a", "y", "x", [[6, 8]]))
-    assert relate_scores(load_matches(files)) == {("a", "b"): 8 / 6}
-    assert "other way round" not in capsys.readouterr().out
-
-
-def test_reviews_of_the_oasst_questions_are_read(tmp_path):
-    path = tmp_path / "7b-oa-generations-vs-gpt-4-oa-generations-gpt-4-reviewer-threeclass.jsonl"
-    row = {
-        "message_id": "0016-ab",
-        "answer1_id": "a",
-        "answer2_id": "b",
-        "metadata": {},
-        "text": "2",
-        "score": 2,
-    }
-    path.write_text(json.dumps(row) + "\n")
-    assert load_matches([str(path)]) == [Match("0016-ab", "7b", "gpt-4", 2)]

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 from eval.judge import estimate_tokens, parse_score
-from eval.questions import Answer, load_answers, load_questions
+from eval.questions import load_answers, load_questions
 from eval.reviews import count_results, load_matches, relate_scores
 from utils.console import UserError
 
@@ -185,10 +185,10 @@ def test_full_broken_slow_and_nonsensical_server_is_asked_again(endpoint, argv, 
 def test_question_without_verdict_is_named_and_asked_again_at_the_next_start(
     endpoint, argv, tmp_path, call_main, capsys
 ):
-    """Its replies are paid for: 18 reviews of one request and two of three."""
     endpoint.troubles = {"Question 7?": ["The first.", "Surely the first.", "Well, the first."] * 2}
     with pytest.raises(UserError, match="2 reviews failed, the first: question 7: .*no verdict in 3 replies"):
         call_main("eval.judge", *argv, "--parallel", "1")
+    # 18 replies with a verdict, and six without: 100 tokens in and 10 out each
     assert "used 2,400 tokens in, 240 out" in capsys.readouterr().out
     assert len(load_matches(read_files(tmp_path))) == 18
     before = len(endpoint.asked)
@@ -305,19 +305,19 @@ def test_vicuna_and_oasst_question_files_and_the_papers_answers_are_read(tmp_pat
     assert (answers[1].answer_id, answers[1].text, answers[2].text) == ("BZ", "Tall.", "Very.")
 
 
-def test_oasst_and_mt_bench_files_are_read_by_their_own_names(tmp_path, capsys):
-    rows = [
-        {
-            "message_id": "0016-ab",
-            "input": "### Human: Hi ### Assistant: Hello. ### Human: Who? ### Assistant:",
-        },
-        {"question_id": 81, "category": "writing", "turns": ["Write a post.", "Now shorten it."]},
+def test_oasst_and_mt_bench_rows_and_cut_generations_are_read(tmp_path, capsys):
+    questions = [
+        {"message_id": "m1", "text": "### Human: Why? ### Assistant:", "category": "generic"},
+        {"question_id": 81, "category": "writing", "turns": ["Write a line.", "Now shorter."]},
     ]
-    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    chat, first = load_questions([str(tmp_path / "q.jsonl")])
-    assert chat.question_id == "0016-ab" and [m["content"] for m in chat.messages] == ["Hi", "Hello.", "Who?"]
-    assert first.text == "Write a post." and first.category == "writing"
-    assert "1 questions have later turns, which are not asked" in capsys.readouterr().out
-    answer = {"message_id": "0016-ab", "generation": "Me. ### Human: more", "generation_truncated": "Me."}
-    (tmp_path / "a.jsonl").write_text(json.dumps(answer | {"answer_id": "UQ"}))
-    assert load_answers(str(tmp_path / "a.jsonl"))["0016-ab"] == Answer("UQ", "Me.")
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    oasst, bench = load_questions([str(tmp_path / "q.jsonl")])
+    assert oasst.question_id == "m1" and oasst.messages == [{"role": "user", "content": "Why?"}]
+    assert bench.messages == [{"role": "user", "content": "Write a line."}]
+    assert "1 of 2 have more than one turn: the first is asked" in capsys.readouterr().out
+    rows = [
+        {"message_id": "m1", "generation": "So. ### Human: And?", "generation_truncated": "So."},
+        {"question_id": 81, "answer_id": "x", "choices": [{"index": 0, "turns": ["A line.", "Line."]}]},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [one.text for one in load_answers(str(tmp_path / "a.jsonl")).values()] == ["So.", "A line."]
