@@ -20,15 +20,17 @@ from typing import TYPE_CHECKING
 
 from transformers.hf_argparser import HfArg
 
-from utils.arguments import GenerationArguments, ModelArguments, find_given_flags, parse_args
-from utils.checks import check_adapter_fits, read_model_config, resolve_model
-from utils.columns import stream_rows
+from utils.arguments import GenerationArguments, ModelArguments
+from utils.chat.side_by_side import stream_rows
 from utils.console import UserError, run_main
-from utils.formats import Messages
+from utils.flags.parser import find_given_flags, parse_args
+from utils.messages import Messages
+from utils.models.folder import check_adapter_fits, read_model_config, resolve_model
 from utils.prompts import read_template
 
 if TYPE_CHECKING:
-    from utils.generation import ChatModel, Kept
+    from utils.chat.generation import ChatModel
+    from utils.chat.streaming import Kept
 
 COMMANDS = """\
 /clear        start a new conversation
@@ -73,7 +75,8 @@ def main() -> None:
 
     from transformers import set_seed
 
-    from utils.generation import Kept, load_run
+    from utils.chat.generation import load_run
+    from utils.chat.streaming import Kept
 
     set_seed(chat_args.seed)
     chat = load_run(model_args, config, chat_args.template)
@@ -138,7 +141,8 @@ def regenerate(chat: "ChatModel", sides: list[Side], generation_args: Generation
 
 def ask(chat: "ChatModel", sides: list[Side], question: str, generation_args: GenerationArguments) -> bool:
     """Print the reply, or both, as they come; the conversation grows by it. False where it was refused."""
-    from utils.generation import stream_reply, trim_history
+    from utils.chat.generation import trim_history
+    from utils.chat.streaming import stream_reply
 
     try:
         asked = []

@@ -9,10 +9,11 @@ The page is on this machine only; --share and --server_name open it to others an
 import os
 import sys
 
-from utils.arguments import GenerationArguments, ModelArguments, find_given_flags, parse_args
-from utils.checks import check_adapter_fits, read_model_config, resolve_model
+from utils.arguments import GenerationArguments, ModelArguments
+from utils.chat.page_arguments import PageArguments, check_port, read_auth
 from utils.console import notice, run_main
-from utils.page_arguments import PageArguments, check_port, read_auth
+from utils.flags.parser import find_given_flags, parse_args
+from utils.models.folder import check_adapter_fits, read_model_config, resolve_model
 from utils.prompts import read_template
 
 
@@ -31,8 +32,8 @@ def main() -> None:
         read_template(page_args.template)
 
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    from utils.generation import load_run
-    from utils.page import build_page, launch_page
+    from utils.chat.generation import load_run
+    from utils.chat.page import build_page, launch_page
 
     chat = load_run(model_args, config, page_args.template)
     adapter = f" + {model_args.checkpoint_dir}" if model_args.checkpoint_dir else ""

@@ -13,17 +13,16 @@ from utils.arguments import (
     LoraArguments,
     ModelArguments,
     TrainingArguments,
-    find_given_flags,
-    parse_args,
 )
-from utils.checks import check_arguments, resolve_adapter
 from utils.console import run_main
-from utils.data import load_rows
-from utils.mmlu import load_mmlu
-from utils.resume import check_same_data, find_earlier_run
-from utils.run_record import collect_arguments, describe_finished
-from utils.signals import catch_stop_signals
-from utils.sources import load_sample_prompts
+from utils.data.rows import load_rows
+from utils.data.sources import load_sample_prompts
+from utils.flags.checks import check_arguments, resolve_adapter
+from utils.flags.parser import find_given_flags, parse_args
+from utils.run.record import collect_arguments, describe_finished
+from utils.run.resume import check_same_data, find_earlier_run
+from utils.run.signals import catch_stop_signals
+from utils.train.mmlu import load_mmlu
 
 FLAGS = [ModelArguments, DataArguments, LoraArguments, TrainingArguments, GenerationArguments]
 DEFAULTS = {"bits": 4, "lora_r": 64, "lora_alpha": 16.0, "lora_dropout": 0.0}
@@ -50,18 +49,13 @@ def main() -> None:
 
     from transformers import set_seed
 
-    from utils.data_report import report_data
-    from utils.model import (
-        add_adapter,
-        check_target_modules,
-        choose_compute_dtype,
-        load_base,
-        load_stop_ids,
-        load_tokenizer,
-    )
-    from utils.tokenizing import tokenize_rows
-    from utils.trainer import build_trainer
-    from utils.training import build_callbacks, build_record, run_trainer
+    from utils.data.report import report_data
+    from utils.data.tokenizing import tokenize_rows
+    from utils.models.adapter import add_adapter, check_target_modules
+    from utils.models.base import choose_compute_dtype, load_base
+    from utils.models.tokenizer import load_stop_ids, load_tokenizer
+    from utils.train.build import build_trainer
+    from utils.train.training import build_callbacks, build_record, run_trainer
 
     check_target_modules(model_args, lora_args)
     tokenizer = load_tokenizer(model_args, data_args)

@@ -13,8 +13,9 @@ from typing import Literal
 from transformers.hf_argparser import HfArg
 
 from eval.train_speed import SHAPE_NAMES
-from utils.arguments import parse_args, require_choice, require_positive
+from utils.arguments import require_choice, require_positive
 from utils.console import UserError, run_main
+from utils.flags.parser import parse_args
 
 
 @dataclass
@@ -37,7 +38,7 @@ class ChatSpeedArguments:
 def main() -> None:
     (arguments,) = parse_args(sys.argv[1:], [ChatSpeedArguments], __doc__)
 
-    from eval.speed_replies import time_replies
+    from eval.speed.replies import time_replies
 
     time_replies(arguments)
 

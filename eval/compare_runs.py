@@ -16,8 +16,8 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
-from utils.arguments import name_leading_words, parse_args
 from utils.console import UserError, notice, run_main
+from utils.flags.parser import name_leading_words, parse_args
 
 SETTINGS = ("plain", "fast")
 

@@ -12,10 +12,18 @@ from typing import Any
 
 from transformers.hf_argparser import HfArg
 
-from eval.reviews import TIE, Match, count_results, load_matches, measure_order_agreement, relate_scores
-from utils.arguments import name_leading_words, parse_args, require_positive
+from eval.answers.reviews import (
+    TIE,
+    Match,
+    count_results,
+    load_matches,
+    measure_order_agreement,
+    relate_scores,
+)
+from utils.arguments import require_positive
 from utils.console import notice, run_main
-from utils.run_record import write_json
+from utils.flags.parser import name_leading_words, parse_args
+from utils.run.record import write_json
 
 START, K = 1000.0, 32.0  # the paper's
 

@@ -14,18 +14,12 @@ from typing import Any
 
 from transformers.hf_argparser import HfArg
 
-from eval.questions import Question, load_questions
-from utils.arguments import (
-    GenerationArguments,
-    ModelArguments,
-    find_given_flags,
-    name_leading_words,
-    parse_args,
-    require_positive,
-)
-from utils.checks import check_adapter_fits, read_model_config, resolve_model
+from eval.answers.questions import Question, load_questions
+from utils.arguments import GenerationArguments, ModelArguments, require_positive
 from utils.console import UserError, notice, run_main
-from utils.run_record import next_free_path
+from utils.flags.parser import find_given_flags, name_leading_words, parse_args
+from utils.models.folder import check_adapter_fits, read_model_config, resolve_model
+from utils.run.record import next_free_path
 
 
 @dataclass
@@ -61,7 +55,7 @@ def main() -> None:
         )
     questions = load_questions(answer_args.questions)[: answer_args.max_questions]
 
-    from utils.generation import load_run
+    from utils.chat.generation import load_run
 
     chat = load_run(model_args, config, answer_args.template)
     base = Path(model_args.model_name_or_path).name
@@ -82,7 +76,7 @@ def write_answers(
     """Answer batch by batch into answer-NAME.jsonl, so that a stopped run leaves what it had."""
     from tqdm import tqdm
 
-    from eval.answers import answer_batch
+    from eval.answers.answering import answer_batch
 
     folder = Path(answer_args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

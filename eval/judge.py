@@ -21,10 +21,11 @@ from typing import Any, Literal
 
 from transformers.hf_argparser import HfArg
 
-from eval.questions import Answer, Question, load_answers, load_questions
-from eval.reviews import shorten_name
-from utils.arguments import name_leading_words, parse_args, require_positive
+from eval.answers.questions import Answer, Question, load_answers, load_questions
+from eval.answers.reviews import shorten_name
+from utils.arguments import require_positive
 from utils.console import UserError, notice, run_main
+from utils.flags.parser import name_leading_words, parse_args
 
 PROMPTS_DIR = Path(__file__).parent / "prompts"
 ASK_AGAIN = {

@@ -13,16 +13,11 @@ from typing import Any
 
 from transformers.hf_argparser import HfArg
 
-from utils.arguments import (
-    ModelArguments,
-    find_given_flags,
-    name_leading_words,
-    parse_args,
-    require_positive,
-)
-from utils.checks import check_adapter_fits, read_model_config, resolve_model
+from utils.arguments import ModelArguments, require_positive
 from utils.console import UserError, notice, run_main
-from utils.run_record import next_free_path, write_json
+from utils.flags.parser import find_given_flags, name_leading_words, parse_args
+from utils.models.folder import check_adapter_fits, read_model_config, resolve_model
+from utils.run.record import next_free_path, write_json
 
 
 @dataclass
@@ -52,8 +47,8 @@ def main() -> None:
     if task_args.base_too and (model_args.checkpoint_dir is None or model_args.full_finetune):
         raise UserError("--base_too switches an adapter off, and there is none: measure the base by itself")
 
-    from eval.harness import load_task_manager, read_scores, run_tasks
-    from utils.generation import load_run
+    from eval.measures.harness import load_task_manager, read_scores, run_tasks
+    from utils.chat.generation import load_run
 
     tasks = task_args.tasks.split(",")
     manager = load_task_manager(tasks, task_args.include_path)

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
-from utils.arguments import parse_args, require_positive
+from utils.arguments import require_positive
 from utils.console import UserError, notice, run_main
+from utils.flags.parser import parse_args
 
 ROOT = Path(__file__).parent.parent
 BASES = {

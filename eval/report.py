@@ -14,20 +14,14 @@ from typing import Any
 
 from transformers.hf_argparser import HfArg
 
-from eval.measures import Measure, compute_row_losses, measure_answers
-from eval.questions import Question, load_questions
-from eval.render_report import draw_measures, render_report
-from utils.arguments import (
-    GenerationArguments,
-    ModelArguments,
-    find_given_flags,
-    name_leading_words,
-    parse_args,
-    require_positive,
-)
-from utils.checks import check_adapter_fits, read_model_config, resolve_model
+from eval.answers.questions import Question, load_questions
+from eval.measures.differences import Measure, compute_row_losses, measure_answers
+from eval.measures.rendering import draw_measures, render_report
+from utils.arguments import GenerationArguments, ModelArguments, require_positive
 from utils.console import UserError, notice, run_main
-from utils.run_record import find_run_record, write_json
+from utils.flags.parser import find_given_flags, name_leading_words, parse_args
+from utils.models.folder import check_adapter_fits, read_model_config, resolve_model
+from utils.run.record import find_run_record, write_json
 
 OWN_QUESTIONS = ["eval/prompts/questions_zh.jsonl", "eval/prompts/questions_en.jsonl"]
 
@@ -68,8 +62,8 @@ def main() -> None:
     record = find_run_record(run_dir)
     questions = spread(load_questions(report_args.questions), report_args.max_questions)
 
-    from eval.harness import load_task_manager
-    from utils.generation import load_run
+    from eval.measures.harness import load_task_manager
+    from utils.chat.generation import load_run
 
     tasks = [] if report_args.tasks == "none" else report_args.tasks.split(",")
     manager = load_task_manager(tasks, report_args.include_path) if tasks else None
@@ -88,7 +82,7 @@ def measure_run(
     report_args: ReportArguments,
 ) -> dict[str, Any]:
     """What report.json holds: every measure compared, the benchmarks' `measures` too, and answers."""
-    from eval.held_out import load_held_out
+    from eval.measures.held_out import load_held_out
 
     held_out = load_held_out(record, chat, report_args.max_held_out)
     asked = held_out.questions[: report_args.max_held_out_answers]
@@ -144,7 +138,7 @@ def measure_loss(chat: Any, rows: list[dict[str, list[int]]]) -> list[Measure]:
 
 def measure_tasks(chat: Any, tasks: list[str], manager: Any, report_args: ReportArguments) -> list[Measure]:
     """Accuracy of each task, question by question."""
-    from eval.harness import run_tasks
+    from eval.measures.harness import run_tasks
 
     before, after = (
         run_tasks(
@@ -169,7 +163,7 @@ def answer_both(
     chat: Any, questions: list[Question], generation_args: GenerationArguments, report_args: ReportArguments
 ) -> list[list[dict[str, Any]]]:
     """[answers without the adapter, answers with it]."""
-    from eval.answers import answer_batch
+    from eval.answers.answering import answer_batch
 
     sides = []
     for off in (True, False):
@@ -184,7 +178,7 @@ def measure_rouge(
     references: list[str], before: list[dict[str, Any]], after: list[dict[str, Any]]
 ) -> list[Measure]:
     """ROUGE-L of the answers to held-out rows."""
-    from utils.metrics import score_answer
+    from utils.train.metrics import score_answer
 
     if not references:
         return []

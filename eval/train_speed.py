@@ -13,10 +13,11 @@ from typing import Literal
 
 from transformers.hf_argparser import HfArg
 
-from utils.arguments import parse_args, require_choice
+from utils.arguments import require_choice
 from utils.console import run_main
+from utils.flags.parser import parse_args
 
-# Of utils/shapes.py, known here without importing torch.
+# Of eval/speed/shapes.py, known here without importing torch.
 SHAPE_NAMES = ("llama-7b", "llama-13b", "llama-33b", "llama-65b", "qwen2.5-7b", "smollm2-135m", "tiny")
 
 
@@ -50,7 +51,7 @@ class SpeedArguments:
 def main() -> None:
     (arguments,) = parse_args(sys.argv[1:], [SpeedArguments], __doc__)
 
-    from eval.speed_steps import time_workloads
+    from eval.speed.steps import time_workloads
 
     time_workloads(arguments)
 

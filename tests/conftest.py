@@ -16,7 +16,7 @@ SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
 
 def pytest_sessionstart(session):
     """The CPU's kind at the head, which pytest's own header, quiet under -q, would not show."""
-    from utils.cpu import describe_cpu
+    from utils.models.cpu import describe_cpu
 
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter and not hasattr(session.config, "workerinput"):
@@ -112,7 +112,7 @@ def call_main(monkeypatch, capsys):
         import importlib
 
         if not gc.get_freeze_count():  # a Trainer collects garbage: 0.7 s over all that tests have imported
-            importlib.import_module("utils.training")
+            importlib.import_module("utils.train.training")
             gc.freeze()  # once: what is frozen is never freed
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, argv)])

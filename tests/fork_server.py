@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TRAINING = """qlora_finetune qlora_int8_finetune utils.training matplotlib.pyplot bitsandbytes peft.tuners.lora.bnb
+TRAINING = """qlora_finetune qlora_int8_finetune utils.train.training matplotlib.pyplot bitsandbytes peft.tuners.lora.bnb
     transformers.models.llama.modeling_llama transformers.integrations.bitsandbytes""".split()
 FLAGS = (
     "qlora_finetune cli_demo transformers.hf_argparser".split()
@@ -81,7 +81,7 @@ def run_child(request: dict) -> None:
     if request["max_file_bytes"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["max_file_bytes"],) * 2)
     from utils.console import run_main
-    from utils.signals import catch_stop_signals
+    from utils.run.signals import catch_stop_signals
 
     sys.argv = [f"{request['script']}.py", *request["argv"]]
     code = 0

@@ -6,7 +6,7 @@ import random
 import signal
 import time
 
-from utils import checkpoints
+from utils.run import checkpoints
 
 FLAGS = """--template vanilla --source_max_len 100 --target_max_len 100 --lora_r 64 --lora_dropout 0.1
     --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --gradient_checkpointing False

@@ -11,15 +11,14 @@ from utils.arguments import (
     LoraArguments,
     ModelArguments,
     TrainingArguments,
-    find_given_flags,
-    parse_args,
 )
+from utils.chat.page_arguments import PageArguments
 from utils.console import UserError
-from utils.flag_hints import HINTS, NEVER_PROPOSED, describe_unknown
-from utils.page_arguments import PageArguments
-from utils.strict_parser import StrictParser
-from utils.trainer_flags import find_trainer_fields
-from utils.trainer_names import LOGGERS, OPTIMIZERS, SCHEDULERS
+from utils.flags.hints import HINTS, NEVER_PROPOSED, describe_unknown
+from utils.flags.parser import find_given_flags, parse_args
+from utils.flags.strict_parser import StrictParser
+from utils.flags.trainer_flags import find_trainer_fields
+from utils.flags.trainer_names import LOGGERS, OPTIMIZERS, SCHEDULERS
 
 FLAGS = [ModelArguments, DataArguments, LoraArguments, TrainingArguments, GenerationArguments]
 # Defaults of the QLoRA recipe that differ from the Trainer's, on purpose.

@@ -17,8 +17,8 @@ from conftest import ROOT, run_script
 from fork_server import FLAGS, ForkServer
 
 from utils.console import UserError, run_main
-from utils.resume import check_overwriting
-from utils.trackers import HOSTS, check_tracker
+from utils.flags.trackers import HOSTS, check_tracker
+from utils.run.resume import check_overwriting
 
 ROWS = '{"instruction": "Who are you?", "input": "", "output": "I am Guanaco."}\n' * 4
 
@@ -307,7 +307,7 @@ def test_weights_and_biases_without_login_is_one_line(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE")
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
     monkeypatch.setitem(HOSTS, "wandb", ("nowhere.invalid", *HOSTS["wandb"][1:]))
-    monkeypatch.setattr("utils.trackers.getproxies", dict)
+    monkeypatch.setattr("utils.flags.trackers.getproxies", dict)
     with pytest.raises(UserError, match="nowhere.invalid cannot be reached .*: set WANDB_MODE=offline"):
         check_tracker("wandb")
 

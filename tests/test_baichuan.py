@@ -11,9 +11,9 @@ from tiny_models import build_baichuan, build_opt, read_corpus, train_sentencepi
 from torch.nn import functional as F
 
 from utils.arguments import ModelArguments
-from utils.baichuan import is_baichuan
 from utils.console import UserError
 from utils.convert_weights import convert_folder
+from utils.models.baichuan import is_baichuan
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 
 def load(folder, bits=32):
-    from utils.model import load_base
+    from utils.models.base import load_base
 
     return load_base(ModelArguments(model_name_or_path=str(folder), bits=bits), torch.float32)
 
@@ -119,7 +119,7 @@ def test_ids_equal_sentencepieces_own(rule, dummy_prefix, joins_blanks, tmp_path
 
     import sentencepiece
 
-    from utils.tokenizer_files import load_sentencepiece
+    from utils.models.tokenizer_files import load_sentencepiece
 
     options = {"normalization_rule_name": rule, "add_dummy_prefix": dummy_prefix}
     options |= {"remove_extra_whitespaces": joins_blanks, "allow_whitespace_only_pieces": not joins_blanks}
@@ -162,14 +162,14 @@ def test_converted_baichuan_is_a_llama_folder_with_the_same_logits_and_ids(folde
     logits = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")(ids[None]).logits[0]
     assert (logits - run_published_architecture(folder, ids)).abs().max() < 1e-5
     text = "Who are you? 你是谁？\n"
-    from utils.tokenizer_files import load_own_tokenizer
+    from utils.models.tokenizer_files import load_own_tokenizer
 
     expected = load_own_tokenizer(str(folder), trust_remote_code=False)(text).input_ids
     assert AutoTokenizer.from_pretrained(tmp_path / "llama")(text).input_ids == expected
 
 
 def test_conversion_of_other_models_keeps_their_layout_and_ties(tmp_path):
-    from utils.model import load_base
+    from utils.models.base import load_base
 
     build = tmp_path / "opt"
     build.mkdir()

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_runs import FLAGS, assert_equal_runs, check_kills, write_rows
 
-from utils import checkpoints
 from utils.console import UserError
+from utils.run import checkpoints
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", pytest.param("adamw_bnb_8bit", marks=pytest.mark.slow)])
@@ -325,7 +325,8 @@ def test_folder_that_cannot_be_written_is_named_before_the_model_loads(server, c
 def small_adapter(small_model, tmp_path):
     """(model with an adapter that is not zero, folder it was saved in)"""
     from utils.arguments import LoraArguments, ModelArguments
-    from utils.model import add_lora, load_base
+    from utils.models.adapter import add_lora
+    from utils.models.base import load_base
 
     model = add_lora(
         load_base(ModelArguments(str(small_model), bits=32), torch.float32), LoraArguments(lora_r=4)

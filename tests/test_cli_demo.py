@@ -14,9 +14,10 @@ import torch
 from conftest import ROOT, run_script
 
 import cli_demo
-from utils.columns import measure_width, stream_rows, wrap_text
+from utils.chat.generation import decode_reply
+from utils.chat.side_by_side import measure_width, stream_rows, wrap_text
+from utils.chat.streaming import Kept, ReplyStreamer
 from utils.console import UserError
-from utils.generation import Kept, ReplyStreamer, decode_reply
 
 PASTE = "\x1b[200~{}\x1b[201~"
 

@@ -13,8 +13,8 @@ from tiny_models import build_llama1
 
 from utils.arguments import ModelArguments
 from utils.console import UserError
-from utils.cpu import choose_cpu_dtype, describe_cpu, fits_repacking, has_bfloat16_instructions
-from utils.model import choose_compute_dtype, load_base
+from utils.models.base import choose_compute_dtype, load_base
+from utils.models.cpu import choose_cpu_dtype, describe_cpu, fits_repacking, has_bfloat16_instructions
 
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

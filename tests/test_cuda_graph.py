@@ -18,8 +18,8 @@ from tiny_llms import (
 from transformers import LlamaConfig, Phi3Config
 
 from utils.console import run_main
-from utils.cuda_graph import GraphedStep, find_size, round_up
-from utils.fast_model import prepare_fast_model
+from utils.fast.graphed_step import GraphedStep, find_size, round_up
+from utils.fast.model import prepare_fast_model
 
 SIXTEEN = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
@@ -119,7 +119,7 @@ def test_replay_equals_eager_for_new_rows_masks_and_scales(case):
 @pytest.mark.parametrize("name", ["llama with grouped queries", "gpt_neox"])
 def test_checkpoints_in_host_memory_change_no_bit(monkeypatch, capsys, name):
     """Eager, captured and replayed steps, two sizes of micro-batches."""
-    monkeypatch.setattr("utils.fast_model.SMALLEST_WIDTH", 1)
+    monkeypatch.setattr("utils.fast.model.SMALLEST_WIDTH", 1)
     gradients = []
     for offload in (True, False):
         model = build_model(name, 0.2, SIXTEEN, 4)
@@ -142,7 +142,7 @@ def test_checkpoints_in_host_memory_change_no_bit(monkeypatch, capsys, name):
 @pytest.mark.gpu
 def test_layers_that_need_no_gradient_leave_no_copy_under_way(monkeypatch):
     """A capture cannot end while one is: the step would run eagerly."""
-    monkeypatch.setattr("utils.fast_model.SMALLEST_WIDTH", 1)
+    monkeypatch.setattr("utils.fast.model.SMALLEST_WIDTH", 1)
     gradients = []
     for offload in (True, False):
         model = build_model("llama", 0.0, SIXTEEN, 4, target_modules=LINEARS, layers_to_transform=[1])

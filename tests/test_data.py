@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 from test_sources import alpaca_rows, list_questions, load, write_rows
 
-from utils import tokenizing
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
-from utils.cache import find_cache_dir
 from utils.console import UserError
-from utils.data import Scan, find_copies, load_rows
-from utils.prompts import IGNORE_INDEX, find_stop_tokens, read_template
-from utils.sources import EVAL, TEST, TRAIN, Source
-from utils.tokenizing import tokenize_rows
+from utils.data import tokenizing
+from utils.data.cache import find_cache_dir
+from utils.data.rows import Scan, find_copies, load_rows
+from utils.data.sources import Source
+from utils.data.tokenizing import tokenize_rows
+from utils.messages import EVAL, IGNORE_INDEX, TEST, TRAIN
+from utils.prompts import find_stop_tokens, read_template
 
 
 @pytest.fixture(autouse=True)
@@ -219,7 +220,7 @@ def test_later_evaluation_says_what_the_run_trained_on_all_the_same(tmp_path, ca
 def test_report_measures_the_rows_that_the_run_held_out(tmp_path, smol_tokenizer, asked):
     from types import SimpleNamespace
 
-    from eval.held_out import load_held_out
+    from eval.measures.held_out import load_held_out
 
     write_set_with_copies(tmp_path / "set")
     wanted = {"do_eval": asked in ("do_eval", "both"), "do_predict": asked in ("do_predict", "both")}

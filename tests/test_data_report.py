@@ -100,7 +100,7 @@ def test_red_run_trains_when_told_to(report):
 
 
 def test_token_ids_beyond_the_vocabulary_are_red(report, tiny_model, monkeypatch):
-    from utils import data_report
+    from utils.data import report as data_report
 
     monkeypatch.setattr(data_report, "read_model_config", lambda model_args: {"vocab_size": 1000})
     with pytest.raises(UserError, match="reach beyond the model's 1,000"):

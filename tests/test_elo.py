@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from eval.answers.reviews import Match, count_results, load_matches, measure_order_agreement, relate_scores
 from eval.elo import rate_players
-from eval.reviews import Match, count_results, load_matches, measure_order_agreement, relate_scores
 from utils.console import UserError
 
 STRENGTHS = {"strong": 1120, "good": 1040, "fair": 960, "weak": 880}  # their mean is the start, 1000

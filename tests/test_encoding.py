@@ -9,19 +9,12 @@ from hypothesis import strategies as st
 from tiny_models import FAMILIES, train_sentencepiece
 
 from utils.arguments import DataArguments, ModelArguments
-from utils.data import load_rows
-from utils.encoding import encode_prompt, encode_row, encode_rows
-from utils.formats import Chat
-from utils.model import load_stop_ids, load_tokenizer
-from utils.prompts import (
-    IGNORE_INDEX,
-    find_stop_tokens,
-    read_template,
-    split_chat,
-    template_names,
-)
-from utils.sources import TRAIN
-from utils.tokenizing import TOKEN_SPLIT, tokenize_rows
+from utils.data.rows import load_rows
+from utils.data.tokenizing import TOKEN_SPLIT, tokenize_rows
+from utils.messages import IGNORE_INDEX, TRAIN, Chat
+from utils.models.encoding import encode_prompt, encode_row, encode_rows
+from utils.models.tokenizer import load_stop_ids, load_tokenizer
+from utils.prompts import find_stop_tokens, read_template, split_chat, template_names
 
 TURNS = [
     "Name the sky's colour.",
@@ -104,7 +97,7 @@ def byte_level_tokenizer(*lines, merges_all=False):
 
 def sentencepiece_tokenizer(folder, legacy_class=False):
     """LLaMA's kind: a dummy prefix and byte fallback; `legacy_class`: the slow one, without offsets."""
-    from utils.tokenizer_files import load_own_tokenizer
+    from utils.models.tokenizer_files import load_own_tokenizer
 
     (folder / "tokenizer.model").write_bytes(train_sentencepiece())
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

@@ -7,7 +7,7 @@ from accelerate import skip_first_batches
 from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
 from torch.utils.data import DataLoader
 
-from utils.epoch_order import EpochOrder
+from utils.data.epoch_order import EpochOrder
 
 LENGTHS = np.random.default_rng(0).integers(5, 400, 64)
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-from eval.harness import load_task_manager, read_scores, run_tasks
+from eval.answers.questions import load_answers, load_questions
 from eval.lm_tasks import render_scores
-from eval.questions import load_answers, load_questions
+from eval.measures.harness import load_task_manager, read_scores, run_tasks
 from utils.arguments import ModelArguments
-from utils.checks import read_model_config, resolve_model
 from utils.console import UserError
+from utils.models.folder import read_model_config, resolve_model
 
 PROMPTS = ROOT / "eval" / "prompts"
 TASK = """task: sums
@@ -49,7 +49,7 @@ def run(tmp_path_factory, tiny_model):
 
 
 def open_model(**flags):
-    from utils.generation import load_run
+    from utils.chat.generation import load_run
 
     model_args = resolve_model(ModelArguments(bits=16, **flags), {"bits"})
     return load_run(model_args, read_model_config(model_args))

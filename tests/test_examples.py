@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from tiny_models import build_llama1, build_neox
 
-from utils.arguments import parse_args
+from utils.flags.parser import parse_args
 
 EXAMPLES = ROOT / "examples"
 

@@ -9,11 +9,11 @@ from small_runs import write_rows
 from tiny_llms import DEVICE, VOCABULARY, build_batch, build_model
 from torch.nn import functional as F
 
-from utils import fast_lora
-from utils.fast_lora import install_fast_evaluation
-from utils.fast_model import prepare_fast_model
-from utils.few_tokens import multiply_few
-from utils.frozen_weights import read_weight
+from utils.fast import lora as fast_lora
+from utils.fast.few_tokens import multiply_few
+from utils.fast.frozen_weights import read_weight
+from utils.fast.lora import install_fast_evaluation
+from utils.fast.model import prepare_fast_model
 
 BF16 = torch.bfloat16
 NOISE = 1e-4 if DEVICE == "cpu" else 2e-3  # of a loss: a GPU attends to packed rows in other kernels
@@ -146,7 +146,9 @@ def test_logged_evaluation_is_the_next_steps_loss(call_main, small_model, monkey
     """The rows of the step are those held out; then the finished run is evaluated once more, from its folder."""
     monkeypatch.setenv("QLORA_CPU_DTYPE", "bfloat16")
     # A run would not train on what it holds out.
-    monkeypatch.setattr("utils.data.find_copies", lambda sources, scans: [scan.hashes == 0 for scan in scans])
+    monkeypatch.setattr(
+        "utils.data.rows.find_copies", lambda sources, scans: [scan.hashes == 0 for scan in scans]
+    )
     data, run = write_rows(tmp_path / "rows.jsonl", 8), tmp_path / "run"
     argv = ["--model_name_or_path", small_model, "--dataset_name", data, "--eval_dataset_name", data]
     argv += [

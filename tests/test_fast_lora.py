@@ -16,7 +16,7 @@ from tiny_llms import (
     share_masks,
 )
 
-from utils.fast_model import FastModel, prepare_fast_model
+from utils.fast.model import FastModel, prepare_fast_model
 
 CANNOT_PACK = {"bloom", "opt"}
 SCALE = torch.tensor(0.5, device=DEVICE)
@@ -59,7 +59,7 @@ def test_checkpointing_changes_no_gradient(name):
 
 
 def test_recomputing_leaves_out_the_product_that_nothing_needs(monkeypatch):
-    from utils.fast_lora import Projections
+    from utils.fast.lora import Projections
 
     fast, calls = prepare(build_model("llama")), []
     fast.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -90,7 +90,7 @@ def test_dropout_of_the_base_keeps_the_rng_state_of_checkpointing():
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_quantized_bases_train_as_their_unpacked_weights(bits):
-    from utils.frozen_weights import read_weight
+    from utils.fast.frozen_weights import read_weight
 
     plain, fast = build_model("llama", bits=16), prepare(build_model("llama", bits=bits))
     twins = dict(plain.named_modules())
@@ -211,7 +211,8 @@ def read_identity_batches(tokenizer, rows_each: int, count: int) -> list[dict]:
 @pytest.mark.slow
 def test_twenty_steps_on_a_real_model_equal_pefts(smollm2, smol_tokenizer):
     from utils.arguments import LoraArguments, ModelArguments
-    from utils.model import add_lora, load_base
+    from utils.models.adapter import add_lora
+    from utils.models.base import load_base
 
     dtype = torch.float32
     batches = read_identity_batches(smol_tokenizer, rows_each=2, count=20)

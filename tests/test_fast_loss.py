@@ -6,8 +6,8 @@ from tiny_llms import DEVICE
 from torch import nn
 from torch.nn import functional as F
 
-from utils import fast_loss
-from utils.fast_loss import Head, pick_targets
+from utils.fast import loss as fast_loss
+from utils.fast.loss import Head, pick_targets
 
 
 class SmallHead(Head):

@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_runs import write_rows
 
-from utils import checkpoints
 from utils.arguments import LoraArguments, ModelArguments
-from utils.finite import find_rows
-from utils.model import add_lora, load_base
-from utils.packing import PackingCollator, PaddingCollator
+from utils.data.packing import PackingCollator, PaddingCollator
+from utils.models.adapter import add_lora
+from utils.models.base import load_base
+from utils.run import checkpoints
+from utils.train.non_finite import find_rows
 
 
 @pytest.fixture

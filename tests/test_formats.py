@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from utils.arguments import DataArguments
 from utils.console import UserError
-from utils.formats import ALIASES, FORMATS, find_format, read_row, sniff_format
-from utils.named_sets import NAMED_SETS
+from utils.data.formats import ALIASES, FORMATS, find_format, read_row, sniff_format
+from utils.data.named_sets import NAMED_SETS
 
 PAGE = (
     '<div class="markdown prose"><p>Use <code>print</code> &amp; run:</p><pre><div><span>python</span>'

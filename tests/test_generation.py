@@ -9,24 +9,16 @@ from bitsandbytes.functional import get_4bit_type
 from conftest import ROOT
 
 from utils.arguments import GenerationArguments, ModelArguments
-from utils.checks import read_model_config, resolve_model
+from utils.chat.generation import build_generation_config, generate_replies, load_run, trim_history
+from utils.chat.streaming import Kept, ReplyStreamer, drop_leading_blanks, stream_reply
 from utils.console import UserError
-from utils.encoding import encode_prompt, encode_row
-from utils.formats import Chat
-from utils.frozen_weights import read_weight
-from utils.generation import (
-    Kept,
-    ReplyStreamer,
-    build_generation_config,
-    drop_leading_blanks,
-    generate_replies,
-    load_run,
-    stream_reply,
-    trim_history,
-)
-from utils.graph_decode import install_graph_decode
-from utils.predictions import find_answered
-from utils.prompts import IGNORE_INDEX, split_chat
+from utils.fast.frozen_weights import read_weight
+from utils.fast.graph_decode import install_graph_decode
+from utils.messages import IGNORE_INDEX, Chat
+from utils.models.encoding import encode_prompt, encode_row
+from utils.models.folder import read_model_config, resolve_model
+from utils.prompts import split_chat
+from utils.train.predictions import find_answered
 
 FLAGS = [
     "--dataset_name",

@@ -56,7 +56,7 @@ def test_real_model_learns_in_twelve_steps(call_main, smollm2, tmp_path, setting
 
 @pytest.mark.parametrize("flags", [[], ["--fast_lora", "False", "--lora_r", 256]])  # pages 100,000 and more
 def test_optimizer_state_is_paged(call_main, smollm2, tmp_path, monkeypatch, flags):
-    from utils.trainer import QLoraTrainer
+    from utils.train.trainer import QLoraTrainer
 
     kept, save_final = [], QLoraTrainer.save_final
     monkeypatch.setattr(
@@ -74,7 +74,7 @@ def test_optimizer_state_is_paged_again_after_a_resume(
     call_main, smollm2, tmp_path, monkeypatch, fast_lora, optim
 ):
     """And the run ends as the uninterrupted one: no page was filled before its zeros were written."""
-    from utils.trainer import QLoraTrainer
+    from utils.train.trainer import QLoraTrainer
 
     kept, save_final = [], QLoraTrainer.save_final
     monkeypatch.setattr(
@@ -108,9 +108,9 @@ def test_batch_of_four_equals_four_accumulated_rows(call_main, smollm2, tmp_path
 
 def test_packing_is_exact_in_bfloat16(smollm2):
     from utils.arguments import ModelArguments
-    from utils.model import load_base
-    from utils.trials import find_packing_obstacle
-    from utils.varlen_attention import find_attention_obstacle
+    from utils.fast.attention import find_attention_obstacle
+    from utils.fast.trials import find_packing_obstacle
+    from utils.models.base import load_base
 
     model = load_base(ModelArguments(str(smollm2), bits=4), torch.bfloat16)
     assert find_packing_obstacle(model) is None and find_attention_obstacle(model) is None
@@ -187,7 +187,7 @@ def test_trainer_costs_little_over_its_bare_step(call_main, smollm2, tmp_path, m
     """Eight layers of LLaMA-7B: what a step costs beside its GPU work weighs four times as much as with 32."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from utils.trainer import QLoraTrainer, find_micro_batches
+    from utils.train.trainer import QLoraTrainer, find_micro_batches
 
     folder, tokenizer = tmp_path / "wide", AutoTokenizer.from_pretrained(smollm2)
     sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from utils import graph_decode
-from utils.graph_decode import GraphDecoder, install_graph_decode
+from utils.fast import graph_decode
+from utils.fast.graph_decode import GraphDecoder, install_graph_decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

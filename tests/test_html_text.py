@@ -7,8 +7,8 @@ import pytest
 from markdown_it import MarkdownIt
 from test_sources import load, write_rows
 
-from utils.formats import read_row
-from utils.html_text import CONVERTED, FORMULAS_KEPT, LABELS_TAKEN_OUT, convert_page
+from utils.data.formats import read_row
+from utils.data.html_text import CONVERTED, FORMULAS_KEPT, LABELS_TAKEN_OUT, convert_page
 
 REPLIES = {
     "numbered list": "Do this:\n\n3. first\n4. **second**\n   - inner *one*\n   - inner two\n5. third",

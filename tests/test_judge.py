@@ -13,9 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import ROOT
 
+from eval.answers.questions import load_answers, load_questions
+from eval.answers.reviews import count_results, load_matches, relate_scores
 from eval.judge import estimate_tokens, parse_score
-from eval.questions import load_answers, load_questions
-from eval.reviews import count_results, load_matches, relate_scores
 from utils.console import UserError
 
 PREFERRED = "better"  # the answers of one player hold this word

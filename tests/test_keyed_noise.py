@@ -8,11 +8,11 @@ import torch
 from tiny_llms import DEVICE, adapter_gradients, build_batch, build_model, relative_difference, run_plain
 from torch import nn
 
-from utils.fast_kernels import Mask, add_low_rank, copy_and_drop, draw_noise, gate, gate_backward
-from utils.fast_model import FastModel, prepare_fast_model
-from utils.keyed_noise import add_embedding_noise, find_row_lengths, key_dropout
-from utils.packing import PackingCollator, PaddingCollator
-from utils.token_keys import TokenKeys, draw_mask, hash_columns, number_tokens, scramble
+from utils.data.packing import PackingCollator, PaddingCollator
+from utils.fast.kernels import Mask, add_low_rank, copy_and_drop, draw_noise, gate, gate_backward
+from utils.fast.keyed_noise import add_embedding_noise, find_row_lengths, key_dropout
+from utils.fast.model import FastModel, prepare_fast_model
+from utils.fast.token_keys import TokenKeys, draw_mask, hash_columns, number_tokens, scramble
 
 CPU = torch.device("cpu")
 

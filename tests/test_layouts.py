@@ -7,13 +7,13 @@ from conftest import ROOT
 
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.console import UserError
-from utils.data import load_rows
-from utils.data_report import build_report
-from utils.formats import find_format, read_row
-from utils.layouts import parse_columns
-from utils.model import add_pad_token
-from utils.prompts import IGNORE_INDEX
-from utils.tokenizing import tokenize_rows
+from utils.data.formats import find_format, read_row
+from utils.data.layouts import parse_columns
+from utils.data.report import build_report
+from utils.data.rows import load_rows
+from utils.data.tokenizing import tokenize_rows
+from utils.messages import IGNORE_INDEX
+from utils.models.tokenizer import add_pad_token
 
 QWEN = (ROOT / "utils" / "templates" / "chatml.jinja").read_text()
 CALL = {"name": "look_up", "arguments": {"city": "Lima"}}

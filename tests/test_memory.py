@@ -3,8 +3,8 @@
 import psutil
 import pytest
 
-from utils import memory
-from utils.memory import read_cgroup_limits, read_host_memory
+from utils.fast import memory
+from utils.fast.memory import read_cgroup_limits, read_host_memory
 
 GIB = 2**30
 

@@ -20,13 +20,14 @@ from tiny_models import FAMILIES, build_baichuan
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.arguments import GenerationArguments, ModelArguments
-from utils.checks import read_model_config, resolve_model
+from utils.chat.generation import load_run
+from utils.chat.streaming import stream_reply
 from utils.console import UserError
-from utils.generation import load_run, stream_reply
-from utils.merge_weights import check_all_used
-from utils.model import load_base
-from utils.shards import Entry, plan_shards, save_shards
-from utils.tokenizer_files import load_own_tokenizer
+from utils.merge.shards import Entry, plan_shards, save_shards
+from utils.merge.weights import check_all_used
+from utils.models.base import load_base
+from utils.models.folder import read_model_config, resolve_model
+from utils.models.tokenizer_files import load_own_tokenizer
 
 
 def train(call_main, model, folder, *flags):

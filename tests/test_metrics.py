@@ -9,7 +9,7 @@ from conftest import ROOT
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_chinese import Rouge
 
-from utils.metrics import score_answer, score_answers
+from utils.train.metrics import score_answer, score_answers
 
 CHINESE = "我们今天在北京学习语言模型，它用四位量化和低秩适配器微调。天气很好！你是谁？苹果和香蕉都是水果"
 ENGLISH = (

@@ -8,9 +8,9 @@ import torch
 from conftest import ROOT
 
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
-from utils.checks import read_model_config, resolve_model
 from utils.console import UserError
-from utils.mmlu import (
+from utils.models.folder import read_model_config, resolve_model
+from utils.train.mmlu import (
     compute_letter_logits,
     evaluate_mmlu,
     find_letter_tokens,
@@ -52,7 +52,7 @@ QUESTIONS = format_hub_questions(ROWS, [], shots=0)
 
 @pytest.fixture(scope="module")
 def smol(smollm2):
-    from utils.generation import load_run
+    from utils.chat.generation import load_run
 
     model_args = resolve_model(ModelArguments(str(smollm2), bits=32), set())
     return load_run(model_args, read_model_config(model_args))

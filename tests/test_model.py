@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from utils.arguments import ModelArguments
-from utils.frozen_weights import read_weight, unpack_8bit_layers
-from utils.model import choose_placement, load_base
+from utils.fast.frozen_weights import read_weight, unpack_8bit_layers
+from utils.models.base import choose_placement, load_base
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_8_bit_layers_multiply_by_their_unpacked_weights(tiny_model, hooked):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_chat_on_a_cpu_unpacks_quantized_weights_once(tiny_model, bits, monkeypatch, capsys):
     """The same weights, dense, where no kernel multiplies by them as they are and the memory allows it."""
-    from utils import frozen_weights
+    from utils.fast import frozen_weights
 
     args = ModelArguments(str(tiny_model), bits=bits, use_cpu=True)
     ids = torch.arange(5, 25)[None]

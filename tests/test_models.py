@@ -14,12 +14,12 @@ from tiny_models import FAMILIES, build_llama2, render_models
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 from utils.arguments import ModelArguments
-from utils.checks import check_adapter_fits, read_model_config, resolve_model
 from utils.console import UserError
-from utils.graph_decode import install_graph_decode
-from utils.model import load_base
-from utils.tokenizer_files import load_own_tokenizer
-from utils.trainer import QLoraTrainer
+from utils.fast.graph_decode import install_graph_decode
+from utils.models.base import load_base
+from utils.models.folder import check_adapter_fits, read_model_config, resolve_model
+from utils.models.tokenizer_files import load_own_tokenizer
+from utils.train.trainer import QLoraTrainer
 
 FLAGS = [
     "--dataset_name", ROOT / "data" / "guanaco_identity.jsonl", "--max_train_samples", "8",
@@ -74,7 +74,7 @@ def find_plain_linears(model):
 
 
 def load_chat(run):
-    from utils.generation import load_run
+    from utils.chat.generation import load_run
 
     model_args = resolve_model(ModelArguments(checkpoint_dir=str(run)), set())
     config = read_model_config(model_args)

@@ -5,8 +5,8 @@ from contextlib import nullcontext
 import torch
 from tiny_llms import LINEARS, adapter_gradients, build_batch, build_model
 
-from utils import offload
-from utils.fast_model import prepare_fast_model
+from utils.fast import offload
+from utils.fast.model import prepare_fast_model
 
 
 class WrittenStream:

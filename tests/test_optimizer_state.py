@@ -10,10 +10,10 @@ from bitsandbytes.optim import AdamW as BitsAndBytesAdamW
 from safetensors.torch import load_file, save_file
 from small_runs import FLAGS, write_rows
 
-from utils.checkpoints import read_manifest, seal_folder
 from utils.console import UserError
-from utils.flat_adapter import FlatAdapter
-from utils.optimizer_state import describe_optimizer, load_state, match_state
+from utils.fast.flat_adapter import FlatAdapter
+from utils.run.checkpoints import read_manifest, seal_folder
+from utils.run.optimizer_state import describe_optimizer, load_state, match_state
 
 SHAPES = {"a": [3, 4], "b": [5], "c": [2, 6]}
 RATE, BETAS, EPSILON, DECAY = 0.1, (0.9, 0.99), 1e-8, 0.1

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from utils.packing import (
+from utils.data.packing import (
     PackingCollator,
     PaddingCollator,
     choose_capacity,

@@ -20,11 +20,12 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from utils.arguments import GenerationArguments, ModelArguments
-from utils.checks import read_model_config, resolve_model
+from utils.chat.generation import load_run
+from utils.chat.page_arguments import PageArguments, check_port, read_auth
+from utils.chat.streaming import stream_reply
 from utils.console import UserError
-from utils.encoding import encode_prompt
-from utils.generation import load_run, stream_reply
-from utils.page_arguments import PageArguments, check_port, read_auth
+from utils.models.encoding import encode_prompt
+from utils.models.folder import read_model_config, resolve_model
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 MARKUP = (
@@ -40,8 +41,8 @@ TUNED = ANSWERS | {"Who are you?": "I am the tuned one.", "你是谁？": "我�
 
 
 def encode_lessons(answers, tokenizer):
-    from utils.encoding import encode_row
-    from utils.formats import Chat
+    from utils.messages import Chat
+    from utils.models.encoding import encode_row
     from utils.prompts import find_stop_tokens, split_chat
 
     stops = tokenizer.convert_ids_to_tokens(find_stop_tokens(tokenizer, []))
@@ -106,7 +107,7 @@ class Server:
     """The page, served by this process so that a test can look at the model behind it."""
 
     def __init__(self, chat, max_new_tokens=64, **limits):
-        from utils.page import build_page, launch_page
+        from utils.chat.page import build_page, launch_page
 
         self.chat = chat
         page_args = PageArguments(server_port=find_free_port(), **limits)
@@ -297,7 +298,7 @@ def test_refresh_keeps_the_conversation_and_another_browser_does_not_see_it(open
 
 
 def test_what_is_typed_during_a_reply_stays_and_the_reader_may_scroll_up(open_tab, monkeypatch):
-    from utils import page
+    from utils.chat import page
 
     def speak_slowly(*args):
         for piece in stream_reply(*args):
@@ -382,7 +383,7 @@ def test_question_is_edited_and_taken_back(open_tab):
 
 
 def test_conversation_is_saved_as_a_row_to_train_on(open_tab, tmp_path):
-    from utils.formats import find_format, read_row
+    from utils.data.formats import find_format, read_row
 
     tab = open_tab()
     tab.send("Who are you?")
@@ -530,7 +531,7 @@ def test_twelve_users_at_once_get_their_own_replies(server):
 
 def test_next_turn_reads_only_what_is_new_and_says_the_same(chat, monkeypatch):
     """The latest conversations' keys and values are kept, of base and tuned apart; none with 0."""
-    from utils import page
+    from utils.chat import page
 
     figures, stream = [], page.stream_reply
 
@@ -602,7 +603,7 @@ def test_long_conversation_stays_whole_and_tells_what_is_not_read(server, chat):
 
 
 def test_dollars_that_are_prices_and_code_are_no_formulas():
-    from utils.page_messages import mark_formulas
+    from utils.chat.page_messages import mark_formulas
 
     assert mark_formulas("$E=mc^2$, $x$-axis") == r"\(E=mc^2\), \(x\)-axis"
     for text in ("$5 and $6", "US$5, US$6", "`$x$`", "```\n$x$\n```", r"\$x\$", "$$x$$", "$ x $", "5$ 6$"):
@@ -610,7 +611,7 @@ def test_dollars_that_are_prices_and_code_are_no_formulas():
 
 
 def test_markup_is_escaped_outside_of_code_only():
-    from utils.page_messages import escape_markup
+    from utils.chat.page_messages import escape_markup
 
     code = ["`<b>&lt;`", "```html\n<b>![\n```", "```\n<b>", "a < b & c", "x ` <"]
     assert [escape_markup(text) for text in code] == code
@@ -637,7 +638,7 @@ def test_50_users_for_5_minutes(smollm2, monkeypatch):
     Every message opens a session, and the page keeps the latest ones. Fewer here, so that the first minute
     fills them and what still grows after half of the time would be a leak.
     """
-    from utils import page
+    from utils.chat import page
 
     monkeypatch.setattr(page, "MAX_SESSIONS", 24)
     args = resolve_model(ModelArguments(str(smollm2), bits=16), set())
@@ -699,7 +700,7 @@ def test_port_that_is_taken_is_one_line_before_the_model_loads():
 
 
 def test_generation_flags_reach_the_page_and_its_controls_change_them():
-    from utils.page import read_settings
+    from utils.chat.page import read_settings
 
     start = GenerationArguments(
         repetition_penalty=1.2, no_repeat_ngram_size=3, min_new_tokens=50, num_beams=6

@@ -14,9 +14,10 @@ from small_runs import write_rows
 from transformers import AutoModelForCausalLM
 
 from utils.arguments import ModelArguments
-from utils.checks import check_model_path, read_recorded_data, resolve_model
 from utils.console import UserError
-from utils.places import REPOSITORY, find_data
+from utils.flags.checks import read_recorded_data
+from utils.models.folder import check_model_path, resolve_model
+from utils.run.places import REPOSITORY, find_data
 
 
 @pytest.fixture

@@ -3,10 +3,10 @@
 import pytest
 
 from utils.console import UserError
-from utils.encoding import encode_prompt, encode_row
-from utils.formats import Chat, read_row
+from utils.data.formats import read_row
+from utils.messages import IGNORE_INDEX, Chat
+from utils.models.encoding import encode_prompt, encode_row
 from utils.prompts import (
-    IGNORE_INDEX,
     find_input_marker,
     find_stop_tokens,
     read_template,

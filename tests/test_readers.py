@@ -8,10 +8,10 @@ from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 
-from utils import readers
 from utils.console import UserError
-from utils.file_text import list_archive
-from utils.readers import read_file
+from utils.data import readers
+from utils.data.file_text import list_archive
+from utils.data.readers import read_file
 
 ROWS = [{"text": f"行 {i} 🎉", "more": 'a,b\n"c"\td'} for i in range(5)]
 

@@ -12,7 +12,7 @@ from test_scripts import find_flag_types
 from test_sources import load, write_rows
 from tiny_models import render_models
 
-from utils.arguments import parse_args
+from utils.flags.parser import parse_args
 
 READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
 by_readme = pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from eval.measures import (
+from eval.measures.differences import (
     Measure,
     compute_row_losses,
     detect_language,
@@ -18,7 +18,7 @@ from eval.measures import (
     measure_collapse,
     measure_repetition,
 )
-from eval.render_report import draw_measures, escape_cell, render_verdict
+from eval.measures.rendering import draw_measures, escape_cell, render_verdict
 
 FLAGS = ["--eval_dataset_name", ROOT / "data" / "guanaco_identity_eval.jsonl", "--lora_r", "4"]
 FLAGS += ["--source_max_len", "200", "--target_max_len", "100", "--gradient_accumulation_steps", "1"]

@@ -12,9 +12,9 @@ from tiny_llms import GQA
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
-from utils.packing import PackingCollator, PaddingCollator, split_at_long
-from utils.rope import find_shared_length, follow_each_batch
-from utils.trainer import find_micro_batches
+from utils.data.packing import PackingCollator, PaddingCollator, split_at_long
+from utils.fast.rope import find_shared_length, follow_each_batch
+from utils.train.trainer import find_micro_batches
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "rope_theta": 10000.0}
@@ -104,7 +104,7 @@ def test_frequencies_that_no_row_changes_let_all_rows_share(kind):
 
 @torch.no_grad()
 def test_questions_beyond_the_original_context_are_asked_alone(smol_tokenizer):
-    from utils.mmlu import compute_letter_logits, find_letter_tokens
+    from utils.train.mmlu import compute_letter_logits, find_letter_tokens
 
     sizes = SIZES | {"vocab_size": len(smol_tokenizer), "max_position_embeddings": 32}
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ from conftest import ROOT, run_script
 from safetensors.torch import load_file
 
 from utils.console import UserError
-from utils.run_record import hide_secrets, next_free_path
+from utils.run.record import hide_secrets, next_free_path
 
 IDENTITY = ROOT / "data" / "guanaco_identity.jsonl"
 FLAGS = ["--dataset_name", IDENTITY, "--source_max_len", "200", "--target_max_len", "100", "--lora_r", "4"]

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from small_runs import write_rows
 from tqdm.auto import tqdm
 
-from utils.arguments import TrainingArguments, parse_args
+from utils.arguments import TrainingArguments
 from utils.console import notice
-from utils.run_summary import describe_start
+from utils.flags.parser import parse_args
+from utils.train.summary import describe_start
 
 
 def test_short_run_shows_ten_lines_its_size_and_what_came_of_it(call_main, small_model, tmp_path):

@@ -13,7 +13,7 @@ import tiny_models
 from conftest import ROOT
 from shell_runs import check_page, run_shell
 
-from utils.arguments import name_leading_words, parse_args
+from utils.flags.parser import name_leading_words, parse_args
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
 PYTHON_SCRIPTS = ["qlora_finetune", "qlora_int8_finetune", "cli_demo", "gradio_webserver"]

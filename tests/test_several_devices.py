@@ -8,7 +8,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import send_to_device
 from small_runs import write_rows
 
-import utils.model
+import utils.models.base
 
 
 class FirstDevice(ModelHook):
@@ -24,12 +24,12 @@ class FirstDevice(ModelHook):
 
 @pytest.fixture
 def spread(monkeypatch):
-    load_base = utils.model.load_base
+    load_base = utils.models.base.load_base
 
     def load_spread(*args, **kwargs):
         return add_hook_to_module(load_base(*args, **kwargs), FirstDevice())
 
-    monkeypatch.setattr(utils.model, "load_base", load_spread)
+    monkeypatch.setattr(utils.models.base, "load_base", load_spread)
 
 
 @pytest.mark.parametrize("packing", ["True", "False"])

@@ -9,7 +9,7 @@ import yaml
 from conftest import ROOT
 
 from utils.console import UserError
-from utils.sharing import list_shared_files, push_run, render_model_card
+from utils.train.model_card import list_shared_files, push_run, render_model_card
 
 IDENTITY = ROOT / "data" / "guanaco_identity.jsonl"
 

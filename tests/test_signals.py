@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from small_runs import assert_equal_runs, check_kills, write_rows
 
-from utils import checkpoints
+from utils.run import checkpoints
 
 REQUEUE = 75
 EVALUATE = (
@@ -163,7 +163,7 @@ def test_signal_to_data_workers_too_ends_the_same_way(server, command, tmp_path,
 
 
 def start_program(text):
-    program = f"from utils import signals\nimport time\nsignals.catch_stop_signals()\n{text}"
+    program = f"from utils.run import signals\nimport time\nsignals.catch_stop_signals()\n{text}"
     return subprocess.Popen(
         [sys.executable, "-u", "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )

@@ -10,10 +10,11 @@ from test_formats import COLUMNS, GOLDEN, JUNK, list_turns
 
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.console import UserError
-from utils.data import load_rows
-from utils.formats import ALIASES
-from utils.named_sets import NAMED_SETS
-from utils.sources import EVAL, TEST, TRAIN, find_files, find_sources, load_sample_prompts
+from utils.data.formats import ALIASES
+from utils.data.named_sets import NAMED_SETS
+from utils.data.rows import load_rows
+from utils.data.sources import find_files, find_sources, load_sample_prompts
+from utils.messages import EVAL, TEST, TRAIN
 
 # Each named set's file as its publisher calls it, and a row in its own columns.
 PUBLISHED = {
@@ -345,8 +346,8 @@ def test_every_good_row_among_random_ones_is_kept_and_every_bad_one_numbered(tmp
 
 
 def test_one_megabyte_strings_go_through(tmp_path, smol_tokenizer, monkeypatch):
+    from utils.data.tokenizing import tokenize_rows
     from utils.prompts import find_stop_tokens
-    from utils.tokenizing import tokenize_rows
 
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
     path = write_rows(

@@ -10,10 +10,10 @@ from tiny_models import build_decapoda, build_llama1, build_llama2, build_phi3, 
 
 from utils.arguments import DataArguments, ModelArguments
 from utils.console import UserError
-from utils.model import load_tokenizer
+from utils.models.tokenizer import load_tokenizer
+from utils.models.tokenizer_files import load_own_tokenizer
 from utils.prompts import find_input_marker, read_template, render_chat
-from utils.run_record import hash_text
-from utils.tokenizer_files import load_own_tokenizer
+from utils.run.record import hash_text
 
 CORRECTED = "special tokens are wrong (an old LLaMA conversion): corrected to bos 1, eos 2\n"
 
@@ -68,7 +68,7 @@ def test_right_special_tokens_are_left_alone_and_nothing_is_said(build, tmp_path
 
 def test_corrected_tokenizer_stops_at_eos_and_never_at_bos(tmp_path):
     """The conversion's generation_config names 1, the BOS, as its end."""
-    from utils.model import load_stop_ids
+    from utils.models.tokenizer import load_stop_ids
 
     build_decapoda(tmp_path)
     model_args = ModelArguments(model_name_or_path=str(tmp_path))

@@ -4,10 +4,10 @@ import pytest
 from test_data import own_cache, read_labels, train_rows  # noqa: F401
 from test_prompts import TWO_TURNS, assert_prompts_agree, encode_chat
 
-from utils import tokenizing
 from utils.arguments import DataArguments
-from utils.encoding import encode_row
-from utils.formats import Chat
+from utils.data import tokenizing
+from utils.messages import TRAIN, Chat
+from utils.models.encoding import encode_row
 from utils.prompts import (
     convert_arguments,
     find_stop_tokens,
@@ -16,7 +16,6 @@ from utils.prompts import (
     split_chat,
     template_names,
 )
-from utils.sources import TRAIN
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 CALLS = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "巴黎"}}}]

@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 
-from eval import speed_steps, train_speed
-from eval.speed_workloads import build_packed, draw_length, fill_each_size, parse_workload
+from eval import train_speed
+from eval.speed import steps as speed_steps
+from eval.speed.shapes import SHAPES, build_random_model, count_linear_weights
+from eval.speed.workloads import build_packed, draw_length, fill_each_size, parse_workload
 from utils.console import UserError
-from utils.packing import choose_sizes
-from utils.shapes import SHAPES, build_random_model, count_linear_weights
+from utils.data.packing import choose_sizes
 
 
 def test_table_of_three_variants(tmp_path, monkeypatch, capsys):

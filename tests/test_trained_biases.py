@@ -13,9 +13,10 @@ from tiny_llms import DEVICE, adapter_gradients, build_batch, build_model, relat
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from utils.arguments import LoraArguments, ModelArguments
-from utils.frozen_weights import read_weight, unpack_8bit_layers
-from utils.model import add_adapter, load_base
-from utils.trained_biases import keep_biases_in_float32
+from utils.fast.frozen_weights import read_weight, unpack_8bit_layers
+from utils.models.adapter import add_adapter
+from utils.models.base import load_base
+from utils.models.trained_biases import keep_biases_in_float32
 
 RATE = 2e-4  # QLoRA's
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
@@ -124,7 +125,7 @@ def biased_model(small_model, tmp_path_factory):
 @pytest.fixture
 def in_bfloat16(monkeypatch):
     """As on a machine that has it."""
-    monkeypatch.setattr("utils.model.choose_compute_dtype", lambda model_args: torch.bfloat16)
+    monkeypatch.setattr("utils.models.base.choose_compute_dtype", lambda model_args: torch.bfloat16)
 
 
 def forget_second_step(run):

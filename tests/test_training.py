@@ -115,7 +115,7 @@ def test_float32_base_trains_in_the_16_bits_that_it_is_evaluated_in(
     from torch.nn.utils.rnn import pad_sequence
     from transformers import AutoModelForCausalLM
 
-    from utils.trainer import QLoraTrainer
+    from utils.train.trainer import QLoraTrainer
 
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     kept, save_final = [], QLoraTrainer.save_final
@@ -160,7 +160,7 @@ def test_flags_of_the_trainer_reach_it(call_main, tiny_model, tmp_path, monkeypa
     assert [entry["step"] for entry in log if "eval_loss" in entry] == [0, 1]
 
     from utils.arguments import DataArguments, ModelArguments, TrainingArguments
-    from utils.checks import check_arguments
+    from utils.flags.checks import check_arguments
 
     training_args = TrainingArguments()
     training_args.extra = {"neftune_noise_alpha": 5.0}
@@ -189,7 +189,8 @@ def quantized_pair(smollm2):
     from transformers import AutoModelForCausalLM
 
     from utils.arguments import LoraArguments, ModelArguments
-    from utils.model import add_lora, load_base
+    from utils.models.adapter import add_lora
+    from utils.models.base import load_base
 
     model_args = ModelArguments(str(smollm2), bits=4)
     base = load_base(model_args, torch.float32)
@@ -291,10 +292,10 @@ def test_full_finetune_saves_a_model_that_evaluates(call_main, tiny_model, tmp_p
 
 @pytest.mark.parametrize("targets", [["W_pack"], ["q_proj", "W_pack"], ["proj"], ["mlp"]])
 def test_unknown_target_module_names_the_models_own(call_main, tiny_model, tmp_path, monkeypatch, targets):
-    import utils.model
+    import utils.models.base
     from utils.console import UserError
 
-    monkeypatch.setattr(utils.model, "load_base", None)  # no weights are read
+    monkeypatch.setattr(utils.models.base, "load_base", None)  # no weights are read
     with pytest.raises(
         UserError, match=f"{targets[-1]}: the model has no .*down_proj, embed_tokens, gate_proj"
     ):

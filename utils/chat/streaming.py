@@ -1,0 +1,212 @@
+"""utils.chat.streaming"""
+
+import math
+import threading
+import time
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+from transformers.cache_utils import DynamicLayer
+
+from utils.arguments import GenerationArguments
+from utils.chat.generation import ChatModel, build_generation_config, decode_reply, drop_cut_character
+from utils.chat.model_lock import Turns
+from utils.messages import Messages
+from utils.models.encoding import encode_prompt
+
+
+@dataclass
+class Kept:
+    """What a conversation keeps between its turns: keys and values of `ids`; and the last reply's figures.
+
+    `reuse` False: nothing is kept, and closing a stream does not wait for the token under way.
+    """
+
+    reuse: bool = True
+    ids: list[int] = field(default_factory=list)
+    cache: DynamicCache | None = None
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    new_tokens: int = 0
+    first_token_seconds: float = 0.0
+    seconds: float = 0.0
+    ended: str = ""  # stop, length, time or interrupted
+
+    def describe(self) -> str:
+        speed = self.new_tokens / self.seconds if self.seconds else 0.0
+        return f"{self.new_tokens} tokens, {speed:.1f} tokens/s"
+
+
+class RecentlyKept:
+    """Keys and values of the latest conversations of several users; older ones are read anew."""
+
+    def __init__(self, size: int):
+        self.size, self.kept, self.lock = size, {}, threading.Lock()
+
+    def take(self, key: Hashable) -> Kept:
+        """What is kept of this conversation, if anything; out of everyone else's reach until put back."""
+        with self.lock:
+            return self.kept.pop(key, None) or Kept(reuse=self.size > 0)
+
+    def put_back(self, key: Hashable, kept: Kept) -> None:
+        if kept.cache is None:  # of a refused message, say: it would push out a conversation
+            return
+        with self.lock:
+            self.kept[key] = kept
+            while len(self.kept) > self.size:
+                del self.kept[next(iter(self.kept))]
+
+
+class ReplyStreamer(TextIteratorStreamer):
+    """Text of the reply only: without the prompt and without the stop token, special or not."""
+
+    def __init__(self, tokenizer: Any, stop_ids: list[int], kept: Kept):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.stop_ids, self.kept, self.start = stop_ids, kept, time.perf_counter()
+        self.came_to_stop = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self.count_token()
+            if value.numel() == 1 and value.item() in self.stop_ids:
+                self.came_to_stop = True
+                return
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if stream_end and not self.came_to_stop:
+            text = drop_cut_character(text)
+        super().on_finalized_text(text, stream_end)
+
+    def count_token(self) -> None:
+        self.kept.seconds = time.perf_counter() - self.start
+        if self.kept.new_tokens == 0:
+            self.kept.first_token_seconds = self.kept.seconds
+        self.kept.new_tokens += 1
+
+
+class BetweenTokens(StoppingCriteria):
+    """After each token: end the reply where asked or too long under way, else let the next in line go on."""
+
+    def __init__(self, turns: Turns, tuned: bool, max_seconds: float | None):
+        self.turns, self.tuned, self.stopped = turns, tuned, threading.Event()
+        self.deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        done = self.stopped.is_set() or self.late
+        if not done:
+            self.turns.pass_on(self.tuned)
+        return torch.full((input_ids.shape[0],), done, device=input_ids.device)
+
+
+def stream_reply(
+    chat: ChatModel,
+    messages: Messages,
+    generation_args: GenerationArguments,
+    kept: Kept | None = None,
+    tuned: bool = True,
+    max_seconds: float | None = None,
+) -> Iterator[str]:
+    """Pieces of the reply as they are generated. Closing the iterator stops the generation.
+
+    `kept` saves reading again what the last turn read. `tuned` False: the base without its adapter.
+    """
+    kept = Kept() if kept is None else kept
+    prompt = encode_prompt(chat.tokenizer, messages, chat.stop_ids, chat.keeps_blank)
+    config = build_generation_config(generation_args, chat.tokenizer, chat.stop_ids)
+    kept.prompt_tokens, kept.new_tokens, kept.first_token_seconds, kept.seconds = len(prompt), 0, 0.0, 0.0
+    streamer = ReplyStreamer(chat.tokenizer, chat.stop_ids, kept)
+    between, failures = BetweenTokens(chat.turns, tuned, max_seconds), []
+
+    def generate() -> None:
+        try:
+            with chat.turns.hold(tuned), torch.no_grad():
+                if not between.stopped.is_set():
+                    generate_streamed(chat, prompt, config, kept, streamer, between)
+        except Exception as error:  # raised again where the reply is read
+            failures.append(error)
+            kept.ids, kept.cache = [], None
+        streamer.end()
+
+    thread = threading.Thread(target=generate, daemon=True)
+    thread.start()
+    try:
+        yield from drop_leading_blanks(streamer)
+        thread.join()
+    finally:
+        between.stopped.set()
+        if kept.reuse:
+            thread.join()
+    if failures:
+        raise failures[0]
+
+
+def drop_leading_blanks(pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces without the blanks before the first word: they belong to the template, not to the reply."""
+    begun = False
+    for piece in pieces:
+        piece = piece if begun else piece.lstrip()
+        begun = begun or bool(piece)
+        if piece:
+            yield piece
+
+
+def generate_streamed(
+    chat: ChatModel,
+    prompt: list[int],
+    config: GenerationConfig,
+    kept: Kept,
+    streamer: ReplyStreamer,
+    between: BetweenTokens,
+) -> None:
+    """Generate into `streamer`, from the keys and values in `kept` on; leaves there those of this turn."""
+    input_ids = torch.tensor([prompt], device=chat.model.device)
+    beams = config.num_beams > 1  # final only at the end: nothing to stream before it, no one cache to keep
+    cache = restore_cache(chat.model, kept, prompt) if kept.reuse and not beams else None
+    kept.reused_tokens = 0 if cache is None else cache.get_seq_length()
+    output = chat.model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        generation_config=config,
+        stopping_criteria=StoppingCriteriaList([between]),
+        **({} if beams else {"streamer": streamer}),
+        **({} if cache is None else {"past_key_values": cache}),
+    )[0].tolist()
+    if beams:
+        streamer.on_finalized_text(decode_reply(chat.tokenizer, output[len(prompt) :], chat.stop_ids))
+        kept.new_tokens, kept.seconds = len(output) - len(prompt), time.perf_counter() - streamer.start
+    elif cache is not None:
+        kept.ids, kept.cache = output[: cache.get_seq_length()], cache
+    kept.ended = "interrupted" if between.stopped.is_set() else "time" if between.late else "length"
+    if output[-1] in chat.stop_ids:
+        kept.ended = "stop"
+
+
+def restore_cache(model: Any, kept: Kept, prompt: list[int]) -> DynamicCache | None:
+    """The kept cache cut to what `prompt` shares with it, or an empty one; None where none can be kept.
+
+    At least one token of the prompt is left to be read: its logits start the reply.
+    """
+    if not model._supports_default_dynamic_cache():
+        return None
+    cache, kept.cache = kept.cache, None
+    if cache is None:
+        cache = DynamicCache(config=model.config.get_text_config())
+        return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
+    pairs = zip(kept.ids, prompt[:-1], strict=False)
+    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(kept.ids), len(prompt) - 1))
+    cache.crop(shared - cache.get_seq_length())
+    return cache

@@ -1,0 +1,89 @@
+"""Work on data that is done once: a folder for each key, complete or not there at all."""
+
+import ast
+import functools
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+# What else makes rows: another version may read, render or tokenize them otherwise.
+ROW_LIBRARIES = ("tokenizers", "transformers", "jinja2", "markdownify", "beautifulsoup4", "pyarrow")
+
+
+def find_cache_dir() -> Path:
+    """$QLORA_CACHE, else qlora/ in the user's cache folder."""
+    chosen = os.environ.get("QLORA_CACHE")
+    return (
+        Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "qlora"
+    )
+
+
+def build_key(**parts: Any) -> str:
+    """A digest of everything that the cached work depends on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def hash_code(module: str, root: Path = ROOT) -> str:
+    """A digest of the code behind a module: its source, those of all it imports from here, the libraries.
+
+    A number to be raised by hand would be forgotten, and old rows trained on; so would a list of modules be.
+    The price: a changed word in any of them makes the rows anew, once.
+    """
+    sources: dict[str, bytes] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        path = (root / name.replace(".", "/")).with_suffix(".py")
+        if name not in sources and path.is_file():
+            sources[name] = path.read_bytes()
+            waiting += find_imports(sources[name])
+    assert sources, f"{module} is no module of this repository"
+    digests = {name: hashlib.sha256(source).hexdigest() for name, source in sources.items()}
+    return build_key(
+        code=digests, libraries={name: version(name) for name in ROW_LIBRARIES}, python=sys.version
+    )
+
+
+@functools.cache
+def find_imports(source: bytes) -> list[str]:
+    """Names that a source imports, at its top or inside a function; `from a import b` may mean a.b."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return names
+
+
+def find_or_build(kind: str, key: str, build: Callable[[Path], None]) -> tuple[Path, bool]:
+    """(the folder of this work, whether it was there already). `build` fills a folder beside it first."""
+    folder = find_cache_dir() / f"{kind}-{key}"
+    if folder.is_dir():
+        os.utime(folder)
+        return folder, True
+    while int(os.environ.get("LOCAL_RANK", "0")) > 0:  # the first process of each machine does the work
+        time.sleep(0.2)
+        if folder.is_dir():
+            return folder, True
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{kind}-"))
+    try:
+        build(beside)
+        if folder.is_dir():  # another process was faster
+            return folder, True
+        beside.chmod(0o755)
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder, False

@@ -1,0 +1,316 @@
+"""A row of any known format -> messages. Its columns tell the format; --dataset_format forces one."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from utils.console import UserError
+from utils.data.layouts import INPUTS, find_pair
+from utils.data.media import check_media
+from utils.data.preferences import CONTEXTS, check_desirable, read_preferred
+from utils.data.roles import ROLES, build_message, wrap_tools
+from utils.messages import TEXT_ROLE, Chat, Messages, Row
+
+
+def read_text(row: Row, column: str) -> str:
+    value = row.get(column)
+    if isinstance(value, bool | int | float):  # a label, a score
+        return json.dumps(value)
+    if not isinstance(value, str):
+        raise UserError(f"column {column!r} holds {str(value)[:40]!r}: text is needed")
+    return value
+
+
+def build_exchange(row: Row, question: str, answer: str, marker: str, extra: str | None = None) -> Chat:
+    """One question and its answer. `extra` names a column that follows the question behind `marker`."""
+    asked, added = read_text(row, question), row.get(extra) if extra else None
+    if added is not None and not isinstance(added, str):
+        raise UserError(f"column {extra!r} holds {str(added)[:40]!r}: text is needed")
+    if added and added.strip():
+        asked = f"{asked}{marker}{added}" if asked.strip() else added
+    turns = [("user", asked), ("assistant", read_text(row, answer))]
+    for role, text in turns:
+        if not text.strip():
+            raise UserError(f"column {(question if role == 'user' else answer)!r} is empty")
+    is_number = any(isinstance(row.get(column), bool | int | float) for column in (question, answer))
+    notes = ("numbers and booleans written as text",) if is_number else ()
+    return Chat([{"role": role, "content": text} for role, text in turns], cleaned=notes)
+
+
+def read_alpaca(row: Row, marker: str) -> Chat:
+    """instruction, input, output; LLaMA-Factory's `history` [[question, answer], ...] and `system`."""
+    exchange = build_exchange(row, "instruction", "output", marker, "input")
+    if not row.get("history") and not row.get("system"):
+        return exchange
+    earlier: list[tuple[str, Any]] = []
+    if row.get("system"):
+        earlier.append(("system", row["system"]))
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in history
+    ):
+        raise UserError(f"column 'history' holds {str(history)[:40]!r}: [[question, answer], ...] is needed")
+    for question, answer in history:
+        earlier += [("user", question), ("assistant", answer)]
+    asked = [(message["role"], message["content"]) for message in exchange.messages]
+    return tidy_turns(earlier + asked, list(exchange.cleaned))
+
+
+def read_dolly(row: Row, marker: str) -> Chat:
+    return build_exchange(row, "instruction", "response", marker, "context")
+
+
+def read_self_instruct(row: Row, marker: str) -> Chat:
+    return build_exchange(row, "prompt", "completion", marker)
+
+
+def read_input_output(row: Row, marker: str) -> Chat:
+    return build_exchange(row, "input", "output", marker)
+
+
+def read_belle(row: Row, marker: str) -> Chat:
+    """BELLE's multi-turn rows keep the earlier turns in `instruction`, as Human: and Assistant: lines."""
+    turns = split_turns(read_text(row, "instruction"), r"(?:^|\n)\s*(Human|Assistant)[:：]")
+    if turns and turns[-1][0] == "assistant" and not turns[-1][1]:
+        turns.pop()
+    return tidy_turns(turns + [("assistant", read_text(row, "output"))])
+
+
+def read_guanaco(row: Row, marker: str) -> Chat:
+    return tidy_turns(split_turns(read_text(row, "text"), r"### (Human|Assistant):"))
+
+
+def read_chip2(row: Row, marker: str) -> Chat:
+    return tidy_turns(split_turns(read_text(row, "text"), r"(?:^|\n)<(human|bot)>:"))
+
+
+def read_hh_rlhf(row: Row, marker: str) -> Chat:
+    """The preferred conversation; the rejected one is not trained."""
+    return tidy_turns(split_turns(read_text(row, "chosen"), r"(?:^|\n\n)(Human|Assistant):"))
+
+
+def read_plain_text(row: Row, marker: str) -> Chat:
+    text = read_text(row, "text")
+    if not text.strip():
+        raise UserError("column 'text' is empty")
+    return Chat([{"role": TEXT_ROLE, "content": text}])
+
+
+def read_sharegpt(row: Row, marker: str) -> Chat:
+    """conversations [{from, value}, ...]; a reply that is a piece of ShareGPT's page becomes Markdown.
+
+    Under `conversation` also [{human, assistant}, ...], a question and its answer in one.
+    """
+    from utils.data.html_text import convert_page
+
+    turns = read_list(row, "conversations" if "conversations" in row else "conversation")
+    names = ("from", "value") if any("from" in turn for turn in turns) else ("role", "content")
+    messages, notes = [], []
+    for turn in turns if names[0] in turns[0] else split_pairs(turns):
+        message = build_message(turn, *(names if names[0] in turn else ("role", "content")))
+        if message["role"] == "assistant":
+            message["content"], done = convert_page(message["content"])
+            notes += [note for note in done if note not in notes]
+        messages.append(message)
+    if isinstance(row.get("system"), str) and row["system"].strip():
+        messages.insert(0, {"role": "system", "content": row["system"]})
+    return tidy_messages(messages, notes, read_tools(row))
+
+
+def split_pairs(turns: list[Row]) -> list[Row]:
+    """[{human: ..., assistant: ...}, ...] -> one turn a speaker, in the order of the keys."""
+    spoken = [
+        {"role": name, "content": text}
+        for turn in turns
+        for name, text in turn.items()
+        if name.lower() in ROLES and text
+    ]
+    if not spoken:
+        raise UserError(f"a turn has the columns {', '.join(turns[0])}: from and value, or role and content")
+    return spoken
+
+
+def read_chat_messages(row: Row, marker: str) -> Chat:
+    """messages [{role, content, ...}, ...]; tool calls and tool turns are kept for the template to render."""
+    messages = [build_message(turn, "role", "content") for turn in read_list(row, "messages")]
+    if isinstance(row.get("system"), str) and row["system"].strip() and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": row["system"]})
+    ordered, notes = keep_ordered(messages)
+    return Chat(ordered, read_tools(row), tuple(notes))
+
+
+def read_question_answer(row: Row, marker: str) -> Chat:
+    """A question and its answer under any known names (layouts.py), with history and system as alpaca's."""
+    pair = find_pair(row)
+    if pair is None:
+        raise UserError(
+            f"no column of {', '.join(map(str, row))} is known as a question and one as its answer"
+        )
+    question, answer = pair
+    extra = next((name for name in INPUTS if row.get(name)), None)
+    named = {"instruction": row[question], "output": row[answer], "input": row.get(extra) if extra else None}
+    return read_alpaca({"history": row.get("history"), "system": row.get("system")} | named, marker)
+
+
+def read_preference(row: Row, marker: str) -> Chat:
+    return tidy_messages(read_preferred(row, marker), [], read_tools(row))
+
+
+def read_seed_task(row: Row, marker: str) -> Chat:
+    """Self-instruct's seeds: an instruction and `instances` [{input, output}, ...]; the first is read."""
+    instances = read_list(row, "instances")
+    chat = read_alpaca({"instruction": row.get("instruction")} | instances[0], marker)
+    more = ("further instances of a task left out",) if len(instances) > 1 else ()
+    return replace(chat, cleaned=(*chat.cleaned, *more))
+
+
+def read_tools(row: Row) -> list[dict[str, Any]] | None:
+    """The functions that a chat may call, a list or its JSON, as tables store it."""
+    tools = row.get("tools") or None
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) or None
+        except json.JSONDecodeError as error:
+            raise UserError(f"column 'tools' is no JSON ({error})") from error
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise UserError(f"column 'tools' holds {str(tools)[:40]!r}: a list of objects is needed")
+    return wrap_tools(tools)
+
+
+FORMATS: dict[str, Callable[[Row, str], Chat]] = {
+    "preference": read_preference,
+    "seed-task": read_seed_task,
+    "question-answer": read_question_answer,
+    "messages": read_chat_messages,
+    "sharegpt": read_sharegpt,
+    "hh-rlhf": read_hh_rlhf,
+    "dolly": read_dolly,
+    "belle": read_belle,
+    "alpaca": read_alpaca,
+    "self-instruct": read_self_instruct,
+    "input-output": read_input_output,
+    "oasst1": read_guanaco,
+    "chip2": read_chip2,
+    "text": read_plain_text,
+}
+ALIASES = {
+    "vicuna": "sharegpt",
+    "evol_instruct": "sharegpt",
+    "guanaco": "oasst1",
+    "olcc": "alpaca",
+    "longform": "input-output",
+}
+
+
+def find_format(row: Any) -> str | None:
+    """The format that a row has the columns of, by its text where several share them."""
+    if not isinstance(row, dict):
+        return None
+    columns = row.keys()
+    if "chosen" in columns:
+        alone = isinstance(row["chosen"], str) and not any(row.get(name) for name in CONTEXTS)
+        return "hh-rlhf" if alone else "preference"
+    if "messages" in columns:
+        return "messages"
+    if "conversations" in columns or isinstance(row.get("conversation"), list):
+        return "sharegpt"
+    if "instances" in columns:
+        return "seed-task"
+    if columns >= {"instruction", "response"}:
+        return "dolly"
+    if columns >= {"instruction", "output"}:
+        return "belle" if str(row["instruction"]).lstrip().startswith(("Human:", "Human：")) else "alpaca"
+    if columns >= {"prompt", "completion"}:
+        return "self-instruct"
+    if find_pair(columns):
+        return "question-answer"
+    if columns >= {"input", "output"}:
+        return "input-output"
+    if "text" in columns:
+        start = str(row["text"]).lstrip()
+        return (
+            "oasst1"
+            if start.startswith("### Human:")
+            else "chip2"
+            if start.startswith("<human>:")
+            else "text"
+        )
+    return None
+
+
+def sniff_format(rows: list[Any]) -> str | None:
+    """The format most of these rows have."""
+    found = Counter(filter(None, map(find_format, rows)))
+    return found.most_common(1)[0][0] if found else None
+
+
+def read_row(row: Any, dataset_format: str, marker: str = "\n\n") -> Chat:
+    """One row as a Chat. `marker` goes between a question and its input. Raises UserError for a bad row."""
+    if not isinstance(row, dict):
+        raise UserError(f"holds {str(row)[:40]!r}: an object with columns is needed")
+    check_desirable(row)
+    chat = FORMATS[ALIASES.get(dataset_format, dataset_format)](row, marker)
+    check_media(row, [message["content"] for message in chat.messages])
+    if not any(message["role"] in ("assistant", TEXT_ROLE) for message in chat.messages):
+        raise UserError("has no answer to train on")
+    try:
+        "".join(message["content"] for message in chat.messages).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"holds half of a surrogate pair ({error.object[error.start]!r})") from error
+    return chat
+
+
+def read_list(row: Row, column: str) -> list[Row]:
+    turns = row.get(column)
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise UserError(f"column {column!r} holds {str(turns)[:40]!r}: a list of turns is needed")
+    return turns
+
+
+def split_turns(text: str, speaker: str) -> list[tuple[str, str]]:
+    """(role, text) of each turn; `speaker` matches what stands before a turn and captures who speaks."""
+    before, *parts = re.split(speaker, text)
+    if before.strip() or not parts:
+        raise UserError(f"holds {text[:40]!r}, which no speaker begins")
+    return [(ROLES[who.lower()], said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def tidy_turns(turns: list[tuple[str, Any]], notes: list[str] | None = None) -> Chat:
+    """tidy_messages of (role, text)."""
+    for role, text in turns:
+        if not isinstance(text, str):
+            raise UserError(f"a {role} turn holds {str(text)[:40]!r}: text is needed")
+    return tidy_messages([{"role": role, "content": text} for role, text in turns], notes or [])
+
+
+def tidy_messages(messages: Messages, notes: list[str], tools: list[Any] | None = None) -> Chat:
+    """The messages without empty ones, and up to the first that is out of order."""
+    spoken = [message for message in messages if message["content"].strip() or message.get("tool_calls")]
+    if len(spoken) < len(messages):
+        notes = [*notes, "empty turns taken out"]
+    ordered, order = keep_ordered(spoken)
+    return Chat(ordered, tools, (*notes, *order))
+
+
+def keep_ordered(messages: Messages) -> tuple[Messages, list[str]]:
+    """(the messages before the first out of order, a note of it).
+
+    In order: a system message first, then user and assistant in turn, tools after an assistant.
+    """
+    before: dict[str, Any] = {"role": None}
+    for i, message in enumerate(messages):
+        follows = {
+            "system": (None,),
+            "user": (None, "system", "assistant"),
+            "assistant": (None, "system", "user", "tool"),
+            "tool": ("assistant", "tool"),
+        }[message["role"]]
+        if before["role"] not in follows and not (
+            message["role"] == "assistant" and before.get("tool_calls")
+        ):
+            return messages[:i], ["roles out of order, the rest cut"]
+        before = message
+    return messages, []

@@ -1,0 +1,251 @@
+"""What will be trained on, said before training; a run that would train on nothing worth it is stopped."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.arguments import DataArguments, ModelArguments, TrainingArguments
+from utils.console import UserError, is_main_process, notice
+from utils.data import tokenizing
+from utils.data.packing import choose_capacity, measure_packing, measure_padding
+from utils.data.preferences import NOT_WANTED
+from utils.data.rows import Rows
+from utils.data.token_rows import TokenRows
+from utils.messages import EVAL, IGNORE_INDEX, TEST, TRAIN
+from utils.models.base import has_gpu
+from utils.models.folder import read_model_config
+from utils.run.record import write_json
+
+MAX_LOST_SHARE, MAX_ENDLESS_SHARE = 0.2, 0.5
+MEASURED_ROWS = 20_000  # a sample is enough for shares of packing
+GREEN, PLAIN = "\033[32m", "\033[0m"
+
+
+class RedReport(UserError):
+    """The data would teach nothing, or something else than what the files hold."""
+
+    exit_code = 3
+
+
+def report_data(
+    rows: Rows,
+    datasets: dict[str, TokenRows],
+    tokenizer: Any,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+) -> None:
+    """Print the report, write data_report.json and .png into the run's folder, raise RedReport where due."""
+    if not (training_args.do_train or data_args.data_report):
+        for part in (EVAL, TEST):
+            if len(datasets[part]):
+                notice(describe_part(part, measure_part(rows, part, datasets[part])))
+        return
+    config = read_model_config(model_args)
+    vocabulary = config.get("text_config", config).get("vocab_size", len(tokenizer))
+    report = build_report(rows, datasets, vocabulary, data_args, training_args, has_gpu(model_args))
+    notice(describe_report(report))
+    if is_main_process():
+        show_rows(datasets[TRAIN], [source.name for source in rows.sources], tokenizer)
+        folder = Path(training_args.output_dir)
+        write_json(report, folder / "data_report.json")
+        save_histogram(datasets[TRAIN].lengths, folder / "data_report.png")
+        notice(f"the report with row numbers is in {folder}/data_report.json")
+    if report["red"] and not data_args.ignore_data_report:
+        raise RedReport(f"{'; '.join(report['red'])} (--ignore_data_report trains all the same)")
+
+
+def build_report(
+    rows: Rows,
+    datasets: dict[str, TokenRows],
+    vocabulary: int,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    on_gpu: bool,
+) -> dict[str, Any]:
+    """The report as plain values: what data_report.json holds."""
+    parts = {part: measure_part(rows, part, found) for part, found in datasets.items() if rows.count(part)}
+    report: dict[str, Any] = {
+        "sources": [
+            source.describe()
+            | {
+                "rows": len(scan.hashes),
+                "left_out": {reason: [scan.counts[reason], where] for reason, where in scan.bad.items()},
+                "cleaned": {note: [scan.counts[note], where] for note, where in scan.cleaned.items()},
+            }
+            for source, scan in zip(rows.sources, rows.scans, strict=True)
+        ],
+        "parts": parts,
+        "duplicates": count_duplicates(rows),
+        "held_out_copies": rows.held_out_copies,
+        "over_the_vocabulary": [part for part, found in parts.items() if found["largest_id"] >= vocabulary],
+    }
+    lengths = datasets[TRAIN].lengths
+    if len(lengths):
+        report["packing"] = measure_packings(lengths, data_args, training_args, on_gpu)
+        report["suggested_model_max_length"] = suggest_max_length(datasets[TRAIN].found["uncut"])
+    report["red"] = find_red(report, vocabulary)
+    return report
+
+
+def measure_part(rows: Rows, part: str, found: TokenRows) -> dict[str, Any]:
+    trained = largest = 0
+    for signed in found.read_tokens():
+        trained += int((signed >= 0).sum())
+        largest = max(largest, int(np.where(signed >= 0, signed, ~signed).max(initial=0)))
+    return {
+        "rows": rows.count(part),
+        "sequences": len(found),
+        "tokens": len(found.tokens),
+        "trained_tokens": trained,
+        "longest": int(found.lengths.max(initial=0)),
+        "largest_id": largest,
+        "findings": found.found["counts"],
+        "finding_rows": found.found["rows"],
+    }
+
+
+def count_duplicates(rows: Rows) -> int:
+    """Training rows whose content another training row has too, beyond the first."""
+    hashes = select_hashes(rows, TRAIN)
+    return len(hashes) - len(np.unique(hashes))
+
+
+def select_hashes(rows: Rows, part: str) -> np.ndarray:
+    number = {TRAIN: 1, EVAL: 2, TEST: 3}[part]
+    pairs = zip(rows.scans, rows.parts, strict=True)
+    return np.concatenate([scan.hashes[parts == number] for scan, parts in pairs])
+
+
+def measure_packings(
+    lengths: np.ndarray, data_args: DataArguments, training_args: TrainingArguments, on_gpu: bool
+) -> dict[str, float]:
+    """Shares of real among computed tokens, in the order of a random epoch; sizes are fixed on a GPU only."""
+    sample = np.random.default_rng(0).permutation(lengths)[:MEASURED_ROWS].tolist()
+    batch = training_args.per_device_train_batch_size
+    rows_per_step = batch * training_args.gradient_accumulation_steps
+    capacity = choose_capacity(lengths, batch, rows_per_step, data_args.max_len, on_gpu)
+    return {
+        "rows_per_step": rows_per_step,
+        "packed": round(measure_packing(sample, rows_per_step, capacity, fixed=on_gpu), 4),
+        "padded": round(measure_padding(sample, batch), 4),
+    }
+
+
+def suggest_max_length(uncut: dict[str, int]) -> int:
+    """Holds 99% of the rows as they were before any cut, a multiple of LENGTH_STEP."""
+    lengths, counts = np.array(sorted((int(length), count) for length, count in uncut.items())).T
+    return int(lengths[np.searchsorted(np.cumsum(counts), 0.99 * counts.sum())])
+
+
+def find_red(report: dict[str, Any], vocabulary: int) -> list[str]:
+    """What makes training pointless or wrong."""
+    red = []
+    train = report["parts"].get(TRAIN, {"rows": 0, "sequences": 0, "findings": {}})
+    findings = train["findings"]
+    if not train["sequences"]:
+        red.append(f"not one of {train['rows']:,} rows has anything to train on")
+    read = sum(source["rows"] for source in report["sources"] if source["part"] == TRAIN)
+    bad = sum(
+        count
+        for source in report["sources"]
+        if source["part"] == TRAIN
+        for reason, (count, _) in source["left_out"].items()
+        if not reason.startswith(NOT_WANTED)
+    )
+    dropped = sum(count for what, count in findings.items() if what.startswith("dropped"))
+    if read and train["sequences"] and bad + dropped > MAX_LOST_SHARE * read:
+        red.append(f"{bad + dropped:,} of {read:,} rows are lost")
+    endless = findings.get(tokenizing.NO_STOP, 0)
+    if train["sequences"] and endless > MAX_ENDLESS_SHARE * train["sequences"]:
+        red.append(
+            f"{endless:,} of {train['sequences']:,} sequences have no stop token, so replies would not end: "
+            "raise --target_max_len or --model_max_length"
+        )
+    if report["over_the_vocabulary"]:
+        red.append(f"token ids reach beyond the model's {vocabulary:,}: the tokenizer is another model's")
+    return red
+
+
+def describe_part(part: str, found: dict[str, Any]) -> str:
+    name = {TRAIN: "train", EVAL: "held out for evaluation", TEST: "held out for prediction"}[part]
+    share = found["trained_tokens"] / max(found["tokens"], 1)
+    return (
+        f"{name}: {found['rows']:,} rows -> {found['sequences']:,} sequences, {found['tokens']:,} tokens, "
+        f"{found['trained_tokens']:,} trained ({share:.0%}), longest {found['longest']:,}"
+    )
+
+
+def describe_report(report: dict[str, Any]) -> str:
+    lines = []
+    for part, found in report["parts"].items():
+        lines.append(describe_part(part, found))
+        for what, count in found["findings"].items():
+            first = ", ".join(map(str, found["finding_rows"][what][:3]))
+            lines.append(f"  {count:,} {what} (row {first}{', ...' if count > 3 else ''})")
+    for source in report["sources"]:
+        for note, (count, where) in source["cleaned"].items():
+            lines.append(f"  {source['name']}: {count:,} rows with {note} (row {where[0]} first)")
+    if report["duplicates"]:
+        lines.append(f"  {report['duplicates']:,} training rows repeat another one")
+    if report["held_out_copies"]:
+        lines.append(
+            f"  {report['held_out_copies']:,} rows are not trained on: a held-out row holds the same chat"
+        )
+    if "packing" in report:
+        packing = report["packing"]
+        lines.append(
+            f"packing {packing['rows_per_step']} rows a step: {packing['packed']:.1%} of the computed tokens "
+            f"are real (padding: {packing['padded']:.1%}); --model_max_length "
+            f"{report['suggested_model_max_length']} would hold 99% of the rows"
+        )
+    lines += [f"RED: {finding}" for finding in report["red"]]
+    return "\n".join(lines)
+
+
+def draw_histogram(lengths: np.ndarray, bins: int = 8, width: int = 40) -> str:
+    """Rows by length, as bars of text."""
+    counts, edges = np.histogram(lengths, bins=bins)
+    return "\n".join(
+        f"  {int(low):>6,}-{int(high):<6,} {'█' * -(-width * count // counts.max()):<{width}} {count:,}"
+        for count, low, high in zip(counts.tolist(), edges, edges[1:], strict=False)
+    )
+
+
+def save_histogram(lengths: np.ndarray, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.5), dpi=120)
+    axes.hist(lengths, bins=40)
+    axes.set(xlabel="tokens in a row", ylabel="rows")
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def show_rows(
+    found: TokenRows, sources: list[str], tokenizer: Any, count: int = 3, characters: int = 500
+) -> None:
+    """Rows as the model sees them, what is trained in green (between ⟦ ⟧ where colours are not shown)."""
+    if not len(found):
+        return
+    print(f"lengths, tokens:\n{draw_histogram(found.lengths)}")
+    opening, closing = (GREEN, PLAIN) if sys.stdout.isatty() else ("⟦", "⟧")
+    for index in range(min(count, len(found))):
+        row = found[index]
+        trained = row["labels"] != IGNORE_INDEX
+        bounds = [0, *(np.flatnonzero(np.diff(trained.astype(np.int8))) + 1).tolist(), len(trained)]
+        text = ""
+        for start, end in zip(bounds, bounds[1:], strict=False):
+            piece = tokenizer.decode(row["input_ids"][start:end])
+            if len(piece) > characters:
+                piece = f"{piece[: characters // 2]} [...] {piece[-characters // 2 :]}"
+            text += f"{opening}{piece}{closing}" if trained[start] else piece
+        source, number = found.origins[index]
+        print(f"--- row {number} of {sources[source]}\n{text.rstrip()}")
+    print("---", flush=True)

@@ -1,0 +1,200 @@
+"""Attention of packed rows: torch's variable-length kernel, which never looks across a row's end.
+
+Its signature differs between torch 2.10 and 2.13, so its parameters are looked up. Where it cannot run
+(a CPU, a GPU before Ampere, float32) sdpa gets a block-diagonal mask. Neither reads anything on the host, so
+both can be captured in a CUDA graph. For packed training only: padded batches, as evaluation and generation
+have them, keep the model's own attention. What a model hands its attention besides (a sink, a bias, a cap) is
+refused, and the whole is tried on the model before it is used.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from utils.fast.trials import ROW, draw_tokens, evaluating, is_near
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+
+    PARAMETERS = set(inspect.signature(varlen_attn).parameters)
+except ImportError:  # torch before 2.10
+    varlen_attn, PARAMETERS = None, set()
+
+NAME, TRIAL = "packed", "packed_trial"
+# Arguments that change nothing here: rows are causal and as long on both sides.
+WITHOUT_EFFECT = {"position_ids", "is_causal", "cu_seq_lens_k", "max_length_k", "output_attentions"}
+BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def find_attention_obstacle(model: nn.Module) -> str | None:
+    """Why packed rows need the model's own attention; None if ours computes the same, tried on the model."""
+    config = model.config.get_text_config().to_dict()
+    if any(value for name, value in config.items() if name.startswith("att") and "drop" in name):
+        return "attention scores are dropped"
+    if not getattr(model, "_supports_sdpa", False):
+        return "the model has an attention of its own"
+    with evaluating(model):
+        try:
+            return try_packed_attention(model.base_model)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model's code does where it misses its mask
+            return f"tried on packed rows: {(str(error) or type(error).__name__).splitlines()[0]}"
+
+
+def try_packed_attention(model: nn.Module) -> str | None:
+    """Rows alone, by the model's own attention, against the same rows packed; `model`: without its head."""
+    rows = draw_tokens(model, 2, ROW)
+    alone = model(input_ids=rows, use_cache=False)[0]  # [2, ROW, hidden_size]
+    with packed_attention(model, TRIAL):  # without position_ids: its mask is that of one row
+        run_packed(model, rows[:1], [ROW])
+    for second in (ROW, ROW - 5):  # rows of one length are attended to as a batch
+        packed = torch.cat([rows[0], rows[1, :second]])[None]
+        with packed_attention(model):
+            places = torch.cat([torch.arange(ROW), torch.arange(second)])[None].to(packed.device)
+            found = run_packed(model, packed, [ROW, second], position_ids=places)
+        if not is_near(found[0], torch.cat([alone[0], alone[1, :second]])):
+            return "packed rows come out otherwise than alone"
+    return None
+
+
+def run_packed(model: nn.Module, packed: torch.Tensor, lengths: list[int], **inputs: Any) -> torch.Tensor:
+    """Hidden states  # [1, tokens, hidden_size]"""
+    ends = torch.tensor([0, *lengths], device=packed.device).cumsum(0).to(torch.int32)
+    bounds = {"cu_seq_lens_q": ends, "max_length_q": max(lengths)}
+    return model(input_ids=packed, use_cache=False, **bounds, **inputs)[0]
+
+
+def has_varlen_kernel(query: torch.Tensor, sliding_window: int | None) -> bool:
+    return (
+        varlen_attn is not None
+        and query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and ("window_size" in PARAMETERS or ("is_causal" in PARAMETERS and not sliding_window))
+    )
+
+
+def attend_packed(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **given: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each row  # [1, tokens, heads, head_dim]
+
+    query, key, value  # [1, heads, tokens, head_dim]
+    cu_seq_lens_q: where rows begin and end  # int32 [rows + 1]
+    Raises ValueError for what it would leave out.
+    """
+    refuse_what_is_left_out(cu_seq_lens_q, given | {"attention_mask": attention_mask})
+    tokens, rows = query.shape[2], len(cu_seq_lens_q) - 1
+    if rows * max_length_q == tokens and not sliding_window:
+        return attend_dense(query, key, value, rows, scaling), None
+    if not has_varlen_kernel(query, sliding_window):
+        mask = build_block_mask(tokens, cu_seq_lens_q, sliding_window)
+        gqa = key.shape[1] != query.shape[1]
+        out = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=gqa)
+        return out.transpose(1, 2), None
+    query, key, value = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
+    if key.shape[1] != query.shape[1] and "enable_gqa" not in PARAMETERS:
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+    options: dict[str, Any] = {"scale": scaling}
+    if "enable_gqa" in PARAMETERS:
+        options["enable_gqa"] = key.shape[1] != query.shape[1]
+    if "window_size" in PARAMETERS:
+        options["window_size"] = (sliding_window - 1 if sliding_window else -1, 0)
+    else:
+        options["is_causal"] = True
+    ends, longest = cu_seq_lens_q, max_length_q
+    return varlen_attn(query, key, value, ends, ends, longest, longest, **options).unsqueeze(0), None
+
+
+def refuse_what_is_left_out(ends: torch.Tensor | None, given: dict[str, Any]) -> None:
+    if ends is None:
+        raise ValueError("its layers do not tell attention where rows begin")
+    unknown = [name for name, x in given.items() if isinstance(x, torch.Tensor) or x]
+    unknown = [name for name in unknown if name not in WITHOUT_EFFECT]
+    if unknown or given.get("is_causal") is False:
+        raise ValueError(f"its attention takes {', '.join(unknown) or 'is_causal=False'}")
+
+
+def attend_trial(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **given: Any,
+) -> tuple[torch.Tensor, None]:
+    """attend_packed, which gets no mask and must then be told of every window by its argument."""
+    if attention_mask is not None and not given.get("sliding_window"):
+        raise ValueError("a mask alone keeps its tokens from seeing all earlier ones")
+    return attend_packed(module, query, key, value, None, **given)
+
+
+def build_trial_mask(
+    mask_function: Callable[..., torch.Tensor], q_length: int, kv_length: int, device: torch.device, **_: Any
+) -> torch.Tensor | None:
+    """None where a token sees all earlier ones of its row; else something, for attend_trial to see."""
+    first, far = (torch.tensor(place, device=device) for place in (0, 2**30))
+    sees_all = mask_function(first, first, far, first)
+    return None if sees_all else torch.ones(1, 1, q_length, kv_length, dtype=torch.bool, device=device)
+
+
+def attend_dense(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: int, scaling: float | None
+) -> torch.Tensor:
+    """Rows of one length, as documents cut at the limit are: a batch, which cuDNN does twice as fast."""
+    query, key, value = (
+        x.transpose(1, 2).reshape(rows, -1, x.shape[1], x.shape[3]).transpose(1, 2)
+        for x in (query, key, value)
+    )
+    gqa = key.shape[1] != query.shape[1]
+    with sdpa_kernel(BACKENDS, set_priority=True):
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=gqa)
+    return out.transpose(1, 2).reshape(1, -1, query.shape[1], query.shape[3])
+
+
+def build_block_mask(
+    tokens: int, cu_seqlens: torch.Tensor, sliding_window: int | None = None
+) -> torch.Tensor:
+    """True where a token sees another: in its own row, not later, within the window  # [tokens, tokens]"""
+    place = torch.arange(tokens, device=cu_seqlens.device)
+    row = torch.searchsorted(cu_seqlens, place.to(cu_seqlens.dtype), right=True)
+    distance = place[:, None] - place
+    mask = (row[:, None] == row) & (distance >= 0)
+    return mask & (distance < sliding_window) if sliding_window else mask
+
+
+@contextmanager
+def packed_attention(model: nn.Module, name: str = NAME) -> Iterator[None]:
+    """Within it, forward and backward of `model` take packed rows; its own attention returns after."""
+    AttentionInterface.register(NAME, attend_packed)
+    AttentionInterface.register(TRIAL, attend_trial)
+    AttentionMaskInterface.register(TRIAL, build_trial_mask)
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

@@ -1,0 +1,148 @@
+"""Forward and backward of a micro-batch as one CUDA graph: replayed, it costs the CPU a single launch.
+
+A 7B QLoRA step launches some ten thousand kernels, and on short micro-batches the GPU waits for most of them.
+"""
+
+import torch
+
+from utils.console import notice
+from utils.fast.graph_capture import CaptureError, capture_graph, round_to_power
+from utils.fast.model import FastModel, MicroBatch
+from utils.fast.rope import find_ropes, is_dynamic
+
+
+class GraphedStep:
+    """FastModel.run, captured once for each micro-batch size and replayed.
+
+    The first micro-batch of a size runs eagerly: a real step that also warms up every kernel. The second is
+    captured. Sizes that come only once are never captured.
+    """
+
+    def __init__(self, fast: FastModel):
+        self.fast, self.graphs, self.seen = fast, {}, set()
+        self.obstacle = find_graph_obstacle(fast)
+        if not self.obstacle:
+            # One pool and stream for all graphs and eager runs: never at work at once, they share memory.
+            self.pool, self.stream = torch.cuda.MemPool(), torch.cuda.Stream()
+
+    def __call__(self, micro_batch: MicroBatch, loss_scale: float | torch.Tensor) -> torch.Tensor:
+        """Sum of the token losses  # [] on the device; gradients are added to `fast.flat.grads`.
+
+        `micro_batch`: as FastModel.run takes it, on any device; a missing max_length is read from cu_seqlens,
+        which waits for the GPU if they are there. `loss_scale` multiplies the gradients: 1 / label tokens of
+        the whole optimizer step, times GradScaler's scale in float16.
+        """
+        device = self.fast.flat.weights.device
+        scale = torch.as_tensor(loss_scale, dtype=torch.float32, device=device)
+        self.fast.flat.attach_gradients()  # before a capture or a replay, which could not
+        positions = torch.as_tensor(micro_batch["label_positions"])  # the collators leave them in NumPy
+        micro_batch = micro_batch | {"label_positions": positions}
+        if self.obstacle or "cu_seqlens" not in micro_batch:
+            batch = add_max_length(micro_batch)
+            return self.fast.run(move(batch, device), scale)
+        batch = round_up(micro_batch)
+        size = find_size(batch)
+        if size in self.graphs:
+            return self.replay(size, batch, scale)
+        if size not in self.seen:
+            self.seen.add(size)
+            return self.run_in_pool(move(batch, device), scale)
+        if not self.capture(size, move(batch, device), scale):
+            return self.fast.run(move(batch, device), scale)
+        return self.replay(size, batch, scale)
+
+    def run_in_pool(self, batch: MicroBatch, scale: torch.Tensor) -> torch.Tensor:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        # The pool is this thread's, so the backward pass stays on it.
+        with torch.autograd.set_multithreading_enabled(False), torch.cuda.stream(self.stream):
+            with torch.cuda.use_mem_pool(self.pool):
+                loss = self.fast.run(batch, scale)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return loss.clone()  # out of the pool
+
+    def capture(self, size: tuple[int, ...], batch: MicroBatch, scale: torch.Tensor) -> bool:
+        """Record the step on copies of `batch` that later ones are written into; runs nothing yet."""
+        static = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+        static_scale = scale.clone()
+        try:
+            # On the eager run's thread, whose cuBLAS handle exists: one made during a capture would spoil it.
+            with torch.autograd.set_multithreading_enabled(False):
+                graph, loss = capture_graph(
+                    lambda: self.fast.run(static, static_scale), self.stream, scale.device, self.pool.id
+                )
+        except CaptureError as error:
+            self.obstacle = str(error)
+            notice(f"fast path: without CUDA graphs, capturing failed ({error})")
+            return False
+        self.graphs[size] = (graph, static, static_scale, loss)
+        return True
+
+    def replay(self, size: tuple[int, ...], batch: MicroBatch, scale: torch.Tensor) -> torch.Tensor:
+        graph, static, static_scale, loss = self.graphs[size]
+        for name, x in batch.items():
+            if isinstance(x, torch.Tensor):  # from pinned memory the CPU need not wait for the copy
+                static[name].copy_(x if x.is_cuda else x.pin_memory(), non_blocking=True)
+        static_scale.copy_(scale)
+        graph.replay()
+        return loss.clone()
+
+
+def find_graph_obstacle(fast: FastModel) -> str | None:
+    """Why steps of this model run eagerly; None if they can be captured."""
+    if fast.flat.weights.device.type != "cuda":
+        return "no GPU"
+    obstacle = fast.attention_obstacle or fast.loss_obstacle
+    if any(is_dynamic(rope) for rope in find_ropes(fast.causal_model.config)):
+        obstacle = "its rotary frequencies are chosen on the host, by the longest row"
+    if fast.has_own_dropout:
+        obstacle = "the base model has dropout of its own"
+    if obstacle:
+        notice(f"fast path: without CUDA graphs ({obstacle})")
+    return obstacle
+
+
+def add_max_length(batch: MicroBatch) -> MicroBatch:
+    if "cu_seqlens" not in batch or "max_length" in batch:
+        return batch
+    return batch | {"max_length": int(batch["cu_seqlens"].diff().max())}
+
+
+def round_up(batch: MicroBatch) -> MicroBatch:
+    """Pad what varies to a few fixed sizes: empty rows, ignored label positions, a rounded longest row.
+
+    Each size costs a capture, each rounding some empty work. Empty rows cost little, so there is
+    room for rows of 128 tokens and for one of 1,024, or twice that where it is not enough; labels are looked
+    for at half of the positions or at all of them.
+    """
+    tokens, ends, positions = batch["input_ids"].shape[1], batch["cu_seqlens"], batch["label_positions"]
+    rows, longest = len(ends) - 1, add_max_length(batch)["max_length"]
+    if rows * longest != tokens:  # rows of one length stay as they are, for attend_dense
+        rows = round_to_power(rows, max(16, tokens // 128))
+        longest = min(round_to_power(longest, 1024), tokens)
+    places = -(-tokens // 2) if 2 * len(positions) <= tokens else tokens
+    padding = positions.new_full((places - len(positions),), tokens - 1)  # no label follows the last token
+    return {
+        "input_ids": batch["input_ids"],
+        "position_ids": batch["position_ids"],
+        "token_keys": batch["token_keys"],
+        "labels": batch["labels"],
+        "label_positions": torch.cat([positions, padding]),
+        "cu_seqlens": torch.cat([ends, ends.new_full((rows + 1 - len(ends),), tokens)]).to(torch.int32),
+        "max_length": longest,
+    }
+
+
+def find_size(batch: MicroBatch) -> tuple[int, ...]:
+    return (
+        batch["input_ids"].shape[1],
+        len(batch["label_positions"]),
+        len(batch["cu_seqlens"]),
+        batch["max_length"],
+    )
+
+
+def move(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    return {
+        name: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
+        for name, x in batch.items()
+    }

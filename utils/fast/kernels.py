@@ -1,0 +1,216 @@
+"""What the fused path needs beside matrix products: Triton kernels on a GPU, the same in torch elsewhere."""
+
+from dataclasses import dataclass
+
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit
+from torch.nn import functional as F
+
+from utils.fast.token_keys import TokenKeys, draw_mask, draw_uniform
+
+try:
+    import triton
+
+    from utils.fast import triton_kernels as kernels
+except ImportError:  # a CPU build of torch has none
+    triton = None
+
+
+def unpack_4bit(weight: torch.Tensor, state: QuantState, out: torch.Tensor) -> torch.Tensor:
+    """NF4 or FP4 codes into `out`  # [out, in]; double-quantized scales are decoded on the way."""
+    if triton is None or not weight.is_cuda or out.shape[1] % state.blocksize:
+        return out.copy_(dequantize_4bit(weight, state))
+    absmax, outer = state.absmax, state.state2
+    row_blocks = out.shape[1] // state.blocksize
+    kernels.unpack_4bit_kernel[(out.shape[0], triton.cdiv(row_blocks, 64))](
+        weight,
+        out,
+        row_blocks,
+        out.stride(0),
+        state.code,
+        absmax,
+        outer.absmax if outer else absmax,
+        outer.code if outer else absmax,
+        state.offset if outer else absmax,
+        BLOCK_SIZE=state.blocksize,
+        OUTER_SIZE=outer.blocksize if outer else 1,
+        BLOCKS=min(64, triton.next_power_of_2(row_blocks)),
+    )
+    return out
+
+
+def unpack_8bit(weight: torch.Tensor, row_max: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """INT8 rows and their absolute maxima into `out`  # [out, in]"""
+    if triton is None or not weight.is_cuda:
+        return out.copy_(weight * (row_max.float() / 127)[:, None])
+    grid = (weight.shape[0], triton.cdiv(weight.shape[1], 1024))
+    kernels.unpack_8bit_kernel[grid](weight, out, out.stride(0), row_max, weight.shape[1], BLOCK=1024)
+    return out
+
+
+def place_low_rank(out: torch.Tensor, right: torch.Tensor, first: int, scale: float) -> None:
+    """out = [0 | scale * right | 0], `right` from column `first` on  # [out, ranks]; one launch."""
+    if triton is None or not out.is_cuda:
+        out.zero_()
+        torch.mul(right, scale, out=out[:, first : first + right.shape[1]])
+        return
+    rows, columns = out.shape
+    kernels.place_low_rank_kernel[(triton.cdiv(rows, 16),)](
+        out,
+        out.stride(0),
+        right,
+        rows,
+        columns,
+        first,
+        right.shape[1],
+        scale,
+        BLOCK=triton.next_power_of_2(columns),
+    )
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Dropout whose mask follows from token keys and layer: backward draws it again, nothing is kept."""
+
+    keys: TokenKeys
+    layer: int
+    probability: float
+
+    def drop(self, x: torch.Tensor) -> torch.Tensor:
+        """`x`  # [tokens, width]"""
+        if triton is None or not x.is_cuda:
+            mask = draw_mask(self.keys.find(x).cpu(), self.layer, x.shape[1], self.probability)
+            return (x * mask.to(x.device)).to(x.dtype)
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        launch_drop(x, out, out, self, copies=False)
+        return out
+
+
+def unfold(mask: Mask | None, x: torch.Tensor) -> tuple[torch.Tensor, int, int, float]:
+    """(keys, layer, threshold of a 32-bit hash, scale of what is kept): a kernel's arguments."""
+    if mask is None:
+        return x, 0, 0, 1.0  # never read
+    return mask.keys.find(x), mask.layer, int(mask.probability * 2**32), 1 / (1 - mask.probability)
+
+
+def draw_noise(keys: torch.Tensor, layer: int, scales: torch.Tensor, width: int) -> torch.Tensor:
+    """Uniform from [-scale, scale) of the token  # float32 [tokens, width]; `scales`  # float32 [tokens]"""
+    if triton is None or not keys.is_cuda:
+        return draw_uniform(keys.cpu(), layer, width).to(keys.device) * scales[:, None]
+    noise = torch.empty(len(keys), width, device=keys.device)
+    grid = (len(keys), triton.cdiv(width, 1024))
+    kernels.noise_kernel[grid](noise, keys, scales, width, layer, BLOCK=1024)
+    return noise
+
+
+def copy_and_drop(x: torch.Tensor, out: torch.Tensor, mask: Mask | None) -> torch.Tensor:
+    """Copy `x` into `out`, whose rows may be longer; returns `x` dropped by `mask`, x itself without one."""
+    if triton is None or not x.is_cuda:
+        out.copy_(x)
+        return mask.drop(x) if mask else x
+    dropped = torch.empty_like(x) if mask else x
+    launch_drop(x, dropped, out, mask, copies=True)
+    return dropped
+
+
+def launch_drop(
+    x: torch.Tensor, dropped: torch.Tensor, copy: torch.Tensor, mask: Mask | None, copies: bool
+) -> None:
+    kernels.drop_kernel[(x.shape[0], triton.cdiv(x.shape[1], 1024))](
+        x, x.stride(0), dropped, copy, copy.stride(0), x.shape[1], *unfold(mask, x),
+        DROPS=mask is not None, COPIES=copies, BLOCK=1024,
+    )  # fmt: skip
+
+
+def add_low_rank(
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, mask: Mask | None
+) -> None:
+    """total += drop(scale * left @ right), in place and in one pass over `total`  # [tokens, width]
+
+    `left`  # [tokens, ranks]; `right`  # [ranks, width]
+    """
+    (tokens, width), ranks = total.shape, left.shape[1]
+    if triton is None or not total.is_cuda:
+        update = (left * scale) @ right
+        total += mask.drop(update) if mask else update
+        return
+    keys, layer, threshold, kept_scale = unfold(mask, total)
+    kernels.add_low_rank_kernel[(triton.cdiv(width, 128), triton.cdiv(tokens, 128))](
+        total, left, right, tokens, width, keys, layer, threshold, scale * kept_scale,
+        RANKS=ranks, DROPS=mask is not None, BLOCK_RANKS=64 if ranks > 32 else 32, num_warps=8,
+    )  # fmt: skip
+
+
+def gate(
+    gate_up: torch.Tensor, out: torch.Tensor, activation: str, mask: "Mask | None" = None
+) -> torch.Tensor:
+    """act(gate) * up into `out`  # [tokens, width] from gate and up side by side  # [tokens, 2 * width]
+
+    Returns it dropped by `mask`; the same tensor without one.
+    """
+    tokens, width = out.shape
+    if triton is None or not gate_up.is_cuda:
+        gated, up = gate_up.split(width, 1)
+        torch.mul(activate(gated, activation), up, out=out)
+        return mask.drop(out) if mask else out
+    dropped = torch.empty_like(out) if mask else out
+    kernels.gate_kernel[(tokens, triton.cdiv(width, 1024))](
+        gate_up, out, out.stride(0), dropped, width, *unfold(mask, out),
+        SILU=activation == "silu", DROPS=mask is not None, BLOCK=1024,
+    )  # fmt: skip
+    return dropped
+
+
+def gate_backward(
+    gate_up: torch.Tensor, grad: torch.Tensor, activation: str, mask: "Mask | None" = None
+) -> None:
+    """In place: gate_up becomes its gradient, grad becomes act(gate) * up once more, dropped by `mask`."""
+    tokens, width = grad.shape
+    if grad.is_cuda and triton is not None:
+        kernels.gate_backward_kernel[(tokens, triton.cdiv(width, 1024))](
+            gate_up, grad, width, *unfold(mask, grad),
+            SILU=activation == "silu", DROPS=mask is not None, BLOCK=1024,
+        )  # fmt: skip
+        return
+    gated, up = (half.to(torch.float32, copy=True) for half in gate_up.split(width, 1))
+    with torch.enable_grad():
+        active = activate(gated.requires_grad_(), activation)
+        (slope,) = torch.autograd.grad(active.sum(), gated)
+    active = active.detach()
+    gate_up[:, :width] = grad * up * slope
+    gate_up[:, width:] = grad * active
+    grad.copy_(active * up)
+    if mask:
+        grad.copy_(mask.drop(grad))
+
+
+def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
+    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
+
+
+def cross_entropy_(
+    logits: torch.Tensor, targets: torch.Tensor, scale: float, softcap: float, ignore_index: int
+) -> torch.Tensor:
+    """Losses of the rows  # [rows]; `logits` become the gradient of their sum, in place  # [rows, vocabulary]
+
+    The model's real logits are softcap * tanh(scale * logits / softcap); scale * logits where softcap is 0.
+    """
+    if logits.is_cuda and triton is not None:
+        losses = torch.empty(len(targets), device=logits.device)
+        kernels.cross_entropy_kernel[(len(targets),)](
+            logits, targets, losses, logits.shape[1], scale, softcap, ignore_index, BLOCK=4096, num_warps=8
+        )
+        return losses
+    real = logits.float() * scale
+    if softcap:
+        real = softcap * torch.tanh(real / softcap)
+    kept = targets != ignore_index
+    index = targets.where(kept, 0)[:, None]
+    log_sum = real.logsumexp(1, keepdim=True)
+    losses = (log_sum - real.gather(1, index))[:, 0] * kept
+    grads = (real - log_sum).exp_()
+    grads.scatter_add_(1, index, torch.full_like(log_sum, -1.0))
+    if softcap:
+        grads *= 1 - (real / softcap) ** 2
+    logits.copy_(grads * (scale * kept)[:, None])
+    return losses

@@ -1,0 +1,82 @@
+"""Cross entropy over the label positions, some logits at a time, through a head that is not trained."""
+
+import torch
+from torch import nn
+
+from utils.fast.kernels import cross_entropy_
+from utils.messages import IGNORE_INDEX
+
+CHUNK_ELEMENTS = 2**25  # logits in memory at once: 64 MiB in 16 bits, a product large enough to be fast
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of the token losses  # []. Its gradient in `hidden` comes on the way forward; the head has none."""
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, targets: torch.Tensor, head: "Head"):
+        """`hidden`  # [tokens, hidden_size]; `targets`  # [tokens], IGNORE_INDEX where there is none"""
+        weight, bias = head.linear.weight.detach(), head.linear.bias
+        rows = max(1, CHUNK_ELEMENTS // len(weight))
+        losses, grads = [], torch.empty_like(hidden)
+        for part, target, grad in zip(
+            hidden.split(rows), targets.split(rows), grads.split(rows), strict=True
+        ):
+            logits = nn.functional.linear(part, weight, bias)
+            losses.append(cross_entropy_(logits, target, head.scale, head.softcap, IGNORE_INDEX))
+            torch.mm(logits, weight, out=grad)
+        ctx.save_for_backward(grads)
+        return torch.cat(losses).sum()
+
+    @staticmethod
+    def backward(ctx, upstream: torch.Tensor):
+        (grads,) = ctx.saved_tensors
+        return (
+            grads.mul_(upstream),
+            None,
+            None,
+        )  # float16: unscaled up to here, so the loss scale cannot overflow
+
+
+class Head:
+    """The output layer of a causal model with what the model does to its logits."""
+
+    def __init__(self, causal_model: nn.Module):
+        config = causal_model.config.get_text_config()
+        self.linear = causal_model.get_output_embeddings()
+        self.softcap = float(getattr(config, "final_logit_softcapping", None) or 0)
+        # Cohere multiplies its logits, Granite divides them.
+        self.scale = float(getattr(config, "logit_scale", None) or 1) / float(
+            getattr(config, "logits_scaling", None) or 1
+        )
+
+    def sum_losses(self, hidden: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Cross entropy of the label after each of `positions`, summed  # []
+
+        `hidden`  # [rows, width, hidden_size]; `labels`  # [rows, width]; `positions`  # [positions]
+        """
+        picked = hidden.index_select(1, positions).flatten(0, 1).to(self.linear.weight.dtype)
+        return ChunkedCrossEntropy.apply(picked, pick_targets(labels, positions), self)
+
+
+def pick_targets(labels: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The label after each position, none after the last token  # [rows * positions]"""
+    return nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX).index_select(1, positions + 1).flatten()
+
+
+@torch.no_grad()
+def find_loss_obstacle(causal_model: nn.Module, head: Head) -> str | None:
+    """Why the loss needs the model's own logits; None if ours are the same, tried on the model itself."""
+    if type(head.linear) is not nn.Linear or head.linear.weight.requires_grad:
+        return "its output layer is trained or quantized"
+    was_training = causal_model.training
+    causal_model.eval()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(head.linear.out_features, (1, 8), generator=generator).to(head.linear.weight.device)
+    expected = causal_model(input_ids=ids, use_cache=False).logits.float()
+    hidden = causal_model.base_model(input_ids=ids, use_cache=False)[0]
+    logits = head.linear(hidden.to(head.linear.weight.dtype)).float() * head.scale
+    if head.softcap:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    causal_model.train(was_training)
+    close = expected.shape == logits.shape and (logits - expected).norm() < 0.02 * expected.norm()
+    return None if close else "its logits are more than the output layer's"

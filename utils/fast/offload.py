@@ -1,0 +1,102 @@
+"""The layer inputs that checkpointing keeps, in the host's memory instead of the GPU's."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from utils.console import notice
+from utils.fast.memory import read_host_memory
+
+RERUN = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+SMALLEST_WIDTH = 2048  # hidden_size from which a layer computes for longer than its input is copied
+
+
+class HostStore:
+    """Checkpoints a layer whose input waits in pinned memory, copied on a stream of its own.
+
+    Out: while the layer computes; back: one layer ahead of the backward pass. So the GPU holds two or three
+    of them, not one a layer. A CUDA graph can hold all of it: the eager run before a capture makes the rooms,
+    and they stay. (The idea is Unsloth's offloaded checkpointing, which copies on the stream that computes.)
+    """
+
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device)
+        self.rooms: list[torch.Tensor] = []  # pinned bytes, by layer
+        self.outgrown: list[torch.Tensor] = []  # captured graphs write there
+        self.is_full = self.is_announced = False
+        self.kept: list[torch.Tensor] = []  # what left, in order
+        self.leaving: torch.Tensor | None = None
+        self.coming: dict[int, torch.Tensor] = {}
+
+    def settle(self) -> None:
+        """Before a micro-batch and after it: nothing is kept, nothing on its way.
+
+        A backward pass that breaks off, or needs no gradient below some layer, has fetched an input in vain.
+        Its memory would be another's while the copy still writes, and no capture may end before a copy does.
+        """
+        if self.coming:
+            self.join()
+        self.kept, self.leaving, self.coming = [], None, {}
+
+    def __call__(self, run: Callable, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        """run(x, *args), checkpointed  # x: [rows, width, hidden_size]"""
+        room = self.find_room(len(self.kept), x.nbytes)
+        if room is None:
+            return RERUN(run, x, *args)
+        number, first, needs_grad = len(self.kept), [x], x.requires_grad
+        self.send(x, room[: x.nbytes].view(x.dtype).view(x.shape))
+
+        def run_again(*args: Any) -> torch.Tensor:
+            return run(first.pop() if first else self.fetch(number).requires_grad_(needs_grad), *args)
+
+        return RERUN(run_again, *args)
+
+    def find_room(self, number: int, size: int) -> torch.Tensor | None:
+        """Pinned bytes for the layer; None when the host has no more to give."""
+        if number < len(self.rooms) and len(self.rooms[number]) >= size:
+            return self.rooms[number]
+        total, free = read_host_memory()
+        if self.is_full or free - size < total / 4:
+            if not self.is_full:
+                notice(f"host memory runs short: inputs of layers from {number} on stay on the GPU")
+            self.is_full = True
+            return None
+        room = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        self.outgrown += self.rooms[number : number + 1]
+        self.rooms[number : number + 1] = [room]
+        return room
+
+    def send(self, x: torch.Tensor, copy: torch.Tensor) -> None:
+        if self.kept:  # a capture may not wait for a stream that is not in it yet
+            self.join()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            copy.copy_(x.detach(), non_blocking=True)
+        self.leaving = x.detach()  # nothing else may take its memory before the next join
+        self.kept.append(copy)
+
+    def fetch(self, number: int) -> torch.Tensor:
+        if not self.is_announced:
+            size = sum(map(len, self.rooms)) / 2**30
+            notice(f"checkpointed layer inputs wait in {size:.1f} GiB of host memory (--offload_checkpoints)")
+            self.is_announced = True
+        x = self.coming.pop(number) if number in self.coming else self.start_fetching(number)
+        self.join()
+        if number:
+            self.coming[number - 1] = self.start_fetching(number - 1)
+        return x
+
+    def start_fetching(self, number: int) -> torch.Tensor:
+        x = torch.empty_like(self.kept[number], device=self.stream.device, pin_memory=False)
+        self.stream.wait_stream(torch.cuda.current_stream())  # which may still use that memory
+        with torch.cuda.stream(self.stream):
+            x.copy_(self.kept[number], non_blocking=True)
+        return x
+
+    def join(self) -> None:
+        """Let the computing stream wait for the copies so far: made a layer ago, they are done."""
+        torch.cuda.current_stream().wait_stream(self.stream)
+        self.leaving = None

@@ -1,0 +1,176 @@
+"""parity.json: does the merged model say what the adapter on its quantized base says?
+
+Both read the same held-out rows (loss, likeliest token, KL of the next-token distributions over the answers'
+tokens) and both write replies, greedily; one model is in memory at a time.
+"""
+
+import dataclasses
+import gc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils.arguments import DataArguments, ModelArguments, TrainingArguments
+from utils.chat.generation import load_run
+from utils.console import UserError, notice
+from utils.data.rows import Rows, load_rows
+from utils.data.tokenizing import tokenize_rows
+from utils.flags.checks import read_recorded_data
+from utils.messages import EVAL, IGNORE_INDEX, TEST
+from utils.models.folder import read_model_config, resolve_model
+from utils.run.record import find_run_record, write_json
+
+MAX_TOKENS = 1024  # answer tokens compared; each holds 0.6 MB of log-probabilities at a 152k vocabulary
+REPLIES, REPLY_TOKENS = 8, 48
+# Past these the merged model is another model. A right one of SmolLM2-135M is far below.
+LIMITS = {"loss_difference": 0.02, "top1_disagreement": 0.03, "kl": 0.01}
+
+Examples = list[dict[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What one model makes of the held-out rows."""
+
+    log_probs: torch.Tensor  # [answer tokens, vocabulary]
+    replies: list[list[int]]
+
+
+def load_held_out_rows(
+    model_args: ModelArguments, name: str | None, count: int
+) -> tuple[Rows, DataArguments]:
+    """The run's held-out rows, or those of the file or set `name`. Reads no weights."""
+    record = find_run_record(Path(model_args.checkpoint_dir)) or {"arguments": {}}
+    fields = read_recorded_data(record)
+    if name is not None:
+        fields |= {"dataset_name": name, "eval_dataset_name": name, "dataset_format": None}
+    elif not fields:
+        raise UserError(
+            f"{model_args.checkpoint_dir} has no run.json and so no held-out rows: give --eval_dataset_name, "
+            "or --parity False to merge unchecked"
+        )
+    data_args = DataArguments(**fields, max_eval_samples=count)
+    training_args = TrainingArguments(do_eval=True, data_seed=record["arguments"].get("data_seed", 42))
+    return load_rows(model_args, data_args, training_args), data_args
+
+
+def certify(model_args: ModelArguments, rows: tuple[Rows, DataArguments], folder: Path) -> bool:
+    """Compare, write parity.json into `folder`, print the verdict; True where it is within LIMITS."""
+    reference_args = find_reference(model_args)
+    merged_args = dataclasses.replace(
+        reference_args, model_name_or_path=str(folder), checkpoint_dir=None, bits=16, revision=None
+    )
+    chat = load_run(reference_args, read_model_config(reference_args))
+    parts = tokenize_rows(rows[0], chat.tokenizer, chat.stop_ids, rows[1])
+    held_out = next(parts[part] for part in (EVAL, TEST) if len(parts[part]))
+    examples = limit_tokens([held_out[i] for i in range(len(held_out))])
+    reference = read_examples(chat.model, examples, chat.stop_ids)
+    tokenizer, stop_ids = chat.tokenizer, chat.stop_ids
+    del chat
+    gc.collect()
+    merged = load_run(merged_args, read_model_config(merged_args))
+    result = compare(
+        reference, read_examples(merged.model, examples, merged.stop_ids), examples, tokenizer, stop_ids
+    )
+    exceeded = {key: result[key] for key, limit in LIMITS.items() if not result[key] <= limit}
+    verdict = {"verdict": "failed" if exceeded else "passed", "limits": LIMITS}
+    about = {"adapter": model_args.checkpoint_dir, "base": reference_args.model_name_or_path}
+    write_json(verdict | result | about | {"bits": reference_args.bits}, folder / "parity.json")
+    report(result, exceeded, folder)
+    return not exceeded
+
+
+def find_reference(model_args: ModelArguments) -> ModelArguments:
+    """The adapter as it was trained: the run's own base and bits, whatever the merge was told to take."""
+    if find_run_record(Path(model_args.checkpoint_dir)) is None:
+        return model_args
+    kept = ("checkpoint_dir", "use_cpu", "max_memory_MB", "trust_remote_code", "cache_dir")
+    return resolve_model(ModelArguments(**{name: getattr(model_args, name) for name in kept}), set())
+
+
+def limit_tokens(examples: Examples) -> Examples:
+    """The first examples, with MAX_TOKENS answer tokens together at most, one at least."""
+    kept, tokens = [], 0
+    for example in examples:
+        tokens += len(find_answer(example))
+        if kept and tokens > MAX_TOKENS:
+            break
+        kept.append(example)
+    return kept
+
+
+def find_answer(example: dict[str, np.ndarray]) -> list[int]:
+    """Positions of the answer's tokens; a row's first token has none before it to be predicted from."""
+    return [i for i, label in enumerate(example["labels"]) if i > 0 and label != IGNORE_INDEX]
+
+
+@torch.no_grad()
+def read_examples(model: Any, examples: Examples, stop_ids: list[int]) -> Reading:
+    log_probs, replies = [], []
+    for example in examples:
+        input_ids = torch.from_numpy(example["input_ids"])[None].to(model.device)
+        answer = find_answer(example)
+        logits = model(input_ids=input_ids).logits[0, [i - 1 for i in answer]]
+        log_probs.append(logits.float().log_softmax(-1).cpu())
+        if len(replies) < REPLIES:
+            prompt = input_ids[:, : answer[0]]
+            output = model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=REPLY_TOKENS,
+                do_sample=False,
+                eos_token_id=stop_ids,
+                pad_token_id=stop_ids[0],
+            )
+            replies.append(output[0, prompt.shape[1] :].tolist())
+    return Reading(torch.cat(log_probs), replies)
+
+
+def compare(
+    reference: Reading, merged: Reading, examples: Examples, tokenizer: Any, stop_ids: list[int]
+) -> dict[str, Any]:
+    labels = torch.tensor([int(example["labels"][i]) for example in examples for i in find_answer(example)])
+    ours, theirs = (-reading.log_probs.gather(1, labels[:, None]).mean() for reading in (reference, merged))
+    kl = (reference.log_probs.exp() * (reference.log_probs - merged.log_probs)).sum(-1)
+    same = reference.log_probs.argmax(-1) == merged.log_probs.argmax(-1)
+    pairs = list(zip(reference.replies, merged.replies, strict=True))
+    return {
+        "adapter_loss": round(ours.item(), 5),
+        "merged_loss": round(theirs.item(), 5),
+        "loss_difference": round(abs(ours - theirs).item(), 5),
+        "top1_disagreement": round(1 - same.float().mean().item(), 5),
+        "kl": round(kl.mean().item(), 6),
+        "kl_max": round(kl.max().item(), 5),
+        "answer_tokens": len(labels),
+        "replies": len(pairs),
+        "identical_replies": sum(a == b for a, b in pairs),
+        "adapter_stopped": sum(ours[-1] in stop_ids for ours, _ in pairs),
+        "merged_stopped": sum(theirs[-1] in stop_ids for _, theirs in pairs),
+        "first_difference": find_first_difference(pairs, tokenizer),
+    }
+
+
+def find_first_difference(pairs: list[tuple[list[int], list[int]]], tokenizer: Any) -> dict[str, Any] | None:
+    """Where the first two unequal replies part, and what each says from there."""
+    for number, (ours, theirs) in enumerate(pairs):
+        if ours != theirs:
+            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+            at = min(len(ours), len(theirs)) if at is None else at
+            rest = {"adapter": tokenizer.decode(ours[at:]), "merged": tokenizer.decode(theirs[at:])}
+            return {"reply": number, "token": at, "before": tokenizer.decode(ours[:at])} | rest
+    return None
+
+
+def report(result: dict[str, Any], exceeded: dict[str, float], folder: Path) -> None:
+    notice(
+        f"parity on {result['answer_tokens']} answer tokens: loss {result['adapter_loss']:.4f} (adapter) and "
+        f"{result['merged_loss']:.4f} (merged), top-1 differs on {result['top1_disagreement']:.1%}, "
+        f"KL {result['kl']:.5f}; {result['identical_replies']} of {result['replies']} replies are identical"
+    )
+    if exceeded:
+        limits = ", ".join(f"{name} {value} (limit {LIMITS[name]})" for name, value in exceeded.items())
+        notice(f"parity FAILED: {limits}; the merged model is another model than the adapter on its base")
+    else:
+        notice(f"parity passed: {folder / 'parity.json'}")

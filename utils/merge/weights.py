@@ -1,0 +1,197 @@
+"""The arithmetic of a merge, tensor by tensor: W + s BA, where W is what the adapter was trained on."""
+
+import re
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import bitsandbytes
+import torch
+from safetensors import safe_open
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from utils.arguments import ModelArguments
+from utils.console import UserError
+from utils.flags.checks import read_json
+from utils.merge.base_tensors import Stored, find_names_on_disk, open_tensors
+from utils.merge.shards import Entry, save_shards
+from utils.models.adapter import build_without_weights
+from utils.models.baichuan import is_baichuan
+from utils.models.base import build_quantization, choose_compute_dtype
+from utils.models.folder import ADAPTER_FILE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FLOATS = {"F64", "F32", "F16", "BF16"}
+HALVES = {torch.float16: "F16", torch.bfloat16: "BF16"}
+WHOLE = "whole"  # stands for the base's tensor: a bias, a layer that was trained itself, a saved base layer
+# What LoRA adds to a layer, by its name behind `.lora_`, and the tensor of the layer that it changes.
+PARTS = {
+    "A": "weight",
+    "B": "weight",
+    "B.bias": "bias",
+    "embedding_A": "weight",
+    "embedding_B": "weight",
+    "magnitude_vector": "weight",  # DoRA's
+}
+
+Updates = dict[str, dict[str, str]]  # {tensor of the model: {part: tensor of the adapter}}
+
+
+def merge_weights(
+    model_args: ModelArguments, base: Path, adapter_config: dict[str, Any], merge_base: str, folder: Path
+) -> dict[str, Any]:
+    """Write the merged weights of the model in `base` into `folder`; returns fields of config.json."""
+    model, dtype = build_without_weights(model_args), choose_compute_dtype(model_args)
+    with ExitStack() as stack:
+        stored = open_tensors(base, is_baichuan(read_json(base / "config.json")), stack)
+        adapter = stack.enter_context(safe_open(Path(model_args.checkpoint_dir, ADAPTER_FILE), "pt"))
+        updates, names = find_updates(adapter.keys()), find_names_on_disk(model, list(stored))
+        is_untied = untie_embeddings(model, updates, stored, names)
+        quantized = find_quantized_weights(model, model_args, dtype) if merge_base == "dequantized" else set()
+        if strangers := sorted(quantized - names.keys()):
+            raise UserError(f"{base} holds no tensor {strangers[0]}: this architecture cannot be merged here")
+        for name, parts in updates.items():
+            check_fits(name, stored.get(names.get(name)), parts, adapter)
+        kept = {tensor.dtype for tensor in stored.values()}
+        out = dtype if dtype in HALVES else torch.float16 if kept == {"F16"} else torch.bfloat16
+        in_model, used = {on_disk: name for name, on_disk in names.items()}, set()
+
+        def build(entry: Entry) -> torch.Tensor:
+            name, weight = in_model.get(entry.name), stored[entry.name].read()
+            if name in quantized:
+                weight = dequantize(weight.to(dtype), model_args)
+            if name in updates:
+                parts = {part: adapter.get_tensor(key) for part, key in updates[name].items()}
+                weight = update_tensor(weight, parts, find_scale(name, parts, adapter_config))
+                used.update(updates[name].values())
+            return weight.to(out) if entry.dtype == HALVES[out] else weight
+
+        save_shards(list_entries(stored, HALVES[out]), build, folder)
+        check_all_used(adapter.keys(), used)
+    config = {"dtype": str(out).removeprefix("torch.")}
+    return config | ({"tie_word_embeddings": False} if is_untied else {})
+
+
+def list_entries(stored: dict[str, Stored], half: str) -> list[Entry]:
+    """What is written: every tensor of the base under its name on disk, numbers with a point as `half`."""
+    return [
+        Entry(name, half if tensor.dtype in FLOATS else tensor.dtype, tensor.shape)
+        for name, tensor in stored.items()
+    ]
+
+
+def check_all_used(keys: Iterable[str], used: set[str]) -> None:
+    """Raises UserError, naming it, for a tensor of the adapter that no merged tensor was made with."""
+    left = sorted(set(keys) - used)
+    if left:
+        raise UserError(
+            f"the adapter's tensor {left[0]} ({len(left)} of this kind) has no place in the merged model: it "
+            "would be lost, so nothing is written"
+        )
+
+
+def untie_embeddings(
+    model: "PreTrainedModel", updates: Updates, stored: dict[str, Stored], names: dict[str, str]
+) -> bool:
+    """Give embedding and output layer a tensor each where they share one and the adapter changes either.
+
+    PEFT leaves the other as it was. True where a tie was cut: config.json must say so.
+    """
+    cut = {pair for pair in model.all_tied_weights_keys.items() if updates.keys() & set(pair)}
+    for target, source in cut:
+        shared = stored[names[source if source in names else target]]
+        for name in (target, source):
+            stored.setdefault(names.setdefault(name, name), shared)
+    return bool(cut)
+
+
+def find_quantized_weights(
+    model: "PreTrainedModel", model_args: ModelArguments, dtype: torch.dtype
+) -> set[str]:
+    """Names of the weights that loading in 4 or 8 bits quantizes; changes `model`, which has no memory."""
+    quantization = build_quantization(model_args, dtype)
+    if quantization is None:
+        return set()
+    AutoHfQuantizer.from_config(quantization).preprocess_model(model, device_map={"": "cpu"})
+    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    return {f"{layer}.weight" for layer, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def dequantize(weight: torch.Tensor, model_args: ModelArguments) -> torch.Tensor:
+    """`weight` [out, in] as the quantized base computes with it."""
+    if model_args.bits == 8:
+        codes, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.half())
+        return bitsandbytes.functional.int8_vectorwise_dequant(codes, scales)
+    codes, state = bitsandbytes.functional.quantize_4bit(
+        weight, compress_statistics=model_args.double_quant, quant_type=model_args.quant_type
+    )
+    return bitsandbytes.functional.dequantize_4bit(codes, state)
+
+
+def find_updates(keys: Iterable[str]) -> Updates:
+    """What the adapter's tensors change. Raises UserError for one of a kind that cannot be merged."""
+    updates: Updates = {}
+    for key in keys:
+        layer, _, part = key.removeprefix("base_model.model.").partition(".lora_")
+        if part:
+            part = part.removesuffix(".weight")
+            if part not in PARTS:
+                raise UserError(f"the adapter's tensor {key} is of a kind that cannot be merged")
+            updates.setdefault(f"{layer}.{PARTS[part]}", {})[part] = key
+        else:
+            updates.setdefault(layer.replace(".base_layer.", "."), {})[WHOLE] = key
+    for name, parts in updates.items():
+        if "B.bias" in parts:  # scaled by the rank as B is
+            parts["A"] = updates[f"{name.removesuffix('.bias')}.weight"]["A"]
+    return updates
+
+
+def check_fits(name: str, tensor: Stored | None, parts: dict[str, str], adapter: Any) -> None:
+    """Raises UserError where the base has no tensor `name`, or one of another shape than the adapter's."""
+    key = parts[min(parts)]
+    if tensor is None:
+        raise UserError(f"the adapter's tensor {key} cannot be merged: the base has no {name} to add it to")
+    shapes = {part: adapter.get_slice(key).get_shape() for part, key in parts.items()}
+    try:
+        with torch.device("meta"):  # the merge itself, without memory
+            tensors = {part: torch.empty(shape) for part, shape in shapes.items()}
+            fits = list(update_tensor(torch.empty(tensor.shape), tensors, 1.0).shape) == tensor.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise UserError(
+            f"the adapter's tensor {key} {shapes[min(parts)]} does not fit the base's {name} {tensor.shape}"
+        )
+
+
+def find_scale(name: str, parts: dict[str, torch.Tensor], config: dict[str, Any]) -> float:
+    """alpha / r, or alpha / sqrt(r) (rsLoRA), with PEFT's own per-layer alphas."""
+    A = parts.get("A", parts.get("embedding_A"))  # [rank, in]
+    if A is None:
+        return 1.0
+    patterns, layer = config.get("alpha_pattern") or {}, name.rpartition(".")[0]
+    alpha = next(
+        (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)),
+        config["lora_alpha"],
+    )
+    return alpha / (len(A) ** 0.5 if config.get("use_rslora") else len(A))
+
+
+def update_tensor(base: torch.Tensor, parts: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
+    """`base` with the adapter in it, float32; DoRA gives each row of W [out, in] the trained length."""
+    parts = dict(parts)
+    base = parts.pop(WHOLE, base).float()
+    if "embedding_A" in parts:  # W is [vocabulary, hidden], A and B are those of its transpose
+        linear = {part.removeprefix("embedding_"): tensor for part, tensor in parts.items()}
+        return update_tensor(base.t(), linear, scale).t()
+    if "B.bias" in parts:
+        return base + scale * parts["B.bias"].float()
+    if not parts:
+        return base
+    merged = torch.addmm(base, parts["B"].float(), parts["A"].float(), alpha=scale)
+    if "magnitude_vector" in parts:
+        merged *= (parts["magnitude_vector"].float() / torch.linalg.norm(merged, dim=1))[:, None]
+    return merged

@@ -1,0 +1,36 @@
+"""What a chat is everywhere: messages of a role and a content, and the names of a data set's parts."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Row = dict[str, Any]
+
+
+Messages = list[dict[str, Any]]
+
+
+TEXT_ROLE = "text"  # a row that is trained whole, without a template
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One row as messages {role, content, ...}; `tools` as transformers' templates take them.
+
+    `cleaned` names what was mended on the way; DataReport counts it.
+    """
+
+    messages: Messages
+    tools: list[Any] | None = None
+    cleaned: tuple[str, ...] = field(default=())
+
+
+IGNORE_INDEX = -100
+
+
+TRAIN, EVAL, TEST = "train", "eval", "test"
+
+
+Message = dict[str, Any]
+
+
+UNTRAINED = "train"  # the message's key, False where its answer is context and not label

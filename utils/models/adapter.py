@@ -1,0 +1,109 @@
+"""utils.models.adapter"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from utils.arguments import LoraArguments, ModelArguments
+from utils.console import UserError
+from utils.models.baichuan import build_llama_config, is_baichuan
+from utils.models.base import unknown_models_explained
+from utils.models.folder import ADAPTER_FILE, has_adapter, read_model_config
+from utils.models.trained_biases import keep_biases_in_float32
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+ADAPTABLE = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, Conv1D)  # of what PEFT adapts
+
+
+def add_adapter(
+    model: "PreTrainedModel", model_args: ModelArguments, lora_args: LoraArguments, trainable: bool
+) -> "PeftModel | PreTrainedModel":
+    """The adapter of --checkpoint_dir, a fresh one, or none where every weight is trained or none is."""
+    if model_args.full_finetune:
+        return model
+    if model_args.checkpoint_dir:
+        return load_adapter(model, model_args.checkpoint_dir, trainable)
+    # The Trainer takes no quantized model without an adapter; a fresh one, B being zero, changes nothing.
+    return add_lora(model, lora_args) if trainable or model_args.bits in (4, 8) else model
+
+
+def add_lora(model: "PreTrainedModel", lora_args: LoraArguments) -> PeftModel:
+    """A fresh adapter, float32 whatever the base is: B is zero, so training starts at the base model."""
+    targets: list[str] | str = lora_args.lora_target_modules
+    if targets == ["all-linear"]:
+        targets = "all-linear"
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora_args.lora_r,
+        lora_alpha=lora_args.lora_alpha,
+        lora_dropout=lora_args.lora_dropout,
+        target_modules=targets,
+        bias=lora_args.bias,
+        use_rslora=lora_args.use_rslora,
+        use_dora=lora_args.use_dora,
+    )
+    try:
+        model = get_peft_model(model, config)
+    except ValueError as error:
+        targets = " ".join(lora_args.lora_target_modules)
+        raise UserError(f"PEFT refuses an adapter for --lora_target_modules {targets}: {error}") from error
+    keep_biases_in_float32(model)
+    return model
+
+
+def check_target_modules(model_args: ModelArguments, lora_args: LoraArguments) -> None:
+    """Raises UserError for a name in --lora_target_modules that no layer has. Loads no weights.
+
+    A model with code of its own is left to PEFT: building it here would run that code at another revision.
+    """
+    targets = lora_args.lora_target_modules
+    if targets == ["all-linear"] or model_args.checkpoint_dir or model_args.full_finetune:
+        return
+    if "auto_map" in read_model_config(model_args) and model_args.trust_remote_code:
+        return
+    modules = build_without_weights(model_args).named_modules()
+    names = [name for name, module in modules if isinstance(module, ADAPTABLE)]
+    unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    if unknown:
+        has = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+        raise UserError(
+            f"--lora_target_modules {' '.join(unknown)}: the model has no such layers; it has {has}, and "
+            "all-linear stands for the linear ones but the output layer"
+        )
+
+
+def build_without_weights(model_args: ModelArguments) -> "PreTrainedModel":
+    """The model's modules on the meta device."""
+    config, name = read_model_config(model_args), model_args.model_name_or_path
+    with unknown_models_explained(model_args), torch.device("meta"):
+        if is_baichuan(config):
+            return AutoModelForCausalLM.from_config(build_llama_config(config))
+        places = {"revision": model_args.revision, "cache_dir": model_args.cache_dir}
+        trusted = {"trust_remote_code": model_args.trust_remote_code}
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(name, **places, **trusted), **trusted
+        )
+
+
+def load_adapter(model: "PreTrainedModel", checkpoint_dir: str, trainable: bool = False) -> PeftModel:
+    """The adapter of a run on its base, from safetensors; from a .bin where check_pickle has let it pass."""
+    if not has_adapter(Path(checkpoint_dir)):
+        raise UserError(f"--checkpoint_dir {checkpoint_dir} holds no {ADAPTER_FILE}")
+    try:
+        model = PeftModel.from_pretrained(model, checkpoint_dir, is_trainable=trainable)
+        if keep_biases_in_float32(model):  # PEFT has rounded them to what was there
+            set_peft_model_state_dict(model, load_peft_weights(checkpoint_dir, device="cpu"))
+        return model
+    except RuntimeError as error:
+        if "size mismatch" in str(error):
+            raise UserError(
+                f"the adapter {checkpoint_dir} does not fit this base: {str(error).splitlines()[1].strip()}"
+            ) from error
+        raise

@@ -1,0 +1,143 @@
+"""Tokenizer, quantized base, adapter: a frozen 4-bit base and LoRA on every linear layer make QLoRA."""
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils import logging
+
+from utils.arguments import ModelArguments
+from utils.console import UserError, notice
+from utils.fast.frozen_weights import replace_by_dense, unpack_8bit_layers
+from utils.fast.rope import follow_each_batch
+from utils.models.baichuan import is_baichuan, load_baichuan
+from utils.models.cpu import choose_cpu_dtype, keep_weights_unpacked, repacks_weights
+from utils.models.folder import CONVERT, read_model_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+# PEFT's use of an old name, and what we say ourselves in a line.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+if not sys.stderr.isatty():
+    logging.disable_progress_bar()
+
+
+def choose_compute_dtype(model_args: ModelArguments) -> torch.dtype:
+    """The dtype of activations and matrix products; prints what replaces a dtype that the hardware lacks."""
+    asked = torch.bfloat16 if model_args.bf16 else torch.float16 if model_args.fp16 else None
+    if asked is None and model_args.bits == 32:
+        return torch.float32
+    if has_gpu(model_args):
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if model_args.bf16 and not has_bf16:
+            notice("this GPU has no bfloat16: computing in float16 with a loss scale")
+        return torch.bfloat16 if has_bf16 and asked != torch.float16 else torch.float16
+    if choose_cpu_dtype() == torch.bfloat16 and asked != torch.float16:
+        return torch.bfloat16
+    if asked is not None or model_args.bits == 16:
+        wanted = f"--{'bf16' if model_args.bf16 else 'fp16'}" if asked else "--bits 16"
+        lacking = "float16" if model_args.fp16 else "bfloat16"
+        notice(f"{wanted}: this CPU has no fast {lacking}, float32 is used instead")
+    return torch.float32
+
+
+def has_gpu(model_args: ModelArguments) -> bool:
+    return torch.cuda.is_available() and not model_args.use_cpu
+
+
+def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = True) -> "PreTrainedModel":
+    """The base model in 4, 8, 16 or 32 bits, frozen unless all of it is trained.
+
+    `trainable`: gradients will flow through it; a process that only chats has faster ways on a CPU.
+    """
+    config = read_model_config(model_args)
+    options = {
+        "revision": model_args.revision,
+        "cache_dir": model_args.cache_dir,
+        "dtype": choose_weight_dtype(model_args, dtype),
+        "quantization_config": build_quantization(model_args, dtype),
+        "use_safetensors": None if model_args.allow_pickle else True,
+    } | choose_placement(model_args)
+    name = model_args.model_name_or_path
+    with unknown_models_explained(model_args):
+        if is_baichuan(config):
+            model = load_baichuan(name, config, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                name, trust_remote_code=model_args.trust_remote_code, **options
+            )
+    if model_args.bits == 8:
+        unpack_8bit_layers(model)
+    if trainable or not repacks_weights(model, dtype):
+        keep_weights_unpacked(model)
+        if not trainable and not has_gpu(model_args):
+            replace_by_dense(model, dtype)
+    follow_each_batch(model)
+    model.requires_grad_(model_args.full_finetune)
+    return model
+
+
+@contextmanager
+def unknown_models_explained(model_args: ModelArguments) -> Iterator[None]:
+    """One line where the publisher's code is needed, the kind is unknown, or there are no safetensors."""
+    what = f"--model_name_or_path {model_args.model_name_or_path}"
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if "trust_remote_code" in str(error):
+            advice = "runs Python code of its publisher: read it there, then add --trust_remote_code"
+        elif "does not recognize this architecture" in str(error):
+            advice = "is of a kind that transformers does not know: a newer version may"
+        elif isinstance(error, OSError) and "safetensors" in str(error):
+            advice = f"has no safetensors on the hub: {CONVERT}"
+        else:
+            raise
+        raise UserError(f"{what} {advice}") from error
+
+
+def choose_weight_dtype(model_args: ModelArguments, dtype: torch.dtype) -> torch.dtype:
+    """Of the weights that are not quantized. float16 itself cannot be trained: a loss scale needs float32."""
+    if model_args.bits == 32 or (model_args.full_finetune and dtype == torch.float16):
+        return torch.float32
+    return dtype
+
+
+def build_quantization(model_args: ModelArguments, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """NF4 with double quantization is QLoRA's (sections 2 and 3); int8 LLM.int8()'s (arXiv 2208.07339)."""
+    if model_args.bits == 4:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=model_args.quant_type,
+            bnb_4bit_use_double_quant=model_args.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if model_args.bits == 8 else None
+
+
+def choose_placement(model_args: ModelArguments) -> dict[str, Any]:
+    """device_map and max_memory: this process's GPU; several GPUs under plain python share the layers."""
+    if not has_gpu(model_args):
+        return {"device_map": {"": "cpu"}}
+    if "LOCAL_RANK" in os.environ:
+        placement = {"device_map": {"": int(os.environ["LOCAL_RANK"])}}
+    elif torch.cuda.device_count() > 1:
+        notice(
+            f"one process, {torch.cuda.device_count()} GPUs: the layers are spread over them and the batch "
+            "flags are global; `accelerate launch` trains one copy on each instead"
+        )
+        limit = f"{model_args.max_memory_MB}MB"
+        caps = {"max_memory": dict.fromkeys(range(torch.cuda.device_count()), limit)}
+        return {"device_map": "auto"} | (caps if model_args.max_memory_MB else {})
+    else:
+        placement = {"device_map": {"": 0}}
+    if model_args.max_memory_MB:
+        notice(f"--max_memory_MB {model_args.max_memory_MB} has no effect: one GPU holds the whole model")
+    return placement

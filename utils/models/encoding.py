@@ -1,0 +1,131 @@
+"""Rendered chats -> token ids, cut where answers begin and end.
+
+A chat is tokenized once and as a whole, as a server does it: in "### Response: The sky" the answer's first
+token is then " The", which the base has seen everywhere, and not "The" behind a lone blank, which it has seen
+nowhere (1.3 to 1.4 times the loss). Where an answer begins follows from the characters alone (prompts.py).
+Where a token would reach across that border (a newline of the prompt merges with one of the answer), the text
+is split there and tokenized apart: the prompt of a chat must not depend on the reply that follows it.
+"""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from utils.messages import IGNORE_INDEX
+from utils.prompts import RenderedRow, find_border, render_prompt
+
+Pieces = list[tuple[list[int], bool]]  # (token ids, whether they are trained)
+UNTRIMMED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # tokenizer -> its backend, offsets untrimmed
+GLUES = ("\n", "\x01")  # characters that hardly any vocabulary merges with what follows
+
+
+def encode_rows(tokenizer: Any, rows: list[RenderedRow]) -> list[tuple[Pieces, int]]:
+    """(pieces, borders where a token had to be split) of each row; a fast tokenizer uses every core."""
+    bos = find_own_bos(tokenizer)
+    encoded = []
+    for row, encoding in zip(rows, encode_batch(tokenizer, [row.text for row in rows]), strict=True):
+        bounds = sorted({0, len(row.text), *(bound for answer in row.answers for bound in answer)})
+        ids, splits = cut_at_borders(tokenizer, row.text, bounds[1:-1], encoding)
+        if bos and ids[0][:1] != bos:
+            ids[0] = bos + ids[0]
+        trained = {start for start, _ in row.trained}
+        encoded.append(([(own, start in trained) for own, start in zip(ids, bounds, strict=False)], splits))
+    return encoded
+
+
+def encode_row(tokenizer: Any, row: RenderedRow, train_on_source: bool = False) -> dict[str, list[int]]:
+    """{input_ids, labels} of one row; what is not trained is labelled IGNORE_INDEX."""
+    input_ids, labels = [], []
+    for ids, is_trained in encode_rows(tokenizer, [row])[0][0]:
+        input_ids += ids
+        labels += ids if is_trained or train_on_source else [IGNORE_INDEX] * len(ids)
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def encode_prompt(tokenizer: Any, asked: Any, stop_ids: list[int], keeps_blank: bool = False) -> list[int]:
+    """Token ids from which a reply to `asked` (messages or a Chat) is generated.
+
+    Those of a training row up to that answer. `keeps_blank`: with the blanks that end the prompt, as runs
+    were trained before answers began with them.
+    """
+    text, answers = render_prompt(tokenizer, asked, stop_ids)
+    end = len(text) if keeps_blank else find_border(text)
+    return encode_row(tokenizer, RenderedRow([], text[:end], answers, []))["input_ids"]
+
+
+def find_own_bos(tokenizer: Any) -> list[int]:
+    """[the BOS] where this tokenizer puts one before any text, [] where it does not."""
+    front = tokenizer("").input_ids[:1]
+    return front if front == [tokenizer.bos_token_id] else []
+
+
+def encode_batch(tokenizer: Any, texts: list[str]) -> list[Any]:
+    """Encodings (ids and offsets) without special tokens added; of a slow tokenizer lists of ids."""
+    if not texts:
+        return []
+    if not getattr(tokenizer, "is_fast", False):
+        return tokenizer(texts, add_special_tokens=False).input_ids
+    if tokenizer not in UNTRIMMED:
+        from tokenizers import Tokenizer
+
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.no_padding()
+        backend.no_truncation()
+        # It adds special tokens, and that of byte-level BPE takes blanks out of the offsets of their tokens.
+        backend.post_processor = None
+        UNTRIMMED[tokenizer] = backend
+    return UNTRIMMED[tokenizer].encode_batch(texts, add_special_tokens=False)
+
+
+def cut_at_borders(
+    tokenizer: Any, text: str, borders: list[int], encoding: Any = None
+) -> tuple[list[list[int]], int]:
+    """Token ids of `text` cut at `borders` (characters), and at how many of them a token had to be split."""
+    ids, cuts = find_cuts(tokenizer, text, borders, encoding)
+    if None not in cuts:
+        bounds = [0, *cuts, len(ids)]
+        return [ids[start:end] for start, end in zip(bounds, bounds[1:], strict=False)], 0
+    middle = borders[cuts.index(None)]
+    head, splits = cut_at_borders(tokenizer, text[:middle], [b for b in borders if b < middle])
+    tail, more = encode_continuation(tokenizer, text[middle:], [b - middle for b in borders if b > middle])
+    return head + tail, splits + more + 1
+
+
+def find_cuts(
+    tokenizer: Any, text: str, borders: list[int], encoding: Any = None
+) -> tuple[list[int], list[int | None]]:
+    """Token ids of `text`, and of each border how many of them stand before it; None where one crosses it."""
+    encoding = encode_batch(tokenizer, [text])[0] if encoding is None else encoding
+    if not isinstance(encoding, list):
+        return encoding.ids, [find_cut(encoding, border, len(text)) for border in borders]
+    # A slow tokenizer knows no offsets: what stands before a border is tokenized by itself.
+    heads = [tokenizer(text[:border], add_special_tokens=False).input_ids for border in borders]
+    return encoding, [len(head) if encoding[: len(head)] == head else None for head in heads]
+
+
+def find_cut(encoding: Any, border: int, end: int) -> int | None:
+    """How many tokens stand before the character `border`; None where one reaches across it.
+
+    The bytes of one character share its offsets, and a dummy prefix may have none of its own.
+    """
+    found = (encoding.char_to_token(character) for character in range(border, end))
+    index = next((token for token in found if token is not None), len(encoding.ids))
+    if index < len(encoding.ids) and encoding.token_to_chars(index)[0] < border:
+        return None
+    while index and encoding.token_to_chars(index - 1)[0] >= border:
+        index -= 1
+    return index
+
+
+def encode_continuation(tokenizer: Any, text: str, borders: list[int]) -> tuple[list[list[int]], int]:
+    """cut_at_borders for text that continues another: without the blank that LLaMA's tokenizer opens with."""
+    for glue in GLUES if has_dummy_prefix(tokenizer) else ():
+        if find_cuts(tokenizer, glue + text, [len(glue)])[1] != [None]:
+            shifted = [len(glue), *(border + len(glue) for border in borders)]
+            (_, *pieces), splits = cut_at_borders(tokenizer, glue + text, shifted)
+            return pieces, splits
+    return cut_at_borders(tokenizer, text, borders)
+
+
+def has_dummy_prefix(tokenizer: Any) -> bool:
+    first = tokenizer("a", add_special_tokens=False).input_ids[:1]
+    return tokenizer.convert_ids_to_tokens(first)[0].startswith(("▁", "Ġ"))

@@ -1,0 +1,206 @@
+"""utils.models.folder"""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from utils.arguments import ModelArguments
+from utils.console import UserError, notice
+from utils.models.baichuan import is_baichuan, split_shapes
+from utils.models.hub import download_config
+from utils.models.weight_files import check_tokenizer, find_misfit, read_base_shapes, read_json, read_shapes
+from utils.run.places import find_base
+from utils.run.record import find_run_dir, find_run_record
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+NATIVE_KINDS = {"baichuan"}  # read without its own Python (utils/models/baichuan.py)
+
+
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
+
+
+# What a run fixes for inference; flags given beside --checkpoint_dir override it.
+RECORDED_MODEL_FIELDS = (
+    "model_name_or_path",
+    "revision",
+    "bits",
+    "double_quant",
+    "quant_type",
+    "bf16",
+    "fp16",
+    "full_finetune",
+)
+
+
+# How to get weights that are only published pickled; a pickle can run code, so none is read silently.
+CONVERT = "convert it once: python -m utils.convert_weights FOLDER NEW_FOLDER"
+
+
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+
+
+MOVED_MODELS = {"decapoda-research/llama-7b-hf": "huggyllama/llama-7b"}
+
+
+def resolve_model(model_args: ModelArguments, given: set[str]) -> ModelArguments:
+    """`model_args` with what the run behind --checkpoint_dir recorded; each flag in `given` overrides it.
+
+    Raises UserError where no base model is named, a folder is missing, or the checkpoint holds no adapter.
+    """
+    if model_args.checkpoint_dir is None:
+        if model_args.model_name_or_path is None:
+            raise UserError(
+                "no model is named: give --model_name_or_path FOLDER_OR_HUB_ID, or --checkpoint_dir RUN"
+            )
+        return dataclasses.replace(
+            model_args,
+            model_name_or_path=check_model_path(model_args.model_name_or_path, model_args.allow_pickle),
+        )
+    folder = Path(model_args.checkpoint_dir).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"--checkpoint_dir {model_args.checkpoint_dir}: no such folder")
+    check_pickle(folder, ADAPTER_FILE, model_args.allow_pickle)
+    recorded = read_recorded_fields(folder, "model_name_or_path" in given)
+    for name, value in recorded.items():
+        mine = getattr(model_args, name)
+        if name in given and mine != value:
+            notice(f"--{name} {mine} overrides the run's {value}")
+    chosen = {name: value for name, value in recorded.items() if name not in given}
+    if {"bf16", "fp16"} & given:  # one dtype flag replaces the recorded pair
+        chosen = {name: value for name, value in chosen.items() if name not in ("bf16", "fp16")}
+    resolved = dataclasses.replace(model_args, checkpoint_dir=str(folder), **chosen)
+    base = check_model_path(resolved.model_name_or_path, model_args.allow_pickle)
+    return dataclasses.replace(resolved, model_name_or_path=base)
+
+
+def has_adapter(folder: Path) -> bool:
+    return any((folder / ADAPTER_FILE).with_suffix(suffix).is_file() for suffix in (".safetensors", ".bin"))
+
+
+def check_pickle(folder: Path, wanted: str, allow_pickle: bool) -> None:
+    """Raises UserError where `folder` has pickled files and none named like `wanted`, safetensors."""
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    if any(folder.glob(wanted)) or not pickled:
+        return
+    if not allow_pickle:
+        raise UserError(
+            f"{folder} holds pickled weights ({pickled[0]}) and no safetensors, and a pickle can run code: "
+            f"{CONVERT}, or trust their author with --allow_pickle"
+        )
+    notice(f"--allow_pickle: {folder}/{pickled[0]} is read by torch.load(weights_only=True)")
+
+
+def check_remote_code(model_args: ModelArguments, config: dict[str, Any]) -> None:
+    """Say that a model's own Python may run; UserError where the model needs it and it is not allowed."""
+    name, kind = model_args.model_name_or_path, str(config.get("model_type"))
+    if model_args.trust_remote_code:
+        notice(f"--trust_remote_code: Python code shipped with {name} may run here, with all your rights")
+    elif "auto_map" in config:
+        package = importlib.util.find_spec("transformers").submodule_search_locations[0]
+        if kind not in NATIVE_KINDS and not Path(package, "models", kind.replace("-", "_")).is_dir():
+            raise UserError(
+                f"{name} is of a kind that transformers does not know ({kind}) and ships its own Python: "
+                "read that code, then allow it with --trust_remote_code"
+            )
+
+
+def read_recorded_fields(folder: Path, names_base: bool) -> dict[str, Any]:
+    """Base and quantization of the run that `folder` belongs to, from run.json or adapter_config.json.
+
+    `names_base`: a flag names the base, so the run's own need not be there.
+    """
+    record = find_run_record(folder)
+    is_trained_whole = record is not None and record["arguments"].get("full_finetune")
+    if not is_trained_whole and not has_adapter(folder) and (folder / "config.json").is_file():
+        raise UserError(
+            f"--checkpoint_dir {folder} holds a whole model and no adapter: use --model_name_or_path {folder}"
+        )
+    if record is not None:
+        fields = {name: record["arguments"].get(name) for name in RECORDED_MODEL_FIELDS}
+        if is_trained_whole:
+            fields["model_name_or_path"] = str(folder)  # the weights themselves were trained
+        elif not has_adapter(folder):
+            raise UserError(
+                f"--checkpoint_dir {folder} holds no {ADAPTER_FILE}: "
+                f"the run is {record['status']}; name one of its checkpoint-N folders"
+            )
+        elif not names_base:
+            fields["model_name_or_path"] = find_base(record, find_run_dir(folder))
+        return fields
+    if not has_adapter(folder) or not (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"--checkpoint_dir {folder} holds no adapter (adapter_config.json and {ADAPTER_FILE}) "
+            "and no run.json: name a run, a checkpoint-N of it, or a PEFT adapter folder"
+        )
+    adapter = read_json(folder / "adapter_config.json")
+    notice(
+        f"{folder} has no run.json: the base {adapter['base_model_name_or_path']} is read from "
+        "adapter_config.json; quantization and prompt are the flags' and the tokenizer's"
+    )
+    return {"model_name_or_path": adapter["base_model_name_or_path"]}
+
+
+def check_model_path(name: str, allow_pickle: bool) -> str:
+    """`name` with ~ expanded. Raises UserError for a folder that is missing or holds no model."""
+    if name in MOVED_MODELS:
+        notice(f"{name} has left the hub: {MOVED_MODELS[name]} holds the same weights")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if has_adapter(path) and not (path / "config.json").is_file():
+            raise UserError(
+                f"--model_name_or_path {name} holds an adapter and no model: use --checkpoint_dir {name}"
+            )
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"--model_name_or_path {name}: the folder has no config.json, so it holds no model"
+            )
+        if not any(path.glob("*.safetensors")):
+            check_pickle(path, "*.safetensors", allow_pickle)
+        if not any(file.suffix in {".safetensors", *PICKLE_SUFFIXES} for file in path.iterdir()):
+            raise UserError(
+                f"--model_name_or_path {name}: the folder has no .safetensors file: download it again"
+            )
+        return str(path)
+    if path.exists():
+        raise UserError(f"--model_name_or_path {name} is a file: name the folder of the model")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).parts[0] in ("models", "output"):
+        raise UserError(f"--model_name_or_path {name}: no such folder")
+    return name
+
+
+def read_model_config(model_args: ModelArguments) -> dict[str, Any]:
+    """config.json of the base, from its folder or the hub."""
+    path = Path(model_args.model_name_or_path)
+    if not path.is_dir():
+        path = download_config(model_args)
+    else:
+        path = path / "config.json"
+    config = read_json(path)
+    check_remote_code(model_args, config)
+    return config
+
+
+def check_adapter_fits(model_args: ModelArguments, config: dict[str, Any]) -> None:
+    """Raises UserError where a file is missing or cut off, or the adapter's shapes are not the base's.
+
+    Reads safetensors headers only.
+
+    A base that is not on this disk as plain safetensors is checked by PEFT while it loads.
+    """
+    check_tokenizer(model_args)
+    packed = is_baichuan(config)  # refuses its relatives
+    base = read_base_shapes(Path(model_args.model_name_or_path))
+    if model_args.checkpoint_dir is None or model_args.full_finetune or "quantization_config" in config:
+        return
+    adapter = read_shapes(list(Path(model_args.checkpoint_dir).glob(ADAPTER_FILE)))
+    if packed:
+        base = split_shapes(base)
+    misfit = find_misfit(adapter, base) if base else None
+    if misfit:
+        raise UserError(
+            f"the adapter {model_args.checkpoint_dir} does not fit the base "
+            f"{model_args.model_name_or_path}: {misfit}; name the base it was trained on"
+        )

@@ -1,0 +1,199 @@
+"""utils.train.build"""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from utils.arguments import DataArguments, ModelArguments, TrainingArguments
+from utils.console import UserError, notice
+from utils.data.packing import PackingCollator, PaddingCollator, choose_capacity
+from utils.data.token_rows import TokenRows
+from utils.fast.rope import find_shared_length
+from utils.fast.trials import find_packing_obstacle
+from utils.messages import EVAL, TEST, TRAIN
+from utils.models.base import has_gpu
+from utils.run.record import hide_secrets
+from utils.run.resume import read_resolved
+from utils.train.callbacks import ProgressLine
+from utils.train.summary import choose_logging_steps, describe_start
+from utils.train.trainer import QLoraTrainer
+
+MAX_STATE_SHARE = 0.1  # of the free GPU memory: activations need the rest
+
+
+# Our flags that the Trainer does not have.
+OUR_FLAGS = {
+    "overwrite_output_dir",
+    "force_resume",
+    "predict_with_generate",
+    "sample_generate",
+    "sample_prompts",
+    "do_mmlu_eval",
+    "mmlu_dataset",
+    "mmlu_split",
+    "max_mmlu_samples",
+    "mmlu_source_max_len",
+    "packing",
+    "fast_lora",
+    "offload_checkpoints",
+    "extra",
+}
+
+
+def build_trainer(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    datasets: dict[str, TokenRows],
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    dtype: torch.dtype,
+    record: dict[str, Any],
+    callbacks: list[Any],
+) -> QLoraTrainer:
+    """The Trainer with this run's model, rows and callbacks."""
+    lengths = datasets[TRAIN].lengths
+    collator = choose_collator(model, tokenizer, lengths, model_args, data_args, training_args)
+    earlier = read_resolved(training_args)
+    training_args = choose_optimizer(model, training_args, earlier.get("optim"))
+    logging_steps = choose_logging_steps(len(lengths), training_args)
+    build = choose_path(model, training_args, dtype, earlier.get("path"))
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    trainer = build(
+        model=model,
+        processing_class=tokenizer,
+        args=build_trainer_args(
+            training_args.with_values(logging_steps=logging_steps),
+            model_args,
+            dtype,
+            isinstance(collator, PackingCollator),
+        ),
+        train_dataset=datasets[TRAIN] if training_args.do_train else None,
+        eval_dataset=next((datasets[part] for part in (EVAL, TEST) if len(datasets[part])), None),
+        data_collator=collator,
+        callbacks=callbacks,
+        record=record,
+    )
+    record["resolved"] = {"optim": training_args.optim, "path": trainer.path}
+    trainer.remove_callback(transformers.ProgressCallback)
+    trainer.remove_callback(transformers.PrinterCallback)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(ProgressLine)
+    if training_args.do_train:
+        notice(describe_start(trainer.model, len(lengths), training_args))
+    return trainer
+
+
+def choose_optimizer(
+    model: torch.nn.Module, training_args: TrainingArguments, earlier: str | None
+) -> TrainingArguments:
+    """--optim auto: paged where the optimizer's state would crowd the GPU, fused where it is small.
+
+    A run that goes on takes what its `earlier` start took, however much memory is free now.
+    """
+    if training_args.optim != "auto":
+        if earlier not in (None, training_args.optim):
+            notice(f"--optim {training_args.optim} takes the place of {earlier}, which this run began with")
+        return training_args
+    optim = earlier or "adamw_torch"
+    if model.device.type == "cuda" and not earlier:
+        state_bytes = 8 * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        free_bytes, _ = torch.cuda.mem_get_info(model.device)
+        optim = "paged_adamw_32bit" if state_bytes > MAX_STATE_SHARE * free_bytes else "adamw_torch_fused"
+    notice(f"--optim auto is {optim}" + (", which this run began with" if earlier else ""))
+    return training_args.with_values(optim=optim)
+
+
+def choose_path(
+    model: torch.nn.Module, training_args: TrainingArguments, dtype: torch.dtype, earlier: str | None
+) -> Callable[..., QLoraTrainer]:
+    """The trainer of the fused path (--fast_lora) where it covers model and optimizer, else the plain one.
+
+    A run whose `earlier` start was on the plain path stays on it; one from the fused path goes on here as it
+    can, its optimizer's state put into the order of the path taken.
+    """
+    if not training_args.fast_lora:
+        return QLoraTrainer
+    if training_args.do_train and earlier == "plain":
+        notice("--fast_lora: the plain path is used (this run began on it)")
+        return QLoraTrainer
+    from utils.fast.model import prepare_fast_evaluation, prepare_fast_model
+    from utils.train.fast_trainer import FastQLoraTrainer, find_flag_obstacle
+
+    if not training_args.do_train:
+        prepare_fast_evaluation(model, dtype)
+        return QLoraTrainer
+    fast = find_flag_obstacle(training_args)
+    fast = fast or prepare_fast_model(model, dtype, training_args.offload_checkpoints)
+    if isinstance(fast, str):
+        began = ", and this run began on the fused one" if earlier == "fused" else ""
+        notice(f"--fast_lora: the plain path is used ({fast}){began}")
+        return QLoraTrainer
+    return functools.partial(FastQLoraTrainer, fast=fast)
+
+
+def choose_collator(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    lengths: np.ndarray,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+) -> PackingCollator | PaddingCollator:
+    """Packed where the model keeps rows apart; `lengths` of the training rows  # int64 [rows]"""
+    on_gpu, batch = has_gpu(model_args), training_args.per_device_train_batch_size
+    limit = find_shared_length(model.config)
+    obstacle = find_packing_obstacle(model) if training_args.packing else None
+    if training_args.packing and not obstacle:
+        rows_per_step = batch * training_args.gradient_accumulation_steps
+        capacity = choose_capacity(lengths, batch, rows_per_step, data_args.max_len, on_gpu)
+        return PackingCollator(tokenizer.pad_token_id, capacity, on_gpu, limit)
+    if obstacle:
+        notice(f"--packing: {model.config.model_type} gets padded batches instead ({obstacle})")
+    multiple = 8 if on_gpu else 1  # tensor cores want whole tiles
+    return PaddingCollator(tokenizer.pad_token_id, multiple, limit)
+
+
+def build_trainer_args(
+    training_args: TrainingArguments, model_args: ModelArguments, dtype: torch.dtype, packed: bool
+) -> transformers.TrainingArguments:
+    """transformers' TrainingArguments from ours; `dtype` is what autocast computes in.
+
+    `packed`: a batch of the dataloader is a whole optimizer step, which training_step accumulates itself.
+    """
+    flags = {field.name: getattr(training_args, field.name) for field in dataclasses.fields(training_args)}
+    flags = {name: value for name, value in flags.items() if name not in OUR_FLAGS} | training_args.extra
+    if packed:
+        flags["per_device_train_batch_size"] *= flags["gradient_accumulation_steps"]
+        flags["gradient_accumulation_steps"] = 1
+    flags.pop("push_to_hub", None)  # the finished run is pushed by utils/sharing.py, with our own card
+    flags["use_cpu"] = not has_gpu(model_args)
+    flags["bf16"], flags["fp16"] = dtype == torch.bfloat16, dtype == torch.float16
+    if flags.pop("gradient_checkpointing"):
+        flags |= {
+            "activation_checkpointing": True,
+            "activation_checkpointing_kwargs": {"use_reentrant": False},
+        }
+    if "constant" == training_args.lr_scheduler_type and training_args.warmup_steps:
+        notice(
+            f"--lr_scheduler_type constant has no warm-up: --warmup_steps {training_args.warmup_steps:g} is "
+            "ignored (constant_with_warmup has one)"
+        )
+    if flags["use_cpu"] and training_args.optim.startswith("paged_"):
+        notice(
+            f"--optim {training_args.optim}: there is no GPU memory to page from, it runs as its plain form"
+        )
+    flags.setdefault("logging_nan_inf_filter", False)  # a NaN loss must be seen
+    sys.argv = hide_secrets(sys.argv)  # wandb keeps the command line
+    try:
+        args = transformers.TrainingArguments(**flags)
+    except ValueError as error:
+        raise UserError(f"the Trainer refuses its flags: {error}") from error
+    args._n_gpu = min(args.n_gpu, 1)  # never DataParallel: layers are spread, or processes are launched
+    return args

@@ -1,0 +1,75 @@
+"""Answers to held-out rows, beside their references: --do_predict, and --predict_with_generate's scores."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from utils.arguments import GenerationArguments
+from utils.chat.generation import generate_replies
+from utils.console import is_main_process, notice, read_rank_and_size
+from utils.messages import Chat
+from utils.run.record import next_free_path
+from utils.train.metrics import score_answers
+
+
+def find_answered(chats: list[Chat]) -> list[Chat]:
+    """Those whose last turn answers something."""
+    return [chat for chat in chats if len(chat.messages) > 1 and chat.messages[-1]["role"] == "assistant"]
+
+
+def answer_chats(
+    model: Any,
+    tokenizer: Any,
+    chats: list[Chat],
+    stop_ids: list[int],
+    generation_args: GenerationArguments,
+    seed: int,
+    batch_size: int,
+) -> list[dict[str, str]]:
+    """{prompt, reference, prediction} of each chat's last answer; several processes share the chats."""
+    rank, size = read_rank_and_size()
+    mine = list(range(rank, len(chats), size))
+    asked = [Chat(chats[i].messages[:-1], chats[i].tools) for i in mine]
+    replies = generate_replies(model, tokenizer, asked, stop_ids, generation_args, seed, batch_size)
+    answered = dict(gather_object(list(zip(mine, replies, strict=True))))
+    return [
+        {
+            "prompt": chat.messages[-2]["content"],
+            "reference": chat.messages[-1]["content"],
+            "prediction": answered[i],
+        }
+        for i, chat in enumerate(chats)
+    ]
+
+
+def score_predictions(rows: list[dict[str, str]], prefix: str) -> dict[str, float]:
+    """ROUGE and BLEU in percent, named `<prefix>_rouge-1` and so on."""
+    if not rows:
+        return {}
+    scores = score_answers([row["prediction"] for row in rows], [row["reference"] for row in rows])
+    return {f"{prefix}_{name}": value for name, value in scores.items()}
+
+
+def predict_rows(
+    model: Any,
+    tokenizer: Any,
+    chats: list[Chat],
+    stop_ids: list[int],
+    generation_args: GenerationArguments,
+    seed: int,
+    batch_size: int,
+    output_dir: Path,
+) -> dict[str, float]:
+    """Write {prompt, reference, prediction} of each row's last answer to predictions.jsonl; score them."""
+    answered = answer_chats(
+        model, tokenizer, find_answered(chats), stop_ids, generation_args, seed, batch_size
+    )
+    if is_main_process():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        path = next_free_path(output_dir / "predictions.jsonl")
+        with open(path, "x", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in answered)
+        notice(f"{len(answered)} predictions are in {path}")
+    return {"predict_rows": len(answered)} | score_predictions(answered, "predict")
