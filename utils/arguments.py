@@ -1,4 +1,4 @@
-"""Every flag of the scripts: one dataclass per concern, and the strict parser that fills them."""
+"""Every flag of the scripts: one dataclass per concern, each with its default and what is wrong about it."""
 
 import copy
 from dataclasses import dataclass, field

@@ -4,17 +4,19 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import StoppingCriteria
 
-from eval.chat_speed import ChatSpeedArguments
 from eval.speed.shapes import SHAPES, build_random_model
 from utils.console import notice
 from utils.fast.frozen_weights import unpack_8bit_layers
 from utils.fast.graph_decode import install_graph_decode
+
+if TYPE_CHECKING:
+    from eval.chat_speed import ChatSpeedArguments
 
 
 @dataclass
@@ -59,7 +61,7 @@ def time_reply(model: torch.nn.Module, variant: str, prompt: torch.Tensor, count
     )
 
 
-def time_replies(arguments: ChatSpeedArguments) -> None:
+def time_replies(arguments: "ChatSpeedArguments") -> None:
     """Print a row for each way of decoding, and save them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

@@ -5,6 +5,7 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig
@@ -12,13 +13,15 @@ from peft import LoraConfig
 from eval.speed.shapes import SHAPES, build_random_model, count_linear_weights
 from eval.speed.variants import VARIANTS, MicroBatches, Setup, build_variant
 from eval.speed.workloads import Rows, fill_each_size, parse_workload
-from eval.train_speed import SpeedArguments
 from utils.console import notice
 
 HEADER = (
     f"{'variant':<9} {'workload':<22} dtype drop   tokens/s   ratio peak GiB reserved  of Adam "
     "4N TFLOP/s of limit first, s captures"
 )
+
+if TYPE_CHECKING:
+    from eval.train_speed import SpeedArguments
 
 
 @dataclass
@@ -78,7 +81,7 @@ def measure_matmul_tflops(device: str, dtype: torch.dtype) -> float:
 
 
 def plan_steps(
-    variant: str, workload: str, arguments: SpeedArguments, device: str
+    variant: str, workload: str, arguments: "SpeedArguments", device: str
 ) -> tuple[list[Rows], int, bool]:
     """(rows of each optimizer step, how many of them only warm up, whether activations are recomputed)"""
     if variant == "fast" and device == "cuda":
@@ -98,7 +101,7 @@ def measure(
     workload: str,
     dtype_name: str,
     dropout: float,
-    arguments: SpeedArguments,
+    arguments: "SpeedArguments",
     peak_tflops: float,
 ) -> Timing:
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -164,7 +167,7 @@ def name_original(workload: str) -> str:
     return "real-32" if workload.startswith("real-") and int(workload[5:]) > 32 else workload
 
 
-def list_runs(arguments: SpeedArguments) -> list[tuple[str, str, str, float]]:
+def list_runs(arguments: "SpeedArguments") -> list[tuple[str, str, str, float]]:
     """(variant, workload, dtype, dropout)"""
     runs = []
     once = {name_original(workload): workload for workload in reversed(arguments.workloads)}
@@ -187,7 +190,7 @@ def format_row(timing: Timing, original: dict[str, float]) -> str:
     )
 
 
-def time_workloads(arguments: SpeedArguments) -> None:
+def time_workloads(arguments: "SpeedArguments") -> None:
     """Print a row for each variant and workload, and save them."""
     for workload in arguments.workloads:
         parse_workload(workload, 1)

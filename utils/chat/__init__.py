@@ -1,1 +1,7 @@
-"""chat"""
+"""A run on disk -> replies: streamed, from a cache that is kept between turns, for one or several people.
+
+In: a run's folder. Out: text, piece by piece.
+Must not import: train, merge.
+Read: generation (load_run, one reply), streaming, model_lock (turns between conversations), then page with
+page_parts, page_messages, page_scripts and page_labels; side_by_side for --compare.
+"""

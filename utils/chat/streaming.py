@@ -1,4 +1,4 @@
-"""utils.chat.streaming"""
+"""A reply as it is generated, piece by piece, from what the conversation's last turn left in the cache."""
 
 import math
 import threading

@@ -1,4 +1,4 @@
-"""utils.flags.parser"""
+"""The command line -> the argument dataclasses, strictly: nothing is swallowed, abbreviated or guessed."""
 
 import re
 from typing import Any

@@ -1,1 +1,9 @@
-"""models"""
+"""Folders and hub ids -> tokenizer, quantized base, adapter.
+
+In: a model's name, a run, or an adapter folder. Out: a tokenizer with its template, and a model to train or
+chat with.
+Must not import: data, train, chat.
+Read: folder (what is named, found from config.json alone), tokenizer, encoding (one tokenization of a
+rendered chat), base (4 bits), adapter (LoRA); baichuan and tokenizer_files for what transformers reads
+otherwise than it was made.
+"""

@@ -1,4 +1,4 @@
-"""utils.models.adapter"""
+"""LoRA on every linear layer: a fresh adapter, or the one of an earlier run."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Tokenizer, quantized base, adapter: a frozen 4-bit base and LoRA on every linear layer make QLoRA."""
+"""The frozen base in 4, 8, 16 or 32 bits: NF4 with double quantization is QLoRA's (sections 2 and 3)."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""utils.models.folder"""
+"""A model or adapter named on the command line -> its folder, what its run recorded, its config.json."""
 
 import dataclasses
 import importlib.util

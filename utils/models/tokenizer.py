@@ -1,4 +1,4 @@
-"""utils.models.tokenizer"""
+"""The tokenizer with a chat template, a pad token, and the tokens that end a reply."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

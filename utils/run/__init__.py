@@ -1,1 +1,7 @@
-"""run"""
+"""A run's folder: what made it, whole checkpoints, a lock, signals, and what must not have changed on resume.
+
+In: arguments, fingerprints, states. Out: run.json and checkpoint-N, whole or not there.
+Must not import: models, data, train, chat.
+Read: record (run.json), resume (same run?), checkpoints (manifest, rename), training_state and
+optimizer_state, signals (stop between two steps), lock, places (where a base is found again).
+"""

@@ -1,4 +1,4 @@
-"""utils.train.build"""
+"""What a run trains with: optimizer, path, batches, transformers' own arguments, and the Trainer of them."""
 
 import dataclasses
 import functools

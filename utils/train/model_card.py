@@ -1,4 +1,4 @@
-"""utils.train.model_card"""
+"""A run for others: its model card, made from run.json, and its upload to the hub."""
 
 import json
 from pathlib import Path

@@ -1,0 +1,112 @@
+"""The floor plan: rooms look down, no two know each other, nothing goes in circles, no script is imported."""
+
+import ast
+import re
+
+import pytest
+from conftest import ROOT
+
+# Each room may import those before it. The ground files come first; commands of utils/ and eval/ look at all.
+ORDER = [
+    "console", "repository", "messages", "arguments", "prompts", "run", "fast", "models", "data", "chat", "flags",
+    "train", "merge",
+]  # fmt: skip
+ROOMS = [name for name in ORDER if (ROOT / "utils" / name).is_dir()]
+SCRIPTS = {"qlora_finetune", "qlora_int8_finetune", "cli_demo", "gradio_webserver"}
+
+
+def name_module(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+MODULES = {name_module(path): path for folder in ("utils", "eval") for path in (ROOT / folder).rglob("*.py")}
+
+
+def find_imports(path):
+    """Modules of this repository that a file imports anywhere but for its annotations alone."""
+    tree, found = ast.parse(path.read_text()), set()
+    unused = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in unused:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in MODULES else node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+IMPORTS = {name: find_imports(path) for name, path in MODULES.items()}
+
+
+def find_room(module):
+    """The room or ground file of a module of utils; None for commands, packages' own pages and eval."""
+    package, *rest = module.split(".")
+    return rest[0] if package == "utils" and rest and rest[0] in ORDER else None
+
+
+def test_rooms_only_look_down():
+    wrong = [
+        f"{module} imports {other}"
+        for module, others in IMPORTS.items()
+        for other in others
+        if find_room(module)
+        and other.startswith(("utils", "eval"))
+        and find_room(module) != find_room(other)
+        and not (find_room(other) and ORDER.index(find_room(other)) < ORDER.index(find_room(module)))
+    ]
+    assert wrong == []
+
+
+def test_nothing_imports_in_a_circle():
+    state = {}
+
+    def visit(module, path):
+        assert state.get(module) != "open", f"a circle: {[*path, module]}"
+        if module in state or module not in MODULES:
+            return
+        state[module] = "open"
+        for other in IMPORTS[module]:
+            visit(other, [*path, module])
+        state[module] = "done"
+
+    for module in MODULES:
+        visit(module, [])
+
+
+def test_nothing_imports_a_script_and_utils_nothing_of_eval():
+    for module, others in IMPORTS.items():
+        names = {other.split(".")[0] for other in others}
+        assert not names & SCRIPTS, module
+        assert not (module.startswith("utils") and "eval" in names), module
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_page_of_a_room_is_its_docstring_and_keeps_its_word(room):
+    """What comes in and out, what to read first, and what it must not import, which it does not."""
+    path = ROOT / "utils" / room / "__init__.py"
+    tree = ast.parse(path.read_text())
+    assert len(tree.body) == 1 and len(path.read_text().splitlines()) <= 12
+    page = ast.get_docstring(tree)
+    assert "In: " in page and "Out: " in page and "Must not import" in page and "Read: " in page
+    named = re.match(r"[\w, ]+", page.partition("Must not import: ")[2]).group()
+    forbidden = set(re.findall(r"\w+", named)) & set(ROOMS)
+    imported = {
+        find_room(other)
+        for module, others in IMPORTS.items()
+        if module.startswith(f"utils.{room}.")
+        for other in others
+    }
+    assert forbidden and forbidden.isdisjoint(imported)
+
+
+def test_utils_shows_at_most_twenty_entries():
+    entries = [path.name for path in (ROOT / "utils").iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= 20, sorted(entries)
