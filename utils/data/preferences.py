@@ -7,29 +7,45 @@ chat are the context that both share, so they are not trained either.
 from typing import Any
 
 from utils.console import UserError
-from utils.data.roles import build_message
+from utils.data.roles import add_system, build_message, read_history
 from utils.messages import UNTRAINED, Message
 
 NOT_WANTED = "not to be learned: "  # begins the reason of a row that is left out because its data says so
-CONTEXTS = ("conversations", "messages", "conversation", "prompt", "instruction", "question", "query")
+CONTEXTS = (
+    "conversations",
+    "messages",
+    "conversation",
+    "prompt",
+    "instruction",
+    "question",
+    "query",
+    "input",
+)
+CHOSEN = ("chosen", "chosen_messages")
+REJECTED = ("rejected_response", "rejected_messages")  # ms-swift's, beside `messages` or `response`
 
 
 def check_desirable(row: dict[str, Any]) -> None:
     """Raises UserError for a row of a KTO file that is marked undesirable: label or kto_tag false."""
     for name in ("label", "kto_tag"):
-        if row.get(name) is False:
+        value = row.get(name)
+        if value is False or str(value).lower() == "false":  # a table of text has the word
             raise UserError(f"{NOT_WANTED}column {name!r} is false, so its answer is undesirable")
 
 
 def read_preferred(row: dict[str, Any], marker: str) -> list[Message]:
-    """The context and `chosen` as messages; `chosen` is a text, a turn, or messages of the whole chat."""
-    chosen = row.get("chosen")
+    """The context and `chosen` as messages; `chosen` is a text, a turn, or messages of the whole chat.
+
+    ms-swift's rows have it as the end of `messages`, or as `response`.
+    """
+    name = next((name for name in (*CHOSEN, "messages", "response") if row.get(name)), CHOSEN[0])
+    chosen = row.get(name)
     if isinstance(chosen, str):
         chosen = {"role": "assistant", "content": chosen}
     turns = [read_turn(turn) for turn in (chosen if isinstance(chosen, list) else [chosen])]
     if not turns or turns[-1]["role"] != "assistant":
-        raise UserError(f"column 'chosen' holds {str(row.get('chosen'))[:40]!r}: an answer is needed")
-    messages = turns if len(turns) > 1 else [*read_context(row, marker), *turns]
+        raise UserError(f"column {name!r} holds {str(row.get(name))[:40]!r}: an answer is needed")
+    messages = add_system(row, turns if len(turns) > 1 else [*read_context(row, marker), *turns])
     *context, answer = messages
     return [
         message | {UNTRAINED: False} if message["role"] == "assistant" else message for message in context
@@ -42,8 +58,7 @@ def read_context(row: dict[str, Any], marker: str) -> list[Message]:
     if isinstance(context, str):
         extra = row.get("input")
         asked = f"{context}{marker}{extra}" if name == "instruction" and extra else context
-        before = [read_turn({"role": "system", "content": row["system"]})] if row.get("system") else []
-        return [*before, {"role": "user", "content": asked}]
+        return [*read_history(row), {"role": "user", "content": asked}]
     if not isinstance(context, list) or not context:
         raise UserError(f"column 'chosen' answers nothing: one of {', '.join(CONTEXTS)} is needed")
     return [read_turn(turn) for turn in context]
