@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from utils.console import UserError
+from utils.data.media import COLUMNS, holds_media
 from utils.messages import UNTRAINED, Message, Messages, Row
 
 ROLES = {
@@ -39,8 +40,8 @@ ROLES = {
 CALLS = {"function_call", "tool_call"}  # an assistant's turn that holds a call as JSON
 TEXT_PARTS = ("text", "input_text", "output_text")
 SYSTEMS = ("system", "system_prompt")  # columns with the system message of a row
-WEIGHTS = ("weight", "loss_weight")  # OpenAI's, LLaMA-Factory's: 0 or 1
-MARKS = (*WEIGHTS, "train", "training", "loss")  # of an answer; zero or false: context, not label
+# Marks of an answer, OpenAI's, LLaMA-Factory's, axolotl's, ms-swift's; zero or false: context, not label.
+MARKS = ("weight", "loss_weight", "train", "training", "loss")
 
 
 def find_role(name: Any) -> str:
@@ -63,14 +64,16 @@ def build_message(turn: Message, role_key: str, content_key: str) -> Message:
     if not isinstance(content, str) and not (content is None and kept.get("tool_calls")):
         raise UserError(f"a {role} turn holds {str(content)[:40]!r}: text is needed")
     message = kept | {"role": role, "content": content or ""}
+    if any(holds_media(turn.get(name)) for name in COLUMNS):
+        raise UserError("a turn names media: only text is trained")
     return message | {UNTRAINED: False} if role == "assistant" and is_context(turn) else message
 
 
 def is_context(turn: Message) -> bool:
-    """Whether an answer is marked as one that is not learned."""
-    for name in WEIGHTS:
+    """Whether an answer is marked as one that is not learned; UserError for a half."""
+    for name in MARKS:
         if turn.get(name) not in (None, 0, 1):
-            raise UserError(f"an answer has {name} {turn[name]!r}: it is learned (1) or not (0)")
+            raise UserError(f"{name} {turn[name]!r}: an answer is learned (1, true) or not (0, false)")
     return any(turn.get(name) is not None and turn[name] == 0 for name in MARKS)
 
 
