@@ -203,8 +203,12 @@ SMALL_FLAGS = (
 def checkout(tmp_path_factory):
     """This working tree without its models, where scripts leave their runs."""
     folder = tmp_path_factory.mktemp("checkout")
-    left_out = shutil.ignore_patterns(".*", "models", "output", "wandb", "tests", "__pycache__")
-    shutil.copytree(ROOT, folder, ignore=left_out, dirs_exist_ok=True)
+    left_out = shutil.ignore_patterns(".*", "output", "wandb", "tests", "__pycache__")
+
+    def ignore(path, names):  # models/ of the repository, not utils/models/
+        return left_out(path, names) | ({"models"} & set(names) if path == str(ROOT) else set())
+
+    shutil.copytree(ROOT, folder, ignore=ignore, dirs_exist_ok=True)
     shutil.copy(ROOT / "data" / "guanaco_identity.jsonl", folder / "data" / "olcc.jsonl")
     return folder
 
