@@ -10,7 +10,7 @@ import time
 
 import pytest
 import tiny_models
-from conftest import ROOT
+from conftest import ROOT, ignore_outputs
 from shell_runs import check_page, run_shell
 
 from utils.flags.parser import name_leading_words, parse_args
@@ -203,12 +203,7 @@ SMALL_FLAGS = (
 def checkout(tmp_path_factory):
     """This working tree without its models, where scripts leave their runs."""
     folder = tmp_path_factory.mktemp("checkout")
-    left_out = shutil.ignore_patterns(".*", "output", "wandb", "tests", "__pycache__")
-
-    def ignore(path, names):  # models/ of the repository, not utils/models/
-        return left_out(path, names) | ({"models"} & set(names) if path == str(ROOT) else set())
-
-    shutil.copytree(ROOT, folder, ignore=ignore, dirs_exist_ok=True)
+    shutil.copytree(ROOT, folder, ignore=ignore_outputs("tests"), dirs_exist_ok=True)
     shutil.copy(ROOT / "data" / "guanaco_identity.jsonl", folder / "data" / "olcc.jsonl")
     return folder
 
