@@ -76,7 +76,7 @@ def run_tasks(
 
 
 def silence_bars(lm: Any) -> None:
-    """Switch off the bars of an HFLM: lm_eval sets `disable` of each itself, and TQDM_DISABLE does not count."""
+    """Switch off the bars of an HFLM: lm_eval sets `disable` of each itself, whatever TQDM_DISABLE says."""
 
     def silence(method: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: method(*args, **kwargs | {"disable_tqdm": True})
