@@ -18,9 +18,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from transformers.hf_argparser import HfArg
-
-from utils.arguments import GenerationArguments, ModelArguments
+from utils.arguments import GenerationArguments, HfArg, ModelArguments
 from utils.chat.side_by_side import stream_rows
 from utils.console import UserError, run_main
 from utils.flags.parser import find_given_flags, parse_args

@@ -20,6 +20,8 @@ from utils.console import UserError, run_main
 from utils.flags.trackers import HOSTS, check_tracker
 from utils.run.resume import check_overwriting
 
+# cli_demo.py by a Python that has no packages.
+BARE = 'import runpy, sys; sys.path.insert(0, "."); runpy.run_path("cli_demo.py", run_name="__main__")'
 ROWS = '{"instruction": "Who are you?", "input": "", "output": "I am Guanaco."}\n' * 4
 
 
@@ -336,6 +338,17 @@ def test_full_memory_is_one_line_with_its_cures(error, capsys):
     assert all(cure in said for cure in cures)
     with pytest.raises(RuntimeError, match="another"):  # an error of ours keeps its traceback
         run_failing(RuntimeError("another"))
+
+
+def test_python_without_the_packages_is_one_line():
+    """The environment was not activated."""
+    result = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", BARE], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert (
+        "transformers is not installed for" in result.stderr and "source .venv/bin/activate" in result.stderr
+    )
 
 
 def test_pipe_that_is_closed_ends_quietly():

@@ -133,7 +133,7 @@ def test_every_format_has_a_golden_row_and_a_flag_value():
 
 
 def _list_format_choices():
-    from utils.arguments import StrictParser
+    from utils.flags.strict_parser import StrictParser
 
     (action,) = (
         action for action in StrictParser([DataArguments], "")._actions if action.dest == "dataset_format"

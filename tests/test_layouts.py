@@ -14,6 +14,7 @@ from utils.data.rows import load_rows
 from utils.data.tokenizing import tokenize_rows
 from utils.messages import IGNORE_INDEX
 from utils.models.tokenizer import add_pad_token
+from utils.train.predictions import find_answered
 
 QWEN = (ROOT / "utils" / "templates" / "chatml.jinja").read_text()
 CALL = {"name": "look_up", "arguments": {"city": "Lima"}}
@@ -190,7 +191,17 @@ PREFERENCES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("row", PREFERENCES, ids=["conversations", "texts", "alpaca", "messages", "trl"])
+PREFERENCES.append(
+    {"query": "Q?", "history": [["q", "earlier"]], "chosen": "Good.", "rejected": "Bad."},
+)
+PREFERENCES.append(
+    {"prompt": "\n\nHuman: q\n\nAssistant: earlier\n\nHuman: Q?\n\nAssistant:", "chosen": "Good."},
+)
+
+
+@pytest.mark.parametrize(
+    "row", PREFERENCES, ids=["conversations", "texts", "alpaca", "messages", "trl", "history", "hh prompt"]
+)
 def test_of_a_preference_the_chosen_answer_alone_is_trained(learn, row):
     learned, printed = learn([row])
     assert learned == ends("Good.")
@@ -260,3 +271,73 @@ def test_row_with_media_is_refused_and_counted_as_lost(learn, row, reason):
         learned == ends("A cat.", "A cat.") and "1 left out, row 3 first: " in printed and reason in printed
     )
     assert "1 of 3 rows are lost" in learn.report["red"]
+
+
+def test_context_of_a_preference_is_whole():
+    for row in PREFERENCES[-2:]:
+        said = [message["content"] for message in read_row(row, "preference").messages]
+        assert said == ["q", "earlier", "Q?", "Good."]
+    pair = PREFERENCES[0]
+    assert read_row(pair, "sharegpt") == read_row(pair, "preference")  # whatever format is forced
+
+
+def test_lists_of_messages_as_prompt_and_completion_are_read(learn):
+    row = {
+        "prompt": [{"role": "user", "content": "q"}],
+        "completion": [{"role": "assistant", "content": "a"}],
+    }
+    assert learn([row])[0] == ends("a")
+    with pytest.raises(UserError, match="not to be learned"):
+        read_row(row | {"label": False}, "self-instruct")
+
+
+def test_label_is_a_mark_of_kto_only_beside_a_completion(learn):
+    assert learn([{"instruction": "Is it spam?", "output": "No.", "label": False}])[0] == ends("No.")
+    with pytest.raises(UserError, match="'label' is false"):  # as a table has it
+        read_row({"prompt": "q", "completion": "a", "label": "False"}, "self-instruct")
+    with pytest.raises(UserError, match="'kto_tag' is false"):
+        read_row({"instruction": "q", "output": "a", "kto_tag": False}, "alpaca")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "How do I centre the <video> tag?",
+        "<video>\n  <source>\n</video>\nWhat is wrong here?",
+        "```html\n<image>\n```\nWhat is wrong here?",
+        "`<image>` is no tag of HTML.",
+    ],
+)
+def test_text_about_tags_is_trained(learn, text):
+    assert learn([{"instruction": text, "output": "A."}])[0] == ends("A.")
+
+
+@pytest.mark.parametrize(
+    "text", ["<image>\nWhat is it?", "What is it?<image>", "<|image_pad|>What?", "<img>cat.png</img>What?"]
+)
+def test_tags_that_stand_for_files_are_refused(text):
+    with pytest.raises(UserError, match="the text stands around a <"):
+        read_row({"instruction": text, "output": "A cat."}, "alpaca")
+    turns = [
+        {"role": "user", "content": "What?", "images": ["cat.png"]},
+        {"role": "assistant", "content": "A."},
+    ]
+    with pytest.raises(UserError, match="a turn names media"):
+        read_row({"messages": turns}, "messages")
+
+
+@pytest.mark.parametrize("empty", [None, [], {"bytes": None, "path": None}, 3, float("nan"), ""])
+def test_media_columns_that_hold_nothing_do_no_harm(empty):
+    assert read_row({"instruction": "Q?", "output": "A.", "image": empty}, "alpaca").messages
+
+
+def test_weight_between_is_refused_and_a_tail_of_context_is_left_out(learn, smol_tokenizer):
+    turns = [("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    with pytest.raises(UserError, match="weight 0.5, train None, loss None: 0 or 1"):
+        read_row({"messages": [messages[0], messages[1] | {"weight": 0.5}]}, "messages")
+    with pytest.raises(UserError, match="no answer to train on: all are marked as context"):
+        read_row({"messages": [messages[0], messages[1] | {"train": False}]}, "messages")
+    marked = {"messages": [*messages[:3], messages[3] | {"train": False}]}
+    assert learn([marked], train_last_turn_only=True)[0] == ends("a1")
+    assert find_answered([read_row(marked, "messages")]) == []

@@ -1,9 +1,20 @@
-"""What the scripts are made of. Two lines of other packages, about what nobody needs, are kept quiet.
+"""What the scripts are made of. Here, before anything else is imported: are the packages there at all?
 
-Done here, before anything else is imported: they come from the import of bitsandbytes and of liger-kernel.
+And two lines of other packages, about what nobody needs, are kept quiet: they come from the import of
+bitsandbytes and of liger-kernel.
 """
 
+import importlib.util
 import logging
+import sys
+
+if importlib.util.find_spec("transformers") is None:  # most often: the environment was not activated
+    print(
+        f"error: transformers is not installed for {sys.executable}: activate the environment "
+        "(source .venv/bin/activate), or install with bash scripts/install.sh",
+        file=sys.stderr,
+    )
+    raise SystemExit(2)
 
 NOISE = {  # logger -> how the line begins
     # On CPUs with AVX512-BF16, where the package `kernels` would fetch a product from the hub.

@@ -176,6 +176,10 @@ def split_chat(tokenizer: Any, chat: Chat, stops: list[str], last_only: bool = F
     check_tools(tokenizer, chat)
     render = bind_render(tokenizer, chat)
     turns = answer_turns(messages)
+    learned = [turn for turn in turns if messages[turn].get(UNTRAINED, True)]
+    if learned:  # an answer behind the last one that is learned is nobody's context
+        messages = messages[: learned[-1] + 1]
+        turns = answer_turns(messages)
     rows: list[RenderedRow] = []
     while turns:
         *earlier, last = turns

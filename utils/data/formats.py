@@ -10,9 +10,9 @@ from typing import Any
 from utils.console import UserError
 from utils.data.layouts import INPUTS, find_pair
 from utils.data.media import check_media
-from utils.data.preferences import CONTEXTS, check_desirable, read_preferred
+from utils.data.preferences import CONTEXTS, check_desirable, read_preferred, read_turn
 from utils.data.roles import ROLES, build_message, wrap_tools
-from utils.messages import TEXT_ROLE, Chat, Messages, Row
+from utils.messages import TEXT_ROLE, UNTRAINED, Chat, Messages, Row
 
 
 def read_text(row: Row, column: str) -> str:
@@ -64,6 +64,9 @@ def read_dolly(row: Row, marker: str) -> Chat:
 
 
 def read_self_instruct(row: Row, marker: str) -> Chat:
+    """prompt and completion, texts or lists of messages (TRL)."""
+    if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
+        return tidy_messages([read_turn(turn) for turn in [*row["prompt"], *row["completion"]]], [])
     return build_exchange(row, "prompt", "completion", marker)
 
 
@@ -252,10 +255,14 @@ def read_row(row: Any, dataset_format: str, marker: str = "\n\n") -> Chat:
     if not isinstance(row, dict):
         raise UserError(f"holds {str(row)[:40]!r}: an object with columns is needed")
     check_desirable(row)
-    chat = FORMATS[ALIASES.get(dataset_format, dataset_format)](row, marker)
+    name = ALIASES.get(dataset_format, dataset_format)
+    if name in ("messages", "sharegpt") and row.get("chosen"):
+        name = "preference"  # whatever format is forced: its answer is not in the context
+    chat = FORMATS[name](row, marker)
     check_media(row, [message["content"] for message in chat.messages])
-    if not any(message["role"] in ("assistant", TEXT_ROLE) for message in chat.messages):
-        raise UserError("has no answer to train on")
+    answers = [message for message in chat.messages if message["role"] in ("assistant", TEXT_ROLE)]
+    if not any(message.get(UNTRAINED, True) for message in answers):
+        raise UserError("has no answer to train on" + (": all are marked as context" if answers else ""))
     try:
         "".join(message["content"] for message in chat.messages).encode()
     except UnicodeEncodeError as error:

@@ -4,6 +4,7 @@ That is supervised tuning on the good answers; the rejected ones teach nothing h
 chat are the context that both share, so they are not trained either.
 """
 
+import re
 from typing import Any
 
 from utils.console import UserError
@@ -15,9 +16,13 @@ CONTEXTS = ("conversations", "messages", "conversation", "prompt", "instruction"
 
 
 def check_desirable(row: dict[str, Any]) -> None:
-    """Raises UserError for a row of a KTO file that is marked undesirable: label or kto_tag false."""
-    for name in ("label", "kto_tag"):
-        if row.get(name) is False:
+    """Raises UserError for a row of a KTO file that is marked undesirable, as a boolean or its word.
+
+    `kto_tag` is KTO's own; a `label` is only beside a chat or a completion: elsewhere it is a class.
+    """
+    is_kto = "messages" in row or "conversations" in row or {"prompt", "completion"} <= row.keys()
+    for name in ("kto_tag", *(["label"] if is_kto else [])):
+        if row.get(name) is False or str(row.get(name)).strip().lower() == "false":
             raise UserError(f"{NOT_WANTED}column {name!r} is false, so its answer is undesirable")
 
 
@@ -43,10 +48,37 @@ def read_context(row: dict[str, Any], marker: str) -> list[Message]:
         extra = row.get("input")
         asked = f"{context}{marker}{extra}" if name == "instruction" and extra else context
         before = [read_turn({"role": "system", "content": row["system"]})] if row.get("system") else []
-        return [*before, {"role": "user", "content": asked}]
+        return [*before, *read_history(row.get("history")), *split_prompt(asked)]
     if not isinstance(context, list) or not context:
         raise UserError(f"column 'chosen' answers nothing: one of {', '.join(CONTEXTS)} is needed")
     return [read_turn(turn) for turn in context]
+
+
+def read_history(history: Any) -> list[Message]:
+    """[[question, answer], ...] as messages."""
+    pairs = history or []
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs
+    ):
+        raise UserError(f"column 'history' holds {str(history)[:40]!r}: [[question, answer], ...] is needed")
+    roles = ("user", "assistant")
+    return [
+        read_turn({"role": role, "content": text})
+        for pair in pairs
+        for role, text in zip(roles, pair, strict=True)
+    ]
+
+
+def split_prompt(text: str) -> list[Message]:
+    """A question, or the turns of a prompt written as Human: and Assistant: lines (hh-rlhf)."""
+    parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
+    if len(parts) < 3 or parts[0].strip():
+        return [{"role": "user", "content": text}]
+    turns = [
+        {"role": "user" if who == "Human" else "assistant", "content": said.strip()}
+        for who, said in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+    return turns if turns[-1]["content"] else turns[:-1]
 
 
 def read_turn(turn: Any) -> Message:

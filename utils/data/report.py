@@ -147,7 +147,14 @@ def find_red(report: dict[str, Any], vocabulary: int) -> list[str]:
     findings = train["findings"]
     if not train["sequences"]:
         red.append(f"not one of {train['rows']:,} rows has anything to train on")
-    read = sum(source["rows"] for source in report["sources"] if source["part"] == TRAIN)
+    unwanted = sum(
+        count
+        for source in report["sources"]
+        if source["part"] == TRAIN
+        for reason, (count, _) in source["left_out"].items()
+        if reason.startswith(NOT_WANTED)
+    )
+    read = sum(source["rows"] for source in report["sources"] if source["part"] == TRAIN) - unwanted
     bad = sum(
         count
         for source in report["sources"]

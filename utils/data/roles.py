@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from utils.console import UserError
+from utils.data.media import COLUMNS, holds_media
 from utils.messages import UNTRAINED, Message
 
 ROLES = {
@@ -58,8 +59,20 @@ def build_message(turn: Message, role_key: str, content_key: str) -> Message:
     if not isinstance(content, str) and not (content is None and kept.get("tool_calls")):
         raise UserError(f"a {role} turn holds {str(content)[:40]!r}: text is needed")
     message = kept | {"role": role, "content": content or ""}
-    marked = turn.get("weight") == 0 or turn.get("train") is False or turn.get("loss") is False
+    marked = is_context(turn)
+    if any(holds_media(turn.get(name)) for name in COLUMNS):
+        raise UserError("a turn names media: only text is trained")
     return message | {UNTRAINED: False} if marked and role == "assistant" else message
+
+
+def is_context(turn: Message) -> bool:
+    """Whether `weight`, `train` or `loss` says that an answer is not learned; UserError for a half."""
+    weight, flags = turn.get("weight"), [turn.get(name) for name in ("train", "loss")]
+    if weight not in (None, 0, 1) or not all(flag is None or isinstance(flag, bool) for flag in flags):
+        raise UserError(
+            f"weight {weight!r}, train {flags[0]!r}, loss {flags[1]!r}: 0 or 1, and true or false"
+        )
+    return weight == 0 or False in flags
 
 
 def join_parts(content: Any) -> Any:

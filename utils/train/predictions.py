@@ -9,14 +9,15 @@ from accelerate.utils import gather_object
 from utils.arguments import GenerationArguments
 from utils.chat.generation import generate_replies
 from utils.console import is_main_process, notice, read_rank_and_size
-from utils.messages import Chat
+from utils.messages import UNTRAINED, Chat
 from utils.run.record import next_free_path
 from utils.train.metrics import score_answers
 
 
 def find_answered(chats: list[Chat]) -> list[Chat]:
-    """Those whose last turn answers something."""
-    return [chat for chat in chats if len(chat.messages) > 1 and chat.messages[-1]["role"] == "assistant"]
+    """Those whose last turn answers something, and is no mere context."""
+    answered = [chat for chat in chats if len(chat.messages) > 1 and chat.messages[-1]["role"] == "assistant"]
+    return [chat for chat in answered if chat.messages[-1].get(UNTRAINED, True)]
 
 
 def answer_chats(
