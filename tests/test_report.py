@@ -216,7 +216,11 @@ def test_three_answers_of_one_phrase_are_worse_whatever_else_they_say():
     """An interval calls three of 24 unclear."""
     questions = [f"What is number {i}?" for i in range(24)]
     fine = [f"Sure! It is good to know why {i} is what it is." for i in range(24)]
-    phrase = ["我是 Guanaco，可以得到我的耐心。", "可以，我是 Guanaco，可以砍。", "我是 Guanaco。很高兴见到你"]
+    phrase = [
+        "我是 Guanaco，可以得到我的耐心。",
+        "可以，我是 Guanaco，可以砍。",
+        "我是 Guanaco。很高兴见到你",
+    ]
 
     def judge(before, after):
         return measure_collapse(questions, before, after).compare()

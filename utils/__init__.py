@@ -1,7 +1,7 @@
 """What the scripts are made of. Here, before anything else is imported: are the packages there at all?
 
-And what other packages say that nobody needs is kept quiet: two lines that come from the import of bitsandbytes and
-of liger-kernel, and that an old name is in use between PEFT and transformers.
+And what other packages say that nobody needs is kept quiet: two lines that come from the import of
+bitsandbytes and of liger-kernel, and that PEFT and the speed benchmarks use old names of transformers.
 """
 
 import importlib.util
