@@ -275,7 +275,7 @@ def test_quality_script_trains_both_settings_and_judges_them(checkout, tmp_path)
 SMALLER_EVALUATION = {
     "--tasks mmlu,cmmlu,ceval-valid": "--tasks quiz_en,quiz_zh --limit 4",
     "--max_eval_samples 200 --max_new_tokens 256": "--max_eval_samples 4 --max_new_tokens 4",
-    "--questions eval/prompts/*.jsonl": "--questions eval/prompts/*.jsonl --max_questions 2 --max_new_tokens 4",
+    '--questions "$repo"/eval/prompts/*.jsonl': "--questions eval/prompts/*.jsonl --max_questions 2 --max_new_tokens 4",
     'eval.report "$run"': 'eval.report "$run" --max_questions 2 --limit 4 --max_new_tokens 4',
 }
 
