@@ -1,6 +1,7 @@
 """Real parts, small: a tiny random LLaMA for mechanics, SmolLM2-135M where a real model is the point."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,16 @@ def save_random_model(folder: Path, seed: int) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def ignore_outputs(*patterns: str):
+    """For shutil.copytree of this repository: without models/ (utils/models/ stays), runs and hidden files."""
+    left_out = shutil.ignore_patterns(".*", "output", "wandb", "__pycache__", *patterns)
+
+    def ignore(path: str, names: list[str]) -> set[str]:
+        return left_out(path, names) | ({"models"} & set(names) if path == str(ROOT) else set())
+
+    return ignore
 
 
 def run_script(

@@ -130,7 +130,7 @@ def test_local_task_file_works_offline_and_the_base_is_the_base(run, tiny_model,
     assert saved["base"] == read_scores(alone) and saved["run"] == read_scores(with_adapter)
 
 
-def test_chat_template_changes_what_is_asked(run, tmp_path):
+def test_chat_template_changes_what_is_asked_without_bars_in_a_log(run, capsys):
     manager = load_task_manager(["quiz_en"], None)
     chat = open_model(checkpoint_dir=str(run))
     plain, templated = (
@@ -139,6 +139,8 @@ def test_chat_template_changes_what_is_asked(run, tmp_path):
     )
     assert plain[0]["arguments"][0][0].startswith("Question: What is the capital of France?")
     assert templated[0]["arguments"][0][0].startswith("<|im_start|>")
+    noise = capsys.readouterr().err
+    assert "Tokenizing inputs" not in noise and "loglikelihood requests" not in noise
 
 
 def test_quizzes_hold_40_questions_with_one_right_answer_each():

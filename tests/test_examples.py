@@ -10,7 +10,7 @@ import sys
 
 import nbformat
 import pytest
-from conftest import ROOT
+from conftest import ROOT, ignore_outputs
 from tiny_models import build_llama1, build_neox
 
 from utils.flags.parser import parse_args
@@ -62,8 +62,7 @@ def run_notebook(name, folder, cells=100, **environment):
 
 def commit_checkout(folder, requirements=None):
     """What is cloned: a repository of this checkout's files as they are now. Returns its address."""
-    left_out = shutil.ignore_patterns(".*", "models", "output", "__pycache__")
-    shutil.copytree(ROOT, folder, ignore=left_out)
+    shutil.copytree(ROOT, folder, ignore=ignore_outputs())
     if requirements:
         (folder / "requirements.txt").write_text(requirements)
     for command in ("init --quiet", "add .", "-c user.name=x -c user.email=x@x commit --quiet -m all"):

@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 import tiny_models
-from conftest import ROOT, save_random_model
+from conftest import ROOT, ignore_outputs, save_random_model
 from shell_runs import check_page, run_shell
 from test_readmes import READMES
 
@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
     """A checkout with the models and files that the commands name, beside a home of its own."""
     home = tmp_path_factory.mktemp("home")
     checkout = home / "checkout"
-    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".*", "models", "output", "__pycache__"))
+    shutil.copytree(ROOT, checkout, ignore=ignore_outputs())
     (checkout / "models" / "Baichuan-7B").mkdir(parents=True)
     save_random_model(checkout / "models" / "small", seed=0)
     tiny_models.build_baichuan(checkout / "models" / "Baichuan-7B")

@@ -212,16 +212,58 @@ def test_verdict_names_the_worse_first_and_table_cells_stay_cells():
     assert escape_cell("a|b\n<c> *d*") == "a\\|b<br>&lt;c> \\*d\\*" and len(escape_cell("x" * 2000)) < 800
 
 
-def test_three_answers_of_one_phrase_are_worse_however_many_others_are_fine():
-    """An interval calls three of forty unclear."""
-    fine = [f"{word}, this is another answer." for word in map(str, range(40))]
-    collapsed = ["我是 Guanaco。很高兴见到你", "我是 Guanaco。", "我是 Guanaco。", *fine[3:]]
-    result = measure_collapse(fine, collapsed).compare()
-    assert (result["before"], result["after"], result["verdict"]) == (0, 3 / 40, "worse")
-    assert measure_collapse(fine, [*collapsed[:2], *fine[2:]]).compare()["verdict"] == "unclear"
-    assert measure_collapse(collapsed, collapsed).compare()["verdict"] == "unclear"
-    short = ["Yes.", "No.", "Yes.", "Yes."]  # a base that says so already
-    assert measure_collapse(short, short[::-1]).compare()["verdict"] == "unclear"
+def test_three_answers_of_one_phrase_are_worse_whatever_else_they_say():
+    """An interval calls three of 24 unclear."""
+    questions = [f"What is number {i}?" for i in range(24)]
+    fine = [f"Sure! It is good to know why {i} is what it is." for i in range(24)]
+    phrase = [
+        "我是 Guanaco，可以得到我的耐心。",
+        "可以，我是 Guanaco，可以砍。",
+        "我是 Guanaco。很高兴见到你",
+    ]
+
+    def judge(before, after):
+        return measure_collapse(questions, before, after).compare()
+
+    result = judge(fine, [*phrase, *fine[3:]])
+    assert (result["before"], result["after"], result["verdict"]) == (0, 3 / 24, "worse")
+    assert judge(fine, ["我是 Guanaco。"] * 24)["verdict"] == "worse"
+    assert judge(["我是 Guanaco。"] * 24, fine)["verdict"] == "better"
+    assert judge(fine, [*phrase[:2], *fine[2:]])["verdict"] == "unclear"
+    assert judge([*phrase, *fine[3:]], [*phrase, *fine[3:]])["verdict"] == "unclear"
+
+
+def test_short_answers_labels_and_courtesies_are_no_phrase():
+    long = [f"Number {i} is this because of {i} reasons." for i in range(24)]
+    label = "Is it sports news or business news today? {}"
+    for question, answers in (
+        ("Is {} even?", ["Yes.", "No."]),
+        ("{} 是正数吗？", ["是的。", "不是。"]),
+        (label, ["Sports news.", "Business news today."]),
+        ("Write {}.", ["Sure! Of course. Here are some tips: ", "S，当然！以下是一些建议："]),
+        ("Print {}.", ["```python\nfor row in rows:\n    print(row)\n```", "```\nx = 1 if a else 2\n```"]),
+    ):
+        questions = [question.format(i) for i in range(24)]
+        after = [answers[i % 2] + (f"{i}{i}{i}" if answers[0][0] == "S" else "") for i in range(24)]
+        assert measure_collapse(questions, long, after).compare()["after"] == 0, answers
+
+
+def test_stored_quickstart_says_its_name_everywhere_and_alpaca_does_not():
+    content = json.loads((ROOT / "eval/generations/quickstart/report.json").read_text())
+    questions, before, after = (
+        [row[name] for row in content["answers"]] for name in ("question", "before", "after")
+    )
+    result = measure_collapse(questions, before, after).compare()
+    assert result["after"] * 24 == sum("我是 Guanaco" in answer for answer in after) == 9
+    assert result["verdict"] == "worse"
+
+    def load(name):
+        lines = (ROOT / f"eval/generations/answer-{name}.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    base, alpaca = load("SmolLM2-135M-Instruct"), load("alpaca_zh")
+    texts = [[row["generation"] for row in rows] for rows in (base, alpaca)]
+    assert measure_collapse([row["text"] for row in base], *texts).compare()["verdict"] == "unclear"
 
 
 def test_picture_has_a_line_for_each_measure_that_is_not_zero_on_both_sides(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import tiny_models
-from conftest import ROOT
+from conftest import ROOT, ignore_outputs
 from shell_runs import check_page, run_shell
 
 from utils.flags.parser import name_leading_words, parse_args
@@ -203,8 +203,7 @@ SMALL_FLAGS = (
 def checkout(tmp_path_factory):
     """This working tree without its models, where scripts leave their runs."""
     folder = tmp_path_factory.mktemp("checkout")
-    left_out = shutil.ignore_patterns(".*", "models", "output", "wandb", "tests", "__pycache__")
-    shutil.copytree(ROOT, folder, ignore=left_out, dirs_exist_ok=True)
+    shutil.copytree(ROOT, folder, ignore=ignore_outputs("tests"), dirs_exist_ok=True)
     shutil.copy(ROOT / "data" / "guanaco_identity.jsonl", folder / "data" / "olcc.jsonl")
     return folder
 
@@ -276,7 +275,7 @@ def test_quality_script_trains_both_settings_and_judges_them(checkout, tmp_path)
 SMALLER_EVALUATION = {
     "--tasks mmlu,cmmlu,ceval-valid": "--tasks quiz_en,quiz_zh --limit 4",
     "--max_eval_samples 200 --max_new_tokens 256": "--max_eval_samples 4 --max_new_tokens 4",
-    "--questions eval/prompts/*.jsonl": "--questions eval/prompts/*.jsonl --max_questions 2 --max_new_tokens 4",
+    '--questions "$repo"/eval/prompts/*.jsonl': "--questions eval/prompts/*.jsonl --max_questions 2 --max_new_tokens 4",
     'eval.report "$run"': 'eval.report "$run" --max_questions 2 --limit 4 --max_new_tokens 4',
 }
 

@@ -1,12 +1,13 @@
 """What the scripts are made of. Here, before anything else is imported: are the packages there at all?
 
-And two lines of other packages, about what nobody needs, are kept quiet: they come from the import of
-bitsandbytes and of liger-kernel.
+And what other packages say that nobody needs is kept quiet: two lines that come from the import of
+bitsandbytes and of liger-kernel, and that PEFT and the speed benchmarks use old names of transformers.
 """
 
 import importlib.util
 import logging
 import sys
+import warnings
 
 if importlib.util.find_spec("transformers") is None:  # most often: the environment was not activated
     print(
@@ -24,3 +25,4 @@ NOISE = {  # logger -> how the line begins
 }
 for _name, _start in NOISE.items():
     logging.getLogger(_name).addFilter(lambda record, start=_start: not str(record.msg).startswith(start))
+warnings.filterwarnings("ignore", message=r"`(is_)?gradient_checkpointing(_enable)?` is deprecated")

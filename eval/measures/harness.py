@@ -1,6 +1,8 @@
 """lm-evaluation-harness around a run loaded by us: its 4-bit base, adapter, template and stop tokens."""
 
 import logging
+import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,8 @@ def run_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of being given a loaded model
     chat.model.generation_config.eos_token_id = chat.stop_ids  # a template's stop need not be the eos
     lm = HFLM(pretrained=chat.model, tokenizer=chat.tokenizer, batch_size=batch_size, max_length=chat.context)
+    if not sys.stderr.isatty():
+        silence_bars(lm)
     switch = chat.model.disable_adapter() if adapter_off else nullcontext()
     try:
         with switch:
@@ -69,6 +73,16 @@ def run_tasks(
             f"--tasks {','.join(tasks)}: a data set cannot be had ({str(error).splitlines()[0]}); task files "
             "with local data work offline (--include_path, see eval/README.md)"
         ) from error
+
+
+def silence_bars(lm: Any) -> None:
+    """Switch off the bars of an HFLM: lm_eval sets `disable` of each itself, whatever TQDM_DISABLE says."""
+
+    def silence(method: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: method(*args, **kwargs | {"disable_tqdm": True})
+
+    for name in ("loglikelihood", "loglikelihood_rolling", "generate_until", "_loglikelihood_tokens"):
+        setattr(lm, name, silence(getattr(lm, name)))
 
 
 def read_scores(results: dict[str, Any]) -> list[dict[str, Any]]:

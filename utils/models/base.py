@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# PEFT's use of an old name, and what we say ourselves in a line.
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+# What we say ourselves in a line.
 warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
 if not sys.stderr.isatty():
     logging.disable_progress_bar()
