@@ -134,6 +134,12 @@ def test_columns_are_part_of_what_a_run_is_known_by(learn):
     assert learn(rows, columns="instruction=b,output=a")[0] == ends("Q?")
 
 
+def test_columns_that_a_file_lacks_are_said(learn):
+    learned, printed = learn([{"question": "Q?", "answer": "A."}], columns="instruction=frage")
+    assert learned == ends("A.")
+    assert "has no column frage, as --columns says; it has " in printed
+
+
 def test_bad_columns_are_one_line():
     for text in ("question=frage", "instruction", "instruction="):
         with pytest.raises(UserError, match="is not NAME=COLUMN with a NAME of instruction"):
@@ -273,6 +279,94 @@ def test_row_with_media_is_refused_and_counted_as_lost(learn, row, reason):
     assert "1 of 3 rows are lost" in learn.report["red"]
 
 
+BESIDE = [
+    ({"instruction": "Sum up.", "input": "A long text.", "response": "Short."}, ["user: Sum up.\n\nA long text."]),
+    ({"instruction": "Q?", "response": "A.", "system": "Be kind."}, ["system: Be kind.", "user: Q?"]),
+    ({"prompt": "Q?", "completion": "A.", "system": "Be kind."}, ["system: Be kind.", "user: Q?"]),
+    ({"input": "Q?", "output": "A.", "history": [["q", "a"]]}, ["user: q", "assistant: a", "user: Q?"]),
+    ({"system_prompt": "Be kind.", "question": "Q?", "response": "A."}, ["system: Be kind.", "user: Q?"]),
+    ({"instruction": "Q?", "history": [["q", "a"]], "chosen": "A."}, ["user: q", "assistant: a", "user: Q?"]),
+    ({"system": "Be kind.", "input": "Q?", "chosen": "A.", "rejected": "B."}, ["system: Be kind.", "user: Q?"]),
+    (
+        {"system": "Be kind.", "conversations": [{"from": "human", "value": "Q?"}], "chosen": "A."},
+        ["system: Be kind.", "user: Q?"],
+    ),
+    (
+        {"system": "No.", "conversations": [
+            {"from": "system", "value": "Be kind."}, {"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A."},
+        ]},
+        ["system: Be kind.", "user: Q?"],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "row, before", BESIDE, ids=lambda value: "-".join(value) if isinstance(value, dict) else ""
+)
+def test_what_stands_beside_a_question_is_read_in_every_layout(row, before):
+    *context, answer = read_row(row, find_format(row)).messages
+    assert [f"{message['role']}: {message['content']}" for message in context] == before
+    assert answer == {"role": "assistant", "content": "Short." if "Short." in row.values() else "A."}
+
+
+def test_answers_marked_by_any_trainer_are_context(learn):
+    turns = [("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    for mark in ({"loss_weight": 0.0}, {"training": False}, {"loss": 0}):
+        assert learn([{"messages": [messages[0], messages[1] | mark, *messages[2:]]}])[0] == ends("a2")
+    weighted = [message | {"loss_weight": float(message["role"] == "assistant")} for message in messages]
+    assert learn([{"messages": weighted}])[0] == ends("a1", "a2")
+
+
+def test_parts_with_reasoning_and_calls_are_trained(learn):
+    def part(kind, value):
+        return {"type": kind, "value": value if isinstance(value, str) else json.dumps(value)}
+
+    calls = [CALL, CALL | {"arguments": {"city": "Oslo"}}]
+    messages = [
+        {"role": "user", "content": [part("text", "Weather in Lima and Oslo?")]},
+        {"role": "assistant", "content": [part("reasoning", "Two."), *(part("tool_call", call) for call in calls)]},
+        {"role": "tool", "content": [part("text", "sunny, rain")]},
+        {"role": "assistant", "content": [part("reasoning", "Done."), part("text", "Sun and rain.")]},
+    ]  # fmt: skip
+    both = f"{CALL_TEXT}\n{CALL_TEXT.replace('Lima', 'Oslo')}"
+    answers = [f"<think>\nTwo.\n</think>\n\n\n{both}", "<think>\nDone.\n</think>\n\nSun and rain."]
+    learned, _ = learn([{"messages": messages, "tools": json.dumps([TOOL])}])
+    assert learned == ends(*answers)
+
+
+def test_calls_with_turns_of_their_own_are_one_answer(learn):
+    """ms-swift gives each of several calls, and the text before them, a turn."""
+    turns = [("user", "Lima and Oslo?"), ("assistant", "I look."), ("tool_call", json.dumps(CALL))]
+    turns += [("tool_call", json.dumps(CALL)), ("tool_response", "sunny"), ("assistant", "Sunny.")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns], "tools": [TOOL]}
+    assert learn([row])[0] == ends(f"I look.\n{CALL_TEXT}\n{CALL_TEXT}", "Sunny.")
+
+
+MORE_PREFERENCES = [
+    {"chosen_messages": [("user", "Q?"), ("assistant", "Good.")], "rejected_messages": [("user", "Q?"), ("assistant", "Bad.")]},
+    {"messages": [("user", "q"), ("assistant", "earlier"), ("user", "Q?"), ("assistant", "Good.")], "rejected_response": "Bad."},
+    {"query": "Q?", "response": "Good.", "rejected_response": "Bad."},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", MORE_PREFERENCES, ids="-".join)
+def test_preferences_of_llama_factory_v1_and_ms_swift(learn, row):
+    spelled = {
+        name: [{"role": role, "content": text} for role, text in value] if isinstance(value, list) else value
+        for name, value in row.items()
+    }
+    learned, printed = learn([spelled])
+    assert learned == ends("Good.")
+    assert "the chosen answers are trained, the rejected left out" in printed
+
+
+def test_undesirable_rows_of_a_table_are_left_out(learn, tmp_path):
+    path = tmp_path / "kto.csv"
+    path.write_text("prompt,completion,label\nq1,a1,True\nq2,a2,False\n")
+    assert learn(path)[0] == ends("a1")
+
+
 def test_context_of_a_preference_is_whole():
     for row in PREFERENCES[-2:]:
         said = [message["content"] for message in read_row(row, "preference").messages]
@@ -334,7 +428,7 @@ def test_media_columns_that_hold_nothing_do_no_harm(empty):
 def test_weight_between_is_refused_and_a_tail_of_context_is_left_out(learn, smol_tokenizer):
     turns = [("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2")]
     messages = [{"role": role, "content": text} for role, text in turns]
-    with pytest.raises(UserError, match="weight 0.5, train None, loss None: 0 or 1"):
+    with pytest.raises(UserError, match="weight 0.5: an answer is learned"):
         read_row({"messages": [messages[0], messages[1] | {"weight": 0.5}]}, "messages")
     with pytest.raises(UserError, match="no answer to train on: all are marked as context"):
         read_row({"messages": [messages[0], messages[1] | {"train": False}]}, "messages")

@@ -10,8 +10,23 @@ from typing import Any
 from utils.console import UserError
 from utils.data.layouts import INPUTS, find_pair
 from utils.data.media import check_media
-from utils.data.preferences import CONTEXTS, check_desirable, read_preferred, read_turn
-from utils.data.roles import ROLES, build_message, wrap_tools
+from utils.data.preferences import (
+    CHOSEN,
+    CONTEXTS,
+    REJECTED,
+    check_desirable,
+    read_preferred,
+    read_turn,
+)
+from utils.data.roles import (
+    ROLES,
+    add_system,
+    build_message,
+    join_calls,
+    read_history,
+    read_system,
+    wrap_tools,
+)
 from utils.messages import TEXT_ROLE, UNTRAINED, Chat, Messages, Row
 
 
@@ -40,38 +55,36 @@ def build_exchange(row: Row, question: str, answer: str, marker: str, extra: str
     return Chat([{"role": role, "content": text} for role, text in turns], cleaned=notes)
 
 
+def read_exchange(row: Row, question: str, answer: str, marker: str, inputs: tuple[str, ...] = ()) -> Chat:
+    """build_exchange behind the system message and `history` of the row; `inputs`: names of its extra."""
+    extra = next((name for name in inputs if row.get(name)), None)
+    exchange = build_exchange(row, question, answer, marker, extra)
+    earlier = read_system(row) + read_history(row)
+    if not earlier:
+        return exchange
+    return tidy_messages(earlier + exchange.messages, list(exchange.cleaned))
+
+
 def read_alpaca(row: Row, marker: str) -> Chat:
     """instruction, input, output; LLaMA-Factory's `history` [[question, answer], ...] and `system`."""
-    exchange = build_exchange(row, "instruction", "output", marker, "input")
-    if not row.get("history") and not row.get("system"):
-        return exchange
-    earlier: list[tuple[str, Any]] = []
-    if row.get("system"):
-        earlier.append(("system", row["system"]))
-    history = row.get("history") or []
-    if not isinstance(history, list) or not all(
-        isinstance(pair, list | tuple) and len(pair) == 2 for pair in history
-    ):
-        raise UserError(f"column 'history' holds {str(history)[:40]!r}: [[question, answer], ...] is needed")
-    for question, answer in history:
-        earlier += [("user", question), ("assistant", answer)]
-    asked = [(message["role"], message["content"]) for message in exchange.messages]
-    return tidy_turns(earlier + asked, list(exchange.cleaned))
+    return read_exchange(row, "instruction", "output", marker, ("input",))
 
 
 def read_dolly(row: Row, marker: str) -> Chat:
-    return build_exchange(row, "instruction", "response", marker, "context")
+    """instruction, context, response; GPTeacher's rows have `input` for the context."""
+    return read_exchange(row, "instruction", "response", marker, ("context", "input"))
 
 
 def read_self_instruct(row: Row, marker: str) -> Chat:
     """prompt and completion, texts or lists of messages (TRL)."""
     if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
-        return tidy_messages([read_turn(turn) for turn in [*row["prompt"], *row["completion"]]], [])
-    return build_exchange(row, "prompt", "completion", marker)
+        messages = [read_turn(turn) for turn in [*row["prompt"], *row["completion"]]]
+        return tidy_messages(join_calls(add_system(row, messages)), [], read_tools(row))
+    return read_exchange(row, "prompt", "completion", marker)
 
 
 def read_input_output(row: Row, marker: str) -> Chat:
-    return build_exchange(row, "input", "output", marker)
+    return read_exchange(row, "input", "output", marker)
 
 
 def read_belle(row: Row, marker: str) -> Chat:
@@ -118,9 +131,7 @@ def read_sharegpt(row: Row, marker: str) -> Chat:
             message["content"], done = convert_page(message["content"])
             notes += [note for note in done if note not in notes]
         messages.append(message)
-    if isinstance(row.get("system"), str) and row["system"].strip():
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    return tidy_messages(messages, notes, read_tools(row))
+    return tidy_messages(join_calls(add_system(row, messages)), notes, read_tools(row))
 
 
 def split_pairs(turns: list[Row]) -> list[Row]:
@@ -138,10 +149,12 @@ def split_pairs(turns: list[Row]) -> list[Row]:
 
 def read_chat_messages(row: Row, marker: str) -> Chat:
     """messages [{role, content, ...}, ...]; tool calls and tool turns are kept for the template to render."""
-    messages = [build_message(turn, "role", "content") for turn in read_list(row, "messages")]
-    if isinstance(row.get("system"), str) and row["system"].strip() and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    ordered, notes = keep_ordered(messages)
+    turns = read_list(row, "messages")
+    messages = [build_message(turn, "role", "content") for turn in turns]
+    ordered, notes = keep_ordered(join_calls(add_system(row, messages)))
+    parts = [part for turn in turns if isinstance(turn.get("content"), list) for part in turn["content"]]
+    if any(isinstance(part, dict) and part.get("type") == "reasoning" for part in parts):
+        notes = [*notes, "reasoning written in <think> tags"]
     return Chat(ordered, read_tools(row), tuple(notes))
 
 
@@ -152,14 +165,11 @@ def read_question_answer(row: Row, marker: str) -> Chat:
         raise UserError(
             f"no column of {', '.join(map(str, row))} is known as a question and one as its answer"
         )
-    question, answer = pair
-    extra = next((name for name in INPUTS if row.get(name)), None)
-    named = {"instruction": row[question], "output": row[answer], "input": row.get(extra) if extra else None}
-    return read_alpaca({"history": row.get("history"), "system": row.get("system")} | named, marker)
+    return read_exchange(row, *pair, marker, INPUTS)
 
 
 def read_preference(row: Row, marker: str) -> Chat:
-    return tidy_messages(read_preferred(row, marker), [], read_tools(row))
+    return tidy_messages(join_calls(read_preferred(row, marker)), [], read_tools(row))
 
 
 def read_seed_task(row: Row, marker: str) -> Chat:
@@ -216,6 +226,8 @@ def find_format(row: Any) -> str | None:
     if "chosen" in columns:
         alone = isinstance(row["chosen"], str) and not any(row.get(name) for name in CONTEXTS)
         return "hh-rlhf" if alone else "preference"
+    if any(name in columns for name in (*CHOSEN, *REJECTED)):
+        return "preference"
     if "messages" in columns:
         return "messages"
     if "conversations" in columns or isinstance(row.get("conversation"), list):

@@ -8,11 +8,22 @@ import re
 from typing import Any
 
 from utils.console import UserError
-from utils.data.roles import build_message
+from utils.data.roles import add_system, build_message, read_history
 from utils.messages import UNTRAINED, Message
 
 NOT_WANTED = "not to be learned: "  # begins the reason of a row that is left out because its data says so
-CONTEXTS = ("conversations", "messages", "conversation", "prompt", "instruction", "question", "query")
+CONTEXTS = (
+    "conversations",
+    "messages",
+    "conversation",
+    "prompt",
+    "instruction",
+    "question",
+    "query",
+    "input",
+)
+CHOSEN = ("chosen", "chosen_messages")
+REJECTED = ("rejected_response", "rejected_messages")  # ms-swift's, beside `messages` or `response`
 
 
 def check_desirable(row: dict[str, Any]) -> None:
@@ -27,14 +38,18 @@ def check_desirable(row: dict[str, Any]) -> None:
 
 
 def read_preferred(row: dict[str, Any], marker: str) -> list[Message]:
-    """The context and `chosen` as messages; `chosen` is a text, a turn, or messages of the whole chat."""
-    chosen = row.get("chosen")
+    """The context and `chosen` as messages; `chosen` is a text, a turn, or messages of the whole chat.
+
+    ms-swift's rows have it as the end of `messages`, or as `response`.
+    """
+    name = next((name for name in (*CHOSEN, "messages", "response") if row.get(name)), CHOSEN[0])
+    chosen = row.get(name)
     if isinstance(chosen, str):
         chosen = {"role": "assistant", "content": chosen}
     turns = [read_turn(turn) for turn in (chosen if isinstance(chosen, list) else [chosen])]
     if not turns or turns[-1]["role"] != "assistant":
-        raise UserError(f"column 'chosen' holds {str(row.get('chosen'))[:40]!r}: an answer is needed")
-    messages = turns if len(turns) > 1 else [*read_context(row, marker), *turns]
+        raise UserError(f"column {name!r} holds {str(row.get(name))[:40]!r}: an answer is needed")
+    messages = add_system(row, turns if len(turns) > 1 else [*read_context(row, marker), *turns])
     *context, answer = messages
     return [
         message | {UNTRAINED: False} if message["role"] == "assistant" else message for message in context
@@ -47,26 +62,10 @@ def read_context(row: dict[str, Any], marker: str) -> list[Message]:
     if isinstance(context, str):
         extra = row.get("input")
         asked = f"{context}{marker}{extra}" if name == "instruction" and extra else context
-        before = [read_turn({"role": "system", "content": row["system"]})] if row.get("system") else []
-        return [*before, *read_history(row.get("history")), *split_prompt(asked)]
+        return [*read_history(row), *split_prompt(asked)]
     if not isinstance(context, list) or not context:
         raise UserError(f"column 'chosen' answers nothing: one of {', '.join(CONTEXTS)} is needed")
     return [read_turn(turn) for turn in context]
-
-
-def read_history(history: Any) -> list[Message]:
-    """[[question, answer], ...] as messages."""
-    pairs = history or []
-    if not isinstance(pairs, list) or not all(
-        isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs
-    ):
-        raise UserError(f"column 'history' holds {str(history)[:40]!r}: [[question, answer], ...] is needed")
-    roles = ("user", "assistant")
-    return [
-        read_turn({"role": role, "content": text})
-        for pair in pairs
-        for role, text in zip(roles, pair, strict=True)
-    ]
 
 
 def split_prompt(text: str) -> list[Message]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from utils.console import UserError
 from utils.data.media import COLUMNS, holds_media
-from utils.messages import UNTRAINED, Message
+from utils.messages import UNTRAINED, Message, Messages, Row
 
 ROLES = {
     "system": "system",
@@ -39,6 +39,9 @@ ROLES = {
 }
 CALLS = {"function_call", "tool_call"}  # an assistant's turn that holds a call as JSON
 TEXT_PARTS = ("text", "input_text", "output_text")
+SYSTEMS = ("system", "system_prompt")  # columns with the system message of a row
+# Marks of an answer, OpenAI's, LLaMA-Factory's, axolotl's, ms-swift's; zero or false: context, not label.
+MARKS = ("weight", "loss_weight", "train", "training", "loss")
 
 
 def find_role(name: Any) -> str:
@@ -50,46 +53,94 @@ def find_role(name: Any) -> str:
 
 def build_message(turn: Message, role_key: str, content_key: str) -> Message:
     """The turn as {role, content, ...}: parts joined, calls as `tool_calls`, marked where it is untrained."""
-    name, content = turn.get(role_key), join_parts(turn.get(content_key))
+    name, (content, calls) = turn.get(role_key), split_parts(turn.get(content_key))
     role = find_role(name)
-    own = {role_key, content_key, "weight", "train", "loss"}
+    own = {role_key, content_key, *MARKS}
     kept = {key: value for key, value in turn.items() if value is not None and key not in own}
-    if name.lower() in CALLS:
-        kept["tool_calls"], content = read_calls(content), ""
+    if name.lower() in CALLS and not calls:
+        calls, content = read_calls(content), ""
+    if calls:
+        kept["tool_calls"] = calls
     if not isinstance(content, str) and not (content is None and kept.get("tool_calls")):
         raise UserError(f"a {role} turn holds {str(content)[:40]!r}: text is needed")
     message = kept | {"role": role, "content": content or ""}
-    marked = is_context(turn)
     if any(holds_media(turn.get(name)) for name in COLUMNS):
         raise UserError("a turn names media: only text is trained")
-    return message | {UNTRAINED: False} if marked and role == "assistant" else message
+    return message | {UNTRAINED: False} if role == "assistant" and is_context(turn) else message
 
 
 def is_context(turn: Message) -> bool:
-    """Whether `weight`, `train` or `loss` says that an answer is not learned; UserError for a half."""
-    weight, flags = turn.get("weight"), [turn.get(name) for name in ("train", "loss")]
-    if weight not in (None, 0, 1) or not all(flag is None or isinstance(flag, bool) for flag in flags):
-        raise UserError(
-            f"weight {weight!r}, train {flags[0]!r}, loss {flags[1]!r}: 0 or 1, and true or false"
-        )
-    return weight == 0 or False in flags
+    """Whether an answer is marked as one that is not learned; UserError for a half."""
+    for name in MARKS:
+        if turn.get(name) not in (None, 0, 1):
+            raise UserError(f"{name} {turn[name]!r}: an answer is learned (1, true) or not (0, false)")
+    return any(turn.get(name) is not None and turn[name] == 0 for name in MARKS)
 
 
-def join_parts(content: Any) -> Any:
-    """A content given as parts [{type: text, text or value: ...}, ...] as one text; others as they are."""
+def split_parts(content: Any) -> tuple[Any, list[Message]]:
+    """(text, calls) of a content given as parts [{type, text or value}, ...]; another one as it is.
+
+    Reasoning goes before the text in <think> tags, as reasoning models write it.
+    """
     if not isinstance(content, list):
-        return content
-    texts = []
+        return content, []
+    texts, calls = [], []
     for part in content:
-        if isinstance(part, str):
-            texts.append(part)
-            continue
+        part = {"text": part} if isinstance(part, str) else part
         kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-        text = part.get("text", part.get("value")) if kind in TEXT_PARTS else None
-        if not isinstance(text, str):
+        said = part.get("text", part.get("value")) if isinstance(part, dict) else None
+        if kind == "tool_call":
+            calls += read_calls(said)
+        elif kind in (*TEXT_PARTS, "reasoning") and isinstance(said, str):
+            texts.append(f"<think>\n{said}\n</think>\n\n" if kind == "reasoning" else said)
+        else:
             raise UserError(f"a message has a part of type {kind!r}: only text is trained")
-        texts.append(text)
-    return "".join(texts)
+    return "".join(texts), calls
+
+
+def join_calls(messages: Messages) -> Messages:
+    """Calls that follow an answer or other calls belong to that turn; some files give each its own."""
+    joined: Messages = []
+    for message in messages:
+        last = joined[-1] if joined else {}
+        calls = message.get("tool_calls")
+        follows = last.get("role") == "assistant" and last.get(UNTRAINED) == message.get(UNTRAINED)
+        if calls and not message["content"] and follows:
+            joined[-1] = last | {"tool_calls": [*last.get("tool_calls", []), *calls]}
+        else:
+            joined.append(message)
+    return joined
+
+
+def read_system(row: Row) -> Messages:
+    """The system message that a row has in a column of its own: one message or none."""
+    name = next((name for name in SYSTEMS if row.get(name)), None)
+    if name is None:
+        return []
+    if not isinstance(row[name], str):
+        raise UserError(f"a system turn holds {str(row[name])[:40]!r}: text is needed")
+    return [{"role": "system", "content": row[name]}] if row[name].strip() else []
+
+
+def add_system(row: Row, messages: Messages) -> Messages:
+    """The messages behind the row's system message, unless they have their own."""
+    return messages if messages and messages[0]["role"] == "system" else read_system(row) + messages
+
+
+def read_history(row: Row) -> Messages:
+    """Earlier turns in the column `history`, [[question, answer], ...]."""
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in history
+    ):
+        raise UserError(f"column 'history' holds {str(history)[:40]!r}: [[question, answer], ...] is needed")
+    messages: Messages = []
+    for i, text in enumerate(text for pair in history for text in pair):
+        role = "assistant" if i % 2 else "user"
+        if not isinstance(text, str):
+            raise UserError(f"a {role} turn holds {str(text)[:40]!r}: text is needed")
+        messages.append({"role": role, "content": text})
+    return messages
 
 
 def read_calls(text: Any) -> list[Message]:

@@ -95,6 +95,8 @@ def find_entry(entry: str, data_args: DataArguments) -> list[Source]:
     sources = []
     for path, part in zip(files, parts, strict=True):
         layout, rows = asked or load_layout(path), read_file(path)
+        if asked:
+            warn_of_missing(str(path), asked, read_file(path))
         rows = map(layout.apply, rows) if layout else rows
         found = data_args.dataset_format or sniff_source(str(path), rows, dataset_format)
         sources.append(Source(name, str(path), part, hash_file(path), found, sample, path, layout))
@@ -107,6 +109,15 @@ def load_layout(path: Path) -> Layout | None:
     if found:
         notice(f"{path} is read by {path.parent / INFO_FILE}, where it is {found[1]}")
     return found[0] if found else None
+
+
+def warn_of_missing(name: str, asked: Layout, rows: Iterator[Any]) -> None:
+    """A line where the first rows lack a column that --columns names."""
+    first = [row for row in peek(rows, SNIFFED_ROWS)[0] if isinstance(row, dict)]
+    seen = dict.fromkeys(column for row in first for column in row)
+    missing = [theirs for _, theirs in asked.columns if theirs not in seen]
+    if missing:
+        notice(f"{name} has no column {', '.join(missing)}, as --columns says; it has {', '.join(seen)}")
 
 
 def sniff_source(name: str, rows: Iterator[Any], expected: str | None) -> str:
@@ -272,6 +283,8 @@ def find_hub_sources(
     sources = []
     for part, dataset in splits.items():
         if part in HUB_SPLITS:
+            if layout:
+                warn_of_missing(name, layout, iter(dataset))
             rows = map(layout.apply, dataset) if layout else iter(dataset)
             found = dataset_format or sniff_source(name, rows, dataset_format)
             sources.append(
