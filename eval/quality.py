@@ -20,8 +20,8 @@ from transformers.hf_argparser import HfArg
 from utils.arguments import require_positive
 from utils.console import UserError, notice, run_main
 from utils.flags.parser import parse_args
+from utils.repository import REPOSITORY
 
-ROOT = Path(__file__).parent.parent
 BASES = {
     "NF4": "--bits 4 --quant_type nf4 --double_quant",
     "FP4": "--bits 4 --quant_type fp4 --double_quant",
@@ -83,7 +83,7 @@ def train(base: str, seed: int, arguments: QualityArguments, passed_on: list[str
     """One run in a process of its own; one that is finished already is read, not repeated."""
     run = Path(arguments.output_dir, f"{base}-{seed}")
     run.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / "qlora_finetune.py"), "--model_name_or_path", arguments.model]
+    command = [sys.executable, str(REPOSITORY / "qlora_finetune.py"), "--model_name_or_path", arguments.model]
     command += ["--dataset_name", arguments.dataset_name, "--output_dir", str(run), *TRAINING]
     command += [*BASES[base].split(), "--seed", str(seed), *passed_on]
     log = run.with_suffix(".log")

@@ -25,7 +25,7 @@ from utils.models.baichuan import build_llama_config, is_baichuan
 from utils.models.folder import ADAPTER_FILE, check_adapter_fits, read_model_config, resolve_model
 from utils.run.record import write_json
 
-# Fields of adapter_config.json that the arithmetic of merge_weights.py follows, or that do not change what an
+# Fields of adapter_config.json that the arithmetic of merge/weights.py follows, or that do not change what an
 # adapter computes. Any other that is set, also one of a PEFT to come, is refused.
 MERGEABLE_FIELDS = {
     "alpha_pattern",

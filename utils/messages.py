@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-Row = dict[str, Any]
-
-
-Messages = list[dict[str, Any]]
-
-
+Row = dict[str, Any]  # of a data file, by its columns
+Message = dict[str, Any]  # {role, content, ...}
+Messages = list[Message]
 TEXT_ROLE = "text"  # a row that is trained whole, without a template
+UNTRAINED = "train"  # the message's key, False where its answer is context and not label
+IGNORE_INDEX = -100
+TRAIN, EVAL, TEST = "train", "eval", "test"
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,3 @@ class Chat:
     messages: Messages
     tools: list[Any] | None = None
     cleaned: tuple[str, ...] = field(default=())
-
-
-IGNORE_INDEX = -100
-
-
-TRAIN, EVAL, TEST = "train", "eval", "test"
-
-
-Message = dict[str, Any]
-
-
-UNTRAINED = "train"  # the message's key, False where its answer is context and not label

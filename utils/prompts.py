@@ -66,7 +66,7 @@ def apply_template(
 ) -> str:
     """tokenizer.apply_chat_template. Plain messages skip its copies and checks: a third of the time.
 
-    Templates never see which answers are context (roles.UNTRAINED).
+    Templates never see which answers are context (UNTRAINED).
     """
     if any(UNTRAINED in message for message in messages):
         messages = [{key: message[key] for key in message if key != UNTRAINED} for message in messages]

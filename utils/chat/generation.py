@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-)
+from transformers import GenerationConfig
 
 from utils.arguments import GenerationArguments, ModelArguments
 from utils.chat.model_lock import Turns
@@ -38,7 +36,7 @@ class ChatModel:
 
 
 def load_run(model_args: ModelArguments, config: dict[str, Any], template: str | None = None) -> ChatModel:
-    """Base and adapter for inference: `model_args` from checks.resolve_model, `config` of the base."""
+    """Base and adapter for inference: `model_args` from resolve_model, `config` of the base."""
     from utils.arguments import DataArguments
 
     tokenizer = load_tokenizer(model_args, DataArguments(template=template))

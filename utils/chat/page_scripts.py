@@ -15,7 +15,7 @@ GIVE_BACK = """(typed, asked) => {
   return [{__type__: 'update', value, submit_btn: true, stop_btn: false}, ''];
 }"""
 
-# One row of training data: data.py reads it as it is.
+# One row of training data: formats.py reads it as it is.
 EXPORT = """(said, system) => {
   if (!said || !said.length) return [];
   const opening = system.trim() ? [{role: 'system', content: system.trim()}] : [];

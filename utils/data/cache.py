@@ -14,7 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from utils.repository import REPOSITORY
+
 # What else makes rows: another version may read, render or tokenize them otherwise.
 ROW_LIBRARIES = ("tokenizers", "transformers", "jinja2", "markdownify", "beautifulsoup4", "pyarrow")
 
@@ -33,7 +34,7 @@ def build_key(**parts: Any) -> str:
 
 
 @functools.cache
-def hash_code(module: str, root: Path = ROOT) -> str:
+def hash_code(module: str, root: Path = REPOSITORY) -> str:
     """A digest of the code behind a module: its source, those of all it imports from here, the libraries.
 
     A number to be raised by hand would be forgotten, and old rows trained on; so would a list of modules be.

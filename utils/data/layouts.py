@@ -126,10 +126,8 @@ def suggest_flag(row: dict[str, Any]) -> str:
         if isinstance(value, list) and value and isinstance(value[0], dict) and len(value[0]) > 1:
             role, content = list(value[0])[:2]
             return f"--columns messages={name},role={role},content={content}"
-    known = find_pair(row)
     texts = [name for name, value in row.items() if isinstance(value, str)]
     question = next((name for name in QUESTIONS if name in row), texts[0] if texts else "COLUMN")
     rest = [name for name in texts if name != question]
     answer = next((name for name in ANSWERS if name in row), rest[0] if rest else "COLUMN")
-    question, answer = known or (question, answer)
     return f"--columns instruction={question},output={answer}"

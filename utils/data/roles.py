@@ -150,11 +150,8 @@ def read_calls(text: Any) -> list[Message]:
     except json.JSONDecodeError:
         calls = None
     calls = [calls] if isinstance(calls, dict) else calls
-    if (
-        not isinstance(calls, list)
-        or not all(isinstance(c, dict) and "name" in c for c in calls)
-        or not calls
-    ):
+    is_list = isinstance(calls, list) and bool(calls)
+    if not is_list or not all(isinstance(call, dict) and "name" in call for call in calls):
         raise UserError(f"a call holds {str(text)[:40]!r}: JSON with name and arguments is needed")
     return [
         {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}

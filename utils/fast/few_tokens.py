@@ -1,6 +1,6 @@
 """Products of a few tokens without gradient, as a reply makes one after another: W is read once, as it lies.
 
-The fused product of fast_lora.py copies W beside B, which costs more than the product itself does here. What
+The fused product of lora.py copies W beside B, which costs more than the product itself does here. What
 it gains in 16 bits stays: the adapter's part is in the sum before that is rounded.
 """
 

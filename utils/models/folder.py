@@ -14,14 +14,8 @@ from utils.run.places import find_base
 from utils.run.record import find_run_dir, find_run_record
 
 ADAPTER_FILE = "adapter_model.safetensors"
-
-
 NATIVE_KINDS = {"baichuan"}  # read without its own Python (utils/models/baichuan.py)
-
-
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
-
-
 # What a run fixes for inference; flags given beside --checkpoint_dir override it.
 RECORDED_MODEL_FIELDS = (
     "model_name_or_path",
@@ -33,15 +27,9 @@ RECORDED_MODEL_FIELDS = (
     "fp16",
     "full_finetune",
 )
-
-
 # How to get weights that are only published pickled; a pickle can run code, so none is read silently.
 CONVERT = "convert it once: python -m utils.convert_weights FOLDER NEW_FOLDER"
-
-
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
-
-
 MOVED_MODELS = {"decapoda-research/llama-7b-hf": "huggyllama/llama-7b"}
 
 

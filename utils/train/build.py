@@ -25,8 +25,6 @@ from utils.train.summary import choose_logging_steps, describe_start
 from utils.train.trainer import QLoraTrainer
 
 MAX_STATE_SHARE = 0.1  # of the free GPU memory: activations need the rest
-
-
 # Our flags that the Trainer does not have.
 OUR_FLAGS = {
     "overwrite_output_dir",
@@ -172,7 +170,7 @@ def build_trainer_args(
     if packed:
         flags["per_device_train_batch_size"] *= flags["gradient_accumulation_steps"]
         flags["gradient_accumulation_steps"] = 1
-    flags.pop("push_to_hub", None)  # the finished run is pushed by utils/sharing.py, with our own card
+    flags.pop("push_to_hub", None)  # the finished run is pushed by model_card.py, with our own card
     flags["use_cpu"] = not has_gpu(model_args)
     flags["bf16"], flags["fp16"] = dtype == torch.bfloat16, dtype == torch.float16
     if flags.pop("gradient_checkpointing"):

@@ -14,8 +14,6 @@ SHARED_FILES = (
     "generation_config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*",
     "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
 )  # fmt: skip
-
-
 SHOWN_ARGUMENTS = (
     "learning_rate",
     "lr_scheduler_type",
@@ -31,11 +29,7 @@ SHOWN_ARGUMENTS = (
     "double_quant",
     "seed",
 )
-
-
 HERE = 'folder = "."  # this one'  # in the card; on the hub its id
-
-
 SHOWN_METRICS = ("steps", "train_loss", "eval_loss", "train_tokens", "train_seconds", "peak_memory_gib")
 
 
