@@ -105,9 +105,10 @@ def test_large_file_is_scanned_anew_by_other_code(copy, tmp_path):
 
     assert [scan(), scan()] == [(4, 1), (4, 1)]
     formats = copy / "utils" / "data" / "formats.py"
-    head, tail = formats.read_text().split('    exchange = build_exchange(row, "instruction"')
+    line = '    return read_exchange(row, "instruction", "output"'
+    head, tail = formats.read_text().split(line)
     guard = '    if row["instruction"] == "q1":\n        raise UserError("refused")\n'
-    formats.write_text(f'{head}{guard}    exchange = build_exchange(row, "instruction"{tail}')
+    formats.write_text(f"{head}{guard}{line}{tail}")
     assert scan() == (3, 2)
 
 

@@ -310,6 +310,7 @@ def test_what_is_typed_during_a_reply_stays_and_the_reader_may_scroll_up(open_ta
     log = "document.querySelector('#chat [role=log]')"
     below = f"{log}.scrollHeight - {log}.clientHeight - {log}.scrollTop"
     tab.send("Sing.")
+    tab.wait(lambda: tab.box.input_value() == "")  # taken: milliseconds, more on a busy machine
     tab.box.press_sequentially("More to")
     tab.box.press("Enter")  # a reply is under way: it is not sent, and not lost
     tab.wait(lambda: len("".join(tab.replies())) > 400)
