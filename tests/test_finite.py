@@ -10,11 +10,10 @@ from safetensors.torch import load_file, save_file
 from small_runs import write_rows
 
 from utils.arguments import LoraArguments, ModelArguments
-from utils.data.packing import PackingCollator, PaddingCollator
+from utils.data.packing import PackingCollator, PaddingCollator, list_rows
 from utils.models.adapter import add_lora
 from utils.models.base import load_base
 from utils.run import checkpoints
-from utils.train.non_finite import find_rows
 
 
 @pytest.fixture
@@ -91,7 +90,7 @@ def test_weights_that_are_not_finite_are_not_saved(server, command, tmp_path):
 def test_rows_of_a_step_are_known_by_their_index(collator):
     rows = [{"input_ids": np.array([5, 6, i]), "labels": np.array([-100, 6, i]), "row": i} for i in range(20)]
     batches = [collator([rows[7], rows[3], rows[4]]), collator([rows[12]])]
-    assert find_rows(batches) == [7, 3, 4, 12]
+    assert list_rows(batches) == [7, 3, 4, 12]
 
 
 def train_half(model, scaler, steps=40):

@@ -187,7 +187,8 @@ def test_trainer_costs_little_over_its_bare_step(call_main, smollm2, tmp_path, m
     """Eight layers of LLaMA-7B: what a step costs beside its GPU work weighs four times as much as with 32."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from utils.train.trainer import QLoraTrainer, find_micro_batches
+    from utils.data.packing import find_micro_batches
+    from utils.train.trainer import QLoraTrainer
 
     folder, tokenizer = tmp_path / "wide", AutoTokenizer.from_pretrained(smollm2)
     sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}

@@ -12,9 +12,8 @@ from tiny_llms import GQA
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
-from utils.data.packing import PackingCollator, PaddingCollator, split_at_long
+from utils.data.packing import PackingCollator, PaddingCollator, find_micro_batches, split_at_long
 from utils.fast.rope import find_shared_length, follow_each_batch
-from utils.train.trainer import find_micro_batches
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "rope_theta": 10000.0}

@@ -17,6 +17,17 @@ MAX_CPU_TOKENS = 768  # a larger one outgrows a CPU's caches: 2,048 tokens at on
 TILE = 64  # fixed sizes are multiples of this
 
 
+def find_micro_batches(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those that a collator made of a batch: several where it packed, else the batch itself."""
+    return batch["micro_batches"] if "micro_batches" in batch else [batch]
+
+
+def list_rows(batches: list[dict[str, Any]]) -> list[int]:
+    """Indices, in the training set, of the rows that the batches of a step hold."""
+    parts = [part for batch in batches for part in find_micro_batches(batch)]
+    return [row for part in parts for row in part["rows"].tolist()]
+
+
 def pack_rows(lengths: list[int], sizes: list[int]) -> list[tuple[list[int], int]]:
     """(rows by index, size) of each micro-batch: as few as hold all rows, and of these the least filling.
 

@@ -88,6 +88,10 @@ def rng_kept() -> Iterator[None]:
         restore_rng(before)
 
 
+def name_rng_file(process: int) -> str:
+    return f"rng_state_{process}.json"
+
+
 def save_rng(state: dict[str, Any], path: Path) -> None:
     algorithm, keys, *rest = state["numpy"]
     content = {

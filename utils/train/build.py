@@ -1,26 +1,29 @@
 """What a run trains with: optimizer, path, batches, transformers' own arguments, and the Trainer of them."""
 
 import dataclasses
-import functools
 import sys
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from accelerate import PartialState
 
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.console import UserError, notice
 from utils.data.packing import PackingCollator, PaddingCollator, choose_capacity
 from utils.data.token_rows import TokenRows
+from utils.fast.model import prepare_fast_evaluation, prepare_fast_model
 from utils.fast.rope import find_shared_length
 from utils.fast.trials import find_packing_obstacle
 from utils.messages import EVAL, TEST, TRAIN
 from utils.models.base import has_gpu
+from utils.run.keeper import Keeper, fingerprint_run
 from utils.run.record import hide_secrets
 from utils.run.resume import read_resolved
 from utils.train.callbacks import ProgressLine
+from utils.train.engine import Engine, FastEngine, PlainEngine, find_flag_obstacle
 from utils.train.summary import choose_logging_steps, describe_start
 from utils.train.trainer import QLoraTrainer
 
@@ -61,24 +64,28 @@ def build_trainer(
     earlier = read_resolved(training_args)
     training_args = choose_optimizer(model, training_args, earlier.get("optim"))
     logging_steps = choose_logging_steps(len(lengths), training_args)
-    build = choose_path(model, training_args, dtype, earlier.get("path"))
+    engine = choose_engine(model, training_args, dtype, earlier.get("path"))
+    record["resolved"] = {"optim": training_args.optim, "path": engine.name}
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    trainer = build(
+    args = build_trainer_args(
+        training_args.with_values(logging_steps=logging_steps),
+        model_args,
+        dtype,
+        isinstance(collator, PackingCollator),
+    )
+    train_rows = datasets[TRAIN] if training_args.do_train else None
+    trainer = QLoraTrainer(
         model=model,
         processing_class=tokenizer,
-        args=build_trainer_args(
-            training_args.with_values(logging_steps=logging_steps),
-            model_args,
-            dtype,
-            isinstance(collator, PackingCollator),
-        ),
-        train_dataset=datasets[TRAIN] if training_args.do_train else None,
+        args=args,
+        train_dataset=train_rows,
         eval_dataset=next((datasets[part] for part in (EVAL, TEST) if len(datasets[part])), None),
         data_collator=collator,
         callbacks=callbacks,
+        engine=engine,
+        keeper=build_keeper(model, args, record, train_rows),
         record=record,
     )
-    record["resolved"] = {"optim": training_args.optim, "path": trainer.path}
     trainer.remove_callback(transformers.ProgressCallback)
     trainer.remove_callback(transformers.PrinterCallback)
     if not trainer.args.disable_tqdm:
@@ -108,32 +115,41 @@ def choose_optimizer(
     return training_args.with_values(optim=optim)
 
 
-def choose_path(
+def choose_engine(
     model: torch.nn.Module, training_args: TrainingArguments, dtype: torch.dtype, earlier: str | None
-) -> Callable[..., QLoraTrainer]:
-    """The trainer of the fused path (--fast_lora) where it covers model and optimizer, else the plain one.
+) -> Engine:
+    """The fused path (--fast_lora) where it covers model and optimizer, else the plain one, with a line why.
 
     A run whose `earlier` start was on the plain path stays on it; one from the fused path goes on here as it
     can, its optimizer's state put into the order of the path taken.
     """
     if not training_args.fast_lora:
-        return QLoraTrainer
+        return PlainEngine(model)
     if training_args.do_train and earlier == "plain":
         notice("--fast_lora: the plain path is used (this run began on it)")
-        return QLoraTrainer
-    from utils.fast.model import prepare_fast_evaluation, prepare_fast_model
-    from utils.train.fast_trainer import FastQLoraTrainer, find_flag_obstacle
-
+        return PlainEngine(model)
     if not training_args.do_train:
         prepare_fast_evaluation(model, dtype)
-        return QLoraTrainer
+        return PlainEngine(model)
     fast = find_flag_obstacle(training_args)
     fast = fast or prepare_fast_model(model, dtype, training_args.offload_checkpoints)
     if isinstance(fast, str):
         began = ", and this run began on the fused one" if earlier == "fused" else ""
         notice(f"--fast_lora: the plain path is used ({fast}){began}")
-        return QLoraTrainer
-    return functools.partial(FastQLoraTrainer, fast=fast)
+        return PlainEngine(model)
+    return FastEngine(fast)
+
+
+def build_keeper(
+    model: torch.nn.Module,
+    args: transformers.TrainingArguments,
+    record: dict[str, Any],
+    rows: TokenRows | None,
+) -> Keeper:
+    """Keeper of the run in --output_dir, whose training `rows` are None where it only evaluates."""
+    fingerprints = fingerprint_run(record, rows)
+    wait_for_everyone = PartialState().wait_for_everyone
+    return Keeper(Path(args.output_dir), model, fingerprints, args.should_save, wait_for_everyone)
 
 
 def choose_collator(

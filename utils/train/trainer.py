@@ -1,100 +1,172 @@
-"""The Trainer: a loss weighted by tokens, an evaluation that no batch size changes, adapter-only saves."""
+"""The Trainer: transformers' loop and flags, with a loss by label tokens and an exact resume.
 
-import contextlib
-import inspect
+A step of the loop, and who does what in it:
+
+    begin_step          guard and meter note where the step starts; a signal may stop the run here
+    training_step       engine: forward and backward of the step's micro-batches; meter: tokens
+    _clip_grad_norm     engine: the norm of the whole gradient
+    _get_grad_norm      guard: is it finite? if not, nothing is changed and the rows are named
+    optimizer.step()    the Trainer's own, as is the schedule
+    end_step            the random numbers are noted, for a checkpoint of exactly this moment
+    _save_checkpoint    keeper: written beside, verified, renamed
+
+The loss is the mean over the label tokens of the whole optimizer step, never a mean of micro-batches' means:
+a row of 10 label tokens in a micro-batch of its own would weigh as much as one of 1,000. So (batch 4,
+accumulation 1) and (batch 1, accumulation 4) give the same gradient, packed or not.
+"""
+
+import functools
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+import transformers
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
-from utils.data.packing import PaddingCollator
-from utils.fast.keyed_noise import add_embedding_noise, key_dropout
-from utils.fast.token_keys import TokenKeys
+from utils.data.epoch_order import EpochOrder
+from utils.data.packing import PaddingCollator, find_micro_batches, list_rows
+from utils.fast.keyed_noise import add_embedding_noise
 from utils.messages import IGNORE_INDEX
+from utils.run import signals
+from utils.run.keeper import Keeper, estimate_checkpoint_bytes
+from utils.run.training_state import (
+    load_rng,
+    name_rng_file,
+    read_rng,
+    restore_rng,
+    rng_kept,
+    save_rng,
+    save_training_state,
+)
+from utils.train.engine import Engine
+from utils.train.meter import TokenMeter
 from utils.train.model_card import render_model_card
-from utils.train.resumable_trainer import ResumableTrainer
+from utils.train.resume_state import describe_state, load_state_into, save_trainer_state
+from utils.train.step_guard import StepGuard
+from utils.train.step_hooks import StepHooks
+from utils.train.token_loss import TokenLoss
 
 
-class QLoraTrainer(ResumableTrainer):
-    """Trainer whose loss is the mean over the label tokens of the whole optimizer step.
+class QLoraTrainer(transformers.Trainer):
+    """transformers' Trainer that has its parts instead of being them.
 
-    So (batch 4, accumulation 1) and (batch 1, accumulation 4) give the same gradients for rows of any length.
+    engine      how a step's gradient comes about: plain autograd, or the fused path (engine.py)
+    keeper      checkpoints that are whole or not there (utils/run/keeper.py)
+    guard       steps that are not finite, and signals (step_guard.py)
+    meter       tokens and seconds (meter.py)
+    token_loss  losses of the label tokens, for the plain engine and for evaluations (token_loss.py)
+    record      run.json (utils/run/record.py)
     """
 
-    path = "plain"  # PEFT's and the model's own forward
-
-    def __init__(self, *args: Any, record: dict[str, Any], keys: TokenKeys | None = None, **kwargs: Any):
-        """`keys`: of dropout, where key_dropout has seen to it already."""
+    def __init__(self, *args: Any, engine: Engine, keeper: Keeper, record: dict[str, Any], **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.record, self.keys = record, keys or key_dropout(self.model)
+        self.engine, self.keeper, self.record = engine, keeper, record
+        self.guard = StepGuard(self.args.world_size, self.accelerator.reduce)
+        self.meter = TokenMeter(self.args.device, self.accelerator.reduce)
+        self.token_loss = TokenLoss(self.model, self.args.label_smoothing_factor)
+        engine.join_processes(self.accelerator)
         if self.neftune_noise_alpha:
-            add_embedding_noise(self.model.get_input_embeddings(), self.keys, self.neftune_noise_alpha)
+            add_embedding_noise(self.model.get_input_embeddings(), engine.keys, self.neftune_noise_alpha)
         self.neftune_noise_alpha = None  # the Trainer's noise goes by the length of the batch
-        self.padding_collator = PaddingCollator(
-            self.data_collator.pad_token_id,
-            1 if self.args.device.type == "cpu" else 8,
-            self.data_collator.limit,
-        )
         # compute_loss below divides by num_items_in_batch, whatever the model's own forward accepts.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = self._loss_shifts_labels = True
-        # An adapted head sees all tokens, as their keys are those of its dropout.
-        is_adapted = isinstance(self.model.get_output_embeddings(), LoraLayer)
-        self.keeps_logits = not is_adapted and "logits_to_keep" in find_forward_parameters(self.model)
-        self.tokens_since_log = torch.zeros((), dtype=torch.long, device=self.args.device)
-        self.tokens_seen, self.last_log_time = 0, None  # the clock starts with the first step
+        self.step_batches: list[Any] = []  # of the step that runs now
+        self.rng_after_step: dict[str, Any] | None = None  # of the last whole step of this start
+        self.resumed: dict[str, Any] | None = None  # counters of the checkpoint, until training begins
+        self.evaluating = False
         self.last_evaluation: tuple[int, dict[str, float]] | None = None  # step, metrics
+        self.add_callback(StepHooks(self))
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self.keys.read(inputs)
-        losses = self.compute_token_losses(model, inputs)
-        loss = losses.sum() / num_items_in_batch
-        # Several processes average their gradients; the mean wanted is over the tokens of all of them.
-        return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
-
-    def compute_token_losses(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Cross entropy at the positions with labels; zero where a row has none there  # [rows, positions]"""
-        # In NumPy: as a tensor they would go with the rows to the first GPU, and where the layers are spread
-        # over several, the hidden state that they index lies on the last.
-        positions: np.ndarray = inputs["label_positions"]
-        names = ("input_ids", "attention_mask", "position_ids")
-        forward = {name: inputs[name] for name in names if name in inputs}
-        forward["use_cache"] = False
-        if self.keeps_logits:
-            logits = model(**forward, logits_to_keep=positions).logits  # [rows, positions, vocabulary]
-        else:
-            logits = model(**forward).logits[:, positions]
-        targets = inputs["labels"][:, positions + 1]
-        losses = F.cross_entropy(
-            logits.float().flatten(0, 1),
-            targets.flatten(),
-            reduction="none",
-            ignore_index=IGNORE_INDEX,
-            label_smoothing=self.args.label_smoothing_factor,
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any):
+        moment_bytes = 1 if "8bit" in str(self.args.optim) else 4
+        self.keeper.begin(
+            Path(resume_from_checkpoint) if resume_from_checkpoint else None,
+            estimate_checkpoint_bytes(self.model, len(self.processing_class), moment_bytes),
         )
-        return losses.view_as(targets)
+        self.meter.start()
+        self.guard.begin_training()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    # A step
+
+    def begin_step(self) -> None:
+        self.meter.begin_step()
+        self.guard.begin_step(self._tr_loss)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """One micro-batch, or all those that the rows of an optimizer step were packed into."""
-        *earlier, last = find_micro_batches(inputs)
-        self.count_tokens([*earlier, last])
-        self.keys.choose_step(self.args.seed, self.state.global_step)
-        with self.accelerator.no_sync(model) if earlier else contextlib.nullcontext():
-            losses = [
-                super(QLoraTrainer, self).training_step(model, part, num_items_in_batch) for part in earlier
-            ]
-        losses.append(super().training_step(model, last, num_items_in_batch))
-        return torch.stack(losses).sum()
+        """All micro-batches of one batch: packed, these are the whole optimizer step."""
+        micro_batches = find_micro_batches(self._prepare_inputs(inputs))
+        self.meter.count(micro_batches)
+        self.engine.keys.choose_step(self.args.seed, self.state.global_step)
+        if not self.args.average_tokens_across_devices:  # then the processes' own means are averaged
+            num_items_in_batch = num_items_in_batch * self.accelerator.num_processes
+        run_micro_batch = functools.partial(super().training_step, model)
+        return self.engine.run_step(
+            model, micro_batches, num_items_in_batch, self.accelerator, run_micro_batch
+        )
 
-    def count_tokens(self, micro_batches: list[dict[str, torch.Tensor]]) -> None:
-        if self.last_log_time is None:
-            self.last_log_time = time.perf_counter()
-        for part in micro_batches:
-            self.tokens_since_log += part["num_tokens"].to(self.tokens_since_log.device)
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """A micro-batch's share of the step's mean loss; what the plain engine differentiates."""
+        self.engine.keys.read(inputs)
+        losses = self.token_loss(model, inputs)
+        # Several processes average their gradients; the mean wanted is over the tokens of all of them.
+        return losses.sum() / num_items_in_batch * self.accelerator.num_processes
+
+    def create_optimizer(self, model=None):
+        weights = self.engine.flat_weights
+        if self.optimizer is None and weights is not None:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            group = {"params": [weights], "weight_decay": self.args.weight_decay}
+            self.optimizer = optimizer_class([group], **options)
+        return super().create_optimizer(model)
+
+    def _clip_grad_norm(self, model):
+        return self.engine.clip_gradients(model, self.optimizer, self.accelerator, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        loss = self._tr_loss - self.guard.start_loss
+        if self.guard.allows_step(loss, grad_norm, self.accelerator.scaler):
+            return grad_norm
+        self.skip_step(loss, grad_norm)
+        return None
+
+    def skip_step(self, loss: torch.Tensor, grad_norm: torch.Tensor | float) -> None:
+        """Leave weights, optimizer and logged losses as they are, and name the step's rows."""
+        self.accelerator.gradient_state._set_sync_gradients(False)  # optimizer.step() does nothing then
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
+        rows = list_rows(self.step_batches)
+        texts = [self.processing_class.decode(self.train_dataset[row]["input_ids"][:40]) for row in rows]
+        self.guard.report_skipped_step(
+            self.state.global_step + 1, loss.item(), float(grad_norm), rows, texts, Path(self.args.output_dir)
+        )
+        # Logged losses are means over the steps that were taken.
+        self._tr_loss.copy_(self.guard.start_loss)
+        self._globalstep_last_logged += 1
+        self._initial_global_step += 1
+
+    def end_step(self) -> None:
+        self.meter.end_step()
+        self.guard.end_step()
+        self.rng_after_step = read_rng()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs["tokens_per_second"] = self.meter.read_speed()
+            if self.guard.skipped:
+                logs["skipped_steps"] = self.guard.skipped
+        if "train_runtime" in logs:
+            self.meter.correct_runtime(logs)
+        super().log(logs, start_time)
+
+    # Rows
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        self.step_batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return self.step_batches, count
 
     def _get_num_items_in_batch(self, batch_samples, device):
         parts = [part for inputs in batch_samples for part in find_micro_batches(inputs)]
@@ -103,19 +175,33 @@ class QLoraTrainer(ResumableTrainer):
     def floating_point_ops(self, inputs):
         return sum(super(QLoraTrainer, self).floating_point_ops(part) for part in find_micro_batches(inputs))
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            tokens = self.accelerator.reduce(self.tokens_since_log).item()
-            now = time.perf_counter()
-            logs["tokens_per_second"] = round(tokens / (now - self.last_log_time), 1)
-            self.tokens_seen += tokens
-            self.tokens_since_log.zero_()
-            self.last_log_time = now
-        super().log(logs, start_time)
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        dataloader = super()._get_dataloader(*args, **kwargs)
+        inner = getattr(dataloader, "base_dataloader", dataloader)  # what accelerate wraps makes the workers
+        inner.worker_init_fn = functools.partial(signals.start_data_worker, then=inner.worker_init_fn)
+        return dataloader
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
+        batch, processes = self.args.train_batch_size, self.args.world_size
+        self.order = EpochOrder(
+            self.train_dataset.lengths,
+            self.args.train_sampling_strategy,
+            batch * self.args.gradient_accumulation_steps * processes,
+            self.args.data_seed,
+        )
+        return self.order
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> Any:
+        self.order.epoch = epoch
+        return super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    # Evaluation
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Padded batches: each row's loss is read apart."""
-        packing, self.data_collator = self.data_collator, self.padding_collator
+        packing = self.data_collator
+        multiple = 1 if self.args.device.type == "cpu" else 8
+        self.data_collator = PaddingCollator(packing.pad_token_id, multiple, packing.limit)
         dataloader = super().get_eval_dataloader(eval_dataset)
         self.data_collator = packing
         return dataloader
@@ -129,22 +215,13 @@ class QLoraTrainer(ResumableTrainer):
         if not self.accelerator._models:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         model.eval()
-        loss_sum, token_count, row_count = 0.0, 0, 0
-        for batch in dataloader:
-            parts = find_micro_batches(self._prepare_inputs(batch))
-            losses = torch.cat([self.compute_token_losses(model, part).sum(1) for part in parts])  # [rows]
-            counts = torch.cat([(part["labels"][:, 1:] != IGNORE_INDEX).sum(1) for part in parts])  # [rows]
-            losses, counts = self.accelerator.gather_for_metrics((losses, counts))
-            loss_sum, token_count = loss_sum + losses.double().sum().item(), token_count + counts.sum().item()
-            row_count += len(counts)
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        loss_sum, token_count, row_count = self.sum_losses(model, dataloader)
         model.train(was_training)
-        seconds = time.perf_counter() - start
         metrics = {
             "loss": loss_sum / token_count,
             "tokens": token_count,
             "rows": row_count,
-            "seconds": round(seconds, 2),
+            "seconds": round(time.perf_counter() - start, 2),
         }
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
@@ -152,13 +229,60 @@ class QLoraTrainer(ResumableTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if added := {name: value for name, value in metrics.items() if name not in losses}:
             self.log(added)
-        if self.last_log_time is not None:
-            self.last_log_time += time.perf_counter() - start  # evaluation is no training time
+        self.meter.leave_out(time.perf_counter() - start)
         self.last_evaluation = (self.state.global_step, metrics)
         return metrics
 
+    def sum_losses(self, model: torch.nn.Module, dataloader: DataLoader) -> tuple[float, int, int]:
+        """(sum of the losses, label tokens, rows) over all processes."""
+        loss_sum, token_count, row_count = 0.0, 0, 0
+        for batch in dataloader:
+            parts = find_micro_batches(self._prepare_inputs(batch))
+            losses = torch.cat([self.token_loss(model, part).sum(1) for part in parts])  # [rows]
+            counts = torch.cat([(part["labels"][:, 1:] != IGNORE_INDEX).sum(1) for part in parts])  # [rows]
+            losses, counts = self.accelerator.gather_for_metrics((losses, counts))
+            loss_sum, token_count = loss_sum + losses.double().sum().item(), token_count + counts.sum().item()
+            row_count += len(counts)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        return loss_sum, token_count, row_count
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """An evaluation takes no random numbers from training: it may be interrupted and repeated."""
+        self.evaluating = True
+        with rng_kept():
+            metrics = super()._evaluate(*args, **kwargs)
+        self.evaluating = False
+        return metrics
+
+    # Saving and going on
+
+    def _save_checkpoint(self, model, trial=None) -> None:
+        step, best = self.state.global_step, self.state.best_global_step
+        if self.keeper.name_checkpoint(step) == self.keeper.last_checkpoint and not self.evaluating:
+            return
+        if best and (best == step or self.keeper.name_checkpoint(best).is_dir()):
+            self.state.best_model_checkpoint = str(self.keeper.name_checkpoint(best))
+        with signals.stop_held():
+            self.keeper.save_checkpoint(step, self.write_checkpoint)
+            kept = self.state.best_model_checkpoint
+            self.keeper.remove_old(
+                self.args.save_total_limit, Path(kept) if kept else None, self.state.save_steps == 1
+            )
+
+    def write_checkpoint(self, folder: Path) -> None:
+        """What an exact resume needs, in `folder`; nothing pickled."""
+        self.store_flos()
+        if not self.args.save_only_model:
+            save_rng(self.rng_after_step or read_rng(), folder / name_rng_file(self.args.process_index))
+        if not self.args.should_save:
+            return
+        self._save(str(folder))
+        if not self.args.save_only_model:
+            save_training_state(describe_state(self), folder)
+        save_trainer_state(self, folder)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Adapter and tokenizer, nothing pickled."""
+        """Adapter, tokenizer and model card."""
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -170,11 +294,32 @@ class QLoraTrainer(ResumableTrainer):
         self.processing_class.save_pretrained(folder)
         (folder / "README.md").write_text(render_model_card(self.record), encoding="utf-8")
 
+    def save_final(self) -> None:
+        self.keeper.save_final(self.state.global_step, lambda folder: self._save(str(folder)))
 
-def find_micro_batches(inputs: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
-    return inputs["micro_batches"] if "micro_batches" in inputs else [inputs]
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            force = self.record["arguments"].get("force_resume", False)
+            self.resumed = load_state_into(self, Path(checkpoint), force)
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Nothing: it comes with the optimizer."""
 
-def find_forward_parameters(model: torch.nn.Module) -> set[str]:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return set(inspect.signature(base.forward).parameters)
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            restore_rng(load_rng(Path(checkpoint, name_rng_file(self.args.process_index))))
+
+    def restore_progress(self) -> None:
+        """Counters of the interrupted run, so that logs and metrics are those of an uninterrupted one."""
+        if self.resumed is None:
+            return
+        progress, self.resumed = self.resumed, None
+        self._tr_loss += progress["loss_since_log"]
+        self._total_loss_scalar = progress["loss_logged"]
+        self._globalstep_last_logged = progress["logged_step"]
+        self._initial_global_step = progress["initial_step"]
+        self.meter.load_state_dict(progress)
+        self.guard.load_state_dict(progress)
+        if progress["evaluation_due"]:
+            metrics = self._evaluate(None, None)
+            self._determine_best_metric(metrics, None)

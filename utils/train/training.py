@@ -40,8 +40,7 @@ from utils.train.trainer import QLoraTrainer
 def train(trainer: QLoraTrainer, checkpoint: str | None) -> dict[str, float]:
     """Train, from `checkpoint` on where given; returns the run's figures."""
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = trainer.train_seconds
-    tokens = trainer.tokens_seen + trainer.accelerator.reduce(trainer.tokens_since_log).item()
+    seconds, tokens = trainer.meter.seconds, trainer.meter.all_tokens
     return {
         "train_loss": result.training_loss,
         "steps": trainer.state.global_step,
@@ -50,7 +49,7 @@ def train(trainer: QLoraTrainer, checkpoint: str | None) -> dict[str, float]:
         "train_tokens": tokens,
         "tokens_per_second": round(tokens / seconds, 1),
         "peak_memory_gib": measure_peak_memory(),
-        "skipped_steps": trainer.skipped_steps,
+        "skipped_steps": trainer.guard.skipped,
     }
 
 
@@ -68,7 +67,7 @@ def measure_peak_memory() -> float:
 def save_run(trainer: QLoraTrainer, metrics: dict[str, Any], output_dir: Path) -> None:
     """Write the adapter, metrics.json, training_curve.png and, last, the finished run.json."""
     trainer.record["metrics"] = metrics
-    with stop_held(), disk_errors_explained(output_dir, trainer.last_checkpoint):
+    with stop_held(), disk_errors_explained(output_dir, trainer.keeper.last_checkpoint):
         trainer.save_final()
         if is_main_process():
             write_json(metrics | {"log": trainer.state.log_history}, output_dir / "metrics.json")
@@ -169,8 +168,18 @@ def saved_when_stopped(trainer: QLoraTrainer) -> Iterator[None]:
             raise
         if not isinstance(error, StopRequested):  # a broken graph capture, for one
             notice(f"{type(error).__name__} while stopping: {error}")
-        trainer.save_stopped()
+        save_stopped(trainer)
         raise StopRequested from error
+
+
+def save_stopped(trainer: QLoraTrainer) -> None:
+    """After a signal: save what the last whole step left, if no checkpoint holds it; say what is next."""
+    if trainer.rng_after_step is not None:  # a step was done since this process started
+        trainer._save_checkpoint(trainer.model)
+    last, step = trainer.keeper.last_checkpoint, trainer.state.global_step
+    where = f"step {step} is in {last}" if last else "before the first step"
+    again = " without --overwrite_output_dir" if trainer.record["arguments"]["overwrite_output_dir"] else ""
+    notice(f"stopped by {find_stop_signal()}, {where}: the same command{again} goes on from there")
 
 
 def evaluate(
@@ -204,7 +213,7 @@ def start_run(trainer: QLoraTrainer, output_dir: Path, training_args: TrainingAr
     trainer.accelerator.wait_for_everyone()
     check_same_run(output_dir, trainer.record, training_args.force_resume)
     asked = training_args.extra.get("resume_from_checkpoint")
-    checkpoint = choose_checkpoint(output_dir, asked, trainer.fingerprints, training_args.force_resume)
+    checkpoint = choose_checkpoint(output_dir, asked, trainer.keeper.fingerprints, training_args.force_resume)
     if checkpoint:
         notice(f"going on from {checkpoint}")
     trainer.accelerator.wait_for_everyone()

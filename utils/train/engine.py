@@ -1,0 +1,135 @@
+"""The two engines: how the micro-batches of one optimizer step become its gradient.
+
+The PlainEngine is PEFT's and the model's own forward under autograd. The FastEngine runs the fused forward
+and backward of utils/fast, replayed as CUDA graphs on a GPU, with all adapter weights in one flat buffer:
+clipping, zeroing and Adam are then one kernel launch each instead of one for each of some 450 small matrices.
+
+Both answer the same five questions, so the Trainer holds one and does not know which:
+
+    keys             what dropout masks follow from (utils/fast/token_keys.py)
+    flat_weights     the one parameter that the optimizer steps, or None for the Trainer's own groups
+    run_step         loss of a step, its gradient left where the optimizer finds it
+    clip_gradients   the gradient's norm, scaled down to --max_grad_norm
+    list_pieces      which weights lie where in an optimizer's parameter, for the checkpoint
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from utils.arguments import TrainingArguments
+from utils.fast.graphed_step import GraphedStep
+from utils.fast.keyed_noise import key_dropout
+from utils.fast.model import FastModel, MicroBatch
+
+# Optimizers that treat every weight alike, so that one flat buffer is as good as many matrices.
+ELEMENTWISE = ("adamw", "paged_adamw", "lion", "paged_lion", "sgd", "rmsprop", "ademamix", "paged_ademamix")
+
+Piece = list[Any]  # [name of a weight, its first element in the parameter, its shape]
+
+
+class PlainEngine:
+    """Autograd through the model's own forward; every weight is a parameter of the optimizer."""
+
+    name = "plain"
+    flat_weights = None
+
+    def __init__(self, model: nn.Module):
+        self.keys = key_dropout(model)
+
+    def join_processes(self, accelerator: Accelerator) -> None:
+        """Nothing: DistributedDataParallel, which the Trainer wraps around the model, averages gradients."""
+
+    def run_step(
+        self,
+        model: nn.Module,
+        micro_batches: list[MicroBatch],
+        label_tokens: torch.Tensor,
+        accelerator: Accelerator,
+        run_micro_batch: Callable[[MicroBatch, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Mean loss over the `label_tokens` of the step  # []
+
+        `run_micro_batch` is forward and backward of one. Processes exchange gradients once, with the last.
+        """
+        *earlier, last = micro_batches
+        with accelerator.no_sync(model) if earlier else contextlib.nullcontext():
+            losses = [run_micro_batch(part, label_tokens) for part in earlier]
+        losses.append(run_micro_batch(last, label_tokens))
+        return torch.stack(losses).sum()
+
+    def clip_gradients(
+        self, model: nn.Module, optimizer: Any, accelerator: Accelerator, max_norm: float
+    ) -> torch.Tensor:
+        return accelerator.clip_grad_norm_(model.parameters(), max_norm)
+
+    def list_pieces(self, parameter: nn.Parameter, names: dict[nn.Parameter, str]) -> list[Piece]:
+        return [[names[parameter], 0, list(parameter.shape)]]
+
+
+class FastEngine:
+    """The fused path (utils/fast/model.py): the same rows, loss and adapter as the plain one, faster."""
+
+    name = "fused"
+
+    def __init__(self, fast: FastModel):
+        self.fast, self.flat, self.keys = fast, fast.flat, fast.keys
+        self.flat_weights = fast.flat.weights
+        self.run_micro_batch = GraphedStep(fast)
+
+    def join_processes(self, accelerator: Accelerator) -> None:
+        """Begin with the same weights; run_step sums the gradients itself.
+
+        So no DistributedDataParallel is wanted. And the model is in its place: moving it again ("cpu" to
+        "cpu:0" copies) would take the weights out of the flat buffer.
+        """
+        if accelerator.num_processes == 1:
+            return
+        prepare = accelerator.prepare_model
+        accelerator.prepare_model = lambda model, **_: prepare(
+            model, device_placement=False, evaluation_mode=True
+        )
+        torch.distributed.broadcast(self.flat.weights.data, src=0)
+
+    def run_step(
+        self,
+        model: nn.Module,
+        micro_batches: list[MicroBatch],
+        label_tokens: torch.Tensor,
+        accelerator: Accelerator,
+        run_micro_batch: Callable[[MicroBatch, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """As PlainEngine.run_step, with a forward and backward of its own."""
+        model.train()
+        scaler, processes = accelerator.scaler, accelerator.num_processes
+        one = torch.ones((), device=self.flat.weights.device)
+        loss_scale = (scaler.scale(one) if scaler else one) / label_tokens
+        losses = torch.stack([self.run_micro_batch(part, loss_scale) for part in micro_batches])
+        if processes > 1 and accelerator.sync_gradients:
+            torch.distributed.all_reduce(self.flat.grads)
+        return losses.sum() / label_tokens * processes
+
+    def clip_gradients(
+        self, model: nn.Module, optimizer: Any, accelerator: Accelerator, max_norm: float
+    ) -> torch.Tensor:
+        accelerator.unscale_gradients(optimizer)
+        return self.flat.clip_gradients(max_norm)
+
+    def list_pieces(self, parameter: nn.Parameter, names: dict[nn.Parameter, str]) -> list[Piece]:
+        return [[names[weight], start, list(weight.shape)] for weight, start in self.flat.starts.items()]
+
+
+Engine = PlainEngine | FastEngine
+
+
+def find_flag_obstacle(training_args: TrainingArguments) -> str | None:
+    """The flag that the fused path does not cover, if any."""
+    if not training_args.optim.startswith(ELEMENTWISE):
+        return f"--optim {training_args.optim} looks at each matrix"
+    if training_args.extra.get("label_smoothing_factor"):
+        return "--label_smoothing_factor"
+    return None

@@ -1,0 +1,68 @@
+"""What a checkpoint holds beside the adapter: optimizer, schedule, loss scale and counters of a Trainer."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_callback import ExportableState, TrainerState
+
+from utils.run.checkpoints import STATE_FILE
+from utils.run.optimizer_state import Layout, describe_optimizer, load_state, match_schedule, match_state
+from utils.run.training_state import load_training_state
+
+
+def describe_state(trainer: Any) -> dict[str, Any]:
+    """A tree of numbers and tensors, as utils/run/training_state.py writes it."""
+    scaler = trainer.accelerator.scaler
+    return {
+        "optimizer": trainer.optimizer.state_dict(),
+        "optimizer_kind": describe_optimizer(trainer.optimizer),
+        "layout": describe_layout(trainer),
+        "scheduler": trainer.lr_scheduler.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "progress": describe_progress(trainer),
+    }
+
+
+def describe_progress(trainer: Any) -> dict[str, Any]:
+    """Counters as they were after the last whole step, which is not always now."""
+    start_loss = trainer.guard.start_loss
+    progress = {
+        "loss_since_log": (trainer._tr_loss if start_loss is None else start_loss).item(),
+        "loss_logged": trainer._total_loss_scalar,
+        "logged_step": trainer._globalstep_last_logged,
+        "initial_step": trainer._initial_global_step,
+        "evaluation_due": trainer.evaluating,
+    }
+    return progress | trainer.meter.state_dict() | trainer.guard.state_dict()
+
+
+def describe_layout(trainer: Any) -> Layout:
+    """Which weights lie where in the optimizer's parameters."""
+    names = {weight: name for name, weight in trainer.model.named_parameters()}
+    parameters = [weight for group in trainer.optimizer.param_groups for weight in group["params"]]
+    return [
+        {"shape": list(parameter.shape), "pieces": trainer.engine.list_pieces(parameter, names)}
+        for parameter in parameters
+    ]
+
+
+def load_state_into(trainer: Any, folder: Path, force: bool) -> dict[str, Any]:
+    """Give the Trainer's optimizer, schedule and scaler what `folder` holds; returns the counters.
+
+    Raises UserError where it is the state of another optimizer or of other weights (match_state).
+    """
+    state = load_training_state(folder)
+    saved = match_state(state, trainer.optimizer, describe_layout(trainer), str(folder), force)
+    load_state(trainer.optimizer, saved)
+    trainer.lr_scheduler.load_state_dict(match_schedule(state, len(trainer.optimizer.param_groups)))
+    if trainer.accelerator.scaler is not None and state["scaler"] is not None:
+        trainer.accelerator.scaler.load_state_dict(state["scaler"])
+    return state["progress"]
+
+
+def save_trainer_state(trainer: Any, folder: Path) -> None:
+    """transformers' own trainer_state.json: steps, log, and the state of callbacks that have one."""
+    callbacks = [*trainer.callback_handler.callbacks, trainer.control]
+    exportable = [callback for callback in callbacks if isinstance(callback, ExportableState)]
+    trainer.state.stateful_callbacks = TrainerState(stateful_callbacks=exportable).stateful_callbacks
+    trainer.state.save_to_json(str(folder / STATE_FILE))
