@@ -330,6 +330,39 @@ def test_what_is_typed_during_a_reply_stays_and_the_reader_may_scroll_up(open_ta
     assert tab.box.input_value() == "More to say" and len(tab.questions()) == 1
 
 
+def test_letters_typed_at_any_moment_after_enter_stay_in_the_box(open_tab):
+    """Two at once with Enter, then one every 3 ms until the reply has ended; none is lost or sent."""
+    tab = open_tab()
+    tab.box.fill("Who are you?")
+    tab.box.focus()
+    tab.page.evaluate("""() => {
+      const type = letters => document.execCommand('insertText', false, letters);
+      const enter = {key: 'Enter', bubbles: true, cancelable: true};
+      for (const kind of ['keydown', 'keypress']) {
+        document.activeElement.dispatchEvent(new KeyboardEvent(kind, enter));
+      }
+      type('ab');
+      window.letters = 'ab';
+      window.typing = setInterval(() => {
+        const letter = String.fromCharCode(97 + window.letters.length % 26);
+        type(letter);
+        window.letters += letter;
+      }, 3);
+    }""")
+    tab.wait_for_reply("I am the tuned one.")
+    tab.page.wait_for_timeout(200)
+    typed = tab.page.evaluate("() => { clearInterval(window.typing); return window.letters; }")
+    assert tab.questions() == ["Who are you?"] and len(typed) > 20
+    assert tab.box.input_value() == typed
+    tab.page.locator("#clear").click()
+    tab.wait(lambda: tab.replies() == [])
+    tab.box.fill("Who are you?")
+    tab.page.keyboard.press("Enter")
+    tab.page.keyboard.type("More to say")
+    tab.wait_for_reply("I am the tuned one.")
+    assert tab.questions() == ["Who are you?"] and tab.box.input_value() == "More to say"
+
+
 def test_message_that_finds_no_room_comes_back_into_the_box(open_tab):
     tab = open_tab()
     full = {"status": 503, "json": {"detail": "Queue is full."}}

@@ -28,9 +28,8 @@ from utils.chat.page_parts import (
     add_controls,
     add_conversation,
     busy_box,
-    idle_box,
 )
-from utils.chat.page_scripts import EXPORT, GIVE_BACK, OPEN, TAKE
+from utils.chat.page_scripts import END, EXPORT, OPEN, PUT_BACK, SEND
 from utils.chat.streaming import Kept, RecentlyKept, stream_reply
 from utils.console import UserError, notice
 
@@ -100,7 +99,8 @@ def build_page(
             if request.session_hash in wishes or not said:
                 return SKIP
             rest, words = said[:-2], choose_words(request.headers)
-            return idle_box(typed or said[-2]["content"]), "", show_messages(rest, words), rest, about
+            text = "" if typed else said[-2]["content"]
+            return gr.skip(), text, show_messages(rest, words), rest, about
 
         def start_anew(request: gr.Request) -> tuple:
             if request.session_hash not in wishes:
@@ -126,16 +126,17 @@ def build_page(
             "preprocess": False,  # whatever was sent is checked here, where it can be refused in one line
             "api_visibility": "private",
         }
-        sent = box.submit(None, [box, asked], [box, asked], js=TAKE, **quick)
+        sent = box.submit(None, None, [box, asked], js=SEND, **quick)
         for event in (
             sent.then(answer, [asked, said, *controls], everything, **slow),
             chatbot.retry(answer_again, [said, *controls], everything, **slow),
             chatbot.edit(answer_edited, [said, *controls], everything, **slow),
         ):
             for ended in (event.success, event.failure):
-                ended(None, [box, asked], [box, asked], js=GIVE_BACK, **quick)
+                ended(None, asked, [box, asked], js=END, **quick)
         box.stop(stop, None, None, **quick)
-        chatbot.undo(take_back, [box, said], everything, **quick)
+        undone = chatbot.undo(take_back, [box, said], everything, **quick)
+        undone.success(None, asked, asked, js=PUT_BACK, **quick)
         clear.click(start_anew, None, everything, **quick)
         export.click(None, [said, system], None, js=EXPORT, **quick)
         page.load(restore, said, [chatbot, said], **quick)
@@ -144,7 +145,7 @@ def build_page(
 
 
 def empty_page(about: str) -> tuple:
-    return idle_box(), gr.skip(), [], [], about
+    return gr.skip(), gr.skip(), [], [], about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +189,7 @@ class Speaker:
             read = fit_turns(self.chat, opening, turns, generation_args.max_new_tokens, self.page_args, words)
         except UserError as error:
             gr.Warning(str(error))
-            yield idle_box(), refused, shown, gr.skip(), str(error)
+            yield gr.skip(), refused, shown, gr.skip(), str(error)
             return
         reply = {"role": "assistant", "content": ""} | ({"side": side} if self.has_adapter else {})
         now = [*turns, reply]
@@ -215,7 +216,7 @@ class Speaker:
             yield empty_page(self.about)
             return
         figures = f"{self.about} · {describe('interrupted' if wish() else kept.ended, dropped)}"
-        yield idle_box(), gr.skip(), show_messages(now, words), now, figures
+        yield gr.skip(), gr.skip(), show_messages(now, words), now, figures
 
 
 def read_settings(

@@ -90,12 +90,6 @@ def add_controls(
     return [system, temperature, top_p, top_k, beams, length, stream]
 
 
-def idle_box(text: str | None = None) -> dict:
-    """The box as it takes a message; `text` in it, or what is typed there."""
-    changes = {} if text is None else {"value": text}
-    return gr.update(submit_btn=True, stop_btn=False, **changes)
-
-
 def busy_box() -> dict:
     """The box while a reply is under way: what is typed stays, and the button stops the reply."""
     return gr.update(submit_btn=False, stop_btn=True)
