@@ -20,7 +20,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from utils.console import notice
 from utils.fast.graph_capture import CaptureError, capture_graph, round_to_power
-from utils.fast.lora import ADAPTER, find_obstacle
+from utils.fast.lora import ADAPTER
+from utils.fast.lora_layers import find_obstacle
 
 SMALLEST_CAPACITY = 1024  # tokens
 PLAIN_FLAGS = {"use_cache", "return_dict", "logits_to_keep"}  # of a step that is asked for logits only

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from utils.console import notice
 from utils.fast.attention import find_attention_obstacle, packed_attention
 from utils.fast.keyed_noise import key_dropout
-from utils.fast.lora import find_obstacles, install_fast_evaluation, install_fast_lora
+from utils.fast.lora_layers import find_obstacles, install_fast_evaluation, install_fast_lora
 from utils.fast.loss import Head, find_loss_obstacle, pick_targets
 from utils.fast.offload import RERUN, SMALLEST_WIDTH, HostStore
 from utils.fast.trials import ROW, draw_tokens, evaluating, is_near
