@@ -46,9 +46,8 @@ def pack_rows(lengths: list[int], sizes: list[int]) -> list[tuple[list[int], int
 
     All but the last two have the largest of `sizes` (ascending), and the last two the pair of sizes with the
     fewest tokens that still holds what is left. Say rows of 900, 700, 500 and 400 tokens and sizes 256, 512,
-    ..., 2,048: 2,500 tokens need two micro-batches, and 512 (the row of 500) with 2,048 (the others, 2,000) is
-    the tightest pair that they fit into.
-    Raises ValueError for a row that is longer than the largest size.
+    ..., 2,048: 2,500 tokens need two micro-batches, and 512 (the row of 500) with 2,048 (the others, 2,000)
+    is the tightest pair that they fit into. Raises ValueError for a row that is longer than the largest size.
     """
     total, longest, largest = sum(lengths), max(lengths, default=0), sizes[-1]
     if longest > largest:
