@@ -70,6 +70,23 @@ PAIRS = [
     ({"conversation": [{"from": "human", "value": "q"}, {"from": "bot", "value": "a"}]}, ["a"]),
     ({"id": 1, "instruction": "Do.", "instances": [{"input": "", "output": "Done."}]}, ["Done."]),
     ({"messages": [{"role": "human_user", "content": "q"}, {"role": "chatgpt", "content": "a"}]}, ["a"]),
+    ({"instruction": "Add 1 to it.", "input": 3, "output": "4"}, ["4"]),
+    ({"instruction": "Is it so?", "input": False, "output": "No."}, ["No."]),
+    ({"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": True}]}, ["true"]),
+    ({"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": 4.5}]}, ["4.5"]),
+    ({"prompt": 3, "chosen": 4, "rejected": 5}, ["4"]),
+    ({"query": "Q?", "response": "A.", "history": [[3, 4]]}, ["4", "A."]),
+    ({"conversation": [{"human": "q", "assistant": None}, {"human": "Q", "assistant": "A"}]}, ["A"]),
+    ({"conversation": [{"human": "q", "assistant": ""}, {"human": "Q", "assistant": "A"}]}, ["A"]),
+    ({"conversation": [{"assistant": "a", "human": "q"}]}, ["a"]),
+    ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": None},
+                        {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, ["A"]),
+    ({"query": "Q?", "response": "A.", "history": [["q", None], ["p", "a"]]}, ["a", "A."]),
+    ({"conversation": [{"system": "s", "input": "q", "output": "a"}, {"system": "s", "input": "Q", "output": "A"}]}, ["a", "A"]),
+    ({"conversation": [{"input": "q", "output": "a", "output_with_loss": False}, {"input": "Q", "output": "A"}]}, ["A"]),
+    ({"instruction": "Q?", "input": "more", "output": ["Good.", "Bad."]}, ["Good."]),
+    ({"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, ["a"]),
+    ({"messages": [{"role": "user", "value": "q"}, {"role": "assistant", "value": "a"}]}, ["a"]),
     (
         {
             "messages": [
@@ -87,6 +104,53 @@ PAIRS = [
 )
 def test_row_of_a_known_layout_is_trained_on_its_answers(learn, row, answers):
     assert learn([row])[0] == ends(*answers)
+
+
+def test_what_is_written_as_text_is_said_and_the_question_stays_whole():
+    """An input of 0 or false, a question beside an answer that is null, a system message said with each pair."""
+    for row, before in (
+        ({"instruction": "Add 1.", "input": 0, "output": 1}, ["user: Add 1.\n\n0"]),
+        ({"instruction": "Q?", "input": False, "chosen": "A."}, ["user: Q?\n\nfalse"]),
+        ({"conversation": [{"system": "s", "input": "q", "output": "a"}] * 2}, ["system: s", "user: q", "assistant: a", "user: q"]),
+    ):  # fmt: skip
+        *context, _ = read_row(row, find_format(row)).messages
+        assert [f"{message['role']}: {message['content']}" for message in context] == before
+    for row in (
+        {"instruction": "Add 1.", "input": 0, "output": "1"},
+        {"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "4"}]},
+        {"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "4"}]},
+    ):
+        assert read_row(row, find_format(row)).cleaned == ("numbers and booleans written as text",)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("empty", [NAN, float("inf"), None])
+def test_empty_cell_of_a_table_is_no_text(learn, empty):
+    rows = [{"instruction": "Q?", "input": empty, "output": "A.", "system": empty, "history": empty}] * 5
+    learned, _ = learn([*rows, {"instruction": "q", "output": empty}, {"instruction": empty, "output": "a"}])
+    assert learned == ends("A.") * 5 and learn.report["sources"][0]["rows"] == 7
+    assert [message["content"] for message in read_row(rows[0], "alpaca").messages] == ["Q?", "A."]
+    for row in (
+        {"question": "Q?", "answer": empty},
+        {"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": empty}]},
+        {"conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": empty}]},
+        {"prompt": "Q?", "chosen": empty, "rejected": "A."},
+        {"prompt": empty, "chosen": "A.", "rejected": "B."},
+    ):
+        with pytest.raises(UserError):
+            read_row(row, find_format(row))
+
+
+def test_empty_cells_of_a_parquet_file_are_left_out(learn, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = {"question": ["1 + 1?", "1 / 0?", "2 + 2?"] * 3, "answer": [2.0, NAN, None] + [4.0] * 6}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
+    learned, printed = learn(tmp_path / "rows.parquet")
+    assert learned == ends("2.0", *["4.0"] * 6) and "2 left out, row 2 first" in printed
 
 
 CALLED = [
@@ -365,6 +429,25 @@ def test_undesirable_rows_of_a_table_are_left_out(learn, tmp_path):
     path = tmp_path / "kto.csv"
     path.write_text("prompt,completion,label\nq1,a1,True\nq2,a2,False\n")
     assert learn(path)[0] == ends("a1")
+
+
+@pytest.mark.parametrize("good, bad", [(1, 0), (1.0, 0.0), ("1", "0"), ("TRUE", "False"), (True, False)])
+def test_mark_of_kto_may_be_a_number(learn, good, bad):
+    rows = [{"prompt": f"q{i}", "completion": f"a{i}", "label": good if i % 2 else bad} for i in range(4)]
+    learned, printed = learn(rows)
+    assert learned == ends("a1", "a3")
+    assert f"2 left out, row 1 first: not to be learned: column 'label' is {str(bad).lower()}" in printed
+    with pytest.raises(UserError, match="not to be learned: column 'kto_tag'"):
+        read_row({"instruction": "q", "output": "a", "kto_tag": bad}, "alpaca")
+
+
+def test_ranked_answers_are_a_preference(learn):
+    learned, printed = learn([{"instruction": "Q?", "input": "", "output": ["Good.", "Bad."]}])
+    assert learned == ends("Good.") and "format preference" in printed
+    row = {"instruction": "Q?", "output": ["Good.", "Bad."], "history": [["q", "a"]], "system": "s"}
+    chat = read_row(row, "alpaca")  # whatever format is forced
+    assert [message["content"] for message in chat.messages] == ["s", "q", "a", "Q?", "Good."]
+    assert learn([row])[0] == ends("Good.")
 
 
 def test_context_of_a_preference_is_whole():

@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from utils.arguments import DataArguments
 from utils.console import UserError, is_main_process, notice
 from utils.data.cache import build_key, find_or_build, hash_code
-from utils.data.rows import LISTED_ROWS, PARTS, Rows
+from utils.data.rows import PARTS, Rows
+from utils.data.scanning import LISTED_ROWS
 from utils.data.token_rows import TokenRows, TokenWriter, open_rows
 from utils.messages import TEXT_ROLE, Chat, Messages
 from utils.models.encoding import Pieces, encode_rows

@@ -1,0 +1,35 @@
+"""What a cell of a row holds: text, a number that is text there too, or nothing."""
+
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+NUMBERS = "numbers and booleans written as text"
+
+
+def is_empty_number(value: Any) -> bool:
+    """NaN, as tables write an empty cell of a column of numbers; an infinity says no more."""
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def is_number(value: Any) -> bool:
+    """A number or boolean that says something."""
+    return isinstance(value, bool | int | float) and not is_empty_number(value)
+
+
+def is_given(value: Any) -> bool:
+    """Whether a cell holds anything: 0 and false do; NaN, null, an empty text and an empty list do not."""
+    return is_number(value) or (bool(value) and not is_empty_number(value))
+
+
+def write_cell(value: Any) -> Any:
+    """A number or boolean (a label, a score) as its text, NaN as null, any other value as it is."""
+    if is_number(value):
+        return json.dumps(value)
+    return None if is_empty_number(value) else value
+
+
+def note_numbers(values: Iterable[Any]) -> list[str]:
+    """The note of a row where one of these was written as text."""
+    return [NUMBERS] if any(map(is_number, values)) else []
