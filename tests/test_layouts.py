@@ -243,6 +243,113 @@ def test_file_is_read_by_the_dataset_info_beside_it(learn, tmp_path, name):
     assert f"{path} is read by {tmp_path / 'dataset_info.json'}, where it is {name}" in printed
 
 
+BAD_INFO = [
+    ({"columns": ["a"]}, "columns \"\\['a'\\]\" is no object of names"),
+    ({"columns": {"prompt": 3}}, "columns \"{'prompt': 3}\" is no object of names"),
+    ({"tags": "no", "formatting": "sharegpt"}, "tags 'no' is no object of names"),
+    ({"tags": {"role_tag": ["a"]}, "formatting": "sharegpt"}, "is no object of names"),
+    ({"formatting": "shregpt"}, "formatting 'shregpt' is none of alpaca, sharegpt, openai"),
+    ({"formatting": ["alpaca"]}, "is none of alpaca, sharegpt, openai"),
+]
+
+
+@pytest.mark.parametrize("spec, reason", BAD_INFO)
+def test_bad_entry_of_a_dataset_info_is_one_line(learn, tmp_path, spec, reason):
+    info, path = tmp_path / "dataset_info.json", tmp_path / "rows.json"
+    path.write_text(json.dumps([{"instruction": "Q?", "output": "A."}]))
+    info.write_text(json.dumps({"mine": {"file_name": "rows.json"} | spec}))
+    with pytest.raises(UserError, match=f"{info}: mine: .*{reason}.*: mend it or move it away"):
+        learn(path)
+
+
+def test_entries_of_a_dataset_info_that_fit_no_row_or_one_file_are_said(learn, tmp_path):
+    info, path = tmp_path / "dataset_info.json", tmp_path / "rows.json"
+    path.write_text(json.dumps([{"ask": "Q?", "say": "A.", "note": "x"}]))
+    first = {"file_name": "rows.json", "columns": {"prompt": "ask", "response": "say", "system": None}}
+    info.write_text(json.dumps({"first": first, "other": {"file_name": "rows.json"}}))
+    learned, printed = learn(path)
+    assert learned == ends("A.") and "has no column" not in printed
+    assert "where it is first, the first of 2 entries (first, other)" in printed
+    first["columns"]["query"] = "more"
+    info.write_text(json.dumps({"first": first}))
+    learned, printed = learn(path)
+    assert learned == ends("A.") and "of 2 entries" not in printed
+    assert "has no column more, as dataset_info.json says; it has ask, say, note" in printed
+    first["columns"]["prompt"] = "aks"
+    info.write_text(json.dumps({"first": first}))
+    with pytest.raises(
+        UserError, match="has the columns ask, say, note: .*--columns instruction=ask,output=say"
+    ):
+        learn(path)
+
+
+SPOKEN = [
+    {"conversations": [{"who": "user", "what": "q"}, {"who": "bot", "what": "a"}]},
+    {"conversation": [{"who": "user", "what": "q"}, {"who": "bot", "what": "a"}]},
+    {"dialog": [{"who": "user", "what": "q"}, {"who": "bot", "what": "a"}], "tools": [{"who": "f", "what": "g"}]},
+    {"messages": [{"who": "user", "what": "q"}, {"who": "bot", "what": "a"}]},
+    {"messages": [{"who": "user", "what": "q"}], "chosen_messages": [{"who": "user", "what": "q"}, {"who": "bot", "what": "a"}]},
+    {"conversations": [{"who": "user", "what": "q"}], "chosen": {"who": "bot", "what": "a"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", SPOKEN, ids="-".join)
+def test_keys_of_turns_are_said_by_a_flag_whatever_their_column_is_called(learn, row):
+    layout = parse_columns("role=who,content=what")
+    renamed = layout.apply(row)
+    chat = read_row(renamed | {"tools": None}, find_format(renamed))
+    assert [message["content"] for message in chat.messages] == ["q", "a"]
+    assert renamed.get("tools") == row.get("tools")
+    if "tools" not in row:
+        assert learn([row], columns="role=who,content=what")[0] == ends("a")
+
+
+def test_messages_said_by_a_flag_may_have_any_known_keys(learn):
+    rows = [{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}] * 2
+    assert learn(rows, columns="messages=conversations")[0] == ends("a", "a")
+    pairs = [{"talk": [{"human": "q", "assistant": "a"}]}]
+    assert learn(pairs, columns="messages=talk")[0] == ends("a")
+
+
+def test_column_given_twice_is_refused():
+    with pytest.raises(UserError, match="instruction is given twice: keep a or b"):
+        parse_columns("instruction=a,output=c,instruction=b")
+    with pytest.raises(UserError, match="role is given twice"):
+        parse_columns("role=a,role=a")
+
+
+def test_mistyped_column_is_answered_with_the_file_s_own(learn):
+    rows = [{"id": "x 1", "frage": "Q?", "antwort": "A.", "mehr": None}]
+    with pytest.raises(UserError) as caught:
+        learn(rows, columns="instruction=farge,output=antwort")
+    assert "has the columns id, frage, antwort, mehr: say which is which" in str(caught.value)
+    assert "--columns instruction=frage,output=antwort (" in str(caught.value)
+
+
+GUESSED = [
+    ({"answer": "A.", "frage": "Q?"}, "instruction=frage,output=answer"),
+    ({"id": "x", "source": "y", "frage": "Q?", "zahl": 3}, "instruction=frage,output=zahl"),
+    ({"n": 3, "query": "Q?", "antwort": "A."}, "instruction=query,output=antwort"),
+    ({"dialog": [{"id": 7, "text": "Hi there", "speaker": "bot"}], "x": "y"}, "messages=dialog,role=speaker,content=text"),
+    ({"tools": [{"name": "f", "parameters": {}}], "frage": "Q?", "antwort": "A."}, "instruction=frage,output=antwort"),
+    ({"x": [3]}, "instruction=COLUMN,output=COLUMN"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row, guess", GUESSED, ids=[guess for _, guess in GUESSED])
+def test_columns_of_no_format_are_answered_with_the_flag_filled_in(learn, row, guess):
+    with pytest.raises(UserError, match=f"as in --columns {guess} \\("):
+        learn([{name: None for name in row}, row])
+
+
+def test_texts_without_a_template_are_refused_by_name(learn):
+    rows = [{"segments": [{"label": False, "text": "<s>Q?"}, {"label": True, "text": "A.</s>"}]}]
+    with pytest.raises(
+        UserError, match="column 'segments' holds axolotl's texts without a template.*as messages"
+    ):
+        learn(rows)
+
+
 CONTEXT = [
     {"from": "human", "value": "q"},
     {"from": "gpt", "value": "earlier"},

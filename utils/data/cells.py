@@ -7,6 +7,19 @@ from typing import Any
 
 NUMBERS = "numbers and booleans written as text"
 
+# Columns about a row, not of it: where it is from, what kind it is.
+METADATA = frozenset(
+    "id idx index uuid hash url link source origin dataset domain subset split lang language category type "
+    "tag tags topic model generator metadata label score level".split()
+    + ["generated_from", "来源", "类别", "语言", "编号"]
+)
+
+
+def is_metadata(column: str) -> bool:
+    """Whether a column is known to tell about the row, by its name."""
+    name = column.lower()
+    return name in METADATA or name.endswith(("_id", "_url", "_source", "_type", "_name"))
+
 
 def is_empty_number(value: Any) -> bool:
     """NaN, as tables write an empty cell of a column of numbers; an infinity says no more."""

@@ -11,7 +11,7 @@ from utils.arguments import DataArguments
 from utils.console import UserError, notice
 from utils.data.file_text import hash_file
 from utils.data.formats import ALIASES, read_row, sniff_format
-from utils.data.layouts import INFO_FILE, Layout, find_layout, parse_columns, suggest_flag
+from utils.data.layouts import INFO_FILE, Layout, explain_unknown, find_layout, parse_columns
 from utils.data.local_files import find_files, list_names, say_where_to_get
 from utils.data.named_sets import NAMED_SETS
 from utils.data.readers import peek, read_file
@@ -93,11 +93,10 @@ def find_entry(entry: str, data_args: DataArguments, flag: str) -> list[Source]:
     ]
     sources = []
     for path, part in zip(files, parts, strict=True):
-        layout, rows = asked or load_layout(path), read_file(path)
-        if asked:
-            warn_of_missing(str(path), asked, read_file(path))
-        rows = map(layout.apply, rows) if layout else rows
-        found = data_args.dataset_format or sniff_source(str(path), rows, dataset_format)
+        layout = asked or load_layout(path)
+        if layout:
+            warn_of_missing(str(path), layout, "--columns" if asked else INFO_FILE, read_file(path))
+        found = data_args.dataset_format or sniff_source(str(path), read_file(path), dataset_format, layout)
         sources.append(Source(name, str(path), part, hash_file(path), found, sample, path, layout))
     return sources
 
@@ -105,34 +104,33 @@ def find_entry(entry: str, data_args: DataArguments, flag: str) -> list[Source]:
 def load_layout(path: Path) -> Layout | None:
     """That of a dataset_info.json beside the file, if it names the file."""
     found = find_layout(path)
-    if found:
-        notice(f"{path} is read by {path.parent / INFO_FILE}, where it is {found[1]}")
-    return found[0] if found else None
+    if not found:
+        return None
+    layout, (entry, *others) = found
+    also = f", the first of {len(others) + 1} entries ({list_names([entry, *others])})" if others else ""
+    notice(f"{path} is read by {path.parent / INFO_FILE}, where it is {entry}{also}")
+    return layout
 
 
-def warn_of_missing(name: str, asked: Layout, rows: Iterator[Any]) -> None:
-    """A line where the first rows lack a column that --columns names."""
+def warn_of_missing(name: str, layout: Layout, where: str, rows: Iterator[Any]) -> None:
+    """A line where the first rows lack a column that the layout names; `where` it does."""
     first = [row for row in peek(rows, SNIFFED_ROWS)[0] if isinstance(row, dict)]
     seen = dict.fromkeys(column for row in first for column in row)
-    missing = [theirs for _, theirs in asked.columns if theirs not in seen]
+    missing = [theirs for theirs in layout.asked if theirs not in seen]
     if missing:
-        notice(f"{name} has no column {', '.join(missing)}, as --columns says; it has {', '.join(seen)}")
+        notice(f"{name} has no column {', '.join(missing)}, as {where} says; it has {', '.join(seen)}")
 
 
-def sniff_source(name: str, rows: Iterator[Any], expected: str | None) -> str:
+def sniff_source(name: str, rows: Iterator[Any], expected: str | None, layout: Layout | None) -> str:
     """The format of a source by its first rows; the one `expected` of a named set where the columns agree."""
     first, _ = peek(rows, SNIFFED_ROWS)
     if not first:
         raise UserError(f"{name} holds no rows")
     if not any(isinstance(row, dict) for row in first):
         raise UserError(f"{name}: row 1 is {str(first[0])[:40]!r}: an object with columns is needed")
-    found = sniff_format(first)
+    found = sniff_format([layout.apply(row) for row in first] if layout else first)
     if found is None:
-        row = next(row for row in first if isinstance(row, dict))
-        raise UserError(
-            f"{name}: no known format has the columns {', '.join(map(str, row))}: say which is which, as in "
-            f"{suggest_flag(row)} (data/README.md has the known layouts)"
-        )
+        raise UserError(f"{name}: {explain_unknown([row for row in first if isinstance(row, dict)])}")
     if expected and ALIASES.get(expected, expected) != found:
         notice(f"{name}: the rows are {found}, not {expected} as the set's own")
     return expected if expected and ALIASES.get(expected, expected) == found else found
@@ -167,9 +165,8 @@ def find_hub_sources(
     for part, dataset in splits.items():
         if part in HUB_SPLITS:
             if layout:
-                warn_of_missing(name, layout, iter(dataset))
-            rows = map(layout.apply, dataset) if layout else iter(dataset)
-            found = dataset_format or sniff_source(name, rows, dataset_format)
+                warn_of_missing(name, layout, "--columns", iter(dataset))
+            found = dataset_format or sniff_source(name, iter(dataset), dataset_format, layout)
             sources.append(
                 Source(
                     name,
