@@ -153,6 +153,52 @@ def test_empty_cells_of_a_parquet_file_are_left_out(learn, tmp_path):
     assert learned == ends("2.0", *["4.0"] * 6) and "2 left out, row 2 first" in printed
 
 
+UNREAD = [
+    ({"problem": "What is 6 x 7?", "solution": "We count: it is 42.", "answer": "42"}, ["solution"]),
+    ({"instruction": "Be brief.", "query": "What is it?", "response": "A cat."}, ["query"]),
+    ({"instruction": "Q?", "context": "A long text.", "input": "Another text.", "response": "A."}, ["input"]),
+    ({"prompt": "Q?", "input": "Some more.", "chosen": "A.", "rejected": "Not this one."}, ["input"]),
+    ({"system": "Be kind.", "messages": [("system", "No."), ("user", "q"), ("assistant", "a")]}, ["system"]),
+    ({"问题": "在吗？", "回答": "在。", "解释": "因为今天是工作日，所以我在。"}, ["解释"]),
+    ({"text": "A whole text.", "summary": "In short."}, ["summary"]),
+    ({"instruction": "Q?", "output": "A.", "source": "From the web.", "id": "row 1", "kind": "closed_qa", "page_url": "a b"}, []),
+    ({"instruction": "Say it.", "input": "Hello you.", "output": "Hi.", "text": "Below: Say it. Input: Hello you. Reply: Hi."}, []),
+    ({"prompt": "Who are you?", "messages": [("user", "Who are you?"), ("assistant", "a")]}, []),
+    ({"chosen": "\n\nHuman: Q one?\n\nAssistant: A.", "rejected": "\n\nHuman: Q one?\n\nAssistant: No way."}, []),
+    ({"text": "### Human: Who are you?### Assistant: It is me."}, []),
+    ({"instruction": "Human: Who are you?\nAssistant:", "output": "It is me."}, []),
+    ({"instruction": "Q?", "output": "A.", "note": None, "more": "", "number": 3, "time": "2023-01-01 12:00"}, []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "row, columns", UNREAD, ids=lambda value: "-".join(value) if isinstance(value, dict) else ""
+)
+def test_text_that_no_format_reads_is_named_once_with_its_rows(learn, row, columns):
+    row = row | {
+        name: [{"role": role, "content": text} for role, text in row[name]]
+        for name in row
+        if name == "messages"
+    }
+    assert list(read_row(row, find_format(row)).unread) == columns
+    empty = {name: "" for name in columns}
+    _, printed = learn([row | empty, row, row])
+    lines = [line for line in printed.splitlines() if "texts that are not trained" in line]
+    said = f"  texts that are not trained: {', '.join(columns)} (2 rows); --columns says which column is what"
+    assert lines == ([said] if columns else [])
+    found = learn.report["sources"][0]["not_trained"]
+    assert found == {name: [2, [2, 3]] for name in columns}
+
+
+def test_untrained_texts_are_named_as_the_file_calls_them(learn):
+    rows = [{"frage": "Q?", "mehr": "A long text.", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]  # fmt: skip
+    _, printed = learn(rows, columns="input=mehr")
+    assert "texts that are not trained: mehr (1 rows)" in printed
+    rows = [{"problem": "Q?", "solution": "Think: A.", "answer": "A."}]
+    learned, printed = learn(rows, columns="output=solution")
+    assert learned == ends("Think: A.") and "not trained" not in printed
+
+
 CALLED = [
     {"from": "human", "value": "Weather in Lima?"},
     {"from": "function_call", "value": json.dumps(CALL)},

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from utils.console import UserError
-from utils.data.cells import is_empty_number, is_given, note_numbers, write_cell
+from utils.data.cells import is_given, note_numbers, write_cell
 from utils.data.layouts import INPUTS, find_pair
 from utils.data.media import check_media
 from utils.data.preferences import CHOSEN, CONTEXTS, REJECTED, check_desirable, is_ranked, read_preferred
@@ -25,6 +25,7 @@ from utils.data.turns import (
     tidy_messages,
     tidy_turns,
 )
+from utils.data.unread import WatchedRow, find_unread
 from utils.messages import TEXT_ROLE, UNTRAINED, Chat, Row
 
 
@@ -246,7 +247,7 @@ def read_row(row: Any, dataset_format: str, marker: str = "\n\n") -> Chat:
     """One row as a Chat. `marker` goes between a question and its input. Raises UserError for a bad row."""
     if not isinstance(row, dict):
         raise UserError(f"holds {str(row)[:40]!r}: an object with columns is needed")
-    row = {column: None if is_empty_number(value) else value for column, value in row.items()}
+    row = WatchedRow(row)
     check_desirable(row)
     name = ALIASES.get(dataset_format, dataset_format)
     if is_ranked(row) or (name in ("messages", "sharegpt") and row.get("chosen")):
@@ -260,4 +261,5 @@ def read_row(row: Any, dataset_format: str, marker: str = "\n\n") -> Chat:
         "".join(message["content"] for message in chat.messages).encode()
     except UnicodeEncodeError as error:
         raise UserError(f"holds half of a surrogate pair ({error.object[error.start]!r})") from error
-    return chat
+    unread = find_unread(row, chat)
+    return replace(chat, unread=unread) if unread else chat

@@ -137,6 +137,9 @@ def report_sources(sources: list[Source], scans: list[Scan], wanted: list[str]) 
             line += f"\n  {scan.counts[reason]:,} left out, row {numbers[0]} first: {reason}"
         if len(scan.bad) > 3:
             line += f"\n  {bad:,} left out in all"
+        if scan.unread:
+            columns = ", ".join(f"{column} ({scan.counts[column]:,} rows)" for column in scan.unread)
+            line += f"\n  texts that are not trained: {columns}; --columns says which column is what"
         if bad == len(scan.hashes) and (source.part == TRAIN or wanted):
             reason, numbers = next(iter(scan.bad.items()), ("it is empty", [1]))
             raise UserError(f"{source.name}: no row can be used; row {numbers[0]}: {reason}")

@@ -26,7 +26,8 @@ class Scan:
     hashes: np.ndarray  # uint64 [rows]
     bad: dict[str, list[int]] = field(default_factory=dict)  # reason -> numbers of rows, from 1
     cleaned: dict[str, list[int]] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)  # rows behind each reason and note
+    unread: dict[str, list[int]] = field(default_factory=dict)  # column with a text that is not trained
+    counts: dict[str, int] = field(default_factory=dict)  # rows behind each reason, note and column
 
     def note(self, table: dict[str, list[int]], what: str, number: int) -> None:
         self.counts[what] = self.counts.get(what, 0) + 1
@@ -40,7 +41,7 @@ def scan_source(source: Source) -> Scan:
     def build(folder: Path) -> None:
         scan = scan_rows(source)
         np.save(folder / "hashes.npy", scan.hashes)
-        found = {"bad": scan.bad, "cleaned": scan.cleaned, "counts": scan.counts}
+        found = {name: value for name, value in vars(scan).items() if name != "hashes"}
         (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
 
     if source.path is not None and measure_size(source.path) < 200 * CACHED_ROWS:
@@ -60,6 +61,7 @@ def scan_source(source: Source) -> Scan:
 
 def scan_rows(source: Source) -> Scan:
     scan, hashes = Scan(np.zeros(0, np.uint64)), array("Q")
+    own_names = dict(source.layout.columns) if source.layout else {}
     for number, row in enumerate(source.read(), 1):
         try:
             chat = read_row(row, source.dataset_format)
@@ -69,6 +71,8 @@ def scan_rows(source: Source) -> Scan:
             continue
         for note in chat.cleaned:
             scan.note(scan.cleaned, note, number)
+        for column in chat.unread:
+            scan.note(scan.unread, own_names.get(column, column), number)
         content = json.dumps([chat.messages, chat.tools], sort_keys=True, ensure_ascii=False, default=str)
         digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
         hashes.append(int.from_bytes(digest, "little") or 1)
