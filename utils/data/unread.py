@@ -27,7 +27,7 @@ class WatchedRow(dict[str, Any]):
 
 
 def find_unread(row: WatchedRow, chat: Chat) -> tuple[str, ...]:
-    """Columns with a text that no message holds: neither read, nor a copy of a message or of the whole chat."""
+    """Columns with a text that is in no message: not read, and no copy of one or of the whole chat."""
     left = [
         (name, value.strip())
         for name, value in row.items()
