@@ -28,12 +28,12 @@ def is_empty_number(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """A number or boolean that says something."""
-    return isinstance(value, bool | int | float) and not is_empty_number(value)
+    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))  # a bool is an int
 
 
 def is_given(value: Any) -> bool:
     """Whether a cell holds anything: 0 and false do; NaN, null, an empty text and an empty list do not."""
-    return is_number(value) or (bool(value) and not is_empty_number(value))
+    return is_number(value) or (bool(value) and not isinstance(value, float))
 
 
 def write_cell(value: Any) -> Any:

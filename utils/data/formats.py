@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from utils.console import UserError
-from utils.data.cells import is_given, note_numbers, write_cell
+from utils.data.cells import is_empty_number, is_given, note_numbers, write_cell
 from utils.data.layouts import INPUTS, find_pair
 from utils.data.media import check_media
 from utils.data.preferences import CHOSEN, CONTEXTS, REJECTED, check_desirable, is_ranked, read_preferred
@@ -247,12 +247,13 @@ def read_row(row: Any, dataset_format: str, marker: str = "\n\n") -> Chat:
     """One row as a Chat. `marker` goes between a question and its input. Raises UserError for a bad row."""
     if not isinstance(row, dict):
         raise UserError(f"holds {str(row)[:40]!r}: an object with columns is needed")
-    row = WatchedRow(row)
+    row = {column: None if is_empty_number(value) else value for column, value in row.items()}
     check_desirable(row)
     name = ALIASES.get(dataset_format, dataset_format)
     if is_ranked(row) or (name in ("messages", "sharegpt") and row.get("chosen")):
         name = "preference"  # whatever format is forced: its answer is not in the context
-    chat = FORMATS[name](row, marker)
+    watched = WatchedRow(row)
+    chat = FORMATS[name](watched, marker)
     check_media(row, [message["content"] for message in chat.messages])
     answers = [message for message in chat.messages if message["role"] in ("assistant", TEXT_ROLE)]
     if not any(message.get(UNTRAINED, True) for message in answers):
@@ -261,5 +262,5 @@ def read_row(row: Any, dataset_format: str, marker: str = "\n\n") -> Chat:
         "".join(message["content"] for message in chat.messages).encode()
     except UnicodeEncodeError as error:
         raise UserError(f"holds half of a surrogate pair ({error.object[error.start]!r})") from error
-    unread = find_unread(row, chat)
+    unread = find_unread(watched, chat)
     return replace(chat, unread=unread) if unread else chat

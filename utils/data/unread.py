@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from utils.data.cells import is_empty_number, is_metadata
+from utils.data.cells import is_metadata
 from utils.data.preferences import REJECTED
 from utils.messages import Chat, Row
 
@@ -11,10 +11,10 @@ MIN_UNSPACED = 8  # letters of a Chinese or Japanese text, which are one word
 
 
 class WatchedRow(dict[str, Any]):
-    """A row that knows which of its columns were read. An empty cell of a table (NaN) is null here."""
+    """A row that knows which of its columns were read."""
 
     def __init__(self, row: Row):
-        super().__init__({name: None if is_empty_number(value) else value for name, value in row.items()})
+        super().__init__(row)
         self.read: set[str] = set()
 
     def __getitem__(self, name: str) -> Any:
