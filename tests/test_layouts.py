@@ -462,6 +462,36 @@ def test_answer_of_no_weight_is_context_and_no_label(learn):
     assert learn([{"conversations": said}])[0] == ends("A")
 
 
+def test_answer_of_no_weight_is_no_label_with_its_source_either(learn):
+    turns = [("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    (whole,) = learn([{"messages": messages}], train_on_source=True)[0]
+    assert all(text in whole for _, text in turns)
+    marked = [messages[0], messages[1] | {"weight": 0}, *messages[2:]]
+    spans = learn([{"messages": marked}], train_on_source=True)[0]
+    before, after = whole.split("a1<|im_end|>")
+    assert spans == [before, after]
+    pair = {"messages": messages[:3], "chosen": "a2", "rejected": "x"}  # what both share is context
+    assert learn([pair], train_on_source=True)[0] == spans
+    greeted = [{"role": "assistant", "content": "a1", "train": False}, *messages[2:]]
+    assert learn([{"messages": greeted}], train_on_source=True)[0] == ends("a2")
+
+
+def test_prompt_that_hides_an_answer_of_no_weight_is_no_label(learn, smol_tokenizer):
+    """A template that rewrites earlier answers gives each answer a row, whose prompt holds those before it."""
+    smol_tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ 'once ' if m.role == 'assistant' and not loop.last }}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    turns = [("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2"), ("user", "q3"), ("assistant", "a3")]  # fmt: skip
+    messages = [{"role": role, "content": text} for role, text in turns]
+    learned = learn([{"messages": messages}], train_on_source=True)[0]
+    assert ["once a1" in text for text in learned] == [False, True, True]
+    messages[3] |= {"loss": False}
+    first, last = learn([{"messages": messages}], train_on_source=True)[0]
+    assert first.endswith("q1<|im_end|>\n<|im_start|>assistant\na1<|im_end|>") and last == "a3<|im_end|>"
+
+
 MEDIA = [
     ({"instruction": "What is it?", "output": "A cat.", "images": ["cat.png"]}, "column 'images' names media"),
     ({"question": "What?", "answer": "A cat.", "image": "cat.png"}, "column 'image' names media"),

@@ -212,7 +212,7 @@ class RowMaker:
         signed = np.array([token for ids, _ in pieces for token in ids], np.int32)
         start = 0
         for ids, answer in pieces:
-            if not (answer or self.data_args.train_on_source):
+            if not (answer or (self.data_args.train_on_source and answer is not None)):
                 np.invert(signed[start : start + len(ids)], out=signed[start : start + len(ids)])
             start += len(ids)
         return signed
