@@ -129,7 +129,8 @@ def read_sharegpt(row: Row, marker: str) -> Chat:
 def read_chat_messages(row: Row, marker: str) -> Chat:
     """messages [{role, content, ...}, ...]; tool calls and tool turns are kept for the template to render."""
     turns = read_list(row, "messages")
-    turns = turns if names_speaker(turns[0]) else split_pairs(turns)
+    if "role" not in turns[0]:  # ShareGPT's turns under this name
+        return read_sharegpt(row | {"conversations": turns}, marker)
     said = list(map(find_said, turns))
     ordered, notes = keep_ordered(join_calls(add_system(row, list(map(read_turn, turns)))))
     notes += note_numbers(said)

@@ -51,16 +51,16 @@ def split_pairs(turns: list[Row]) -> list[Row]:
     """[{human: ..., assistant: ...}, ...] -> one turn a speaker; a system message is said once."""
     spoken: list[Row] = []
     for turn in turns:
-        said = {PAIR_ROLES[name.lower()]: text for name, text in turn.items() if name.lower() in PAIR_ROLES}
-        system = {"role": "system", "content": said.pop("system", None)}
+        said: Row = {}
+        for name, text in turn.items():
+            if role := PAIR_ROLES.get(name.lower()):
+                said[role] = text if is_given(text) else said.get(role, "")
+        system = {"role": "system", "content": said.pop("system", "")}
         if is_given(system["content"]) and system not in spoken:
             spoken.append(system)
         marks = {mark: turn[mark] for mark in MARKS if mark in turn}
-        spoken += [
-            {"role": role, "content": "" if said[role] is None else said[role]} | marks
-            for role in ("user", "assistant", "tool")
-            if role in said
-        ]
+        order = [role for role in ("user", "assistant", "tool") if role in said]
+        spoken += [{"role": role, "content": said[role]} | marks for role in order]
     if not spoken:
         raise UserError(f"a turn has the columns {', '.join(turns[0])}: from and value, or role and content")
     return spoken
