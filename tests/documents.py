@@ -15,11 +15,8 @@ DOCUMENTS = [
     *(ROOT / name for name in ("AGENTS.md", "CONTRIBUTING.md", "SECURITY.md")),
 ]
 # What a reader runs from top to bottom: the README, then what it hands over to.
-RUN_IN_ORDER = [
-    READMES[0],
-    *(ROOT / "docs" / f"{name}.md" for name in ("commands", "serving", "several_gpus")),
-]
-RUN_IN_ORDER += [path for path in DOCS if path not in RUN_IN_ORDER]
+FIRST = [READMES[0], ROOT / "docs" / "commands.md", ROOT / "docs" / "serving.md"]
+RUN_IN_ORDER = [*dict.fromkeys([*FIRST, *DOCS]), ROOT / "eval" / "README.md"]
 
 
 def name_document(path: Path) -> str:

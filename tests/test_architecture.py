@@ -92,6 +92,7 @@ def test_command_of_the_page_counts_the_files_of_the_road():
 def test_default_run_comes_along_every_file_of_the_road(tiny_model, tmp_path):
     argv = ["--model_name_or_path", tiny_model, "--dataset_name", ROOT / "data" / "guanaco_identity.jsonl"]
     argv += ["--output_dir", tmp_path / "run", "--max_steps", 2, "--max_train_samples", 8]
+    argv += ["--source_max_len", 200, "--target_max_len", 100]
     result = subprocess.run(
         [sys.executable, "-c", RUN, *map(str, argv)], cwd=ROOT, capture_output=True, text=True
     )
