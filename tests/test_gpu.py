@@ -238,10 +238,10 @@ def test_trainer_costs_little_over_its_bare_step(call_main, smollm2, tmp_path, m
         for parts in batches:
             scale = 1 / sum(len(part["label_positions"]) for part in parts)
             for part in parts:
-                trainer.run_step(part, scale)
-            trainer.fast.flat.clip_gradients(0.3)
+                trainer.engine.run_micro_batch(part, scale)
+            trainer.engine.fast.flat.clip_gradients(0.3)
             trainer.optimizer.optimizer.step()
-            trainer.fast.flat.zero_gradients()
+            trainer.engine.fast.flat.zero_gradients()
         torch.cuda.synchronize()
         tokens = sum(int(part["num_tokens"]) for parts in batches for part in parts)
         bare.append(tokens / (time.perf_counter() - start))

@@ -1,7 +1,13 @@
 """Memory that is left to a process: the machine's, or the least that a cgroup above it allows."""
 
+import json
+import os
+import subprocess
+import sys
+
 import psutil
 import pytest
+from conftest import ROOT
 
 from utils.fast import memory
 from utils.fast.memory import read_cgroup_limits, read_host_memory
@@ -65,3 +71,27 @@ def test_host_memory_is_the_machines_where_that_is_less(monkeypatch):
     assert total == machine.total and free == pytest.approx(machine.available, rel=0.2)
     monkeypatch.setattr(memory, "read_cgroup_limits", lambda: [(2 * GIB, GIB), (3 * GIB, 100)])
     assert read_host_memory() == (2 * GIB, 100)
+
+
+MANY_SHAPES = """
+from utils.console import run_main
+
+def main():
+    import psutil, torch
+    weight, sizes = torch.ones(64, 64, dtype=torch.bfloat16), []
+    for width in range(1, 1001):
+        torch.nn.functional.linear(torch.ones(width, 64, dtype=torch.bfloat16), weight)
+        sizes.append(psutil.Process().memory_info().rss / 2**20)
+    print([sizes[299], sizes[-1]])
+
+run_main(main)
+"""
+
+
+def test_micro_batches_of_ever_new_shapes_do_not_fill_the_hosts_memory():
+    """torch keeps a compiled kernel for each shape: without a bound, 500 MiB for these thousand."""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
+    command = [sys.executable, "-c", MANY_SHAPES]
+    output = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    early, late = json.loads(output.stdout)
+    assert late < early + 20, f"{early:.0f} MiB after 300 shapes, {late:.0f} after 1,000"
