@@ -226,3 +226,22 @@ def test_example_row_alone_is_a_data_set(number, tmp_path):
 def test_docs_are_those_that_the_house_has():
     names = "architecture commands lab_log reliability results serving several_gpus"
     assert [path.stem for path in DOCS] == names.split()
+
+
+# What the two reports print, and where the code says it.
+SAID = {
+    "answers that lost their end and stop token": "utils/data/tokenizing.py",
+    "a held-out row holds the same chat": "utils/data/report.py",
+    "would hold 99% of the rows": "utils/data/report.py",
+    "RED: ": "utils/data/report.py",
+    "No clear difference": "eval/measures/rendering.py",
+    "unclear": "eval/measures/differences.py",
+    "better": "eval/measures/differences.py",
+    "worse": "eval/measures/differences.py",
+}
+
+
+@by_readme
+@pytest.mark.parametrize("words", SAID)
+def test_words_that_the_readme_explains_are_those_that_are_printed(readme, words):
+    assert words in readme.read_text(encoding="utf-8") and words in (ROOT / SAID[words]).read_text()
