@@ -5,57 +5,36 @@ python cli_demo.py --checkpoint_dir RUN
 """
 
 import sys
-from pathlib import Path
 
-from utils.arguments import (
-    DataArguments,
-    GenerationArguments,
-    LoraArguments,
-    ModelArguments,
-    TrainingArguments,
-)
 from utils.console import run_main
 from utils.data.rows import load_rows
-from utils.data.sources import load_sample_prompts
-from utils.flags.checks import check_arguments, resolve_adapter
-from utils.flags.parser import find_given_flags, parse_args
-from utils.run.record import collect_arguments, describe_finished
-from utils.run.resume import check_same_data, find_earlier_run
+from utils.flags.finetune import parse_finetune_flags
+from utils.run.run import open_run
 from utils.run.signals import catch_stop_signals
-from utils.train.mmlu import load_mmlu
+from utils.train.probes import load_probes
 
-FLAGS = [ModelArguments, DataArguments, LoraArguments, TrainingArguments, GenerationArguments]
 DEFAULTS = {"bits": 8, "lora_r": 8, "lora_alpha": 16.0, "lora_dropout": 0.05, "model_max_length": 512}
 
 
 def main() -> None:
-    model_args, data_args, lora_args, training_args, generation_args = parse_args(
-        sys.argv[1:], FLAGS, __doc__, **DEFAULTS
+    # Flags, folders and files first: a mistake ends here, in seconds and in one line.
+    model_args, data_args, lora_args, training_args, generation_args = parse_finetune_flags(
+        sys.argv[1:], __doc__, **DEFAULTS
     )
-    given = find_given_flags(sys.argv[1:])
-    model_args, data_args, training_args = check_arguments(model_args, data_args, training_args, given)
-    lora_args = resolve_adapter(lora_args, model_args, given)
-    output_dir = Path(training_args.output_dir)
-    arguments = collect_arguments(model_args, data_args, lora_args, training_args)
-    earlier = None
-    if training_args.do_train:
-        earlier = find_earlier_run(output_dir, arguments, training_args.overwrite_output_dir)
-        if earlier and earlier["status"] == "finished":
-            return describe_finished(earlier, output_dir)
-    rows = load_rows(model_args, data_args, training_args)  # bad files stop here, before torch is imported
-    check_same_data(earlier, rows.describe(), training_args.force_resume)
-    sample_chats = load_sample_prompts(training_args.sample_prompts) if training_args.sample_generate else []
-    mmlu_questions = load_mmlu(training_args, data_args) if training_args.do_mmlu_eval else []
+    run = open_run(model_args, data_args, lora_args, training_args)  # a new one, or that of --output_dir
+    if run.is_finished:
+        return run.print_finished()
+    rows = load_rows(model_args, data_args, training_args)
+    run.describe(data=rows.describe())
+    probes = load_probes(training_args, data_args)
 
-    from transformers import set_seed
-
+    # From here on torch is imported (seconds) and weights are loaded (minutes).
     from utils.data.report import report_data
     from utils.data.tokenizing import tokenize_rows
-    from utils.models.adapter import add_adapter, check_target_modules
-    from utils.models.base import choose_compute_dtype, load_base
+    from utils.models.adapter import check_target_modules, load_model
     from utils.models.tokenizer import load_stop_ids, load_tokenizer
     from utils.train.build import build_trainer
-    from utils.train.training import build_callbacks, build_record, run_trainer
+    from utils.train.training import run_trainer
 
     check_target_modules(model_args, lora_args)
     tokenizer = load_tokenizer(model_args, data_args)
@@ -65,19 +44,10 @@ def main() -> None:
     if data_args.data_report:
         return
 
-    dtype = choose_compute_dtype(model_args)
-    set_seed(training_args.seed)  # before the adapter draws its first weights
-    model = load_base(model_args, dtype)
-    model = add_adapter(model, model_args, lora_args, trainable=training_args.do_train)
-
-    record = build_record(model, tokenizer, stop_ids, rows, model_args, arguments)
-    callbacks = build_callbacks(
-        tokenizer, stop_ids, sample_chats, mmlu_questions, training_args, generation_args
-    )
-    trainer = build_trainer(
-        model, tokenizer, datasets, model_args, data_args, training_args, dtype, record, callbacks
-    )
-    run_trainer(trainer, rows, stop_ids, training_args, generation_args)
+    model, dtype = load_model(model_args, lora_args, training_args)
+    run.describe_model(model.config, tokenizer, stop_ids)
+    trainer = build_trainer(model, tokenizer, datasets, run, model_args, data_args, training_args, dtype)
+    run_trainer(trainer, run, rows, probes, stop_ids, training_args, generation_args)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from fork_server import FLAGS, ForkServer
 
 from utils.console import UserError, run_main
 from utils.flags.trackers import HOSTS, check_tracker
-from utils.run.resume import check_overwriting
+from utils.run.run import check_overwriting
 
 # cli_demo.py by a Python that has no packages.
 BARE = 'import runpy, sys; sys.path.insert(0, "."); runpy.run_path("cli_demo.py", run_name="__main__")'

@@ -166,6 +166,61 @@ def test_answer_ids_tell_who_is_who_where_files_are_named_the_other_way_round(tm
     assert "of 2 files is taken from their names" in capsys.readouterr().out
 
 
+def test_one_model_under_two_names_is_one_player(tmp_path, capsys):
+    """As in the paper's files: 13b-oassist in some, 13b-guanaco in others, one answer of 20 asked anew."""
+    scores = [[8, 7]] * 20
+    files = [
+        write_relative(tmp_path / "13b-guanaco-vs-gpt-3.5-gpt4-reviewer.jsonl", "mine", "chat", scores),
+        write_relative(tmp_path / "gpt-3.5-vs-13b-oassist-gpt4-reviewer.jsonl", "chat", "mine", scores),
+        write_relative(tmp_path / "13b-guanaco-vs-bard-gpt4-reviewer.jsonl", "mine", "bard", scores),
+        write_relative(tmp_path / "13b-alpaca-vs-gpt-3.5-gpt4-reviewer.jsonl", "alpaca", "chat", scores),
+        write_relative(tmp_path / "13b-oassist-vs-13b-guanaco-gpt4-reviewer.jsonl", "mine", "mine", scores),
+    ]
+    oassist = tmp_path / "gpt-3.5-vs-13b-oassist-gpt4-reviewer.jsonl"
+    oassist.write_text(oassist.read_text().replace("mine-7", "anew-7"))
+    results = count_results(load_matches(files))
+    printed = capsys.readouterr().out
+    assert results == {
+        "13b-guanaco": {"wins": 40, "ties": 0, "losses": 20},
+        "gpt-3.5": {"wins": 20, "ties": 0, "losses": 40},
+        "bard": {"wins": 0, "ties": 0, "losses": 20},
+        "13b-alpaca": {"wins": 20, "ties": 0, "losses": 0},
+    }
+    assert "13b-oassist and 13b-guanaco are one player: 19 of 20 answers are the same" in printed
+    assert "20 reviews compare a model with itself and are left out" in printed
+
+
+def test_two_names_of_a_model_do_not_turn_its_files_round(tmp_path, capsys):
+    """Two names against ChatGPT only: its answers were judged beside ChatGPT's twice, and are its own."""
+    files = [
+        write_relative(tmp_path / f"{name}-vs-gpt-3.5-gpt4-reviewer.jsonl", "chat", first, [[8, 6]] * 12)
+        for name, first in (("7b-guanaco", "mine"), ("7b-oassist", "mine"), ("65b", "large"))
+    ]
+    assert count_results(load_matches(files)) == {
+        "gpt-3.5": {"wins": 36, "ties": 0, "losses": 0},
+        "7b-guanaco": {"wins": 0, "ties": 0, "losses": 24},
+        "65b": {"wins": 0, "ties": 0, "losses": 12},
+    }
+    assert "3 of 3 files are named the other way round" in capsys.readouterr().out
+
+
+def test_models_that_agree_on_some_answers_or_that_reviews_name_stay_two(tmp_path, capsys):
+    files = []
+    for name in ("7b", "13b"):
+        path = tmp_path / f"{name}-vs-gpt-3.5-gpt4-reviewer.jsonl"
+        rows = Path(write_relative(path, name, "chat", [[7, 8]] * 20)).read_text().splitlines()
+        path.write_text("\n".join([*rows[:3], *(row.replace(f"{name}-", "same-") for row in rows[3:])]))
+        files.append(str(path))
+    assert set(count_results(load_matches(files))) == {"7b", "13b", "gpt-3.5"}
+    named = []
+    for name in ("base", "run"):
+        path = Path(write_relative(tmp_path / f"{name}.jsonl", "same", "chat", [[7, 8]] * 20))
+        path.write_text(path.read_text().replace("{}", f'{{"player1": "{name}", "player2": "chat"}}'))
+        named.append(str(path))
+    assert set(count_results(load_matches(named))) == {"base", "run", "chat"}
+    assert "one player" not in capsys.readouterr().out
+
+
 def test_one_answer_that_two_models_gave_turns_no_file_round(tmp_path):
     """Both small models gave no answer to question 0; ids are made of the text."""
     files = []

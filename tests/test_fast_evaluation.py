@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from utils.fast import lora as fast_lora
 from utils.fast.few_tokens import multiply_few
 from utils.fast.frozen_weights import read_weight
-from utils.fast.lora import install_fast_evaluation
+from utils.fast.lora_layers import install_fast_evaluation
 from utils.fast.model import prepare_fast_model
 
 BF16 = torch.bfloat16

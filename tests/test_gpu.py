@@ -182,56 +182,27 @@ def test_killed_run_ends_with_the_losses_of_the_unbroken_one(smollm2, tmp_path):
     assert losses["killed"] == pytest.approx(losses["unbroken"], abs=1e-3)
 
 
-@pytest.mark.slow
-def test_trainer_costs_little_over_its_bare_step(call_main, smollm2, tmp_path, monkeypatch):
+def build_wide_model(folder, smollm2):
     """Eight layers of LLaMA-7B: what a step costs beside its GPU work weighs four times as much as with 32."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from utils.data.packing import find_micro_batches
-    from utils.train.trainer import QLoraTrainer
-
-    folder, tokenizer = tmp_path / "wide", AutoTokenizer.from_pretrained(smollm2)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
     sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
     config = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=8, **sizes)
     with torch.device("cuda"):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    del model
-    lengths = json.loads((ROOT / "tests" / "instruction_lengths.json").read_text())
-    rows = [{"prompt": "Count.", "completion": " count" * length} for length in lengths]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    kept, save_final = [], QLoraTrainer.save_final
-    monkeypatch.setattr(QLoraTrainer, "save_final", lambda self: (kept.append(self), save_final(self)))
-    argv = ["--model_name_or_path", folder, "--dataset_name", tmp_path / "rows.jsonl", "--bf16"]
-    argv += [
-        "--output_dir",
-        tmp_path / "run",
-        "--max_steps",
-        60,
-        "--logging_steps",
-        10,
-        "--save_strategy",
-        "no",
-    ]
-    argv += ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 8, "--lora_dropout", 0.1]
-    call_main(
-        "qlora_finetune",
-        *argv,
-        "--source_max_len",
-        1024,
-        "--target_max_len",
-        1024,
-        "--optim",
-        "adamw_torch_fused",
-    )
-    log = json.loads((tmp_path / "run" / "metrics.json").read_text())["log"]
-    logged = [entry["tokens_per_second"] for entry in log if "loss" in entry]
 
-    trainer, batches = kept[0], []
-    for batch, _ in zip(trainer.get_train_dataloader(), range(10), strict=False):
-        batches.append(find_micro_batches(batch))
-    bare = []
+
+def measure_bare_steps(trainer, steps=10):
+    """Tokens per second of forward, backward and optimizer alone, three times over the same batches."""
+    from utils.data.packing import find_micro_batches
+
+    loader = zip(trainer.get_train_dataloader(), range(steps), strict=False)
+    batches = [find_micro_batches(batch) for batch, _ in loader]
+    tokens = sum(int(part["num_tokens"]) for parts in batches for part in parts)
+    speeds = []
     for _ in range(3):  # the first may still capture a size
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -243,7 +214,27 @@ def test_trainer_costs_little_over_its_bare_step(call_main, smollm2, tmp_path, m
             trainer.optimizer.optimizer.step()
             trainer.engine.fast.flat.zero_gradients()
         torch.cuda.synchronize()
-        tokens = sum(int(part["num_tokens"]) for parts in batches for part in parts)
-        bare.append(tokens / (time.perf_counter() - start))
+        speeds.append(tokens / (time.perf_counter() - start))
+    return speeds
+
+
+@pytest.mark.slow
+def test_trainer_costs_little_over_its_bare_step(call_main, smollm2, tmp_path, monkeypatch):
+    from utils.train.trainer import QLoraTrainer
+
+    build_wide_model(tmp_path / "wide", smollm2)
+    lengths = json.loads((ROOT / "tests" / "instruction_lengths.json").read_text())
+    rows = [{"prompt": "Count.", "completion": " count" * length} for length in lengths]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    kept, save_final = [], QLoraTrainer.save_final
+    monkeypatch.setattr(QLoraTrainer, "save_final", lambda self: (kept.append(self), save_final(self)))
+    argv = ["--model_name_or_path", tmp_path / "wide", "--dataset_name", tmp_path / "rows.jsonl", "--bf16"]
+    argv += ["--output_dir", tmp_path / "run", "--save_strategy", "no"]
+    argv += ["--max_steps", 60, "--logging_steps", 10, "--optim", "adamw_torch_fused"]
+    argv += ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 8, "--lora_dropout", 0.1]
+    call_main("qlora_finetune", *argv, "--source_max_len", 1024, "--target_max_len", 1024)
+    log = json.loads((tmp_path / "run" / "metrics.json").read_text())["log"]
+    logged = [entry["tokens_per_second"] for entry in log if "loss" in entry]
+    bare = measure_bare_steps(kept[0])
     print(f"tokens/s: logged {logged}, bare {bare}")
     assert max(logged[-2:]) > 0.95 * max(bare)

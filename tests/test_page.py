@@ -260,7 +260,7 @@ def test_reply_streams_and_stop_keeps_what_was_said(open_tab, server):
     tab.wait(lambda: "la la la" in "".join(tab.replies()))
     tab.page.locator("#box .stop-button").dispatch_event("click")  # at once: the song goes on
     tab.page.locator("#box .submit-button").wait_for()
-    tab.wait(lambda: not server.chat.turns.held, seconds=5)
+    tab.wait(lambda: not server.chat.lock.held, seconds=5)
     said = tab.replies()[-1]
     tab.page.wait_for_timeout(500)
     assert tab.replies() == [said] and 3 < len(said.split()) < 390
@@ -273,7 +273,7 @@ def test_generation_stops_when_the_browser_leaves(open_tab, server):
     tab.wait(lambda: "la la la" in "".join(tab.replies()))
     tab.page.close()
     end = time.monotonic() + 20
-    while server.chat.turns.held:
+    while server.chat.lock.held:
         assert time.monotonic() < end
         time.sleep(0.05)
 
@@ -298,14 +298,14 @@ def test_refresh_keeps_the_conversation_and_another_browser_does_not_see_it(open
 
 
 def test_what_is_typed_during_a_reply_stays_and_the_reader_may_scroll_up(open_tab, monkeypatch):
-    from utils.chat import page
+    from utils.chat import page_replies
 
     def speak_slowly(*args):
         for piece in stream_reply(*args):
             time.sleep(0.01)
             yield piece
 
-    monkeypatch.setattr(page, "stream_reply", speak_slowly)
+    monkeypatch.setattr(page_replies, "stream_reply", speak_slowly)
     tab = open_tab(viewport={"width": 500, "height": 500})
     log = "document.querySelector('#chat [role=log]')"
     below = f"{log}.scrollHeight - {log}.clientHeight - {log}.scrollTop"
@@ -328,6 +328,39 @@ def test_what_is_typed_during_a_reply_stays_and_the_reader_may_scroll_up(open_ta
     tab.page.locator("#box .stop-button").dispatch_event("click")
     tab.page.locator("#box .submit-button").wait_for()
     assert tab.box.input_value() == "More to say" and len(tab.questions()) == 1
+
+
+def test_letters_typed_at_any_moment_after_enter_stay_in_the_box(open_tab):
+    """Two at once with Enter, then one every 3 ms until the reply has ended; none is lost or sent."""
+    tab = open_tab()
+    tab.box.fill("Who are you?")
+    tab.box.focus()
+    tab.page.evaluate("""() => {
+      const type = letters => document.execCommand('insertText', false, letters);
+      const enter = {key: 'Enter', bubbles: true, cancelable: true};
+      for (const kind of ['keydown', 'keypress']) {
+        document.activeElement.dispatchEvent(new KeyboardEvent(kind, enter));
+      }
+      type('ab');
+      window.letters = 'ab';
+      window.typing = setInterval(() => {
+        const letter = String.fromCharCode(97 + window.letters.length % 26);
+        type(letter);
+        window.letters += letter;
+      }, 3);
+    }""")
+    tab.wait_for_reply("I am the tuned one.")
+    tab.page.wait_for_timeout(200)
+    typed = tab.page.evaluate("() => { clearInterval(window.typing); return window.letters; }")
+    assert tab.questions() == ["Who are you?"] and len(typed) > 20
+    assert tab.box.input_value() == typed
+    tab.page.locator("#clear").click()
+    tab.wait(lambda: tab.replies() == [])
+    tab.box.fill("Who are you?")
+    tab.page.keyboard.press("Enter")
+    tab.page.keyboard.type("More to say")
+    tab.wait_for_reply("I am the tuned one.")
+    assert tab.questions() == ["Who are you?"] and tab.box.input_value() == "More to say"
 
 
 def test_message_that_finds_no_room_comes_back_into_the_box(open_tab):
@@ -511,7 +544,7 @@ def ask_many(server, questions, users, rounds):
                 time.sleep(0.2)
                 continue
             reply = {"role": "assistant", "content": expected[question, side]}
-            reply |= {"side": side} if server.chat.turns.layers else {}
+            reply |= {"side": side} if server.chat.lock.layers else {}
             if said != [{"role": "user", "content": question}, reply]:
                 with lock:
                     wrong.append((question, side, said))
@@ -532,15 +565,15 @@ def test_twelve_users_at_once_get_their_own_replies(server):
 
 def test_next_turn_reads_only_what_is_new_and_says_the_same(chat, monkeypatch):
     """The latest conversations' keys and values are kept, of base and tuned apart; none with 0."""
-    from utils.chat import page
+    from utils.chat import page_replies
 
-    figures, stream = [], page.stream_reply
+    figures, stream = [], page_replies.stream_reply
 
     def watch(chat, messages, flags, kept, *rest):
         yield from stream(chat, messages, flags, kept, *rest)
         figures.append((kept.reused_tokens, kept.prompt_tokens))
 
-    monkeypatch.setattr(page, "stream_reply", watch)
+    monkeypatch.setattr(page_replies, "stream_reply", watch)
     shown = {}
     turns = [("a", "tuned"), ("a", "tuned"), ("b", "tuned"), ("a", "base"), ("c", "base"), ("a", "tuned")]
     for size in (2, 0):
@@ -701,7 +734,7 @@ def test_port_that_is_taken_is_one_line_before_the_model_loads():
 
 
 def test_generation_flags_reach_the_page_and_its_controls_change_them():
-    from utils.chat.page import read_settings
+    from utils.chat.page_replies import read_settings
 
     start = GenerationArguments(
         repetition_penalty=1.2, no_repeat_ngram_size=3, min_new_tokens=50, num_beams=6

@@ -67,29 +67,31 @@ def test_checkpoints_and_logs_stay_at_home(run):
     ]  # fmt: skip
 
 
-def test_upload_takes_those_files_and_nothing_from_folders(run, monkeypatch):
+def test_upload_is_one_commit_of_those_files_each_once_with_the_hubs_card(run, monkeypatch):
     import huggingface_hub
-    from huggingface_hub.utils import filter_repo_objects
 
-    sent, cards = [], []
+    sent = []
 
     class Hub(huggingface_hub.HfApi):
+        """The library's own client; what it would send is read as it reads it."""
+
         def create_repo(self, repo_id, **options):
             return huggingface_hub.RepoUrl(f"https://huggingface.co/someone/{repo_id}")
 
-        def upload_folder(self, folder_path, allow_patterns, **options):
-            found = (str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file())
-            sent.extend(filter_repo_objects(found, allow_patterns=allow_patterns))
-
-        def upload_file(self, path_or_fileobj, path_in_repo, repo_id):
-            cards.append((path_in_repo, path_or_fileobj.decode()))
+        def create_commit(self, repo_id, operations, *, commit_message):
+            assert repo_id == "someone/guanaco-tiny" and commit_message
+            for operation in operations:
+                with operation.as_file() as file:
+                    sent.append((operation.path_in_repo, file.read()))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     assert list(run.glob("checkpoint-*/*.safetensors"))
     push_run(run, "guanaco-tiny")
-    assert sorted(sent) == list_shared_files(run)
-    ((name, card),) = cards  # whose code loads the run from the hub
-    assert name == "README.md" and 'folder = "someone/guanaco-tiny"\n' in card and 'folder = "."' not in card
+    assert sorted(name for name, _ in sent) == list_shared_files(run)
+    contents = dict(sent)
+    card = contents.pop("README.md").decode()  # whose code loads the run from the hub
+    assert 'folder = "someone/guanaco-tiny"\n' in card and 'folder = "."' not in card
+    assert all((run / name).read_bytes() == content for name, content in contents.items())
 
 
 def test_card_of_a_checkpoint_claims_no_results(run):

@@ -141,28 +141,9 @@ def test_run_resumes_goes_on_merges_and_is_read_by_peft(
     call_main, biased_model, in_bfloat16, tmp_path, flags
 ):
     run, data = tmp_path / "run", write_rows(tmp_path / "rows.jsonl", 16)
-    argv = [
-        "--model_name_or_path",
-        biased_model,
-        "--dataset_name",
-        data,
-        "--template",
-        "vanilla",
-        "--lora_r",
-        4,
-    ]
-    argv += [
-        "--bias",
-        "all",
-        "--max_steps",
-        2,
-        "--save_steps",
-        1,
-        "--learning_rate",
-        RATE,
-        "--adam_epsilon",
-        1e-12,
-    ]
+    argv = ["--model_name_or_path", biased_model, "--dataset_name", data, "--template", "vanilla"]
+    argv += ["--lora_r", 4, "--bias", "all", "--max_steps", 2, "--save_steps", 1]
+    argv += ["--learning_rate", RATE, "--adam_epsilon", 1e-12]
     printed = call_main("qlora_finetune", *argv, *flags, "--output_dir", run)
     assert "the plain path is used" in printed and "bias is trained besides the adapter" in printed
     base, saved = load_file(biased_model / "model.safetensors"), load_file(run / "adapter_model.safetensors")

@@ -117,7 +117,7 @@ def test_float32_base_trains_in_the_16_bits_that_it_is_evaluated_in(
 
     from utils.train.trainer import QLoraTrainer
 
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setenv("QLORA_CPU_DTYPE", "bfloat16")
     kept, save_final = [], QLoraTrainer.save_final
     monkeypatch.setattr(QLoraTrainer, "save_final", lambda self: (kept.append(self), save_final(self)))
     flags = ["--bits", 32, "--bf16", "--max_steps", 1, "--max_train_samples", 3, "--max_eval_samples", 3]

@@ -6,7 +6,7 @@ score-relative one is [score 1, score 2], each out of 10.
 
 A file's name, A-vs-B, tells who was compared, but not who wrote answer 1: most score-relative files of the
 paper are named the other way round. An answer keeps its id in all files it was judged in, so an id that is
-in A-vs-B and in A-vs-C is A's.
+in A-vs-B and in A-vs-C is A's. It also tells that two names stand for one model.
 """
 
 import json
@@ -21,6 +21,8 @@ from utils.console import UserError, notice
 # <answers 1>-vs-<answers 2>-<judge>-reviewer[-threeclass].jsonl, as the paper's repository names them.
 FILE_NAME = re.compile(r"(.+)-vs-(.+?)-(?:gpt-[\w.]+|[\w.]+)-reviewer(?:-threeclass)?")
 TIE = 3
+SAME_SHARE = 0.9  # of the answers to questions that both answered: two names of one model
+SAME_LEAST = 10  # questions; on fewer, two models may well agree
 
 
 @dataclass(frozen=True)
@@ -36,20 +38,30 @@ class Match:
 
 def load_matches(paths: list[str]) -> list[Match]:
     """Every verdict of the files; a review without one is left out. Raises UserError for no review."""
-    matches, without = [], 0
+    matches, without, alone = [], 0, 0
     files = {path: read_reviews(path) for path in map(Path, paths)}
     orders = order_players(files)
-    for path, reviews in files.items():
-        for review in reviews:
-            winner, scores = read_verdict(review, path)
-            without += winner is None
-            if winner is not None:
-                names = read_players(review) or orders.get(path) or name_players(path)
-                matches.append(Match(read_question_id(review), *names, winner, scores))
+    rows = [
+        (path, review, read_players(review) or orders.get(path) or name_players(path))
+        for path, reviews in files.items()
+        for review in reviews
+    ]
+    same = find_same_players([(review, players) for _, review, players in rows if not read_players(review)])
+    for path, review, players in rows:
+        winner, scores = read_verdict(review, path)
+        one, two = (same.get(player, player) for player in players)
+        if winner is None:
+            without += 1
+        elif one == two:
+            alone += 1
+        else:
+            matches.append(Match(read_question_id(review), one, two, winner, scores))
     if without:
         notice(f"{without} reviews hold no verdict and are left out")
+    if alone:
+        notice(f"{alone} reviews compare a model with itself and are left out")
     if not matches:
-        raise UserError(f"--reviews {' '.join(paths)}: no review in them has a verdict")
+        raise UserError(f"--reviews {' '.join(paths)}: no review in them has a verdict on two models")
     return matches
 
 
@@ -113,13 +125,13 @@ def order_players(files: dict[Path, list[dict[str, Any]]]) -> dict[Path, tuple[s
     for path, players in names.items():
         for answer in (answer for row in unnamed[path] for answer in read_answer_keys(row)):
             pairs.setdefault(answer, set()).add(frozenset(players))
-    judged = {answer: Counter(player for pair in seen for player in pair) for answer, seen in pairs.items()}
+    shares = share_pairings(pairs)
     orders, swapped, unsure = {}, [], []
     for path, (one, two) in names.items():
         votes = 0
         for row in unnamed[path]:
             for answer, sign in zip(read_answer_keys(row), (1, -1), strict=False):
-                lead = judged[answer][one] - judged[answer][two]
+                lead = shares[answer][one] - shares[answer][two]
                 votes += sign * ((lead > 0) - (lead < 0))
         orders[path] = (two, one) if votes < 0 else (one, two)
         swapped += [path] if votes < 0 else []
@@ -135,6 +147,59 @@ def order_players(files: dict[Path, list[dict[str, Any]]]) -> dict[Path, tuple[s
             "only beside reviews of the same answers against a third model"
         )
     return orders
+
+
+def share_pairings(
+    pairs: dict[tuple[str, str], set[frozenset[str]]],
+) -> dict[tuple[str, str], dict[str, float]]:
+    """{answer: {player: in which share of the player's pairings it was judged}}: 1 for who wrote it.
+
+    Counts would not do: of a model that met ChatGPT under two names they say that ChatGPT wrote its answers.
+    """
+    played: dict[tuple[str, str], set[frozenset[str]]] = {}  # pairings of a player that judged a question
+    for (question, _), seen in pairs.items():
+        for pair in seen:
+            for player in pair:
+                played.setdefault((question, player), set()).add(pair)
+    return {
+        (question, answer): {
+            player: count / len(played[question, player])
+            for player, count in Counter(player for pair in seen for player in pair).items()
+        }
+        for (question, answer), seen in pairs.items()
+    }
+
+
+def find_same_players(rows: list[tuple[dict[str, Any], tuple[str, str]]]) -> dict[str, str]:
+    """{name: the name it is counted under} of a model with several names: its answers tell; it is said.
+
+    The paper's files call Guanaco 13B both 13b-guanaco and 13b-oassist. The name with more reviews stays.
+    Reviews that name their players themselves are believed: a base and its run may well answer alike.
+    """
+    answers: dict[str, dict[str, set[str]]] = {}  # of each player, ids of a question's answers
+    for review, players in rows:
+        for player, (question, answer) in zip(players, read_answer_keys(review), strict=False):
+            answers.setdefault(player, {}).setdefault(question, set()).add(answer)
+    reviews = Counter(player for _, players in rows for player in players)
+    kept: list[str] = []
+    same: dict[str, str] = {}
+    for player in sorted(answers, key=lambda player: -reviews[player]):
+        for other in kept:
+            agreed, shared = count_same_answers(answers[player], answers[other])
+            if shared >= SAME_LEAST and agreed >= SAME_SHARE * shared:
+                same[player] = other
+                notice(f"{player} and {other} are one player: {agreed} of {shared} answers are the same")
+                break
+        else:
+            kept.append(player)
+    return same
+
+
+def count_same_answers(mine: dict[str, set[str]], theirs: dict[str, set[str]]) -> tuple[int, int]:
+    """(questions with one and the same answer, questions that both answered)."""
+    shared = mine.keys() & theirs.keys()
+    same = [question for question in shared if mine[question] == theirs[question]]
+    return sum(len(mine[question]) == 1 for question in same), len(shared)
 
 
 def read_answer_keys(review: dict[str, Any]) -> list[tuple[str, str]]:

@@ -1,5 +1,7 @@
 """The page's components: the conversation, the box, the settings."""
 
+from dataclasses import dataclass
+
 import gradio as gr
 
 from utils.arguments import GenerationArguments
@@ -15,6 +17,36 @@ MIN_TOP_P = 0.05
 def word(key: str) -> gr.i18n.I18nData:
     """A label that the browser shows in its own language."""
     return gr.I18n(**LABELS)(key)
+
+
+@dataclass(frozen=True)
+class PageParts:
+    """`said` is the conversation, which the browser keeps; `asked` a message on its way from box to model."""
+
+    said: gr.BrowserState
+    asked: gr.Textbox
+    chatbot: gr.Chatbot
+    box: gr.Textbox
+    status: gr.Markdown
+    export: gr.Button
+    clear: gr.Button
+    controls: list[gr.components.Component]  # side, then those of add_controls
+
+    @property
+    def everything(self) -> list[gr.components.Component]:
+        """What a reply changes."""
+        return [self.box, self.asked, self.chatbot, self.said, self.status]
+
+
+def add_parts(
+    generation_args: GenerationArguments, page_args: PageArguments, about: str, has_adapter: bool
+) -> PageParts:
+    key = f"conversation with {about}"  # of its own for each model; no secret: it keeps nobody out
+    said = gr.BrowserState([], storage_key=key, secret=key)
+    asked = gr.Textbox(visible="hidden")
+    side, chatbot, box, status, export, clear = add_conversation(about, has_adapter)
+    controls = [side, *add_controls(generation_args, page_args)]
+    return PageParts(said, asked, chatbot, box, status, export, clear, controls)
 
 
 def add_conversation(about: str, has_adapter: bool) -> tuple[gr.components.Component, ...]:
@@ -88,12 +120,6 @@ def add_controls(
             )
         stream = gr.Checkbox(True, label=word("stream"), container=False, elem_id="stream")
     return [system, temperature, top_p, top_k, beams, length, stream]
-
-
-def idle_box(text: str | None = None) -> dict:
-    """The box as it takes a message; `text` in it, or what is typed there."""
-    changes = {} if text is None else {"value": text}
-    return gr.update(submit_btn=True, stop_btn=False, **changes)
 
 
 def busy_box() -> dict:

@@ -1,19 +1,52 @@
 """What the page does in the browser itself: the box, the copy button, the file of a conversation."""
 
-# Enter takes the text out of the box at once, so that what is typed during the reply is not touched again.
-# No button to send: a reply is under way, and the text stays.
-TAKE = """(typed, asked) => {
-  const idle = document.querySelector('#box .submit-button');
-  if (!idle || !typed.trim()) return [typed, asked];
+# The box is emptied and filled within one step of the browser, never by an event's output: a letter that is
+# typed while an output is under way would be lost.
+WRITE = """
+  const area = document.querySelector('#box textarea');
+  const write = text => {
+    area.value = text;
+    area.dispatchEvent(new Event('input', {bubbles: true}));
+  };
+"""
+
+# Enter, before gradio hears of it. No button to send, or a message that has no answer yet: the text stays.
+ENTER = f"""
+  window.sending = {{text: '', waits: false}};
+  const take = () => {{
+    {WRITE}
+    const idle = document.querySelector('#box .submit-button') && !window.sending.waits;
+    if (!idle || !area.value.trim()) return;
+    window.sending = {{text: area.value, waits: true}};
+    write('');
+  }};
+  document.addEventListener('keypress', event => {{
+    if (event.key === 'Enter' && !event.shiftKey && event.target.matches?.('#box textarea')) take();
+  }}, true);
+  document.addEventListener('click', event => {{
+    if (event.target.closest?.('#box .submit-button')) take();
+  }}, true);
+"""
+
+# What was taken is on its way, as gradio's event says.
+SEND = """() => {
+  const text = window.sending.text, same = {__type__: 'update'};
+  window.sending.text = '';
+  if (!text) return [same, same];
   document.querySelector('#chat [role=log]')?.scrollTo(0, 1e9);
-  return [{__type__: 'update', value: '', submit_btn: false}, typed];
+  return [{...same, submit_btn: false}, text];
 }"""
 
 # Whatever the page could not take (refused, no room in the queue, no server) is put back into the box.
-GIVE_BACK = """(typed, asked) => {
-  const value = [asked, typed].filter(text => text).join('\\n');
-  return [{__type__: 'update', value, submit_btn: true, stop_btn: false}, ''];
-}"""
+PUT_BACK = f"""asked => {{
+  {WRITE}
+  if (asked) write([asked, area.value].filter(text => text).join('\\n'));
+  return '';
+}}"""
+END = f"""asked => {{
+  window.sending.waits = false;
+  return [{{__type__: 'update', submit_btn: true, stop_btn: false}}, ({PUT_BACK})(asked)];
+}}"""
 
 # One row of training data: formats.py reads it as it is.
 EXPORT = """(said, system) => {
@@ -76,4 +109,4 @@ TIDY = """
     event.preventDefault();
   });
 """
-OPEN = f"() => {{{FOLLOW}{TIDY}}}"
+OPEN = f"() => {{{ENTER}{FOLLOW}{TIDY}}}"

@@ -4,6 +4,7 @@ In: a model with LoRA. Out: forward and backward of a micro-batch on flat buffer
 graph; and replies a token at a time the same way. Where a model is not covered, one line says why and the
 plain path is taken.
 Must not import: models, data, train, chat.
-Read: lora (the arithmetic), kernels and triton_kernels, keyed_noise (dropout that follows from the row),
-loss, attention (rows packed end to end), model (all of it together), graphed_step, graph_decode.
+Read: lora (the arithmetic), lora_layers (which layers take it), kernels and triton_kernels, keyed_noise
+(dropout that follows from the row), loss, attention (rows packed end to end), model (all of it together),
+graphed_step, graph_decode.
 """

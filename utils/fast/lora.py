@@ -1,54 +1,47 @@
 """The forward and backward pass of a frozen, quantized layer and its LoRA adapter, written out by hand.
 
-    y  = [x | xa] [W | s B]'      xa = drop(x) A'     base and adapter are one product
-    dx = dy W + drop(s dyb A)     dyb = dy B
-    dA = s dyb' drop(x)           dB = s dy' xa
+A LoRA layer computes y = x W' + s (drop(x) A') B' (LoRA, arXiv 2106.09685; QLoRA, equation 5). W is frozen
+and stored in 4 bits, A  # [rank, in] and B  # [out, rank] are trained, s is lora_alpha / rank. With x  #
+[tokens, in]:
 
-What that gains over autograd on PEFT's modules: W is unpacked once a pass and never kept, the low-rank part
-costs no pass over y of its own, x is kept once for all projections of it, dropout keeps no mask, and the
-products that make dA and dB add them to the float32 gradients. The parameters stay those of PEFT.
+    forward    xa = drop(x) A'              the low-rank part: 64 columns beside 4,096, say
+               y  = [x | xa] [W | s B]'     base and adapter are one product
+    backward   dyb = dy B
+               dx = dy W + drop(s dyb A)    nothing is computed for W itself: it is frozen
+               dA = s dyb' drop(x)
+               dB = s dy' xa
+
+Why by hand, where autograd on PEFT's modules gives the same? PEFT runs base and adapter one after the other,
+and autograd keeps what each step needs. Here W is unpacked once a pass and never kept; adding the adapter
+costs no pass over y of its own; q, k and v keep one x and not three; dropout keeps no mask, it is drawn again
+(token_keys.py); and dA and dB are added to the float32 gradients by the products that make them. The
+parameters stay those of PEFT, so saving and loading know nothing of this file.
 
 In 16 bits the same product serves calls without gradient. PEFT adds the adapter's part to a y that is rounded
 already, which rounds a small part away: after one step of Adam SmolLM2's loss is 3.135 by this product, 3.162
 by PEFT's, and was 3.160 (docs/results.md).
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from utils.fast.few_tokens import is_few, multiply_few
 from utils.fast.flat_adapter import FlatAdapter
 from utils.fast.frozen_weights import read_weight
-from utils.fast.kernels import Mask, add_low_rank, copy_and_drop, gate, gate_backward, place_low_rank
-from utils.fast.keyed_noise import SHARED_INPUT, KeyedDropout
+from utils.fast.kernels import (
+    Mask,
+    add_low_rank,
+    copy_and_drop,
+    gated_activation,
+    gated_activation_backward,
+    place_low_rank,
+)
+from utils.fast.keyed_noise import KeyedDropout
 
 ADAPTER = "default"
-ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu", "PytorchGELUTanh": "gelu"}
 
 
-def find_obstacle(layer: LoraLayer, dtype: torch.dtype) -> str | None:
-    """Why this adapted layer keeps PEFT's own forward; None if the fused one covers it."""
-    base = layer.get_base_layer()
-    if type(base) not in (nn.Linear, Linear4bit, Linear8bitLt):
-        return f"{type(base).__name__} layers"
-    if list(layer.lora_A) != [ADAPTER] or layer.active_adapters != [ADAPTER] or layer.merged:
-        return "several adapters"
-    if layer.lora_variant or layer.lora_bias[ADAPTER]:
-        return "DoRA" if layer.lora_variant else "adapter biases"
-    if any(parameter.requires_grad for parameter in base.parameters()):
-        return "trained biases"
-    if type(base) is nn.Linear and base.weight.dtype != dtype:
-        return f"a base in {base.weight.dtype} under {dtype}"
-    return None
-
-
-class Projections:
+class AdapterGroup:
     """Adapted layers that read one input, or a single layer; their adapter as views of the flat buffers."""
 
     def __init__(self, layers: list[LoraLayer]):
@@ -94,13 +87,16 @@ class Projections:
         dropout = self.layers[0].lora_dropout[ADAPTER]
         return dropout.mask if isinstance(dropout, KeyedDropout) and dropout.training else None
 
-    def extend(self, x: torch.Tensor) -> torch.Tensor:
-        """[x | xa]  # [tokens, in + ranks]"""
+    def append_low_rank(self, x: torch.Tensor) -> torch.Tensor:
+        """x and, behind it, its low-rank part: [x | xa]  # [tokens, in + ranks]
+
+        So y = x W' + s xa B' is one product with [W | s B], and no second pass adds to y.
+        """
         width = self.bases[0].in_features
-        room = x.new_empty(len(x), width + sum(self.ranks))
-        dropped = copy_and_drop(x, room[:, :width], self.mask)
-        torch.mm(dropped, self.A.t(), out=room[:, width:])
-        return room
+        buffer = x.new_empty(len(x), width + sum(self.ranks))
+        dropped = copy_and_drop(x, buffer[:, :width], self.mask)
+        torch.mm(dropped, self.A.t(), out=buffer[:, width:])
+        return buffer
 
     def multiply(self, extended: torch.Tensor, outs: list[torch.Tensor]) -> None:
         """Fill `outs`  # [tokens, out] each, from [x | xa]."""
@@ -155,9 +151,9 @@ class FusedProjections(torch.autograd.Function):
     """x  # [tokens, in] -> one output a layer  # [tokens, out]. `anchor` only makes autograd come here."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, anchor: torch.Tensor, group: Projections):
+    def forward(ctx, x: torch.Tensor, anchor: torch.Tensor, group: AdapterGroup):
         ys = [x.new_empty(len(x), base.out_features) for base in group.bases]
-        extended = group.extend(x)
+        extended = group.append_low_rank(x)
         group.multiply(extended, ys)
         ctx.group = group
         ctx.save_for_backward(extended)
@@ -172,33 +168,38 @@ class FusedProjections(torch.autograd.Function):
 
 
 class FusedMLP(torch.autograd.Function):
-    """down(act(gate(x)) * up(x)). Keeps gate and up, which backward overwrites, and not their product.
+    """y = down(act(gate(x)) * up(x)), as two autograd functions, so that recomputation can stop early.
 
-    Returns y still empty, and [hidden | ha] for FillDown: recomputing a checkpointed layer stops at the last
-    tensor that was kept, so the product behind it, a fifth of the layer, is left out there.
+    Checkpointing runs a layer again only up to the last tensor that it saved. If the down product belonged to
+    this function, the second run would compute it too, only to throw y away: a fifth of the layer's time. So
+    this function saves all that its backward pass needs and returns an empty y with [hidden | ha];
+    DownProduct, which saves nothing, then multiplies y out.
+
+    Of the forward pass gate and up are kept and not their product: the backward pass makes it again, in
+    place.
     """
 
     @staticmethod
     def forward(
-        ctx, x: torch.Tensor, anchor: torch.Tensor, gate_up: Projections, down: Projections, act: str
+        ctx, x: torch.Tensor, anchor: torch.Tensor, gate_up: AdapterGroup, down: AdapterGroup, act: str
     ):
         width = down.bases[0].in_features
-        extended = gate_up.extend(x)
+        extended = gate_up.append_low_rank(x)
         sides = x.new_empty(len(x), 2 * width)  # gate and up, side by side
         gate_up.multiply(extended, list(sides.split(width, 1)))
-        room = x.new_empty(len(x), width + sum(down.ranks))  # [hidden | ha]
-        dropped = gate(sides, room[:, :width], act, down.mask)
-        torch.mm(dropped, down.A.t(), out=room[:, width:])
+        buffer = x.new_empty(len(x), width + sum(down.ranks))  # [hidden | ha]
+        dropped = gated_activation(sides, buffer[:, :width], act, down.mask)
+        torch.mm(dropped, down.A.t(), out=buffer[:, width:])
         ctx.gate_up, ctx.down, ctx.act = gate_up, down, act
-        ctx.save_for_backward(extended, sides, room[:, width:].contiguous())
-        ctx.mark_non_differentiable(room)
-        return x.new_empty(len(x), down.bases[0].out_features), room
+        ctx.save_for_backward(extended, sides, buffer[:, width:].contiguous())
+        ctx.mark_non_differentiable(buffer)
+        return x.new_empty(len(x), down.bases[0].out_features), buffer
 
     @staticmethod
     def backward(ctx, dy: torch.Tensor, _):
         extended, sides, ha = ctx.saved_tensors
         hidden, dyb = ctx.down.multiply_grads([dy], True)  # so far the gradient of hidden
-        gate_backward(sides, hidden, ctx.act, ctx.down.mask)
+        gated_activation_backward(sides, hidden, ctx.act, ctx.down.mask)
         ctx.down.add_gradients(hidden, ha, [dy], dyb)
         del hidden
         dys = list(sides.split(sides.shape[1] // 2, 1))
@@ -207,142 +208,18 @@ class FusedMLP(torch.autograd.Function):
         return dx, None, None, None, None
 
 
-class FillDown(torch.autograd.Function):
-    """FusedMLP's y, multiplied out in place; its gradient is FusedMLP's."""
+class DownProduct(torch.autograd.Function):
+    """Fills the y that FusedMLP returned.
+
+    The gradient passes through, as FusedMLP's backward does the rest.
+    """
 
     @staticmethod
-    def forward(ctx, y: torch.Tensor, room: torch.Tensor, down: Projections):
-        down.multiply(room, [y])
+    def forward(ctx, y: torch.Tensor, buffer: torch.Tensor, down: AdapterGroup):
+        down.multiply(buffer, [y])
         ctx.mark_dirty(y)
         return y
 
     @staticmethod
     def backward(ctx, dy: torch.Tensor):
         return dy, None, None
-
-
-class SharedInput:
-    """q, k and v are called one after another on one tensor: the first call computes all three."""
-
-    def __init__(self, group: Projections):
-        self.group, self.x, self.ys = group, None, {}
-
-    def forward(self, i: int, plain: Callable, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args or kwargs or not self.group.covers_call():
-            return plain(x, *args, **kwargs)
-        with torch.autocast(x.device.type, enabled=False):
-            y = multiply_few(self.group, i, self.flatten(x)) if is_few(self.group, x) else self.take(i, x)
-        return y.view(*x.shape[:-1], -1)
-
-    def flatten(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` in the compute dtype  # [tokens, in]"""
-        return x.reshape(-1, x.shape[-1]).to(self.group.dtype).contiguous()
-
-    def take(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        """y of layer `i`  # [tokens, out], computed with the others'."""
-        if self.x is not x or i not in self.ys:
-            ys = FusedProjections.apply(self.flatten(x), self.group.anchor, self.group)
-            self.x, self.ys = x, dict(enumerate(ys))
-        y = self.ys.pop(i)
-        if not self.ys:
-            self.x = None
-        return y
-
-
-def forward_mlp(
-    gate_up: Projections, down: Projections, act: str, plain: Callable, x: torch.Tensor
-) -> torch.Tensor:
-    if not down.covers_call() or is_few(gate_up, x):
-        return plain(x)
-    flat_x = x.reshape(-1, x.shape[-1]).to(down.dtype).contiguous()
-    with torch.autocast(x.device.type, enabled=False):
-        y = FillDown.apply(*FusedMLP.apply(flat_x, down.anchor, gate_up, down, act), down)
-    return y.view(*x.shape[:-1], -1)
-
-
-def find_obstacles(model: nn.Module, dtype: torch.dtype) -> dict[LoraLayer, str | None]:
-    """What keeps each adapted layer of `model` from the fused path; None where nothing does."""
-    return {layer: find_obstacle(layer, dtype) for layer in model.modules() if isinstance(layer, LoraLayer)}
-
-
-def install_fast_lora(model: nn.Module, dtype: torch.dtype) -> tuple[FlatAdapter, list[str]]:
-    """Replace the forward of every adapted layer that the fused path covers.
-
-    Returns the flat adapter and what is not covered: that keeps PEFT's forward, under autocast as in
-    evaluation and on the plain path.
-    """
-    groups, obstacles = find_all_groups(model, dtype)
-    segments = [segment for found in groups.values() for group in found for segment in group.segments]
-    known = {parameter for segment in segments for parameter in segment}
-    rest = [
-        parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in known
-    ]
-    flat = FlatAdapter(segments + [[parameter] for parameter in rest], dtype)
-    uncovered = {layer: obstacle for layer, obstacle in obstacles.items() if obstacle}
-    for layer in uncovered if dtype != torch.float32 else ():
-        layer.forward = torch.autocast(flat.grads.device.type, dtype)(layer.forward)
-    for parent, found in groups.items():
-        for group in found:
-            group.bind(flat)
-        replace_forwards(parent, found)
-    return flat, sorted(set(uncovered.values()))
-
-
-@torch.no_grad()
-def install_fast_evaluation(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let calls without gradient compute what training does, of an adapter that is not trained any more."""
-    for parent, found in find_all_groups(model, dtype)[0].items():
-        for group in found:
-            group.bind_frozen(dtype)
-        replace_forwards(parent, found)
-
-
-def find_all_groups(
-    model: nn.Module, dtype: torch.dtype
-) -> tuple[dict[nn.Module, list[Projections]], dict[LoraLayer, str | None]]:
-    """The groups below each module that has any; and find_obstacles."""
-    obstacles = find_obstacles(model, dtype)
-    covered = {layer for layer, obstacle in obstacles.items() if obstacle is None}
-    groups = {parent: find_groups(parent, covered) for parent in model.modules()}
-    return {parent: found for parent, found in groups.items() if found}, obstacles
-
-
-def replace_forwards(parent: nn.Module, groups: list[Projections]) -> None:
-    for group in groups:
-        shared = SharedInput(group)
-        for i, layer in enumerate(group.layers):
-            layer.forward = partial(shared.forward, i, layer.forward)
-    install_mlp(parent, groups)
-
-
-def find_groups(parent: nn.Module, covered: set[LoraLayer]) -> list[Projections]:
-    """The covered layers directly below `parent`, those of one input together."""
-    left = {name: child for name, child in parent.named_children() if child in covered}
-    groups = []
-    for names in SHARED_INPUT:
-        members = [left[name] for name in names if name in left]
-        kinds = {(m.in_features, m.scaling[ADAPTER], str(m.lora_dropout[ADAPTER])) for m in members}
-        if len(members) == len(names) and len(kinds) == 1:
-            groups.append(Projections(members))
-            left = {name: child for name, child in left.items() if name not in names}
-    return groups + [Projections([child]) for child in left.values()]
-
-
-def install_mlp(mlp: nn.Module, groups: list[Projections]) -> None:
-    """Fuse a whole gated MLP, if it computes what the fused one does: tried on the module itself."""
-    children = dict(mlp.named_children())
-    act = ACTIVATIONS.get(type(children.get("act_fn")).__name__)
-    gate_up = [group for group in groups if group.layers[0] is children.get("gate_proj")]
-    down = [group for group in groups if group.layers == [children.get("down_proj")]]
-    if act is None or not down or not gate_up or len(gate_up[0].layers) != 2:
-        return
-    fused = partial(forward_mlp, gate_up[0], down[0], act, mlp.forward)
-    was_training = mlp.training
-    mlp.eval()
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 8, gate_up[0].bases[0].in_features, generator=generator)
-    x = x.to(gate_up[0].A.device, gate_up[0].dtype)
-    expected = mlp.forward(x).float()  # its adapted layers are the fused ones already
-    if (fused(x).float() - expected).norm() < 0.02 * expected.norm():
-        mlp.forward = fused
-    mlp.train(was_training)

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from transformers.pytorch_utils import Conv1D
 
-from utils.arguments import LoraArguments, ModelArguments
+from utils.arguments import LoraArguments, ModelArguments, TrainingArguments
 from utils.console import UserError
 from utils.models.baichuan import build_llama_config, is_baichuan
-from utils.models.base import unknown_models_explained
+from utils.models.base import choose_compute_dtype, load_base, unknown_models_explained
 from utils.models.folder import ADAPTER_FILE, has_adapter, read_model_config
 from utils.models.trained_biases import keep_biases_in_float32
 
@@ -20,6 +20,16 @@ if TYPE_CHECKING:
 
 
 ADAPTABLE = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, Conv1D)  # of what PEFT adapts
+
+
+def load_model(
+    model_args: ModelArguments, lora_args: LoraArguments, training_args: TrainingArguments
+) -> "tuple[PeftModel | PreTrainedModel, torch.dtype]":
+    """What is trained or evaluated: the frozen base with its adapter, and the dtype that it computes in."""
+    dtype = choose_compute_dtype(model_args)
+    set_seed(training_args.seed)  # the adapter's first weights follow from it
+    base = load_base(model_args, dtype)
+    return add_adapter(base, model_args, lora_args, trainable=training_args.do_train), dtype
 
 
 def add_adapter(

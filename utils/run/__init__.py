@@ -2,6 +2,7 @@
 
 In: arguments, fingerprints, states. Out: run.json and checkpoint-N, whole or not there.
 Must not import: models, data, train, chat.
-Read: record (run.json), resume (same run?), checkpoints (manifest, rename), training_state and
-optimizer_state, signals (stop between two steps), lock, places (where a base is found again).
+Read: run (the folder as one thing), record (run.json), resume (what must not change), keeper (who saves),
+checkpoints (manifest, rename), training_state and optimizer_state, signals (stop between two steps), lock,
+places (where a base is found again).
 """

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from utils.console import UserError, notice
-from utils.run.resume import refuse_or_say
+from utils.run.resume import raise_unless_forced
 
 Layout = list[dict[str, Any]]
 WRAPPED = "__bnb_optimizer_quant_state__"  # bitsandbytes hides its tensors under this name from FSDP
@@ -38,7 +38,7 @@ def match_state(
     Raises UserError where it is another optimizer's, or no layout was saved with it (`force`: a line).
     """
     if "layout" not in state:
-        refuse_or_say(
+        raise_unless_forced(
             f"{checkpoint} is of a version that did not save which weight each part of the optimizer's state "
             "belongs to",
             force,

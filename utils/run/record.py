@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from utils.console import UserError, notice
+from utils.console import UserError
 
 RUN_FILE = "run.json"
 TOKENIZATION = "rendered chats as a whole"  # how token ids come about; before it, prompts and answers apart
@@ -62,16 +62,14 @@ def collect_arguments(*arguments: Any) -> dict[str, Any]:
     return merged
 
 
-def build_run_record(
-    arguments: dict[str, Any], base: dict[str, Any], prompt: dict[str, Any], data: dict[str, Any]
-) -> dict[str, Any]:
-    """The record of a run that starts now."""
+def start_record(arguments: dict[str, Any]) -> dict[str, Any]:
+    """run.json as far as it is known at the start: base_model, prompt and data are yet to be described."""
     return {
         "status": "running",
-        "base_model": base,
-        "prompt": prompt,
+        "base_model": {},
+        "prompt": {},
+        "data": {},
         "tokenization": TOKENIZATION,
-        "data": data,
         "arguments": arguments,
         "directory": os.getcwd(),
         "command": shlex.join(["python", *hide_secrets(sys.argv)]),
@@ -139,16 +137,6 @@ def find_run_record(folder: Path) -> dict[str, Any] | None:
 def find_run_dir(folder: Path) -> Path:
     """The run that a checkpoint-N belongs to, or `folder` itself."""
     return folder if (folder / RUN_FILE).is_file() else folder.resolve().parent
-
-
-def describe_finished(record: dict[str, Any], output_dir: Path) -> None:
-    """Say that there is nothing left to train."""
-    metrics = record["metrics"]
-    notice(
-        f"{output_dir} is finished: {metrics['steps']} steps, train loss {metrics['train_loss']:.3f}; "
-        "--overwrite_output_dir starts anew\n"
-        f"to chat: python cli_demo.py --checkpoint_dir {output_dir}"
-    )
 
 
 def list_run_files(output_dir: Path) -> list[Path]:

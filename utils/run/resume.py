@@ -10,11 +10,10 @@ from utils.arguments import TrainingArguments
 from utils.console import UserError, notice
 from utils.messages import TRAIN
 from utils.run.checkpoints import find_fault, find_valid_checkpoint, read_manifest
-from utils.run.lock import LOCK_FILE, check_usable
-from utils.run.record import RUN_FILE, TOKENIZATION, find_run_record, list_run_files
+from utils.run.record import RUN_FILE, find_run_record
 
 # May differ between two starts of one run: they change what is printed or kept, not what is learned.
-FREE_ARGUMENTS = {
+MAY_CHANGE_ON_RESUME = {
     "output_dir",
     "overwrite_output_dir",
     "do_eval",
@@ -54,19 +53,41 @@ FREE_ARGUMENTS = {
     "hub_private_repo",
     "hub_strategy",
 }
-OTHER_FILES_STAY = " (--overwrite_output_dir uses it all the same and leaves those files)"
 BASE_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".py", ".safetensors", ".bin"}
 SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 def find_fixed_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """Those that decide what is learned."""
-    return {name: value for name, value in arguments.items() if name not in FREE_ARGUMENTS}
+    return {name: value for name, value in arguments.items() if name not in MAY_CHANGE_ON_RESUME}
 
 
-def find_changes(recorded: dict[str, Any], arguments: dict[str, Any]) -> list[str]:
-    """Arguments that change what is learned and differ from the recorded run, each as `--name was -> now`."""
-    was, now = find_fixed_arguments(recorded), find_fixed_arguments(arguments)
+def find_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two records (run.json) in the parts that `now` has: `what was -> now`."""
+    changes: list[str] = []
+    if "arguments" in now:
+        changes += find_argument_changes(was["arguments"], now["arguments"])
+    if "base_model" in now:
+        # With another name the flag says it all, and a folder under another name is compared by its files.
+        changes += find_base_changes(was["base_model"], now["base_model"]) if not changes else []
+    if "tokenization" in now and was.get("tokenization") != now["tokenization"]:
+        changes.append(
+            "an older version tokenized its prompts and answers apart, so its token ids are others"
+        )
+    if "data" in now:
+        changes += find_data_changes(was["data"], now["data"])
+    if "prompt" in now:
+        prompt, other = was["prompt"], now["prompt"]
+        others = (key for key in other if prompt.get(key) != other[key])
+        changes += [f"prompt {key} {prompt.get(key)} -> {other[key]}" for key in others]
+    if "processes" in now and was.get("processes", 1) != now["processes"]:
+        changes.append(f"processes {was.get('processes', 1)} -> {now['processes']}")
+    return changes
+
+
+def find_argument_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Arguments that change what is learned."""
+    was, now = find_fixed_arguments(was), find_fixed_arguments(now)
     return [
         f"--{name} {was.get(name)} -> {now.get(name)}"
         for name in sorted(was.keys() | now.keys())
@@ -74,60 +95,23 @@ def find_changes(recorded: dict[str, Any], arguments: dict[str, Any]) -> list[st
     ]
 
 
-def find_earlier_run(output_dir: Path, arguments: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """The record of the same run found in `output_dir`, or None where a new run may start.
-
-    Raises UserError for a file, for a folder that is no run or in use, and for a run with other arguments or
-    another base model (--force_resume: a line instead).
-    """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir} is a file: name a folder")
-    check_usable(output_dir)
-    if overwrite:
-        check_overwriting(output_dir, arguments)
-    found = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
-    if overwrite or found <= {LOCK_FILE, "data_report.json", "data_report.png"}:
-        return None
-    record = find_run_record(output_dir) if (output_dir / RUN_FILE).is_file() else None
-    if record is None:
-        advice = "" if list_run_files(output_dir) else OTHER_FILES_STAY
-        raise UserError(
-            f"--output_dir {output_dir} holds other files and no {RUN_FILE}: name a new folder{advice}"
-        )
-    changes = find_changes(record["arguments"], arguments)
-    base = arguments["model_name_or_path"]
-    if not changes and record["base_model"].get("fingerprint") != fingerprint_folder(Path(base)):
-        changes = [f"the files in --model_name_or_path {base} have changed"]
-    if record["status"] != "finished" and record.get("tokenization") != TOKENIZATION:
-        changes.append(
-            "an older version tokenized its prompts and answers apart, so its token ids are others"
-        )
-    if changes:
-        refuse_or_say(
-            f"--output_dir {output_dir} holds a run that differs ({'; '.join(changes)})",
-            arguments.get("force_resume", False),
-        )
-        record |= {"status": "running"}  # a finished run goes on, with what has changed
-    return record
+def find_base_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    changes = [
+        f"base_model {key} {was.get(key)} -> {now[key]}"
+        for key in now.keys() - {"fingerprint"}
+        if was.get(key) != now[key]
+    ]
+    if was.get("fingerprint") != now["fingerprint"]:
+        changes.append(f"the files in --model_name_or_path {now['name']} have changed")
+    return changes
 
 
-def check_overwriting(output_dir: Path, arguments: dict[str, Any]) -> None:
-    """Raises UserError if overwriting would remove what no run left there, or what this one starts from."""
-    files = list_run_files(output_dir)
-    if files and not (output_dir / RUN_FILE).is_file():
-        names = ", ".join(path.name for path in files[:3]) + (", ..." if len(files) > 3 else "")
-        raise UserError(
-            f"--output_dir {output_dir} holds no {RUN_FILE}, so {names} may be no run's files, and "
-            "--overwrite_output_dir would remove them: name a new folder"
-        )
-    removed, folder = {path.resolve() for path in files}, output_dir.resolve()
-    for name in ("model_name_or_path", "checkpoint_dir"):
-        used = Path(arguments.get(name) or "").resolve()
-        is_removed = used == folder or removed & {used, *used.parents}
-        if arguments.get(name) and files and is_removed:
-            raise UserError(
-                f"--overwrite_output_dir would remove --{name} {arguments[name]}: name another --output_dir"
-            )
+def find_other_versions(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} {was['versions'].get(name)} -> {version}"
+        for name, version in now["versions"].items()
+        if was["versions"].get(name) != version
+    ]
 
 
 def read_resolved(training_args: TrainingArguments) -> dict[str, str]:
@@ -142,31 +126,6 @@ def read_resolved(training_args: TrainingArguments) -> dict[str, str]:
     return {
         name: value for name, value in record.get("resolved", {}).items() if name != "path" or is_asked_alike
     }
-
-
-def check_same_run(output_dir: Path, record: dict[str, Any], force: bool) -> None:
-    """Raises UserError, naming it, where base, data, prompt or processes differ from the run found there."""
-    earlier = find_run_record(output_dir) if (output_dir / RUN_FILE).is_file() else None
-    if earlier is None:
-        return
-    changes = find_data_changes(earlier["data"], record["data"])
-    for part in ("base_model", "prompt"):
-        was, now = earlier[part], record[part]
-        changes += [f"{part} {key} {was.get(key)} -> {now[key]}" for key in now if was.get(key) != now[key]]
-    if earlier.get("processes", 1) != record["processes"]:
-        changes.append(f"processes {earlier.get('processes', 1)} -> {record['processes']}")
-    if changes:
-        refuse_or_say(
-            f"--output_dir {output_dir} holds a run of which other things differ ({'; '.join(changes)})",
-            force,
-        )
-    versions = [
-        f"{name} {earlier['versions'].get(name)} -> {now}"
-        for name, now in record["versions"].items()
-        if earlier["versions"].get(name) != now
-    ]
-    if versions:
-        notice(f"going on with other versions ({', '.join(versions)}): results may differ in rounding")
 
 
 def find_data_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -185,13 +144,6 @@ def find_data_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if was["rows"][TRAIN] != now["rows"][TRAIN]:
         changes.append(f"training rows {was['rows'][TRAIN]} -> {now['rows'][TRAIN]}")
     return changes
-
-
-def check_same_data(earlier: dict[str, Any] | None, data: dict[str, Any], force: bool) -> None:
-    """As check_same_run, of the data alone and before the model is loaded."""
-    changes = find_data_changes(earlier["data"], data) if earlier else []
-    if changes and not force:
-        refuse_or_say(f"the earlier start of this run had other data ({'; '.join(changes)})", force)
 
 
 def choose_checkpoint(
@@ -217,7 +169,7 @@ def choose_checkpoint(
     recorded = read_manifest(folder)["fingerprints"]
     changed = [name for name in fingerprints if recorded.get(name) != fingerprints[name]]
     if changed:
-        refuse_or_say(f"{folder} was made with other {' and '.join(changed)} than this run has", force)
+        raise_unless_forced(f"{folder} was made with other {' and '.join(changed)} than this run has", force)
     return folder
 
 
@@ -226,7 +178,7 @@ def names_checkpoint(asked: str | None) -> bool:
     return bool(asked) and asked.lower() != "true"
 
 
-def refuse_or_say(change: str, force: bool) -> None:
+def raise_unless_forced(change: str, force: bool) -> None:
     if not force:
         raise UserError(
             f"{change}: name a new folder, start anew there with --overwrite_output_dir, or go on all the "

@@ -2,7 +2,7 @@
 
 In: model, tokenizer, TokenRows. Out: a finished run in its folder.
 Must not import: merge; nothing imports it but the fine-tune scripts and evaluation.
-Read: build (what is chosen), trainer (the loss), fast_trainer (the same on the fused path),
-resumable_trainer and saving_trainer (a kill costs nothing), non_finite, callbacks, mmlu, predictions,
-training (a run from start to end).
+Read: trainer (a step, and its parts), engine (the gradient), token_loss, step_guard and meter (the parts),
+resume_state (what a checkpoint holds), build (what is chosen), training (a run from start to end); then what
+is asked beside the steps: probes, callbacks, mmlu, predictions; last summary and model_card.
 """

@@ -22,6 +22,7 @@ from utils.models.base import has_gpu
 from utils.run.keeper import Keeper, fingerprint_run
 from utils.run.record import hide_secrets
 from utils.run.resume import read_resolved
+from utils.run.run import Run
 from utils.train.callbacks import ProgressLine
 from utils.train.engine import Engine, FastEngine, PlainEngine, find_flag_obstacle
 from utils.train.summary import choose_logging_steps, describe_start
@@ -51,21 +52,20 @@ def build_trainer(
     model: torch.nn.Module,
     tokenizer: Any,
     datasets: dict[str, TokenRows],
+    run: Run,
     model_args: ModelArguments,
     data_args: DataArguments,
     training_args: TrainingArguments,
     dtype: torch.dtype,
-    record: dict[str, Any],
-    callbacks: list[Any],
 ) -> QLoraTrainer:
-    """The Trainer with this run's model, rows and callbacks."""
+    """The Trainer with this run's model and rows, and what it chose for them in the run's record."""
     lengths = datasets[TRAIN].lengths
     collator = choose_collator(model, tokenizer, lengths, model_args, data_args, training_args)
     earlier = read_resolved(training_args)
     training_args = choose_optimizer(model, training_args, earlier.get("optim"))
     logging_steps = choose_logging_steps(len(lengths), training_args)
     engine = choose_engine(model, training_args, dtype, earlier.get("path"))
-    record["resolved"] = {"optim": training_args.optim, "path": engine.name}
+    run.record["resolved"] = {"optim": training_args.optim, "path": engine.name}
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     args = build_trainer_args(
         training_args.with_values(logging_steps=logging_steps),
@@ -81,10 +81,9 @@ def build_trainer(
         train_dataset=train_rows,
         eval_dataset=next((datasets[part] for part in (EVAL, TEST) if len(datasets[part])), None),
         data_collator=collator,
-        callbacks=callbacks,
         engine=engine,
-        keeper=build_keeper(model, args, record, train_rows),
-        record=record,
+        keeper=build_keeper(model, args, run.record, train_rows),
+        record=run.record,
     )
     trainer.remove_callback(transformers.ProgressCallback)
     trainer.remove_callback(transformers.PrinterCallback)

@@ -8,9 +8,10 @@ from utils.arguments import TrainingArguments
 from utils.console import UserError, is_main_process, notice
 from utils.run.record import RUN_FILE
 
+CARD = "README.md"
 # What makes the run usable and explains it; checkpoints, logs and samples stay at home.
 SHARED_FILES = (
-    "README.md", "run.json", "metrics.json", "training_curve.png", "adapter_config.json", "config.json",
+    CARD, "run.json", "metrics.json", "training_curve.png", "adapter_config.json", "config.json",
     "generation_config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*",
     "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
 )  # fmt: skip
@@ -42,16 +43,21 @@ def share_finished_run(training_args: TrainingArguments) -> None:
 
 
 def push_run(run: Path, hub_id: str, private: bool = False, token: str | None = None) -> None:
-    """Upload list_shared_files(run) and the card. Raises UserError for a run that is not finished."""
-    from huggingface_hub import HfApi
+    """Upload list_shared_files(run) in one commit. Raises UserError for a run that is not finished."""
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     files = list_shared_files(run)
     api = HfApi(token=token)
     repo = api.create_repo(hub_id, private=private, exist_ok=True)
-    api.upload_folder(folder_path=run, repo_id=repo.repo_id, allow_patterns=files)
-    card = (run / "README.md").read_text(encoding="utf-8").replace(HERE, f'folder = "{repo.repo_id}"')
-    api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repo.repo_id)
+    contents = {name: run / name for name in files} | {CARD: read_hub_card(run, repo.repo_id)}
+    operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
+    api.create_commit(repo.repo_id, operations, commit_message="Run of Chinese-Guanaco")
     notice(f"{run} is at {repo}")
+
+
+def read_hub_card(run: Path, repo_id: str) -> bytes:
+    """The run's card, whose code loads the run from the hub and not from its own folder."""
+    return (run / CARD).read_text(encoding="utf-8").replace(HERE, f'folder = "{repo_id}"').encode()
 
 
 def list_shared_files(run: Path) -> list[str]:

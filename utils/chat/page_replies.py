@@ -1,0 +1,163 @@
+"""A message to the page is answered: what a browser sent is checked, cut to the limits, and streamed back."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import gradio as gr
+
+from utils.arguments import GenerationArguments
+from utils.chat.generation import SAMPLING_DEFAULTS, ChatModel
+from utils.chat.page_arguments import PageArguments
+from utils.chat.page_messages import (
+    describe_reply,
+    fit_turns,
+    read_messages,
+    read_numbers,
+    read_text,
+    show_messages,
+)
+from utils.chat.page_parts import MAX_BEAMS, MAX_TEMPERATURE, MIN_TOP_P, busy_box
+from utils.chat.streaming import ConversationCache, stream_reply
+from utils.console import UserError
+from utils.messages import Messages
+
+STORE_SECONDS = 1.0  # the browser encrypts what it stores: not with each token of a long conversation
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """What a browser sent, not checked yet; `words` are the page's in its language.
+
+    `keep`: where in `said` the question stands that is asked again (`question` None) or edited.
+    """
+
+    said: Any
+    settings: tuple  # side, then the values of add_controls
+    words: dict[str, str]
+    question: Any = None
+    keep: int | None = None
+
+    @property
+    def side(self) -> str:
+        return "base" if self.settings[0] == "base" else "tuned"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """The conversation with the question at its end, and what of it is read."""
+
+    turns: Messages
+    read: Messages
+    dropped: int
+    generation_args: GenerationArguments
+
+
+@dataclasses.dataclass(frozen=True)
+class Speaker:
+    """The model as the page offers it: `start` are the flags given, `about` the line that names the model."""
+
+    chat: ChatModel
+    start: GenerationArguments
+    page_args: PageArguments
+    about: str
+
+    @property
+    def has_adapter(self) -> bool:
+        return bool(self.chat.lock.layers)
+
+    def stream_answer(self, sent: Sent, wish: Callable[[], str], kept: ConversationCache) -> Iterator[tuple]:
+        """(box, asked, chatbot, said, status) as the reply comes. What is refused is left in `asked`."""
+        words = sent.words
+        refused, shown = gr.skip(), gr.skip()
+        try:
+            messages = read_messages(sent.said, words)
+            shown = show_messages(messages, words)
+            if sent.question is None and sent.keep is not None:
+                text = messages[sent.keep]["content"]
+            else:
+                text = refused = read_text(sent.question, words)
+            prompt = self.build_prompt([*messages[: sent.keep], {"role": "user", "content": text}], sent)
+        except UserError as error:
+            gr.Warning(str(error))
+            yield gr.skip(), refused, shown, gr.skip(), str(error)
+            return
+        yield from self.stream_prompt(prompt, sent, wish, kept)
+
+    def build_prompt(self, turns: Messages, sent: Sent) -> Prompt:
+        """Raises UserError for a setting that is none, and where the question is too long."""
+        words = sent.words
+        _, system, *numbers, _ = sent.settings
+        system = system.strip() if isinstance(system, str) else system
+        opening = [{"role": "system", "content": read_text(system, words)}] if system else []
+        generation_args = read_settings(self.start, self.page_args, *read_numbers(numbers, words))
+        fitting = fit_turns(self.chat, opening, turns, generation_args.max_new_tokens, self.page_args, words)
+        read = [{"role": turn["role"], "content": turn["content"]} for turn in opening + fitting]
+        return Prompt(turns, read, len(turns) - len(fitting), generation_args)
+
+    def stream_prompt(
+        self, prompt: Prompt, sent: Sent, wish: Callable[[], str], kept: ConversationCache
+    ) -> Iterator[tuple]:
+        words, stream = sent.words, sent.settings[-1]
+        reply = {"role": "assistant", "content": ""} | ({"side": sent.side} if self.has_adapter else {})
+        now = [*prompt.turns, reply]
+        yield busy_box(), "", show_messages(prompt.turns, words), now, self.about
+
+        def describe(ended: str) -> str:
+            return f"{self.about} · {describe_reply(kept, ended, prompt.dropped, self.page_args, words)}"
+
+        limit = self.page_args.limit_seconds
+        pieces = stream_reply(
+            self.chat, prompt.read, prompt.generation_args, kept, sent.side == "tuned", limit
+        )
+        with closing(pieces):
+            text, stored = "", time.monotonic()
+            for piece in pieces:
+                text += piece
+                now = [*prompt.turns, reply | {"content": text.strip()}]
+                if wish():
+                    break
+                if stream:
+                    store = time.monotonic() > stored + STORE_SECONDS
+                    stored = time.monotonic() if store else stored
+                    storage = now if store else gr.skip()
+                    yield gr.skip(), gr.skip(), show_messages(now, words), storage, describe("stop")
+        if wish() == "clear":
+            yield empty_page(self.about)
+            return
+        ended = "interrupted" if wish() else kept.ended
+        yield gr.skip(), gr.skip(), show_messages(now, words), now, describe(ended)
+
+
+def empty_page(about: str) -> tuple:
+    return gr.skip(), gr.skip(), [], [], about
+
+
+def read_settings(
+    start: GenerationArguments,
+    page_args: PageArguments,
+    temperature: float,
+    top_p: float,
+    top_k: float,
+    beams: float,
+    length: float,
+) -> GenerationArguments:
+    """The flags that the page started with, and the controls within its limits whatever a browser sends."""
+    sampling: dict[str, float] = SAMPLING_DEFAULTS
+    if temperature > 0:
+        sampling = {
+            "temperature": min(float(temperature), max(MAX_TEMPERATURE, start.temperature)),
+            "top_p": min(max(float(top_p), min(MIN_TOP_P, start.top_p)), 1.0),
+            "top_k": max(int(top_k), 0),
+        }
+    longest = max(1, min(int(length), page_args.limit_new_tokens))
+    return dataclasses.replace(
+        start,
+        max_new_tokens=longest,
+        min_new_tokens=start.min_new_tokens and min(start.min_new_tokens, longest),
+        do_sample=temperature > 0,
+        num_beams=max(1, min(int(beams), max(MAX_BEAMS, start.num_beams))),
+        **sampling,
+    )

@@ -1,0 +1,202 @@
+"""A run: the folder of --output_dir and run.json in it, which says what made it.
+
+The same command started again finds the run and goes on with it. It must be the same run: other flags,
+another base, other rows or another prompt would train something that no checkpoint's name tells of. So
+whatever becomes known of a start is described to the Run at once, and held against what the earlier start
+wrote down:
+
+    open_run           flags and the base's files, before anything heavy is imported
+    describe(data=...) the rows, before the tokenizer is loaded
+    describe_model     base, template and stop tokens, before the first step
+    begin              under the folder's lock: the checkpoint to go on from
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from utils.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments
+from utils.console import UserError, is_main_process, notice
+from utils.run.checkpoints import disk_errors_explained, sweep_leftovers
+from utils.run.lock import LOCK_FILE, check_usable
+from utils.run.places import describe_places
+from utils.run.record import (
+    RUN_FILE,
+    TOKENIZATION,
+    clear_run,
+    collect_arguments,
+    find_run_record,
+    hash_text,
+    list_run_files,
+    save_run_record,
+    start_record,
+)
+from utils.run.resume import (
+    choose_checkpoint,
+    find_changes,
+    find_other_versions,
+    fingerprint_folder,
+    raise_unless_forced,
+)
+
+REPORT_FILES = {LOCK_FILE, "data_report.json", "data_report.png"}  # may be there before a run is
+
+
+class Run:
+    """`folder`, the `record` that run.json is made of, and `earlier`: the record found there, if any."""
+
+    def __init__(self, folder: Path, arguments: dict[str, Any], base_fingerprint: str | None):
+        self.folder, self.arguments, self.earlier = folder, arguments, None
+        self.record = start_record(arguments)
+        self.known = {
+            "arguments": arguments,
+            "base_model": {"name": arguments["model_name_or_path"], "fingerprint": base_fingerprint},
+        }
+
+    @property
+    def force(self) -> bool:
+        return self.arguments.get("force_resume", False)
+
+    @property
+    def overwrites(self) -> bool:
+        return self.arguments["overwrite_output_dir"]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.earlier is not None and self.earlier["status"] == "finished"
+
+    def find_earlier(self) -> None:
+        """Take the run found in the folder for an earlier start of this one.
+
+        Raises UserError for a file, for a folder that is no run or in use, and for a run with other flags or
+        another base (--force_resume: a line instead).
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"--output_dir {self.folder} is a file: name a folder")
+        check_usable(self.folder)
+        if self.overwrites:
+            check_overwriting(self.folder, self.arguments)
+        found = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+        if self.overwrites or found <= REPORT_FILES:
+            return
+        self.earlier = self.read_record()
+        if self.earlier is None:
+            stays = " (--overwrite_output_dir uses it all the same and leaves those files)"
+            advice = "" if list_run_files(self.folder) else stays
+            raise UserError(
+                f"--output_dir {self.folder} holds other files and no {RUN_FILE}: name a new folder{advice}"
+            )
+        tokenized = {} if self.is_finished else {"tokenization": TOKENIZATION}
+        if self.check(self.known | tokenized):
+            self.earlier = self.earlier | {"status": "running"}  # a finished one goes on, with what changed
+
+    def read_record(self) -> dict[str, Any] | None:
+        return find_run_record(self.folder) if (self.folder / RUN_FILE).is_file() else None
+
+    def describe(self, **parts: Any) -> None:
+        """Write down `parts` of run.json. Raises UserError where an earlier start had others."""
+        self.record |= parts
+        self.check(parts)
+
+    def describe_model(self, config: Any, tokenizer: Any, stop_ids: list[int]) -> None:
+        """As describe: of the base, by its `config`, and of the prompts that it is given."""
+        base = self.known["base_model"] | {
+            "revision": getattr(config, "_commit_hash", None),
+            "type": config.model_type,
+        }
+        prompt = {
+            "template_sha256": hash_text(tokenizer.chat_template),
+            "stop_ids": stop_ids,
+            "stop_tokens": tokenizer.convert_ids_to_tokens(stop_ids),
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        self.describe(base_model=base, prompt=prompt, processes=self.record["processes"])
+        if places := describe_places(base["name"], self.folder):
+            self.record["base_places"] = places
+
+    def check(self, parts: dict[str, Any]) -> list[str]:
+        """What differs from the earlier start in `parts`: said in a line, or a UserError unless forced."""
+        changes = find_changes(self.earlier, parts) if self.earlier else []
+        if changes:
+            raise_unless_forced(
+                f"--output_dir {self.folder} holds a run that differs ({'; '.join(changes)})", self.force
+            )
+        return changes
+
+    def begin(
+        self, asked: str | None, fingerprints: dict[str, str], wait_for_everyone: Callable[[], None]
+    ) -> Path | None:
+        """Write run.json of a training that begins now; returns the checkpoint to go on from, if any.
+
+        To be called with the folder locked. `asked`: --resume_from_checkpoint.
+        """
+        if is_main_process():
+            if self.overwrites and any(path.name != LOCK_FILE for path in self.folder.iterdir()):
+                notice(f"--overwrite_output_dir: removing the earlier run's files from {self.folder}")
+                clear_run(self.folder)
+            sweep_leftovers(self.folder)
+        wait_for_everyone()
+        self.check_again()
+        checkpoint = choose_checkpoint(self.folder, asked, fingerprints, self.force)
+        if checkpoint:
+            notice(f"going on from {checkpoint}")
+        wait_for_everyone()
+        if is_main_process():
+            with disk_errors_explained(self.folder, checkpoint):
+                self.save()
+        return checkpoint
+
+    def check_again(self) -> None:
+        """What another process wrote before this one had the lock, and libraries of other versions."""
+        found = self.read_record()
+        if found and (self.earlier is None or self.earlier | {"status": found["status"]} != found):
+            self.earlier = found
+            self.check(self.record)
+        if found and (others := find_other_versions(found, self.record)):
+            notice(f"going on with other versions ({', '.join(others)}): results may differ in rounding")
+
+    def save(self, **parts: Any) -> None:
+        save_run_record(self.record | parts, self.folder)
+
+    def print_finished(self) -> None:
+        """Say that there is nothing left to train."""
+        metrics = self.earlier["metrics"]
+        notice(
+            f"{self.folder} is finished: {metrics['steps']} steps, train loss {metrics['train_loss']:.3f}; "
+            "--overwrite_output_dir starts anew\n"
+            f"to chat: python cli_demo.py --checkpoint_dir {self.folder}"
+        )
+
+
+def open_run(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    lora_args: LoraArguments,
+    training_args: TrainingArguments,
+) -> Run:
+    """The run in --output_dir: a new one or, where training goes on, the one found there. Changes no file."""
+    arguments = collect_arguments(model_args, data_args, lora_args, training_args)
+    base = fingerprint_folder(Path(model_args.model_name_or_path))
+    run = Run(Path(training_args.output_dir), arguments, base)
+    if training_args.do_train:
+        run.find_earlier()
+    return run
+
+
+def check_overwriting(output_dir: Path, arguments: dict[str, Any]) -> None:
+    """Raises UserError if overwriting would remove what no run left there, or what this one starts from."""
+    files = list_run_files(output_dir)
+    if files and not (output_dir / RUN_FILE).is_file():
+        names = ", ".join(path.name for path in files[:3]) + (", ..." if len(files) > 3 else "")
+        raise UserError(
+            f"--output_dir {output_dir} holds no {RUN_FILE}, so {names} may be no run's files, and "
+            "--overwrite_output_dir would remove them: name a new folder"
+        )
+    removed, folder = {path.resolve() for path in files}, output_dir.resolve()
+    for name in ("model_name_or_path", "checkpoint_dir"):
+        used = Path(arguments.get(name) or "").resolve()
+        is_removed = used == folder or removed & {used, *used.parents}
+        if arguments.get(name) and files and is_removed:
+            raise UserError(
+                f"--overwrite_output_dir would remove --{name} {arguments[name]}: name another --output_dir"
+            )
