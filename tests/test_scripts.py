@@ -14,6 +14,7 @@ from conftest import ROOT, ignore_outputs
 from documents import DOCUMENTS, list_bash_commands, read_commands
 from shell_runs import check_page, run_shell
 
+from utils.flags.finetune import FLAGS
 from utils.flags.parser import name_leading_words, parse_args
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
@@ -36,9 +37,9 @@ OWN_GROUPS = {
 def find_flag_types(script):
     import importlib
 
-    module = importlib.import_module(script)
     if script not in OWN_GROUPS:
-        return module.FLAGS
+        return FLAGS
+    module = importlib.import_module(script)
     names = ["ModelArguments", "GenerationArguments", OWN_GROUPS[script]]
     return [getattr(module, name) for name in names if hasattr(module, name)]
 
