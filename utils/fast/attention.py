@@ -9,23 +9,21 @@ refused, and the whole is tried on the model before it is used.
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from utils.fast.trials import ROW, draw_tokens, evaluating, is_near
 
-try:
+varlen_attn: Any = None  # stays so in torch before 2.10
+with suppress(ImportError):
     from torch.nn.attention.varlen import varlen_attn
-
-    PARAMETERS = set(inspect.signature(varlen_attn).parameters)
-except ImportError:  # torch before 2.10
-    varlen_attn, PARAMETERS = None, set()
+PARAMETERS = set(inspect.signature(varlen_attn).parameters) if varlen_attn else set()
 
 NAME, TRIAL = "packed", "packed_trial"
 # Arguments that change nothing here: rows are causal and as long on both sides.
@@ -38,7 +36,7 @@ BACKENDS = [
 ]
 
 
-def find_attention_obstacle(model: nn.Module) -> str | None:
+def find_attention_obstacle(model: PreTrainedModel) -> str | None:
     """Why packed rows need the model's own attention; None if ours computes the same, tried on the model."""
     config = model.config.get_text_config().to_dict()
     if any(value for name, value in config.items() if name.startswith("att") and "drop" in name):
@@ -54,7 +52,7 @@ def find_attention_obstacle(model: nn.Module) -> str | None:
             return f"tried on packed rows: {(str(error) or type(error).__name__).splitlines()[0]}"
 
 
-def try_packed_attention(model: nn.Module) -> str | None:
+def try_packed_attention(model: Any) -> str | None:
     """Rows alone, by the model's own attention, against the same rows packed; `model`: without its head."""
     rows = draw_tokens(model, 2, ROW)
     alone = model(input_ids=rows, use_cache=False)[0]  # [2, ROW, hidden_size]
@@ -70,7 +68,9 @@ def try_packed_attention(model: nn.Module) -> str | None:
     return None
 
 
-def run_packed(model: nn.Module, packed: torch.Tensor, lengths: list[int], **inputs: Any) -> torch.Tensor:
+def run_packed(
+    model: PreTrainedModel, packed: torch.Tensor, lengths: list[int], **inputs: Any
+) -> torch.Tensor:
     """Hidden states  # [1, tokens, hidden_size]"""
     ends = torch.tensor([0, *lengths], device=packed.device).cumsum(0).to(torch.int32)
     bounds = {"cu_seq_lens_q": ends, "max_length_q": max(lengths)}
@@ -105,7 +105,9 @@ def attend_packed(
     cu_seq_lens_q: where rows begin and end  # int32 [rows + 1]
     Raises ValueError for what it would leave out.
     """
-    refuse_what_is_left_out(cu_seq_lens_q, given | {"attention_mask": attention_mask})
+    if cu_seq_lens_q is None or max_length_q is None:
+        raise ValueError("its layers do not tell attention where rows begin")
+    refuse_what_is_left_out(given | {"attention_mask": attention_mask})
     tokens, rows = query.shape[2], len(cu_seq_lens_q) - 1
     if rows * max_length_q == tokens and not sliding_window:
         return attend_dense(query, key, value, rows, scaling), None
@@ -128,9 +130,7 @@ def attend_packed(
     return varlen_attn(query, key, value, ends, ends, longest, longest, **options).unsqueeze(0), None
 
 
-def refuse_what_is_left_out(ends: torch.Tensor | None, given: dict[str, Any]) -> None:
-    if ends is None:
-        raise ValueError("its layers do not tell attention where rows begin")
+def refuse_what_is_left_out(given: dict[str, Any]) -> None:
     unknown = [name for name, x in given.items() if isinstance(x, torch.Tensor) or x]
     unknown = [name for name in unknown if name not in WITHOUT_EFFECT]
     if unknown or given.get("is_causal") is False:
@@ -186,7 +186,7 @@ def build_block_mask(
 
 
 @contextmanager
-def packed_attention(model: nn.Module, name: str = NAME) -> Iterator[None]:
+def packed_attention(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
     """Within it, forward and backward of `model` take packed rows; its own attention returns after."""
     AttentionInterface.register(NAME, attend_packed)
     AttentionInterface.register(TRIAL, attend_trial)

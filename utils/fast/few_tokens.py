@@ -4,7 +4,7 @@ The fused product of lora.py copies W beside B, which costs more than the produc
 it gains in 16 bits stays: the adapter's part is in the sum before that is rounded.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from bitsandbytes import matmul_4bit
@@ -34,7 +34,8 @@ def multiply_few(group: "AdapterGroup", i: int, x: torch.Tensor) -> torch.Tensor
         y = torch.addmm((xa @ B.t()).mul_(group.scale), x, base.weight.t())
     else:
         if isinstance(base, Linear4bit):
-            y = matmul_4bit(x.float(), base.weight, base.weight.quant_state)
+            weight: Any = base.weight  # not only a tensor: it has its quant_state
+            y = matmul_4bit(x.float(), weight, weight.quant_state)
         else:
             y = torch.mm(x, base.weight.t(), out_dtype=torch.float32)
         y.addmm_(xa.float(), B.float().t(), alpha=group.scale)

@@ -5,6 +5,7 @@ evaluation and chat compute what training did: unpacking costs less than that ro
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
@@ -16,24 +17,25 @@ from utils.fast.kernels import unpack_4bit, unpack_8bit
 from utils.fast.memory import read_host_memory
 
 
-def read_weight(base: nn.Module, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+def read_weight(base: nn.Linear, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
     """The frozen weight in the compute dtype  # [out, in]; written to `out`, if given; it may be strided."""
+    weight: Any = base.weight  # not only a tensor, where it is quantized: it has its scales
     if not isinstance(base, (Linear4bit, Linear8bitLt)):
-        return base.weight.data if out is None else out.copy_(base.weight.data)
+        return weight.data if out is None else out.copy_(weight.data)
     if out is None:
-        out = torch.empty(base.out_features, base.in_features, dtype=dtype, device=base.weight.device)
+        out = torch.empty(base.out_features, base.in_features, dtype=dtype, device=weight.device)
     with torch.cuda.device_of(out):  # where Triton launches; layers may be spread over several GPUs
         if isinstance(base, Linear4bit):
-            return unpack_4bit(base.weight.data, base.weight.quant_state, out)
-        row_max = base.weight.SCB if base.weight.SCB is not None else base.state.SCB
-        return unpack_8bit(base.weight.data, row_max, out)
+            return unpack_4bit(weight.data, weight.quant_state, out)
+        row_max: Any = weight.SCB if weight.SCB is not None else base.state.SCB
+        return unpack_8bit(weight.data, row_max, out)
 
 
 class UnpackedProduct(torch.autograd.Function):
     """x W' + b  # [..., out]; W is unpacked again for the gradient, never kept. b may be trained."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, bias: torch.Tensor | None, layer: nn.Module):
+    def forward(ctx, x: torch.Tensor, bias: torch.Tensor | None, layer: nn.Linear):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         ctx.layer, ctx.dtype, ctx.bias_dtype = layer, x.dtype, None if bias is None else bias.dtype
@@ -49,7 +51,7 @@ class UnpackedProduct(torch.autograd.Function):
         return dx, db, None
 
 
-def multiply_unpacked(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def multiply_unpacked(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return UnpackedProduct.apply(x, layer.bias, layer)
 
 

@@ -14,23 +14,25 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import functional as F
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from utils.console import notice
 from utils.fast.graph_capture import CaptureError, capture_graph, round_to_power
-from utils.fast.lora import ADAPTER
+from utils.fast.lora import ADAPTER, AdaptedLayer
 from utils.fast.lora_layers import find_obstacle
 
 SMALLEST_CAPACITY = 1024  # tokens
 PLAIN_FLAGS = {"use_cache", "return_dict", "logits_to_keep"}  # of a step that is asked for logits only
 MAX_DIFFERENCE = 0.05  # of the logits, relative: attention over a longer buffer rounds otherwise
 
+GrowingCache = Any  # a DynamicCache of DynamicLayers: transformers annotates layers that may have no keys
+
 
 def install_graph_decode(model: torch.nn.Module) -> "GraphDecoder | None":
     """Let `model.generate` replay its steps of one token; None where that cannot be, and a line says why."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     obstacle = find_decode_obstacle(base)
     if obstacle:
         notice(f"replies: without CUDA graphs ({obstacle})")
@@ -46,7 +48,7 @@ def install_graph_decode(model: torch.nn.Module) -> "GraphDecoder | None":
     return decoder
 
 
-def find_decode_obstacle(base: torch.nn.Module) -> str | None:
+def find_decode_obstacle(base: PreTrainedModel) -> str | None:
     """Why replies of this model are not captured; None if that can be tried."""
     if len({weight.device for weight in base.parameters()}) > 1:
         return "the model is spread over several devices"
@@ -58,17 +60,17 @@ def find_decode_obstacle(base: torch.nn.Module) -> str | None:
 
 def shorten_adapters(base: torch.nn.Module, dtype: torch.dtype) -> None:
     """y + (x A') (s B)' for PEFT's y + s ((x A') B'), in the base's dtype, as the fast path trains it."""
-    for layer in base.modules():
-        if not isinstance(layer, LoraLayer) or not isinstance(layer.get_base_layer(), torch.nn.Linear):
-            continue
-        if find_obstacle(layer, layer.get_base_layer().weight.dtype) is None:
+    layers: list[AdaptedLayer] = [module for module in base.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        linear = layer.get_base_layer()
+        if isinstance(linear, torch.nn.Linear) and find_obstacle(layer, linear.weight.dtype) is None:
             A, B = (part[ADAPTER].weight.detach() for part in (layer.lora_A, layer.lora_B))
             A, B = A.to(dtype), (B * layer.scaling[ADAPTER]).to(dtype)
             layer.forward = functools.partial(forward_adapted, layer, A, B, layer.forward)
 
 
 def forward_adapted(
-    layer: LoraLayer, A: torch.Tensor, B: torch.Tensor, plain: Callable, x: torch.Tensor, **kwargs: Any
+    layer: AdaptedLayer, A: torch.Tensor, B: torch.Tensor, plain: Callable, x: torch.Tensor, **kwargs: Any
 ) -> torch.Tensor:
     if layer.disable_adapters or x.dtype != A.dtype or torch.is_grad_enabled() or kwargs:
         return plain(x, **kwargs)
@@ -84,16 +86,18 @@ class GraphDecoder:
     displaces gets copies of its own. On a CPU the same steps run without a graph.
     """
 
-    def __init__(self, base: torch.nn.Module):
+    def __init__(self, base: PreTrainedModel):
         self.plain, self.config = base.forward, base.config.get_text_config()
         self.adapted = next((module for module in base.modules() if isinstance(module, BaseTunerLayer)), None)
         self.ids = torch.zeros(1, 1, dtype=torch.long, device=base.device)
         self.stream = torch.cuda.Stream() if base.device.type == "cuda" else None
-        self.buffers, self.capacity = None, 0  # a StaticCache and the tokens that it has room for
-        self.length = 0  # tokens that it holds
-        self.owner = lambda: None  # weak reference to the DynamicCache that the buffers belong to
+        self.buffers: Any = None  # a StaticCache, from the first conversation on
+        self.capacity = self.length = 0  # tokens that it has room for, tokens that it holds
+        # Weak reference to the DynamicCache that the buffers belong to.
+        self.owner: Callable[[], GrowingCache | None] = lambda: None
         self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}  # by: adapter on -> logits
-        self.obstacle, self.tried = None, False
+        self.obstacle: str | None = None
+        self.tried = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if args or self.obstacle or torch.is_grad_enabled() or not is_next_token(**kwargs):
@@ -116,7 +120,7 @@ class GraphDecoder:
         # A cache that lies in the buffers may stay there: nothing else is written to them any more.
         self.owner, self.buffers, self.graphs = lambda: None, None, {}
 
-    def try_out(self, input_ids: torch.Tensor, cache: DynamicCache) -> None:
+    def try_out(self, input_ids: torch.Tensor, cache: GrowingCache) -> None:
         """Raises CaptureError where the buffers give other logits for this token than the growing cache."""
         length = cache.get_seq_length()
         expected = self.plain(input_ids=input_ids, past_key_values=cache, use_cache=True).logits.float()
@@ -134,7 +138,7 @@ class GraphDecoder:
             raise CaptureError("a cache of fixed size gives other logits")
         self.tried = True
 
-    def step(self, input_ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+    def step(self, input_ids: torch.Tensor, cache: GrowingCache) -> torch.Tensor:
         """Logits of the next token  # [1, 1, vocabulary]; `cache` grows by this one."""
         length = cache.get_seq_length()
         if self.owner() is not cache or not self.is_view(cache) or length >= self.capacity:
@@ -149,7 +153,7 @@ class GraphDecoder:
             graph, logits = self.graphs[tuned]
             graph.replay()
         else:
-            logits = self.capture(tuned)
+            logits = self.capture(tuned, self.stream)
         self.length = length + 1
         for layer, buffer in zip(cache.layers, self.buffers.layers, strict=True):
             layer.keys, layer.values = buffer.keys[:, :, : self.length], buffer.values[:, :, : self.length]
@@ -158,20 +162,20 @@ class GraphDecoder:
     def run(self) -> torch.Tensor:
         return self.plain(input_ids=self.ids, past_key_values=self.buffers, use_cache=True).logits
 
-    def capture(self, tuned: bool) -> torch.Tensor:
+    def capture(self, tuned: bool, stream: torch.cuda.Stream) -> torch.Tensor:
         """This step, run eagerly, which warms up every kernel; the following ones are captured after it."""
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             logits = self.run()
-        torch.cuda.current_stream().wait_stream(self.stream)
+        torch.cuda.current_stream().wait_stream(stream)
         try:
-            self.graphs[tuned] = capture_graph(self.run, self.stream, self.ids.device)
+            self.graphs[tuned] = capture_graph(self.run, stream, self.ids.device)
         except CaptureError:
             self.set_length(self.length)  # the step is repeated by the plain forward
             raise
         return logits
 
-    def load(self, cache: DynamicCache, length: int) -> None:
+    def load(self, cache: GrowingCache, length: int) -> None:
         """Copy the first `length` keys and values of `cache` into the buffers.
 
         New buffers are made where the old ones are too small. They are also made where the old ones are four
@@ -200,7 +204,7 @@ class GraphDecoder:
                 layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
         self.owner = lambda: None
 
-    def is_view(self, cache: DynamicCache) -> bool:
+    def is_view(self, cache: GrowingCache) -> bool:
         """Whether the layers of `cache` still lie in the buffers: reading a prompt moves them out."""
         return cache.layers[0].keys.data_ptr() == self.buffers.layers[0].keys.data_ptr()
 
@@ -210,7 +214,7 @@ class GraphDecoder:
             buffer.cumulative_length.fill_(length)
 
 
-def crop_cache(cache: DynamicCache, length: int) -> None:
+def crop_cache(cache: GrowingCache, length: int) -> None:
     """Leave `length` tokens in every layer, also where a step broke off between two of them."""
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]

@@ -3,12 +3,26 @@
 A 7B QLoRA step launches some ten thousand kernels, and on short micro-batches the GPU waits for most of them.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from utils.console import notice
 from utils.fast.graph_capture import CaptureError, capture_graph, round_to_power
 from utils.fast.model import FastModel, MicroBatch
 from utils.fast.rope import find_ropes, is_dynamic
+
+Size = tuple[int, ...]  # what graph_key makes of a micro-batch
+
+
+@dataclass(frozen=True)
+class CapturedStep:
+    """A graph with the tensors that it reads and the one that it fills."""
+
+    graph: torch.cuda.CUDAGraph
+    batch: MicroBatch
+    loss_scale: torch.Tensor
+    loss: torch.Tensor
 
 
 class GraphedStep:
@@ -19,7 +33,9 @@ class GraphedStep:
     """
 
     def __init__(self, fast: FastModel):
-        self.fast, self.graphs, self.seen = fast, {}, set()
+        self.fast = fast
+        self.graphs: dict[Size, CapturedStep] = {}
+        self.seen: set[Size] = set()
         self.obstacle = find_graph_obstacle(fast)
         if not self.obstacle:
             # One pool and stream for all graphs and eager runs: never at work at once, they share memory.
@@ -60,7 +76,7 @@ class GraphedStep:
         torch.cuda.current_stream().wait_stream(self.stream)
         return loss.clone()  # out of the pool
 
-    def capture(self, size: tuple[int, ...], batch: MicroBatch, scale: torch.Tensor) -> bool:
+    def capture(self, size: Size, batch: MicroBatch, scale: torch.Tensor) -> bool:
         """Record the step on copies of `batch` that later ones are written into; runs nothing yet."""
         static = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
         static_scale = scale.clone()
@@ -74,17 +90,17 @@ class GraphedStep:
             self.obstacle = str(error)
             notice(f"fast path: without CUDA graphs, capturing failed ({error})")
             return False
-        self.graphs[size] = (graph, static, static_scale, loss)
+        self.graphs[size] = CapturedStep(graph, static, static_scale, loss)
         return True
 
-    def replay(self, size: tuple[int, ...], batch: MicroBatch, scale: torch.Tensor) -> torch.Tensor:
-        graph, static, static_scale, loss = self.graphs[size]
+    def replay(self, size: Size, batch: MicroBatch, scale: torch.Tensor) -> torch.Tensor:
+        captured = self.graphs[size]
         for name, x in batch.items():
             if isinstance(x, torch.Tensor):  # from pinned memory the CPU need not wait for the copy
-                static[name].copy_(x if x.is_cuda else x.pin_memory(), non_blocking=True)
-        static_scale.copy_(scale)
-        graph.replay()
-        return loss.clone()
+                captured.batch[name].copy_(x if x.is_cuda else x.pin_memory(), non_blocking=True)
+        captured.loss_scale.copy_(scale)
+        captured.graph.replay()
+        return captured.loss.clone()
 
 
 def find_graph_obstacle(fast: FastModel) -> str | None:
@@ -137,7 +153,7 @@ def pad_to_fixed_sizes(batch: MicroBatch) -> MicroBatch:
     }
 
 
-def graph_key(batch: MicroBatch) -> tuple[int, ...]:
+def graph_key(batch: MicroBatch) -> Size:
     return (
         batch["input_ids"].shape[1],
         len(batch["label_positions"]),

@@ -22,8 +22,9 @@ already, which rounds a small part away: after one step of Adam SmolLM2's loss i
 by PEFT's, and was 3.160 (docs/results.md).
 """
 
+from typing import Any
+
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from utils.fast.flat_adapter import FlatAdapter
@@ -40,13 +41,17 @@ from utils.fast.keyed_noise import KeyedDropout
 
 ADAPTER = "default"
 
+AdaptedLayer = Any  # PEFT's: a LoraLayer and an nn.Module, for which Python has no one annotation
+
 
 class AdapterGroup:
     """Adapted layers that read one input, or a single layer; their adapter as views of the flat buffers."""
 
-    def __init__(self, layers: list[LoraLayer]):
+    flat: FlatAdapter | None  # None of an adapter that is not trained
+
+    def __init__(self, layers: list[AdaptedLayer]):
         self.layers = layers
-        self.bases = [layer.get_base_layer() for layer in layers]
+        self.bases: list[nn.Linear] = [layer.get_base_layer() for layer in layers]
         self.scale = layers[0].scaling[ADAPTER]
         self.ranks = [layer.r[ADAPTER] for layer in layers]
 

@@ -16,7 +16,7 @@ from torch import nn
 from utils.fast.few_tokens import is_few, multiply_few
 from utils.fast.flat_adapter import FlatAdapter
 from utils.fast.keyed_noise import SHARED_INPUT
-from utils.fast.lora import ADAPTER, AdapterGroup, DownProduct, FusedMLP, FusedProjections
+from utils.fast.lora import ADAPTER, AdaptedLayer, AdapterGroup, DownProduct, FusedMLP, FusedProjections
 
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu", "PytorchGELUTanh": "gelu"}
 
@@ -37,7 +37,7 @@ def find_obstacle(layer: LoraLayer, dtype: torch.dtype) -> str | None:
     return None
 
 
-def find_obstacles(model: nn.Module, dtype: torch.dtype) -> dict[LoraLayer, str | None]:
+def find_obstacles(model: nn.Module, dtype: torch.dtype) -> dict[AdaptedLayer, str | None]:
     """What keeps each adapted layer of `model` from the fused path; None where nothing does."""
     return {layer: find_obstacle(layer, dtype) for layer in model.modules() if isinstance(layer, LoraLayer)}
 
@@ -46,7 +46,9 @@ class SharedInput:
     """q, k and v are called one after another on one tensor: the first call computes all three."""
 
     def __init__(self, group: AdapterGroup):
-        self.group, self.x, self.ys = group, None, {}
+        self.group = group
+        self.x: torch.Tensor | None = None
+        self.ys: dict[int, torch.Tensor] = {}  # of x, by layer, those not taken yet
 
     def forward(self, i: int, plain: Callable, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args or kwargs or not self.group.covers_call():
@@ -115,7 +117,7 @@ def install_fast_evaluation(model: nn.Module, dtype: torch.dtype) -> None:
 
 def find_all_groups(
     model: nn.Module, dtype: torch.dtype
-) -> tuple[dict[nn.Module, list[AdapterGroup]], dict[LoraLayer, str | None]]:
+) -> tuple[dict[nn.Module, list[AdapterGroup]], dict[AdaptedLayer, str | None]]:
     """The groups below each module that has any; and find_obstacles."""
     obstacles = find_obstacles(model, dtype)
     covered = {layer for layer, obstacle in obstacles.items() if obstacle is None}
@@ -131,9 +133,11 @@ def replace_forwards(parent: nn.Module, groups: list[AdapterGroup]) -> None:
     install_mlp(parent, groups)
 
 
-def find_groups(parent: nn.Module, covered: set[LoraLayer]) -> list[AdapterGroup]:
+def find_groups(parent: nn.Module, covered: set[AdaptedLayer]) -> list[AdapterGroup]:
     """The covered layers directly below `parent`, those of one input together."""
-    left = {name: child for name, child in parent.named_children() if child in covered}
+    left: dict[str, AdaptedLayer] = {
+        name: child for name, child in parent.named_children() if child in covered
+    }
     groups = []
     for names in SHARED_INPUT:
         members = [left[name] for name in names if name in left]

@@ -9,6 +9,7 @@ comes from above.
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from utils.fast.kernels import cross_entropy_
 from utils.messages import IGNORE_INDEX
@@ -44,7 +45,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 class OutputLayer:
     """The output layer of a causal model with what the model does to its logits."""
 
-    def __init__(self, causal_model: nn.Module):
+    def __init__(self, causal_model: PreTrainedModel):
         config = causal_model.config.get_text_config()
         self.linear = causal_model.get_output_embeddings()
         self.softcap = float(getattr(config, "final_logit_softcapping", None) or 0)
@@ -68,7 +69,7 @@ def pick_targets(labels: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def find_loss_obstacle(causal_model: nn.Module, head: OutputLayer) -> str | None:
+def find_loss_obstacle(causal_model: PreTrainedModel, head: OutputLayer) -> str | None:
     """Why the loss needs the model's own logits; None if ours are the same, tried on the model itself."""
     if type(head.linear) is not nn.Linear or head.linear.weight.requires_grad:
         return "its output layer is trained or quantized"

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from utils.console import notice
 from utils.fast.attention import find_attention_obstacle, packed_attention
@@ -37,7 +38,8 @@ class FastModel:
 
     def __init__(self, model: PeftModel, dtype: torch.dtype, offload: bool):
         self.model, self.dtype = model, dtype
-        self.causal_model = model.get_base_model()
+        causal_model: Any = model.get_base_model()
+        self.causal_model: PreTrainedModel = causal_model
         self.keys = key_dropout(model)
         self.flat, uncovered = install_fast_lora(model, dtype)
         # Every forward pass begins at the embedding.
@@ -51,7 +53,9 @@ class FastModel:
             if obstacle:
                 notice(f"fast path: the model's own {what} is used ({obstacle})")
         self.has_own_dropout = has_own_dropout(model)
-        self.blocks = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+        self.blocks: list[Any] = [
+            module for module in model.modules() if hasattr(module, "gradient_checkpointing")
+        ]
         is_wide = self.causal_model.config.get_text_config().hidden_size >= SMALLEST_WIDTH
         self.store = (
             HostOffload(model.device) if offload and is_wide and model.device.type == "cuda" else None
@@ -124,7 +128,7 @@ def prepare_fast_model(model: nn.Module, dtype: torch.dtype, offload: bool = Tru
         return "the layers are spread over several devices"
     obstacles = find_obstacles(model, dtype).values()
     if all(obstacles):
-        return f"no adapted layer is covered: {', '.join(sorted(set(obstacles)))}"
+        return f"no adapted layer is covered: {', '.join(sorted(set(filter(None, obstacles))))}"
     if model.device.type == "cuda":
         apply_liger(model.get_base_model())
     return FastModel(model, dtype, offload)
@@ -136,7 +140,7 @@ def prepare_fast_evaluation(model: nn.Module, dtype: torch.dtype) -> None:
         install_fast_evaluation(model, dtype)
 
 
-def apply_liger(causal_model: nn.Module) -> None:
+def apply_liger(causal_model: Any) -> None:
     """Fused norms and rotary embedding, where liger-kernel has them for this architecture."""
     try:
         from liger_kernel.transformers import monkey_patch
@@ -152,7 +156,7 @@ def apply_liger(causal_model: nn.Module) -> None:
         notice("fast path: norms and rotary embedding run unfused, liger-kernel's compute something else")
 
 
-def patch_if_equal(causal_model: nn.Module, patch: Callable[[], None]) -> bool:
+def patch_if_equal(causal_model: Any, patch: Callable[[], None]) -> bool:
     """Call `patch`; where the model then computes something else, take back what it did to it."""
     spaces = [vars(module) for module in causal_model.modules()]
     spaces.append(vars(sys.modules[type(causal_model).__module__]))  # the functions that layers call
@@ -169,7 +173,7 @@ def patch_if_equal(causal_model: nn.Module, patch: Callable[[], None]) -> bool:
     return is_equal
 
 
-def has_own_dropout(model: nn.Module) -> bool:
+def has_own_dropout(model: PeftModel) -> bool:
     """Whether the base drops anything itself: that mask comes from torch's generator, not from our keys."""
     modules = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     # Others hand a number of their config to torch's function.

@@ -22,9 +22,10 @@ WORD = 2**32 - 1
 class TokenKeys:
     """The keys of the current micro-batch; the layers that draw hold on to this object."""
 
+    keys: torch.Tensor  # int64 [tokens], from the first read() on
+
     def __init__(self, device: torch.device):
         self.step_key = torch.zeros(1, dtype=torch.int64, device=device)  # a captured graph reads it there
-        self.keys: torch.Tensor | None = None  # int64 [tokens]
         self.micro_batch: dict[str, Any] = {}
         self.is_used = self.is_announced = False
 
