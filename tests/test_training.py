@@ -8,6 +8,8 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
+from utils.train.training import measure_peak_memory
+
 IDENTITY = ROOT / "data" / "guanaco_identity.jsonl"
 SHORT = ["--source_max_len", "200", "--target_max_len", "100"]
 
@@ -300,3 +302,12 @@ def test_unknown_target_module_names_the_models_own(call_main, tiny_model, tmp_p
         UserError, match=f"{targets[-1]}: the model has no .*down_proj, embed_tokens, gate_proj"
     ):
         train(call_main, tiny_model, tmp_path / "run", "--lora_target_modules", *targets)
+
+
+def test_peak_memory_is_measured_where_the_kernel_does_not_tell_it(tmp_path):
+    told, silent = tmp_path / "told", tmp_path / "silent"
+    told.write_text("Name:\tpython\nVmHWM:\t  3145728 kB\n")
+    silent.write_text("Name:\tpython\n")
+    if not torch.cuda.is_available():
+        assert measure_peak_memory(told) == 3
+    assert measure_peak_memory(silent) > 0

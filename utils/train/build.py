@@ -2,13 +2,14 @@
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.console import UserError, notice
@@ -49,7 +50,7 @@ OUR_FLAGS = {
 
 
 def build_trainer(
-    model: torch.nn.Module,
+    model: PreTrainedModel | PeftModel,
     tokenizer: Any,
     datasets: dict[str, TokenRows],
     run: Run,
@@ -82,7 +83,7 @@ def build_trainer(
         eval_dataset=next((datasets[part] for part in (EVAL, TEST) if len(datasets[part])), None),
         data_collator=collator,
         engine=engine,
-        keeper=build_keeper(model, args, run.record, train_rows),
+        keeper=build_keeper(model, run, train_rows, args.should_save),
         record=run.record,
     )
     trainer.remove_callback(transformers.ProgressCallback)
@@ -95,7 +96,7 @@ def build_trainer(
 
 
 def choose_optimizer(
-    model: torch.nn.Module, training_args: TrainingArguments, earlier: str | None
+    model: PreTrainedModel | PeftModel, training_args: TrainingArguments, earlier: str | None
 ) -> TrainingArguments:
     """--optim auto: paged where the optimizer's state would crowd the GPU, fused where it is small.
 
@@ -130,8 +131,9 @@ def choose_engine(
     if not training_args.do_train:
         prepare_fast_evaluation(model, dtype)
         return PlainEngine(model)
-    fast = find_flag_obstacle(training_args)
-    fast = fast or prepare_fast_model(model, dtype, training_args.offload_checkpoints)
+    fast = find_flag_obstacle(training_args) or prepare_fast_model(
+        model, dtype, training_args.offload_checkpoints
+    )
     if isinstance(fast, str):
         began = ", and this run began on the fused one" if earlier == "fused" else ""
         notice(f"--fast_lora: the plain path is used ({fast}){began}")
@@ -139,20 +141,14 @@ def choose_engine(
     return FastEngine(fast)
 
 
-def build_keeper(
-    model: torch.nn.Module,
-    args: transformers.TrainingArguments,
-    record: dict[str, Any],
-    rows: TokenRows | None,
-) -> Keeper:
-    """Keeper of the run in --output_dir, whose training `rows` are None where it only evaluates."""
-    fingerprints = fingerprint_run(record, rows)
-    wait_for_everyone = PartialState().wait_for_everyone
-    return Keeper(Path(args.output_dir), model, fingerprints, args.should_save, wait_for_everyone)
+def build_keeper(model: torch.nn.Module, run: Run, rows: TokenRows | None, is_writer: bool) -> Keeper:
+    """Keeper of the `run`, whose training `rows` are None where it only evaluates."""
+    fingerprints = fingerprint_run(run.record, rows)
+    return Keeper(run.folder, model, fingerprints, is_writer, PartialState().wait_for_everyone)
 
 
 def choose_collator(
-    model: torch.nn.Module,
+    model: PreTrainedModel | PeftModel,
     tokenizer: Any,
     lengths: np.ndarray,
     model_args: ModelArguments,

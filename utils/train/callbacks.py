@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from utils.arguments import GenerationArguments, TrainingArguments
 from utils.console import is_main_process, notice
-from utils.messages import Messages
+from utils.messages import Chat, Messages
 from utils.train.mmlu import Question, evaluate_mmlu, find_letter_tokens
 
 FEW_POINTS = 30  # of a curve whose points are marked
@@ -118,7 +118,7 @@ class AnswerScores(TrainerCallback):
     """ROUGE and BLEU of answers to the held-out rows at each evaluation, logged with it."""
 
     def __init__(
-        self, tokenizer: Any, stop_ids: list[int], chats: list[Messages], generation_args: GenerationArguments
+        self, tokenizer: Any, stop_ids: list[int], chats: list[Chat], generation_args: GenerationArguments
     ):
         self.tokenizer, self.stop_ids, self.chats = tokenizer, stop_ids, chats
         self.generation_args = generation_args

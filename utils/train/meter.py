@@ -31,7 +31,7 @@ class TokenMeter:
 
     @property
     def all_tokens(self) -> int:
-        return self.tokens + self.sum_over_processes(self.since_log).item()
+        return self.tokens + int(self.sum_over_processes(self.since_log).item())
 
     def begin_step(self) -> None:
         self.at_step_start = self.since_log.clone()
@@ -47,7 +47,8 @@ class TokenMeter:
 
     def read_speed(self) -> float:
         """Tokens/s of all processes since the last call."""
-        tokens, now = self.sum_over_processes(self.since_log).item(), time.perf_counter()
+        assert self.last_log_time is not None  # a step was counted
+        tokens, now = int(self.sum_over_processes(self.since_log).item()), time.perf_counter()
         speed = round(tokens / (now - self.last_log_time), 1)
         self.tokens += tokens
         self.since_log.zero_()

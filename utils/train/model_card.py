@@ -34,12 +34,12 @@ HERE = 'folder = "."  # this one'  # in the card; on the hub its id
 SHOWN_METRICS = ("steps", "train_loss", "eval_loss", "train_tokens", "train_seconds", "peak_memory_gib")
 
 
-def share_finished_run(training_args: TrainingArguments) -> None:
+def share_finished_run(run: Path, training_args: TrainingArguments) -> None:
     """What --push_to_hub asks for, after the last file of the run is written."""
-    extra, output_dir = training_args.extra, Path(training_args.output_dir)
+    extra = training_args.extra
     if extra.get("push_to_hub") and is_main_process():
-        hub_id = extra.get("hub_model_id") or output_dir.name
-        push_run(output_dir, hub_id, bool(extra.get("hub_private_repo")), extra.get("hub_token"))
+        hub_id = extra.get("hub_model_id") or run.name
+        push_run(run, hub_id, bool(extra.get("hub_private_repo")), extra.get("hub_token"))
 
 
 def push_run(run: Path, hub_id: str, private: bool = False, token: str | None = None) -> None:

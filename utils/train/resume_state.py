@@ -63,6 +63,6 @@ def load_state_into(trainer: Any, folder: Path, force: bool) -> dict[str, Any]:
 def save_trainer_state(trainer: Any, folder: Path) -> None:
     """transformers' own trainer_state.json: steps, log, and the state of callbacks that have one."""
     callbacks = [*trainer.callback_handler.callbacks, trainer.control]
-    exportable = [callback for callback in callbacks if isinstance(callback, ExportableState)]
+    exportable: list[Any] = [callback for callback in callbacks if isinstance(callback, ExportableState)]
     trainer.state.stateful_callbacks = TrainerState(stateful_callbacks=exportable).stateful_callbacks
     trainer.state.save_to_json(str(folder / STATE_FILE))

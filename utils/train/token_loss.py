@@ -20,7 +20,7 @@ class TokenLoss:
     label follows, if the model's forward can do so (`logits_to_keep`).
     """
 
-    def __init__(self, model: nn.Module, label_smoothing: float = 0.0):
+    def __init__(self, model: Any, label_smoothing: float = 0.0):
         self.label_smoothing = label_smoothing
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         takes_positions = "logits_to_keep" in inspect.signature(base.forward).parameters

@@ -60,6 +60,11 @@ class QLoraTrainer(transformers.Trainer):
     record      run.json (utils/run/record.py)
     """
 
+    # What they are here; transformers' annotations allow more.
+    model: Any  # a PreTrainedModel, or the PeftModel around one
+    processing_class: Any  # the tokenizer
+    train_dataset: Any  # TokenRows
+
     def __init__(self, *args: Any, engine: Engine, keeper: Keeper, record: dict[str, Any], **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.engine, self.keeper, self.record = engine, keeper, record
@@ -79,7 +84,7 @@ class QLoraTrainer(transformers.Trainer):
         self.last_evaluation: tuple[int, dict[str, float]] | None = None  # step, metrics
         self.add_callback(StepHooks(self))
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any):
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any):  # type: ignore[override]  # a path
         moment_bytes = 1 if "8bit" in str(self.args.optim) else 4
         self.keeper.begin(
             Path(resume_from_checkpoint) if resume_from_checkpoint else None,
@@ -135,13 +140,14 @@ class QLoraTrainer(transformers.Trainer):
 
     def skip_step(self, loss: torch.Tensor, grad_norm: torch.Tensor | float) -> None:
         """Leave weights, optimizer and logged losses as they are, and name the step's rows."""
+        assert self.guard.start_loss is not None  # the step has begun
         self.accelerator.gradient_state._set_sync_gradients(False)  # optimizer.step() does nothing then
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()
         rows = list_rows(self.step_batches)
         texts = [self.processing_class.decode(self.train_dataset[row]["input_ids"][:40]) for row in rows]
         self.guard.report_skipped_step(
-            self.state.global_step + 1, loss.item(), float(grad_norm), rows, texts, Path(self.args.output_dir)
+            self.state.global_step + 1, loss.item(), float(grad_norm), rows, texts, self.keeper.output_dir
         )
         # Logged losses are means over the steps that were taken.
         self._tr_loss.copy_(self.guard.start_loss)
@@ -183,6 +189,7 @@ class QLoraTrainer(transformers.Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
         batch, processes = self.args.train_batch_size, self.args.world_size
+        assert self.args.data_seed is not None  # the flag has a default
         self.order = EpochOrder(
             self.train_dataset.lengths,
             self.args.train_sampling_strategy,
@@ -191,9 +198,9 @@ class QLoraTrainer(transformers.Trainer):
         )
         return self.order
 
-    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> Any:
+    def _run_epoch(self, model: Any, epoch: int, *args: Any, **kwargs: Any) -> Any:
         self.order.epoch = epoch
-        return super()._run_epoch(*args, epoch=epoch, **kwargs)
+        return super()._run_epoch(model, epoch, *args, **kwargs)
 
     # Evaluation
 
@@ -285,12 +292,10 @@ class QLoraTrainer(transformers.Trainer):
         """Adapter, tokenizer and model card."""
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.keeper.output_dir)
         # No token is ever added, so embeddings need no saving (and no look-up of the base on the hub).
-        is_adapter = isinstance(self.model, PeftModel)
-        self.model.save_pretrained(
-            folder, state_dict=state_dict, **({"save_embedding_layers": False} if is_adapter else {})
-        )
+        options = {"save_embedding_layers": False} if isinstance(self.model, PeftModel) else {}
+        self.model.save_pretrained(folder, state_dict=state_dict, **options)
         self.processing_class.save_pretrained(folder)
         (folder / "README.md").write_text(render_model_card(self.record), encoding="utf-8")
 

@@ -45,13 +45,13 @@ def train(trainer: QLoraTrainer, checkpoint: str | None) -> dict[str, float]:
     }
 
 
-def measure_peak_memory() -> float:
+def measure_peak_memory(status: Path = Path("/proc/self/status")) -> float:
     """Peak of this process, GiB: of GPU memory where one is used, else of resident memory."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    status = Path("/proc/self/status")  # ru_maxrss would count what the process that started this one held
-    if status.is_file():
-        return round(int(re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1)) / 2**20, 2)
+    own = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.is_file() else None
+    if own:  # not every kernel tells it; ru_maxrss counts what the process that started this one held too
+        return round(int(own.group(1)) / 2**20, 2)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / 2**30 if sys.platform == "darwin" else peak / 2**20, 2)
 
@@ -90,7 +90,7 @@ def run_trainer(
             metrics |= evaluate(trainer, rows, stop_ids, training_args, generation_args)
             save_results(trainer, run, metrics)
         notice(describe_end(metrics, trainer.state.log_history, run.folder))
-        share_finished_run(training_args)
+        share_finished_run(run.folder, training_args)
         return
     metrics |= evaluate(trainer, rows, stop_ids, training_args, generation_args)
     if is_main_process():
@@ -108,7 +108,7 @@ def add_probes(
     generation_args: GenerationArguments,
 ) -> None:
     """Let the Trainer ask, at each evaluation, what the flags want asked."""
-    tokenizer, folder = trainer.processing_class, Path(training_args.output_dir)
+    tokenizer, folder = trainer.processing_class, trainer.keeper.output_dir
     if probes.chats:
         seed = training_args.seed
         trainer.add_callback(SampleAnswers(tokenizer, stop_ids, probes.chats, folder, generation_args, seed))
@@ -178,5 +178,5 @@ def predict(
         generation_args,
         training_args.seed,
         training_args.per_device_eval_batch_size,
-        Path(training_args.output_dir),
+        trainer.keeper.output_dir,
     )
