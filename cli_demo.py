@@ -18,7 +18,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from utils.arguments import GenerationArguments, HfArg, ModelArguments
+from utils.arguments import GenerationArguments, ModelArguments, flag
 from utils.chat.side_by_side import stream_rows
 from utils.console import UserError, run_main
 from utils.flags.parser import find_given_flags, parse_args
@@ -44,10 +44,10 @@ BARE_COMMANDS = {"clear", "exit", "quit", "stop"}
 @dataclass
 class ChatArguments:
     _argument_group_name = "chat"
-    system: str | None = HfArg(default=None, help="System message at the start of each conversation.")
-    compare: bool = HfArg(default=False, help="Each question to the base too: its reply on the left.")
-    template: str | None = HfArg(default=None, help="A name in utils/templates, instead of the run's own.")
-    seed: int = HfArg(default=42, help="Seed of --do_sample.")
+    system: str | None = flag(default=None, help="System message at the start of each conversation.")
+    compare: bool = flag(default=False, help="Each question to the base too: its reply on the left.")
+    template: str | None = flag(default=None, help="A name in utils/templates, instead of the run's own.")
+    seed: int = flag(default=42, help="Seed of --do_sample.")
 
 
 @dataclass

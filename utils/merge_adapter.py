@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers.hf_argparser import HfArg
-
-from utils.arguments import ModelArguments, require_positive
+from utils.arguments import ModelArguments, flag, require_positive
 from utils.console import UserError, notice, run_main
 from utils.flags.checks import read_json
 from utils.flags.parser import find_given_flags, parse_args
@@ -63,15 +61,15 @@ KEEPING_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 @dataclass
 class MergeArguments:
     _argument_group_name = "merge"
-    output_dir: str | None = HfArg(default=None, help="New folder of the merged model.")
-    merge_base: Literal["dequantized", "original"] = HfArg(
+    output_dir: str | None = flag(default=None, help="New folder of the merged model.")
+    merge_base: Literal["dequantized", "original"] = flag(
         default="dequantized", help="Add the adapter to the weights it was trained on, or the 16-bit ones."
     )
-    parity: bool = HfArg(default=True, help="Compare the result with the adapter on its base: parity.json.")
-    eval_dataset_name: str | None = HfArg(
+    parity: bool = flag(default=True, help="Compare the result with the adapter on its base: parity.json.")
+    eval_dataset_name: str | None = flag(
         default=None, help="Rows to compare on; default: the run's own held-out rows."
     )
-    max_eval_samples: int = HfArg(default=32, help="Compare on this many rows at most.")
+    max_eval_samples: int = flag(default=32, help="Compare on this many rows at most.")
 
     def __post_init__(self):
         require_positive(self, "max_eval_samples")
