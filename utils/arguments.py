@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from utils.console import UserError
@@ -45,6 +46,21 @@ class ModelArguments:
                 "--bf16 and --fp16 are both set: choose one, or neither for the best the hardware has"
             )
         require_positive(self, "max_memory_MB")
+
+    @property
+    def base(self) -> str:
+        """Folder or hub id of the base, from --model_name_or_path or the run behind --checkpoint_dir."""
+        if self.model_name_or_path is None:
+            raise UserError(
+                "no model is named: give --model_name_or_path FOLDER_OR_HUB_ID, or --checkpoint_dir RUN"
+            )
+        return self.model_name_or_path
+
+    @property
+    def adapter_dir(self) -> Path:
+        """--checkpoint_dir, for commands that have made sure that it is given."""
+        assert self.checkpoint_dir is not None
+        return Path(self.checkpoint_dir)
 
 
 @dataclass
@@ -216,6 +232,12 @@ class TrainingArguments:
     max_mmlu_samples: int | None = flag(default=None, help="This many questions at most.")
     mmlu_source_max_len: int = flag(default=2048, help="Longest question, tokens.")
     extra: dict[str, Any] = field(default_factory=dict, init=False)
+
+    @property
+    def run_dir(self) -> Path:
+        """--output_dir, which utils/flags/checks.py chooses where it is left out."""
+        assert self.output_dir is not None
+        return Path(self.output_dir)
 
     def with_values(self, **values: Any) -> "TrainingArguments":
         """A copy with some values replaced. (dataclasses.replace would empty `extra`.)"""
