@@ -13,7 +13,7 @@ import itertools
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -172,7 +172,7 @@ def describe_reply(kept: "ConversationCache", generation_args: GenerationArgumen
     return f"{kept.describe()}{cut}"
 
 
-def print_replies(streams: list[Iterator[str]]) -> list[str]:
+def print_replies(streams: list[Generator[str]]) -> list[str]:
     """One reply as it comes, or two in columns. Ctrl-C keeps what was said so far."""
     replies, interrupted = [""] * len(streams), False
 
