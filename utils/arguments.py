@@ -35,7 +35,7 @@ class ModelArguments:
     allow_pickle: bool = flag(default=False, help="Read .bin weights too (torch.load, weights only).")
     cache_dir: str | None = flag(default=None, help="Where downloads from the hub are kept.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.full_finetune and self.bits not in (16, 32):
             raise UserError(
                 f"--full_finetune trains the weights themselves and --bits {self.bits} freezes them: "
@@ -128,7 +128,7 @@ class DataArguments:
     data_report: bool = flag(default=False, help="Only report on the data; train nothing.")
     ignore_data_report: bool = flag(default=False, help="Train although the report is red.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_positive(
             self,
             "source_max_len",
@@ -158,7 +158,7 @@ class LoraArguments:
     use_rslora: bool = flag(default=False, help="Scale by alpha / sqrt(r) (arXiv 2312.03732).")
     use_dora: bool = flag(default=False, help="Train magnitude apart from direction (2402.09353).")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_positive(self, "lora_r", "lora_alpha")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(
@@ -246,7 +246,7 @@ class TrainingArguments:
             setattr(changed, name, value)
         return changed
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (self.do_train or self.do_eval or self.do_predict):
             self.do_train = True
         require_positive(
@@ -290,7 +290,7 @@ class GenerationArguments:
     length_penalty: float = flag(default=1.0, help="Above 0 favours longer beams.")
     no_repeat_ngram_size: int = flag(default=0, help="No n-gram of this size appears twice; 0: off.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_positive(
             self,
             "max_new_tokens",

@@ -71,7 +71,7 @@ class MergeArguments:
     )
     max_eval_samples: int = flag(default=32, help="Compare on this many rows at most.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_positive(self, "max_eval_samples")
 
 

@@ -26,7 +26,7 @@ class PageArguments:
         default=4, help="Latest conversations whose keys and values stay in memory for the next turn."
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_positive(
             self,
             "server_port",

@@ -118,12 +118,15 @@ def read_recorded_fields(folder: Path, names_base: bool) -> dict[str, Any]:
             f"--checkpoint_dir {folder} holds no adapter (adapter_config.json and {ADAPTER_FILE}) "
             "and no run.json: name a run, a checkpoint-N of it, or a PEFT adapter folder"
         )
-    adapter = read_json(folder / "adapter_config.json")
-    notice(
-        f"{folder} has no run.json: the base {adapter['base_model_name_or_path']} is read from "
-        "adapter_config.json; quantization and prompt are the flags' and the tokenizer's"
-    )
-    return {"model_name_or_path": adapter["base_model_name_or_path"]}
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not base and not names_base:
+        raise UserError(
+            f"--checkpoint_dir {folder}: neither a run.json nor adapter_config.json names the base: "
+            "give --model_name_or_path FOLDER_OR_HUB_ID"
+        )
+    named = f"the base {base} is read from adapter_config.json; " if base else ""
+    notice(f"{folder} has no run.json: {named}quantization and prompt are the flags' and the tokenizer's")
+    return {"model_name_or_path": base} if base else {}
 
 
 def check_model_path(name: str, allow_pickle: bool) -> str:
