@@ -13,12 +13,12 @@ import itertools
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from utils.arguments import GenerationArguments, HfArg, ModelArguments
+from utils.arguments import GenerationArguments, ModelArguments, flag
 from utils.chat.side_by_side import stream_rows
 from utils.console import UserError, run_main
 from utils.flags.parser import find_given_flags, parse_args
@@ -44,10 +44,10 @@ BARE_COMMANDS = {"clear", "exit", "quit", "stop"}
 @dataclass
 class ChatArguments:
     _argument_group_name = "chat"
-    system: str | None = HfArg(default=None, help="System message at the start of each conversation.")
-    compare: bool = HfArg(default=False, help="Each question to the base too: its reply on the left.")
-    template: str | None = HfArg(default=None, help="A name in utils/templates, instead of the run's own.")
-    seed: int = HfArg(default=42, help="Seed of --do_sample.")
+    system: str | None = flag(default=None, help="System message at the start of each conversation.")
+    compare: bool = flag(default=False, help="Each question to the base too: its reply on the left.")
+    template: str | None = flag(default=None, help="A name in utils/templates, instead of the run's own.")
+    seed: int = flag(default=42, help="Seed of --do_sample.")
 
 
 @dataclass
@@ -172,7 +172,7 @@ def describe_reply(kept: "ConversationCache", generation_args: GenerationArgumen
     return f"{kept.describe()}{cut}"
 
 
-def print_replies(streams: list[Iterator[str]]) -> list[str]:
+def print_replies(streams: list[Generator[str]]) -> list[str]:
     """One reply as it comes, or two in columns. Ctrl-C keeps what was said so far."""
     replies, interrupted = [""] * len(streams), False
 

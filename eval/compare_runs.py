@@ -14,8 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers.hf_argparser import HfArg
-
+from utils.arguments import flag
 from utils.console import UserError, notice, run_main
 from utils.flags.parser import name_leading_words, parse_args
 
@@ -25,8 +24,8 @@ SETTINGS = ("plain", "fast")
 @dataclass
 class CompareArguments:
     _argument_group_name = "comparison"
-    runs: str = HfArg(default="output/quality", help="Folder of the runs, SETTING-SEED.")
-    seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="Two or more.")
+    runs: str = flag(default="output/quality", help="Folder of the runs, SETTING-SEED.")
+    seeds: list[int] = flag(default_factory=lambda: [0, 1, 2], help="Two or more.")
 
     def __post_init__(self):
         if len(set(self.seeds)) < 2:

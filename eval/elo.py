@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.hf_argparser import HfArg
-
 from eval.answers.reviews import (
     TIE,
     Match,
@@ -20,7 +18,7 @@ from eval.answers.reviews import (
     measure_order_agreement,
     relate_scores,
 )
-from utils.arguments import require_positive
+from utils.arguments import flag, require_positive
 from utils.console import notice, run_main
 from utils.flags.parser import name_leading_words, parse_args
 from utils.run.record import write_json
@@ -31,10 +29,10 @@ START, K = 1000.0, 32.0  # the paper's
 @dataclass
 class EloArguments:
     _argument_group_name = "tournament"
-    reviews: list[str] = HfArg(default_factory=list, help="Review files, A against B and B against A.")
-    output_dir: str = HfArg(default="output/elo", help="Folder of elo.md, elo.json and elo.png.")
-    orderings: int = HfArg(default=10_000, help="Random orders of the matches.")
-    seed: int = HfArg(default=42, help="Seed of the orders.")
+    reviews: list[str] = flag(default_factory=list, help="Review files, A against B and B against A.")
+    output_dir: str = flag(default="output/elo", help="Folder of elo.md, elo.json and elo.png.")
+    orderings: int = flag(default=10_000, help="Random orders of the matches.")
+    seed: int = flag(default=42, help="Seed of the orders.")
 
     def __post_init__(self):
         require_positive(self, "orderings")

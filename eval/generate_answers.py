@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.hf_argparser import HfArg
-
 from eval.answers.questions import Question, load_questions
-from utils.arguments import GenerationArguments, ModelArguments, require_positive
+from utils.arguments import GenerationArguments, ModelArguments, flag, require_positive
 from utils.console import UserError, notice, run_main
 from utils.flags.parser import find_given_flags, name_leading_words, parse_args
 from utils.models.folder import check_adapter_fits, read_model_config, resolve_model
@@ -25,13 +23,13 @@ from utils.run.record import next_free_path
 @dataclass
 class AnswerArguments:
     _argument_group_name = "answers"
-    questions: list[str] = HfArg(default_factory=list, help="Question files: ours, Vicuna's, OASST's.")
-    output_dir: str = HfArg(default="output/answers", help="Folder of the answer files.")
-    base_too: bool = HfArg(default=False, help="Answer with the adapter off too, into a second file.")
-    max_questions: int | None = HfArg(default=None, help="Answer this many questions at most.")
-    batch_size: int = HfArg(default=8, help="Questions answered at once.")
-    template: str | None = HfArg(default=None, help="A name in utils/templates, instead of the run's own.")
-    seed: int = HfArg(default=42, help="Seed of --do_sample.")
+    questions: list[str] = flag(default_factory=list, help="Question files: ours, Vicuna's, OASST's.")
+    output_dir: str = flag(default="output/answers", help="Folder of the answer files.")
+    base_too: bool = flag(default=False, help="Answer with the adapter off too, into a second file.")
+    max_questions: int | None = flag(default=None, help="Answer this many questions at most.")
+    batch_size: int = flag(default=8, help="Questions answered at once.")
+    template: str | None = flag(default=None, help="A name in utils/templates, instead of the run's own.")
+    seed: int = flag(default=42, help="Seed of --do_sample.")
 
     def __post_init__(self):
         require_positive(self, "max_questions", "batch_size")

@@ -19,11 +19,9 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers.hf_argparser import HfArg
-
 from eval.answers.questions import Answer, Question, load_answers, load_questions
 from eval.answers.reviews import shorten_name
-from utils.arguments import require_positive
+from utils.arguments import flag, require_positive
 from utils.console import UserError, notice, run_main
 from utils.flags.parser import name_leading_words, parse_args
 
@@ -39,23 +37,23 @@ REVIEW_TOKENS = 250  # of a typical review, for the estimate
 @dataclass
 class JudgeArguments:
     _argument_group_name = "judge"
-    answers: list[str] = HfArg(default_factory=list, help="Answer files to compare, two or more.")
-    questions: list[str] = HfArg(default_factory=list, help="Question files that were answered.")
-    model: str | None = HfArg(default=None, help="The judging model's name at the endpoint.")
-    scoring: Literal["threeclass", "relative"] = HfArg(
+    answers: list[str] = flag(default_factory=list, help="Answer files to compare, two or more.")
+    questions: list[str] = flag(default_factory=list, help="Question files that were answered.")
+    model: str | None = flag(default=None, help="The judging model's name at the endpoint.")
+    scoring: Literal["threeclass", "relative"] = flag(
         default="threeclass", help="The better answer or a tie; or two scores out of 10."
     )
-    output_dir: str = HfArg(default="output/reviews", help="Folder of the review files.")
-    max_questions: int | None = HfArg(default=None, help="Judge this many questions at most.")
-    parallel: int = HfArg(default=4, help="Requests under way at once.")
-    timeout_s: float = HfArg(default=120.0, help="A request is given up after this, seconds.")
-    retries: int = HfArg(default=5, help="Tries after HTTP 429, 500 or a timeout, ever further apart.")
-    attempts: int = HfArg(default=3, help="Replies asked for until one holds a verdict.")
-    temperature: float = HfArg(default=0.0, help="Of the judge; below 0: left to the endpoint.")
-    max_review_tokens: int = HfArg(default=2048, help="Longest review, tokens.")
-    price_in: float = HfArg(default=0.0, help="Price of a million prompt tokens, for the estimate.")
-    price_out: float = HfArg(default=0.0, help="Price of a million reply tokens.")
-    estimate_only: bool = HfArg(default=False, help="Print the cost estimate and stop.")
+    output_dir: str = flag(default="output/reviews", help="Folder of the review files.")
+    max_questions: int | None = flag(default=None, help="Judge this many questions at most.")
+    parallel: int = flag(default=4, help="Requests under way at once.")
+    timeout_s: float = flag(default=120.0, help="A request is given up after this, seconds.")
+    retries: int = flag(default=5, help="Tries after HTTP 429, 500 or a timeout, ever further apart.")
+    attempts: int = flag(default=3, help="Replies asked for until one holds a verdict.")
+    temperature: float = flag(default=0.0, help="Of the judge; below 0: left to the endpoint.")
+    max_review_tokens: int = flag(default=2048, help="Longest review, tokens.")
+    price_in: float = flag(default=0.0, help="Price of a million prompt tokens, for the estimate.")
+    price_out: float = flag(default=0.0, help="Price of a million reply tokens.")
+    estimate_only: bool = flag(default=False, help="Print the cost estimate and stop.")
 
     def __post_init__(self):
         require_positive(self, "max_questions", "parallel", "timeout_s", "attempts", "max_review_tokens")

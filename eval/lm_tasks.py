@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.hf_argparser import HfArg
-
-from utils.arguments import ModelArguments, require_positive
+from utils.arguments import ModelArguments, flag, require_positive
 from utils.console import UserError, notice, run_main
 from utils.flags.parser import find_given_flags, name_leading_words, parse_args
 from utils.models.folder import check_adapter_fits, read_model_config, resolve_model
@@ -23,16 +21,16 @@ from utils.run.record import next_free_path, write_json
 @dataclass
 class TaskArguments:
     _argument_group_name = "tasks"
-    tasks: str = HfArg(default="quiz_en,quiz_zh", help="Tasks or groups of lm_eval, with commas.")
-    include_path: str | None = HfArg(default=None, help="Folder of task files of your own.")
-    base_too: bool = HfArg(default=False, help="Measure the base, the adapter off, in the same process.")
-    chat_template: bool = HfArg(default=False, help="Ask through the run's chat template.")
-    template: str | None = HfArg(default=None, help="A name in utils/templates, instead of the run's own.")
-    num_fewshot: int | None = HfArg(default=None, help="Examples before a question; default: the task's.")
-    limit: int | None = HfArg(default=None, help="This many questions of each task at most.")
-    batch_size: int = HfArg(default=8, help="Sequences in a batch.")
-    output_dir: str | None = HfArg(default=None, help="Folder of lm_tasks.json; default: the run's.")
-    seed: int = HfArg(default=42, help="Seed of the few-shot examples.")
+    tasks: str = flag(default="quiz_en,quiz_zh", help="Tasks or groups of lm_eval, with commas.")
+    include_path: str | None = flag(default=None, help="Folder of task files of your own.")
+    base_too: bool = flag(default=False, help="Measure the base, the adapter off, in the same process.")
+    chat_template: bool = flag(default=False, help="Ask through the run's chat template.")
+    template: str | None = flag(default=None, help="A name in utils/templates, instead of the run's own.")
+    num_fewshot: int | None = flag(default=None, help="Examples before a question; default: the task's.")
+    limit: int | None = flag(default=None, help="This many questions of each task at most.")
+    batch_size: int = flag(default=8, help="Sequences in a batch.")
+    output_dir: str | None = flag(default=None, help="Folder of lm_tasks.json; default: the run's.")
+    seed: int = flag(default=42, help="Seed of the few-shot examples.")
 
     def __post_init__(self):
         require_positive(self, "limit", "batch_size")

@@ -15,9 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers.hf_argparser import HfArg
-
-from utils.arguments import require_positive
+from utils.arguments import flag, require_positive
 from utils.console import UserError, notice, run_main
 from utils.flags.parser import parse_args
 from utils.repository import REPOSITORY
@@ -38,12 +36,12 @@ TRAINING = """--do_train --do_eval --eval_on_start True --save_strategy no --num
 @dataclass
 class QualityArguments:
     _argument_group_name = "quality"
-    model: str | None = HfArg(default=None, help="Folder or hub id of the base.")
-    dataset_name: str | None = HfArg(default=None, help="What to train on, as for qlora_finetune.py.")
-    bases: list[str] = HfArg(default_factory=lambda: list(BASES), help=f"Of {', '.join(BASES)}.")
-    seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="Of adapter and order of rows.")
-    jobs: int = HfArg(default=1, help="Runs at once.")
-    output_dir: str = HfArg(default="output/quality", help="Folder of the runs and of quality.md, .json.")
+    model: str | None = flag(default=None, help="Folder or hub id of the base.")
+    dataset_name: str | None = flag(default=None, help="What to train on, as for qlora_finetune.py.")
+    bases: list[str] = flag(default_factory=lambda: list(BASES), help=f"Of {', '.join(BASES)}.")
+    seeds: list[int] = flag(default_factory=lambda: [0, 1, 2], help="Of adapter and order of rows.")
+    jobs: int = flag(default=1, help="Runs at once.")
+    output_dir: str = flag(default="output/quality", help="Folder of the runs and of quality.md, .json.")
 
     def __post_init__(self):
         require_positive(self, "jobs")

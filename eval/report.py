@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.hf_argparser import HfArg
-
 from eval.answers.questions import Question, load_questions
 from eval.measures.differences import Measure, compute_row_losses, measure_answers
 from eval.measures.rendering import draw_measures, render_report
-from utils.arguments import GenerationArguments, ModelArguments, require_positive
+from utils.arguments import GenerationArguments, ModelArguments, flag, require_positive
 from utils.console import UserError, notice, run_main
 from utils.flags.parser import find_given_flags, name_leading_words, parse_args
 from utils.models.folder import check_adapter_fits, read_model_config, resolve_model
@@ -29,16 +27,16 @@ OWN_QUESTIONS = ["eval/prompts/questions_zh.jsonl", "eval/prompts/questions_en.j
 @dataclass
 class ReportArguments:
     _argument_group_name = "report"
-    questions: list[str] = HfArg(default_factory=lambda: list(OWN_QUESTIONS), help="Question files.")
-    max_questions: int = HfArg(default=24, help="Questions asked, spread evenly over the files.")
-    max_held_out: int = HfArg(default=256, help="Held-out rows whose loss is measured, at most.")
-    max_held_out_answers: int = HfArg(default=12, help="Held-out rows that are answered, at most.")
-    tasks: str = HfArg(default="quiz_en,quiz_zh", help="Benchmarks of lm_eval, or none.")
-    include_path: str | None = HfArg(default=None, help="Folder of task files of your own.")
-    limit: int | None = HfArg(default=None, help="This many questions of each benchmark at most.")
-    batch_size: int = HfArg(default=8, help="Sequences in a batch.")
-    output_dir: str | None = HfArg(default=None, help="Folder of the report; default: the run's.")
-    seed: int = HfArg(default=42, help="Seed of --do_sample and of few-shot examples.")
+    questions: list[str] = flag(default_factory=lambda: list(OWN_QUESTIONS), help="Question files.")
+    max_questions: int = flag(default=24, help="Questions asked, spread evenly over the files.")
+    max_held_out: int = flag(default=256, help="Held-out rows whose loss is measured, at most.")
+    max_held_out_answers: int = flag(default=12, help="Held-out rows that are answered, at most.")
+    tasks: str = flag(default="quiz_en,quiz_zh", help="Benchmarks of lm_eval, or none.")
+    include_path: str | None = flag(default=None, help="Folder of task files of your own.")
+    limit: int | None = flag(default=None, help="This many questions of each benchmark at most.")
+    batch_size: int = flag(default=8, help="Sequences in a batch.")
+    output_dir: str | None = flag(default=None, help="Folder of the report; default: the run's.")
+    seed: int = flag(default=42, help="Seed of --do_sample and of few-shot examples.")
 
     def __post_init__(self):
         require_positive(self, "max_questions", "max_held_out", "max_held_out_answers", "limit", "batch_size")

@@ -11,9 +11,7 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from transformers.hf_argparser import HfArg
-
-from utils.arguments import require_choice
+from utils.arguments import flag, require_choice
 from utils.console import run_main
 from utils.flags.parser import parse_args
 
@@ -24,25 +22,25 @@ SHAPE_NAMES = ("llama-7b", "llama-13b", "llama-33b", "llama-65b", "qwen2.5-7b", 
 @dataclass
 class SpeedArguments:
     _argument_group_name = "speed"
-    model: str = HfArg(default="llama-7b", help=f"Shape: {', '.join(SHAPE_NAMES)}.")
-    workloads: list[str] = HfArg(
+    model: str = flag(default="llama-7b", help=f"Shape: {', '.join(SHAPE_NAMES)}.")
+    workloads: list[str] = flag(
         default_factory=lambda: ["4x512", "4x2048", "4x2048-checkpointed", "real-32", "real-128"],
         help="BATCHxLENGTH or real-ROWS, each also with -checkpointed.",
     )
-    variants: list[str] = HfArg(
+    variants: list[str] = flag(
         default_factory=lambda: ["original", "plain", "fast"], help="original, plain and fast, in this order."
     )
-    bits: Literal[4, 8, 16] = HfArg(default=4, help="Bits of the base.")
-    dtypes: list[str] = HfArg(default_factory=lambda: ["bf16"], help="bf16, fp16, fp32: of the fast path.")
-    lora_r: int = HfArg(default=64, help="Rank of the adapter.")
-    dropouts: list[float] = HfArg(default_factory=lambda: [0.1], help="LoRA dropout of the fast path.")
-    capacity: int = HfArg(default=8192, help="Largest packed micro-batch of real lengths, tokens.")
-    steps: int = HfArg(
+    bits: Literal[4, 8, 16] = flag(default=4, help="Bits of the base.")
+    dtypes: list[str] = flag(default_factory=lambda: ["bf16"], help="bf16, fp16, fp32: of the fast path.")
+    lora_r: int = flag(default=64, help="Rank of the adapter.")
+    dropouts: list[float] = flag(default_factory=lambda: [0.1], help="LoRA dropout of the fast path.")
+    capacity: int = flag(default=8192, help="Largest packed micro-batch of real lengths, tokens.")
+    steps: int = flag(
         default=4,
         help="Optimizer steps timed; on a CPU and of padded variants three at most (24 of real-4).",
     )
-    profile: bool = HfArg(default=False, help="Print the kernels that took longest.")
-    output_dir: str = HfArg(default="output/train_speed", help="Where the table is saved as json.")
+    profile: bool = flag(default=False, help="Print the kernels that took longest.")
+    output_dir: str = flag(default="output/train_speed", help="Where the table is saved as json.")
 
     def __post_init__(self):
         require_choice(self, "model", list(SHAPE_NAMES))

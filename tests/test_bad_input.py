@@ -258,6 +258,14 @@ def test_adapter_of_another_base_is_refused_by_its_shapes(tmp_path, other_adapte
     assert_refused(tmp_path, "cli_demo.py", "--checkpoint_dir", other_adapter, says=says)
 
 
+@pytest.mark.parametrize("base", [{"base_model_name_or_path": None}, {}])
+def test_adapter_whose_config_names_no_base_asks_for_it(tmp_path, other_adapter, base):
+    """PEFT writes null there for a model that was built and not loaded."""
+    (other_adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4} | base))
+    says = [f"--checkpoint_dir {other_adapter}", "names the base", "give --model_name_or_path"]
+    assert_refused(tmp_path, "cli_demo.py", "--checkpoint_dir", other_adapter, says=says)
+
+
 @pytest.fixture
 def broken_model(tmp_path, small_model):
     return shutil.copytree(small_model, tmp_path / "broken")

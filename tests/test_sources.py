@@ -138,6 +138,11 @@ def test_hub_id_with_config_and_split_is_no_local_path():
             find_sources(name, DataArguments())
 
 
+def test_hub_id_without_the_config_that_its_colon_promises_is_refused():
+    with pytest.raises(UserError, match="--dataset_name org/name:: .* ORG/NAME:CONFIG"):
+        find_sources("org/name:", DataArguments())
+
+
 def test_files_folders_globs_and_lists_of_them_are_read_in_order(tmp_path):
     for i in range(3):
         write_rows(tmp_path / "set" / f"part-{i}.jsonl", alpaca_rows(2, start=2 * i))

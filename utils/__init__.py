@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import sys
 import warnings
+from functools import partial
 
 if importlib.util.find_spec("transformers") is None:  # most often: the environment was not activated
     print(
@@ -23,6 +24,12 @@ NOISE = {  # logger -> how the line begins
     # On a GPU, for each back end of other hardware.
     "liger_kernel.backends.registry": "Backend impl '%s' for op '%s' could not be imported",
 }
+
+
+def _is_no_noise(start: str, record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(start)
+
+
 for _name, _start in NOISE.items():
-    logging.getLogger(_name).addFilter(lambda record, start=_start: not str(record.msg).startswith(start))
+    logging.getLogger(_name).addFilter(partial(_is_no_noise, _start))
 warnings.filterwarnings("ignore", message=r"`(is_)?gradient_checkpointing(_enable)?` is deprecated")

@@ -2,36 +2,40 @@
 
 import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from transformers.hf_argparser import HfArg
-
 from utils.console import UserError
+
+
+def flag(*, help: str, **default: Any) -> Any:
+    """A dataclass's field that is a flag: its default or default_factory, and its line in --help."""
+    return field(metadata={"help": help}, **default)
 
 
 @dataclass
 class ModelArguments:
     _argument_group_name = "model"
-    model_name_or_path: str | None = HfArg(default=None, help="Folder or hub id of the base model.")
-    revision: str | None = HfArg(default=None, help="Branch, tag or commit of the base on the hub.")
-    checkpoint_dir: str | None = HfArg(
+    model_name_or_path: str | None = flag(default=None, help="Folder or hub id of the base model.")
+    revision: str | None = flag(default=None, help="Branch, tag or commit of the base on the hub.")
+    checkpoint_dir: str | None = flag(
         default=None, help="A run, a checkpoint-N of it, or an adapter folder to start from."
     )
-    bits: Literal[4, 8, 16, 32] = HfArg(default=4, help="Bits of the base model's weights.")
-    double_quant: bool = HfArg(default=True, help="Quantize the 4-bit scales too (QLoRA, section 3).")
-    quant_type: Literal["nf4", "fp4"] = HfArg(default="nf4", help="4-bit data type.")
-    bf16: bool = HfArg(default=False, help="Compute in bfloat16. Neither: the best the hardware has.")
-    fp16: bool = HfArg(default=False, help="Compute in float16, with a loss scale.")
-    full_finetune: bool = HfArg(default=False, help="Train every weight; needs bits 16 or 32.")
-    use_cpu: bool = HfArg(default=False, help="Stay on the CPU although a GPU is there.")
-    max_memory_MB: int | None = HfArg(
+    bits: Literal[4, 8, 16, 32] = flag(default=4, help="Bits of the base model's weights.")
+    double_quant: bool = flag(default=True, help="Quantize the 4-bit scales too (QLoRA, section 3).")
+    quant_type: Literal["nf4", "fp4"] = flag(default="nf4", help="4-bit data type.")
+    bf16: bool = flag(default=False, help="Compute in bfloat16. Neither: the best the hardware has.")
+    fp16: bool = flag(default=False, help="Compute in float16, with a loss scale.")
+    full_finetune: bool = flag(default=False, help="Train every weight; needs bits 16 or 32.")
+    use_cpu: bool = flag(default=False, help="Stay on the CPU although a GPU is there.")
+    max_memory_MB: int | None = flag(
         default=None, help="Cap on each GPU's memory, MB, where layers are spread."
     )
-    trust_remote_code: bool = HfArg(default=False, help="Run Python code shipped in the model folder.")
-    allow_pickle: bool = HfArg(default=False, help="Read .bin weights too (torch.load, weights only).")
-    cache_dir: str | None = HfArg(default=None, help="Where downloads from the hub are kept.")
+    trust_remote_code: bool = flag(default=False, help="Run Python code shipped in the model folder.")
+    allow_pickle: bool = flag(default=False, help="Read .bin weights too (torch.load, weights only).")
+    cache_dir: str | None = flag(default=None, help="Where downloads from the hub are kept.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.full_finetune and self.bits not in (16, 32):
             raise UserError(
                 f"--full_finetune trains the weights themselves and --bits {self.bits} freezes them: "
@@ -43,16 +47,31 @@ class ModelArguments:
             )
         require_positive(self, "max_memory_MB")
 
+    @property
+    def base(self) -> str:
+        """Folder or hub id of the base, from --model_name_or_path or the run behind --checkpoint_dir."""
+        if self.model_name_or_path is None:
+            raise UserError(
+                "no model is named: give --model_name_or_path FOLDER_OR_HUB_ID, or --checkpoint_dir RUN"
+            )
+        return self.model_name_or_path
+
+    @property
+    def adapter_dir(self) -> Path:
+        """--checkpoint_dir, for commands that have made sure that it is given."""
+        assert self.checkpoint_dir is not None
+        return Path(self.checkpoint_dir)
+
 
 @dataclass
 class DataArguments:
     _argument_group_name = "data"
-    dataset_name: str = HfArg(
+    dataset_name: str = flag(
         default="alpaca",
         help="Named sets, hub ids (org/name:config[split]), files, folders or globs, by commas; "
         "#500 draws 500 rows.",
     )
-    eval_dataset_name: str | None = HfArg(
+    eval_dataset_name: str | None = flag(
         default=None, help="Rows to evaluate on. Without it the set's own, or a part of the rows."
     )
     dataset_format: (
@@ -78,38 +97,38 @@ class DataArguments:
             "vicuna",
         ]
         | None
-    ) = HfArg(default=None, help="Column layout; found from the columns when left out.")
-    columns: str | None = HfArg(
+    ) = flag(default=None, help="Column layout; found from the columns when left out.")
+    columns: str | None = flag(
         default=None,
         help="Own names of columns: instruction=QUESTION,output=ANSWER; also input, system, history, "
         "messages, role, content, tools, text.",
     )
-    data_dir: str | None = HfArg(default=None, help="Folder of local copies of the named sets.")
-    load_from_local: bool = HfArg(default=False, help="Read the named set from --data_dir.")
-    template: str | None = HfArg(
+    data_dir: str | None = flag(default=None, help="Folder of local copies of the named sets.")
+    load_from_local: bool = flag(default=False, help="Read the named set from --data_dir.")
+    template: str | None = flag(
         default=None, help="A file name of utils/templates; default: the tokenizer's own template."
     )
-    source_max_len: int = HfArg(default=1024, help="Longest prompt, tokens.")
-    target_max_len: int = HfArg(default=256, help="Longest answer, tokens.")
-    model_max_length: int | None = HfArg(
+    source_max_len: int = flag(default=1024, help="Longest prompt, tokens.")
+    target_max_len: int = flag(default=256, help="Longest answer, tokens.")
+    model_max_length: int | None = flag(
         default=None, help="Longest prompt and answer together, tokens; replaces the two limits above."
     )
-    truncation: Literal["prompt", "oldest_turns", "drop"] = HfArg(
+    truncation: Literal["prompt", "oldest_turns", "drop"] = flag(
         default="prompt",
         help="Of a row that is too long: cut a chat between its turns and a prompt's beginning, keep the "
         "newest turns only, or drop it.",
     )
-    train_on_source: bool = HfArg(default=False, help="Train on the prompt's tokens too.")
-    train_last_turn_only: bool = HfArg(default=False, help="Train on each chat's last answer only.")
-    eval_dataset_size: float | None = HfArg(
+    train_on_source: bool = flag(default=False, help="Train on the prompt's tokens too.")
+    train_last_turn_only: bool = flag(default=False, help="Train on each chat's last answer only.")
+    eval_dataset_size: float | None = flag(
         default=None, help="Held-out rows: a share below 1, or a count. Default: 1024, 10% at most."
     )
-    max_train_samples: int | None = HfArg(default=None, help="Train on this many rows at most.")
-    max_eval_samples: int | None = HfArg(default=None, help="Evaluate on this many rows at most.")
-    data_report: bool = HfArg(default=False, help="Only report on the data; train nothing.")
-    ignore_data_report: bool = HfArg(default=False, help="Train although the report is red.")
+    max_train_samples: int | None = flag(default=None, help="Train on this many rows at most.")
+    max_eval_samples: int | None = flag(default=None, help="Evaluate on this many rows at most.")
+    data_report: bool = flag(default=False, help="Only report on the data; train nothing.")
+    ignore_data_report: bool = flag(default=False, help="Train although the report is red.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_positive(
             self,
             "source_max_len",
@@ -129,17 +148,17 @@ class DataArguments:
 @dataclass
 class LoraArguments:
     _argument_group_name = "LoRA"
-    lora_r: int = HfArg(default=64, help="Rank of the adapter.")
-    lora_alpha: float = HfArg(default=16.0, help="The update is scaled by alpha / r.")
-    lora_dropout: float = HfArg(default=0.0, help="Dropout on the adapter's input.")
-    lora_target_modules: list[str] = HfArg(
+    lora_r: int = flag(default=64, help="Rank of the adapter.")
+    lora_alpha: float = flag(default=16.0, help="The update is scaled by alpha / r.")
+    lora_dropout: float = flag(default=0.0, help="Dropout on the adapter's input.")
+    lora_target_modules: list[str] = flag(
         default_factory=lambda: ["all-linear"], help="Names of the adapted layers, or all-linear."
     )
-    bias: Literal["none", "all", "lora_only"] = HfArg(default="none", help="Which biases are trained.")
-    use_rslora: bool = HfArg(default=False, help="Scale by alpha / sqrt(r) (arXiv 2312.03732).")
-    use_dora: bool = HfArg(default=False, help="Train magnitude apart from direction (2402.09353).")
+    bias: Literal["none", "all", "lora_only"] = flag(default="none", help="Which biases are trained.")
+    use_rslora: bool = flag(default=False, help="Scale by alpha / sqrt(r) (arXiv 2312.03732).")
+    use_dora: bool = flag(default=False, help="Train magnitude apart from direction (2402.09353).")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_positive(self, "lora_r", "lora_alpha")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(
@@ -152,67 +171,73 @@ class TrainingArguments:
     """The Trainer's flags that the scripts pin. Any other flag of the Trainer is taken too, into `extra`."""
 
     _argument_group_name = "training"
-    output_dir: str | None = HfArg(default=None, help="The run's folder; output/<data>-<model>.")
-    overwrite_output_dir: bool = HfArg(default=False, help="Start anew over the run found there.")
-    force_resume: bool = HfArg(default=False, help="Go on although base, data or arguments changed.")
-    do_train: bool = HfArg(default=False, help="Train. On when none of the three is given.")
-    do_eval: bool = HfArg(default=False, help="Measure the loss on held-out rows.")
-    do_predict: bool = HfArg(default=False, help="Answer the held-out rows into predictions.jsonl.")
-    predict_with_generate: bool = HfArg(
+    output_dir: str | None = flag(default=None, help="The run's folder; output/<data>-<model>.")
+    overwrite_output_dir: bool = flag(default=False, help="Start anew over the run found there.")
+    force_resume: bool = flag(default=False, help="Go on although base, data or arguments changed.")
+    do_train: bool = flag(default=False, help="Train. On when none of the three is given.")
+    do_eval: bool = flag(default=False, help="Measure the loss on held-out rows.")
+    do_predict: bool = flag(default=False, help="Answer the held-out rows into predictions.jsonl.")
+    predict_with_generate: bool = flag(
         default=False, help="Evaluations answer the held-out rows too, scored by ROUGE and BLEU."
     )
-    sample_generate: bool = HfArg(default=False, help="Answer --sample_prompts at each evaluation.")
-    sample_prompts: str = HfArg(default="data/sample_prompts.jsonl", help="Rows {prompt} or {messages}.")
-    num_train_epochs: float = HfArg(default=3.0, help="Passes over the training rows.")
-    max_steps: int = HfArg(default=-1, help="Optimizer steps; above 0 it replaces the epochs.")
-    per_device_train_batch_size: int = HfArg(default=1, help="Rows in a padded micro-batch.")
-    per_device_eval_batch_size: int = HfArg(default=8, help="Rows in an evaluation batch.")
-    gradient_accumulation_steps: int = HfArg(default=16, help="A step holds this many times those rows.")
-    gradient_checkpointing: bool = HfArg(default=True, help="Recompute activations to save memory.")
-    offload_checkpoints: bool = HfArg(
+    sample_generate: bool = flag(default=False, help="Answer --sample_prompts at each evaluation.")
+    sample_prompts: str = flag(default="data/sample_prompts.jsonl", help="Rows {prompt} or {messages}.")
+    num_train_epochs: float = flag(default=3.0, help="Passes over the training rows.")
+    max_steps: int = flag(default=-1, help="Optimizer steps; above 0 it replaces the epochs.")
+    per_device_train_batch_size: int = flag(default=1, help="Rows in a padded micro-batch.")
+    per_device_eval_batch_size: int = flag(default=8, help="Rows in an evaluation batch.")
+    gradient_accumulation_steps: int = flag(default=16, help="A step holds this many times those rows.")
+    gradient_checkpointing: bool = flag(default=True, help="Recompute activations to save memory.")
+    offload_checkpoints: bool = flag(
         default=True, help="Recomputed layers' inputs wait in host memory (fast path, wide models)."
     )
-    packing: bool = HfArg(
+    packing: bool = flag(
         default=True, help="Lay a step's rows end to end in micro-batches instead of padding them."
     )
-    fast_lora: bool = HfArg(default=True, help="The fused path where it covers the model; else PEFT's own.")
-    learning_rate: float = HfArg(default=2e-4, help="Peak learning rate.")
-    lr_scheduler_type: str = HfArg(default="constant", help="constant, cosine, linear, ...")
-    warmup_steps: float = HfArg(default=0.0, help="Warm-up steps, or their share when below 1.")
-    weight_decay: float = HfArg(default=0.0, help="Decoupled weight decay.")
-    adam_beta1: float = HfArg(default=0.9, help="Adam's first-moment decay.")
-    adam_beta2: float = HfArg(default=0.999, help="Adam's second-moment decay.")
-    adam_epsilon: float = HfArg(default=1e-8, help="Adam's denominator floor.")
-    max_grad_norm: float = HfArg(default=0.3, help="Gradient norm is clipped to this.")
-    optim: str = HfArg(
+    fast_lora: bool = flag(default=True, help="The fused path where it covers the model; else PEFT's own.")
+    learning_rate: float = flag(default=2e-4, help="Peak learning rate.")
+    lr_scheduler_type: str = flag(default="constant", help="constant, cosine, linear, ...")
+    warmup_steps: float = flag(default=0.0, help="Warm-up steps, or their share when below 1.")
+    weight_decay: float = flag(default=0.0, help="Decoupled weight decay.")
+    adam_beta1: float = flag(default=0.9, help="Adam's first-moment decay.")
+    adam_beta2: float = flag(default=0.999, help="Adam's second-moment decay.")
+    adam_epsilon: float = flag(default=1e-8, help="Adam's denominator floor.")
+    max_grad_norm: float = flag(default=0.3, help="Gradient norm is clipped to this.")
+    optim: str = flag(
         default="auto",
         help="Optimizer, by its name in the Trainer; auto: paged or fused 32-bit AdamW.",
     )
-    seed: int = HfArg(default=42, help="Seed of weights, dropout and samples.")
-    data_seed: int = HfArg(default=42, help="Seed of the split and of the order of the rows.")
-    logging_strategy: str = HfArg(default="steps", help="no, steps or epoch.")
-    logging_steps: float | None = HfArg(
+    seed: int = flag(default=42, help="Seed of weights, dropout and samples.")
+    data_seed: int = flag(default=42, help="Seed of the split and of the order of the rows.")
+    logging_strategy: str = flag(default="steps", help="no, steps or epoch.")
+    logging_steps: float | None = flag(
         default=None, help="Steps between two log lines; 10, or a tenth of a run below 100 steps."
     )
-    eval_strategy: str = HfArg(default="no", help="no, steps or epoch.")
-    eval_steps: float | None = HfArg(default=None, help="Steps between evaluations.")
-    save_strategy: str = HfArg(default="steps", help="no, steps or epoch.")
-    save_steps: float = HfArg(default=250, help="Steps between checkpoints.")
-    save_total_limit: int | None = HfArg(default=40, help="Checkpoints kept.")
-    train_sampling_strategy: str = HfArg(
+    eval_strategy: str = flag(default="no", help="no, steps or epoch.")
+    eval_steps: float | None = flag(default=None, help="Steps between evaluations.")
+    save_strategy: str = flag(default="steps", help="no, steps or epoch.")
+    save_steps: float = flag(default=250, help="Steps between checkpoints.")
+    save_total_limit: int | None = flag(default=40, help="Checkpoints kept.")
+    train_sampling_strategy: str = flag(
         default="random", help="random, sequential, or group_by_length to batch equal lengths."
     )
-    dataloader_num_workers: int = HfArg(default=0, help="Processes that prepare batches.")
-    remove_unused_columns: bool = HfArg(default=False, help="Kept for old scripts; rows hold no others.")
-    ddp_find_unused_parameters: bool = HfArg(default=False, help="For several GPUs: leave it off.")
-    report_to: list[str] = HfArg(default_factory=lambda: ["none"], help="wandb, tensorboard, none.")
-    run_name: str | None = HfArg(default=None, help="The run's name in wandb.")
-    do_mmlu_eval: bool = HfArg(default=False, help="Measure MMLU at each evaluation.")
-    mmlu_dataset: str = HfArg(default="mmlu-zs", help="mmlu-zs, mmlu-fs, or a json/jsonl file.")
-    mmlu_split: Literal["eval", "test"] = HfArg(default="eval", help="Which questions.")
-    max_mmlu_samples: int | None = HfArg(default=None, help="This many questions at most.")
-    mmlu_source_max_len: int = HfArg(default=2048, help="Longest question, tokens.")
+    dataloader_num_workers: int = flag(default=0, help="Processes that prepare batches.")
+    remove_unused_columns: bool = flag(default=False, help="Kept for old scripts; rows hold no others.")
+    ddp_find_unused_parameters: bool = flag(default=False, help="For several GPUs: leave it off.")
+    report_to: list[str] = flag(default_factory=lambda: ["none"], help="wandb, tensorboard, none.")
+    run_name: str | None = flag(default=None, help="The run's name in wandb.")
+    do_mmlu_eval: bool = flag(default=False, help="Measure MMLU at each evaluation.")
+    mmlu_dataset: str = flag(default="mmlu-zs", help="mmlu-zs, mmlu-fs, or a json/jsonl file.")
+    mmlu_split: Literal["eval", "test"] = flag(default="eval", help="Which questions.")
+    max_mmlu_samples: int | None = flag(default=None, help="This many questions at most.")
+    mmlu_source_max_len: int = flag(default=2048, help="Longest question, tokens.")
     extra: dict[str, Any] = field(default_factory=dict, init=False)
+
+    @property
+    def run_dir(self) -> Path:
+        """--output_dir, which utils/flags/checks.py chooses where it is left out."""
+        assert self.output_dir is not None
+        return Path(self.output_dir)
 
     def with_values(self, **values: Any) -> "TrainingArguments":
         """A copy with some values replaced. (dataclasses.replace would empty `extra`.)"""
@@ -221,7 +246,7 @@ class TrainingArguments:
             setattr(changed, name, value)
         return changed
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (self.do_train or self.do_eval or self.do_predict):
             self.do_train = True
         require_positive(
@@ -253,19 +278,19 @@ class TrainingArguments:
 @dataclass
 class GenerationArguments:
     _argument_group_name = "generation"
-    max_new_tokens: int = HfArg(default=256, help="Longest reply, tokens.")
-    min_new_tokens: int | None = HfArg(default=None, help="Shortest reply, tokens.")
-    do_sample: bool = HfArg(default=False, help="Sample; otherwise the likeliest token is taken.")
-    num_beams: int = HfArg(default=1, help="Beams of a beam search.")
-    temperature: float = HfArg(default=1.0, help="Below 1 sharper, above 1 flatter (do_sample).")
-    top_k: int = HfArg(default=50, help="Sample from the k likeliest tokens (do_sample).")
-    top_p: float = HfArg(default=1.0, help="Sample from this share of probability (do_sample).")
-    typical_p: float = HfArg(default=1.0, help="Locally typical sampling (do_sample).")
-    repetition_penalty: float = HfArg(default=1.0, help="Above 1 discourages repetition.")
-    length_penalty: float = HfArg(default=1.0, help="Above 0 favours longer beams.")
-    no_repeat_ngram_size: int = HfArg(default=0, help="No n-gram of this size appears twice; 0: off.")
+    max_new_tokens: int = flag(default=256, help="Longest reply, tokens.")
+    min_new_tokens: int | None = flag(default=None, help="Shortest reply, tokens.")
+    do_sample: bool = flag(default=False, help="Sample; otherwise the likeliest token is taken.")
+    num_beams: int = flag(default=1, help="Beams of a beam search.")
+    temperature: float = flag(default=1.0, help="Below 1 sharper, above 1 flatter (do_sample).")
+    top_k: int = flag(default=50, help="Sample from the k likeliest tokens (do_sample).")
+    top_p: float = flag(default=1.0, help="Sample from this share of probability (do_sample).")
+    typical_p: float = flag(default=1.0, help="Locally typical sampling (do_sample).")
+    repetition_penalty: float = flag(default=1.0, help="Above 1 discourages repetition.")
+    length_penalty: float = flag(default=1.0, help="Above 0 favours longer beams.")
+    no_repeat_ngram_size: int = flag(default=0, help="No n-gram of this size appears twice; 0: off.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_positive(
             self,
             "max_new_tokens",

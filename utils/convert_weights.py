@@ -99,7 +99,8 @@ def read_tensors(file: Path) -> dict[str, Any]:
     """Tensors of one file, W_pack cut, each with memory of its own; a tied pair is kept once."""
     import torch
 
-    loaded, tensors, seen = load_tensors(file), {}, set()
+    loaded, seen = load_tensors(file), set()
+    tensors: dict[str, Any] = {}
     if not isinstance(loaded, dict):
         raise UserError(f"{file} holds a {type(loaded).__name__}, not tensors by name: not converted")
     for name, tensor in loaded.items():

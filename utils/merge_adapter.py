@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers.hf_argparser import HfArg
-
-from utils.arguments import ModelArguments, require_positive
+from utils.arguments import ModelArguments, flag, require_positive
 from utils.console import UserError, notice, run_main
 from utils.flags.checks import read_json
 from utils.flags.parser import find_given_flags, parse_args
@@ -63,17 +61,17 @@ KEEPING_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 @dataclass
 class MergeArguments:
     _argument_group_name = "merge"
-    output_dir: str | None = HfArg(default=None, help="New folder of the merged model.")
-    merge_base: Literal["dequantized", "original"] = HfArg(
+    output_dir: str | None = flag(default=None, help="New folder of the merged model.")
+    merge_base: Literal["dequantized", "original"] = flag(
         default="dequantized", help="Add the adapter to the weights it was trained on, or the 16-bit ones."
     )
-    parity: bool = HfArg(default=True, help="Compare the result with the adapter on its base: parity.json.")
-    eval_dataset_name: str | None = HfArg(
+    parity: bool = flag(default=True, help="Compare the result with the adapter on its base: parity.json.")
+    eval_dataset_name: str | None = flag(
         default=None, help="Rows to compare on; default: the run's own held-out rows."
     )
-    max_eval_samples: int = HfArg(default=32, help="Compare on this many rows at most.")
+    max_eval_samples: int = flag(default=32, help="Compare on this many rows at most.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_positive(self, "max_eval_samples")
 
 
@@ -115,7 +113,7 @@ def check_mergeable(model_args: ModelArguments, config: dict[str, Any]) -> None:
         raise UserError(
             f"--model_name_or_path {model_args.model_name_or_path} is stored quantized: name the 16-bit model"
         )
-    if not Path(model_args.checkpoint_dir, ADAPTER_FILE).is_file():
+    if not (model_args.adapter_dir / ADAPTER_FILE).is_file():
         raise UserError(
             f"{model_args.checkpoint_dir} holds no {ADAPTER_FILE}: a pickled adapter cannot be merged"
         )
@@ -143,7 +141,7 @@ def check_adapter_kind(model_args: ModelArguments) -> None:
 
 
 def read_adapter_config(model_args: ModelArguments) -> dict[str, Any]:
-    return read_json(Path(model_args.checkpoint_dir, "adapter_config.json"))
+    return read_json(model_args.adapter_dir / "adapter_config.json")
 
 
 def merge(model_args: ModelArguments, merge_base: str, config: dict[str, Any], output_dir: Path) -> None:
@@ -167,16 +165,14 @@ def merge(model_args: ModelArguments, merge_base: str, config: dict[str, Any], o
 
 def find_base_folder(model_args: ModelArguments) -> Path:
     """Folder of the base's safetensors, from the hub's cache where it is no folder."""
-    name = model_args.model_name_or_path
-    if Path(name).is_dir():
-        return Path(name)
+    if Path(model_args.base).is_dir():
+        return Path(model_args.base)
     from huggingface_hub import constants, snapshot_download
 
     files = ["*.json", "*.safetensors", "*.py"]
-    where = {"revision": model_args.revision, "cache_dir": model_args.cache_dir}
-    return Path(
-        snapshot_download(name, allow_patterns=files, local_files_only=constants.is_offline_mode(), **where)
-    )
+    where: dict[str, Any] = {"revision": model_args.revision, "cache_dir": model_args.cache_dir}
+    offline = constants.is_offline_mode()
+    return Path(snapshot_download(model_args.base, allow_patterns=files, local_files_only=offline, **where))
 
 
 def save_companions(model_args: ModelArguments, base: Path, config: dict[str, Any], folder: Path) -> None:

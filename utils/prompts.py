@@ -312,7 +312,7 @@ def find_stop_tokens(tokenizer: Any, eos_token_ids: list[int]) -> list[int]:
     closes_turn, closes_call = find_first_special(render_behind([question, answer, question])), []
     if not find_first_special(render_behind([question, answer])):  # left open: what follows it ends it
         call = {"type": "function", "function": {"name": "look", "arguments": {}}}
-        asked = [question, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        asked: Messages = [question, {"role": "assistant", "content": "", "tool_calls": [call]}]
         try:
             closes_call = find_first_special(render_result(functools.partial(render_chat, tokenizer), asked))
         except UserError:  # a template without tools

@@ -41,7 +41,7 @@ def load_run(model_args: ModelArguments, config: dict[str, Any], template: str |
 
     tokenizer = load_tokenizer(model_args, DataArguments(template=template))
     stop_ids = find_stop_ids(model_args, tokenizer, template)
-    model = load_base(model_args, choose_compute_dtype(model_args), trainable=False)
+    model: Any = load_base(model_args, choose_compute_dtype(model_args), trainable=False)
     if model_args.checkpoint_dir and not model_args.full_finetune:
         model = load_adapter(model, model_args.checkpoint_dir)
     model.eval()

@@ -25,7 +25,7 @@ NOTHING_FROM_ELSEWHERE = (
     "content=\"img-src 'self' data: blob:; media-src 'self'; font-src 'self' data:; frame-src 'self'\">"
 )
 SKIP = (gr.skip(),) * 5
-QUICK = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
 def build_page(
@@ -49,7 +49,8 @@ class Sessions:
 
     speaker: Speaker
     recent: ConversationCaches
-    wishes: dict[str, str] = field(default_factory=dict)  # of each reply under way: "", "stop" or "clear"
+    # By session, of each reply under way: "", "stop" or "clear".
+    wishes: dict[str | None, str] = field(default_factory=dict)
 
     def reply(self, request: gr.Request, said: Any, settings: tuple, *asked: Any) -> Iterator[tuple]:
         session = request.session_hash
@@ -105,7 +106,7 @@ class Sessions:
 
 def connect_replies(parts: PageParts, sessions: Sessions, page_args: PageArguments) -> None:
     """A message sent, asked again or edited; as its reply ends, the box takes the next one."""
-    slow = {
+    slow: dict[str, Any] = {
         "outputs": parts.everything,
         "concurrency_limit": page_args.concurrent_replies,
         "concurrency_id": "replies",

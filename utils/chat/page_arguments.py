@@ -4,31 +4,29 @@ import ipaddress
 import socket
 from dataclasses import dataclass
 
-from transformers.hf_argparser import HfArg
-
-from utils.arguments import require_positive
+from utils.arguments import flag, require_positive
 from utils.console import UserError
 
 
 @dataclass
 class PageArguments:
     _argument_group_name = "page"
-    server_name: str = HfArg(default="127.0.0.1", help="Address to listen on; 0.0.0.0 for every network.")
-    server_port: int = HfArg(default=7860, help="Port to listen on.")
-    share: bool = HfArg(default=False, help="A public link through gradio's servers.")
-    auth: list[str] | None = HfArg(default=None, help="NAME:PASSWORD of each user who may come in.")
-    system: str = HfArg(default="", help="System message that the page starts with.")
-    template: str | None = HfArg(default=None, help="A name in utils/templates, instead of the run's own.")
-    limit_prompt_tokens: int = HfArg(default=2048, help="Longest conversation that is read.")
-    limit_new_tokens: int = HfArg(default=1024, help="Longest reply that may be asked for.")
-    limit_seconds: float = HfArg(default=120.0, help="Longest time for one reply.")
-    limit_queue: int = HfArg(default=32, help="Users waiting at most; the next one is asked to come back.")
-    concurrent_replies: int = HfArg(default=4, help="Replies written at once, a token each in turn.")
-    kept_conversations: int = HfArg(
+    server_name: str = flag(default="127.0.0.1", help="Address to listen on; 0.0.0.0 for every network.")
+    server_port: int = flag(default=7860, help="Port to listen on.")
+    share: bool = flag(default=False, help="A public link through gradio's servers.")
+    auth: list[str] | None = flag(default=None, help="NAME:PASSWORD of each user who may come in.")
+    system: str = flag(default="", help="System message that the page starts with.")
+    template: str | None = flag(default=None, help="A name in utils/templates, instead of the run's own.")
+    limit_prompt_tokens: int = flag(default=2048, help="Longest conversation that is read.")
+    limit_new_tokens: int = flag(default=1024, help="Longest reply that may be asked for.")
+    limit_seconds: float = flag(default=120.0, help="Longest time for one reply.")
+    limit_queue: int = flag(default=32, help="Users waiting at most; the next one is asked to come back.")
+    concurrent_replies: int = flag(default=4, help="Replies written at once, a token each in turn.")
+    kept_conversations: int = flag(
         default=4, help="Latest conversations whose keys and values stay in memory for the next turn."
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_positive(
             self,
             "server_port",

@@ -21,7 +21,7 @@ CODE = re.compile(  # page_scripts.TIDY has it too
     r"(^ {0,3}```[^`\n]*$.*?(?:^ {0,3}```|\Z)|(?<![\\`])`[^`\n]+`(?!`))", re.DOTALL | re.MULTILINE
 )
 DOLLARS = re.compile(r"(?<![\\$\w])\$(?=[^\s$])([^$\n]*?[^\s$\\])\$(?![\d$])")  # pandoc's rule: $5 is a price
-LATEX = [
+LATEX: list[dict[str, str | bool]] = [
     {"left": "$$", "right": "$$", "display": True},
     {"left": "\\[", "right": "\\]", "display": True},
     {"left": "\\(", "right": "\\)", "display": False},
@@ -98,8 +98,8 @@ def fit_turns(
     starts = range(len(turns) - 1 - near // 2 * 2, len(turns), 2)
     first = bisect_left(starts, True, key=lambda start: count_tokens(start) <= limit)
     if first == len(starts):
-        size = words["tokens"].format(size=count_tokens(len(turns) - 1))
-        raise UserError(words["too long"].format(size=size, limit=limit))
+        tokens = words["tokens"].format(size=count_tokens(len(turns) - 1))
+        raise UserError(words["too long"].format(size=tokens, limit=limit))
     return turns[starts[first] :]
 
 

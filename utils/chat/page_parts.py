@@ -49,7 +49,9 @@ def add_parts(
     return PageParts(said, asked, chatbot, box, status, export, clear, controls)
 
 
-def add_conversation(about: str, has_adapter: bool) -> tuple[gr.components.Component, ...]:
+def add_conversation(
+    about: str, has_adapter: bool
+) -> tuple[gr.Radio, gr.Chatbot, gr.Textbox, gr.Markdown, gr.Button, gr.Button]:
     """Title and model choice, the messages, the box to write in, the status line with its buttons."""
     with gr.Row(equal_height=True, elem_id="head"):
         gr.Markdown("## Chinese-Guanaco", elem_id="title")

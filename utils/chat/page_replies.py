@@ -24,6 +24,7 @@ from utils.chat.streaming import ConversationCache, stream_reply
 from utils.console import UserError
 from utils.messages import Messages
 
+Wish = Callable[[], str | None]  # "", "stop" or "clear": what to do with the reply under way
 STORE_SECONDS = 1.0  # the browser encrypts what it stores: not with each token of a long conversation
 
 
@@ -68,7 +69,7 @@ class Speaker:
     def has_adapter(self) -> bool:
         return bool(self.chat.lock.layers)
 
-    def stream_answer(self, sent: Sent, wish: Callable[[], str], kept: ConversationCache) -> Iterator[tuple]:
+    def stream_answer(self, sent: Sent, wish: Wish, kept: ConversationCache) -> Iterator[tuple]:
         """(box, asked, chatbot, said, status) as the reply comes. What is refused is left in `asked`."""
         words = sent.words
         refused, shown = gr.skip(), gr.skip()
@@ -98,7 +99,7 @@ class Speaker:
         return Prompt(turns, read, len(turns) - len(fitting), generation_args)
 
     def stream_prompt(
-        self, prompt: Prompt, sent: Sent, wish: Callable[[], str], kept: ConversationCache
+        self, prompt: Prompt, sent: Sent, wish: Wish, kept: ConversationCache
     ) -> Iterator[tuple]:
         words, stream = sent.words, sent.settings[-1]
         reply = {"role": "assistant", "content": ""} | ({"side": sent.side} if self.has_adapter else {})
@@ -145,7 +146,7 @@ def read_settings(
     length: float,
 ) -> GenerationArguments:
     """The flags that the page started with, and the controls within its limits whatever a browser sends."""
-    sampling: dict[str, float] = SAMPLING_DEFAULTS
+    sampling: dict[str, Any] = SAMPLING_DEFAULTS
     if temperature > 0:
         sampling = {
             "temperature": min(float(temperature), max(MAX_TEMPERATURE, start.temperature)),

@@ -3,7 +3,7 @@
 import math
 import threading
 import time
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Generator, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +50,8 @@ class ConversationCaches:
     """Keys and values of the latest conversations of several users; older ones are read anew."""
 
     def __init__(self, size: int):
-        self.size, self.kept, self.lock = size, {}, threading.Lock()
+        self.size, self.lock = size, threading.Lock()
+        self.kept: dict[Hashable, ConversationCache] = {}
 
     def take(self, key: Hashable) -> ConversationCache:
         """What is kept of this conversation, if anything; out of everyone else's reach until put back."""
@@ -119,7 +120,7 @@ def stream_reply(
     kept: ConversationCache | None = None,
     tuned: bool = True,
     max_seconds: float | None = None,
-) -> Iterator[str]:
+) -> Generator[str]:
     """Pieces of the reply as they are generated. Closing the iterator stops the generation.
 
     `kept` saves reading again what the last turn read. `tuned` False: the base without its adapter.

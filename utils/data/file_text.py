@@ -16,7 +16,7 @@ from zipfile import BadZipFile, ZipFile
 
 from utils.console import UserError, notice
 
-PIECE = 1 << 20  # bytes decoded at once
+PIECE = 1 << 20  # bytes read at once
 # Latin and Big5 text may be valid GB18030 too, but of rare characters: few of them are in GB2312, which
 # holds 99% of a Chinese text.
 MIN_GB2312_SHARE = 0.8
@@ -74,14 +74,17 @@ def open_raw(path: Path) -> IO[bytes]:
 
 def hash_file(path: Path) -> str:
     """SHA-256 of the bytes that open_raw gives."""
+    digest = hashlib.sha256()
     try:
         with open_raw(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            while piece := file.read(PIECE):
+                digest.update(piece)
     except (BadZipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is damaged in its zip file ({error}): download it again") from error
+    return digest.hexdigest()
 
 
-def open_binary(path: Path) -> IO[bytes]:
+def open_binary(path: Path) -> IO[bytes] | gzip.GzipFile:
     return gzip.GzipFile(fileobj=open_raw(path)) if path.suffix == ".gz" else open_raw(path)
 
 

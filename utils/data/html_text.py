@@ -25,14 +25,14 @@ class PageConverter(MarkdownConverter):
     an empty line between the items of a list whose items are paragraphs."""
 
     def convert_li(self, el: Tag, text: str, parent_tags: set[str]) -> str:
-        item = super().convert_li(el, text, parent_tags)
+        item = super().convert_li(el, text, parent_tags)  # type: ignore[misc]  # not in the package's .pyi
         return item if el.find("p", recursive=False) is None else f"{item}\n"
 
     def convert_pre(self, el: Tag, text: str, parent_tags: set[str]) -> str:
         code, body = el.find("code") or el, el.get_text()
         if not body.strip():
             return ""
-        named = re.search(r"language-(\S+)", " ".join(code.get("class", [])))
+        named = re.search(r"language-(\S+)", " ".join(code.get_attribute_list("class")))
         language, end = named[1] if named else "", "" if body.endswith("\n") else "\n"
         fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", body)), 0)
         return f"\n\n{fence}{language}\n{body}{end}{fence}\n\n"

@@ -37,13 +37,16 @@ INFO_ROLES = {
 }
 
 
+Pairs = tuple[tuple[str, str], ...]
+
+
 @dataclass(frozen=True)
 class Layout:
     """Own names of columns, of a turn's keys and of its speakers; pairs, so that it can be compared."""
 
-    columns: tuple[tuple[str, str], ...] = ()  # (ours, the file's)
-    turn: tuple[tuple[str, str], ...] = ()  # (role or content, the file's)
-    roles: tuple[tuple[str, str], ...] = ()  # (the file's, a known one)
+    columns: Pairs = ()  # (ours, the file's)
+    turn: Pairs = ()  # (role or content, the file's)
+    roles: Pairs = ()  # (the file's, a known one)
     asked: tuple[str, ...] = ()  # the file's columns that were named, not those of a default
 
     def apply(self, row: Any) -> Any:
@@ -135,10 +138,11 @@ def read_info(spec: dict[str, Any], where: str) -> Layout:
         raise UserError(f"{where}: formatting {formatting!r} is none of {known}: mend it or move it away")
     named = {key: own for key, own in (INFO_DEFAULTS[formatting] | asked).items() if own}
     columns = tuple((INFO_COLUMNS.get(key, key), own) for key, own in named.items())
-    turn, roles = (), ()
+    turn: Pairs = ()
+    roles: Pairs = ()
     if formatting != "alpaca":
         turn = (("role", tags.get("role_tag") or "from"), ("content", tags.get("content_tag") or "value"))
-        roles = tuple((tags[tag], role) for tag, role in INFO_ROLES.items() if tags.get(tag))
+        roles = tuple((own, role) for tag, role in INFO_ROLES.items() if (own := tags.get(tag)))
     return Layout(columns, turn, roles, tuple(own for own in asked.values() if own))
 
 

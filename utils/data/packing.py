@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from utils.data.token_rows import Example
 from utils.fast.token_keys import number_tokens
 from utils.messages import IGNORE_INDEX
 
-Example = dict[str, np.ndarray]  # {input_ids, labels}  # int64 [tokens]; row, its index in the set
 MIN_GPU_TOKENS = 2048  # a smaller micro-batch leaves a GPU waiting for its next launch
 MAX_CPU_TOKENS = 768  # a larger one outgrows a CPU's caches: 2,048 tokens at once train two thirds as fast
 TILE = 64  # fixed sizes are multiples of this
@@ -52,13 +52,15 @@ def pack_rows(lengths: list[int], sizes: list[int]) -> list[tuple[list[int], int
     total, longest, largest = sum(lengths), max(lengths, default=0), sizes[-1]
     if longest > largest:
         raise ValueError(f"a row of {longest} tokens does not fit into {largest}")
-    for count in itertools.count(-(-total // largest)):
+    count = -(-total // largest)
+    while True:
         full = [largest] * (count - 2)
         for last in sorted(itertools.combinations_with_replacement(sizes, min(count, 2)), key=sum):
             chosen = full + list(last)
             bins = fit_rows(lengths, chosen) if sum(chosen) >= total else None
             if bins is not None:
                 return [(rows, size) for rows, size in zip(bins, chosen, strict=True) if rows]
+        count += 1
 
 
 def fit_rows(lengths: list[int], sizes: list[int]) -> list[list[int]] | None:
@@ -161,12 +163,12 @@ class PackingCollator:
     fixed: bool = False
     limit: int | None = None
 
-    def __call__(self, examples: list[Example]) -> dict[str, list[dict[str, torch.Tensor]]]:
+    def __call__(self, examples: list[Example]) -> dict[str, list[dict[str, Any]]]:
         lengths = [len(example["input_ids"]) for example in examples]
         packed = pack_apart(lengths, choose_sizes(self.capacity, self.fixed), self.limit)
         return {"micro_batches": [self.join([examples[row] for row in rows], size) for rows, size in packed]}
 
-    def join(self, examples: list[Example], size: int) -> dict[str, torch.Tensor]:
+    def join(self, examples: list[Example], size: int) -> dict[str, Any]:
         lengths = [len(example["input_ids"]) for example in examples]
         tokens = sum(lengths)
         width = size if self.fixed else tokens
@@ -213,7 +215,7 @@ class PaddingCollator:
             return self.pad(examples)
         return {"micro_batches": [self.pad([examples[row] for row in group]) for group in groups]}
 
-    def pad(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+    def pad(self, examples: list[Example]) -> dict[str, Any]:
         lengths = torch.tensor([len(example["input_ids"]) for example in examples])
         longest = int(lengths.max())
         width = -(-longest // self.multiple) * self.multiple

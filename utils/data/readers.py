@@ -7,7 +7,7 @@ import itertools
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,7 +28,12 @@ def find_kind(path: Path) -> str | None:
 
 def read_file(path: Path) -> Iterator[Any]:
     """Rows of one file, in its order, without holding it in memory. Raises UserError where it is damaged."""
-    readers = {".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet, ".txt": read_text}
+    readers: dict[str | None, Callable[[Path], Iterator[Any]]] = {
+        ".csv": read_csv,
+        ".tsv": read_csv,
+        ".parquet": read_parquet,
+        ".txt": read_text,
+    }
     if path.suffix.lower() in WORKBOOKS:
         raise UserError(f"{path} is a spreadsheet: save it as CSV in UTF-8 and give that file")
     if measure_size(path) == 0:

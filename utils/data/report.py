@@ -49,7 +49,7 @@ def report_data(
     notice(describe_report(report))
     if is_main_process():
         show_rows(datasets[TRAIN], [source.name for source in rows.sources], tokenizer)
-        folder = Path(training_args.output_dir)
+        folder = training_args.run_dir
         write_json(report, folder / "data_report.json")
         save_histogram(datasets[TRAIN].lengths, folder / "data_report.png")
         notice(f"the report with row numbers is in {folder}/data_report.json")

@@ -58,7 +58,7 @@ def build_message(turn: Message, role_key: str, content_key: str) -> Message:
     role = find_role(name)
     own = {role_key, content_key, *MARKS}
     kept = {key: value for key, value in turn.items() if value is not None and key not in own}
-    if name.lower() in CALLS and not calls:
+    if str(name).lower() in CALLS and not calls:
         calls, content = read_calls(content), ""
     if calls:
         kept["tool_calls"] = calls

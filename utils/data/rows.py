@@ -17,7 +17,7 @@ from utils.messages import EVAL, TEST, TRAIN, Chat
 from utils.run.record import find_run_record
 
 MAX_HELD_OUT, MAX_HELD_OUT_SHARE = 1024, 0.1
-PARTS = (None, TRAIN, EVAL, TEST)  # a row's part is kept as the index into this
+PARTS = ("", TRAIN, EVAL, TEST)  # a row's part is kept as the index into this; 0: not used
 
 
 @dataclass

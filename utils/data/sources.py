@@ -140,7 +140,10 @@ def find_hub_sources(
     name: str, sample: int | None, dataset_format: str | None, layout: Layout | None, flag: str
 ) -> list[Source]:
     """The splits of a hub set `org/name[:config][[split]]`, or of a named one."""
-    bare, config, split = re.fullmatch(r"([^:\[]+)(?::([^\[]+))?(?:\[(.+)\])?", name).groups()
+    parts = re.fullmatch(r"([^:\[]+)(?::([^\[]+))?(?:\[(.+)\])?", name)
+    if parts is None:
+        raise UserError(f"{flag} {name}: no such file, and the hub's sets are written ORG/NAME:CONFIG[SPLIT]")
+    bare, config, split = parts.groups()
     known = NAMED_SETS.get(bare)
     hub_id = known.hub_id if known else bare
     if hub_id is None:

@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -14,9 +14,15 @@ from utils.messages import IGNORE_INDEX
 READ_TOKENS = 1 << 22
 
 
+class Example(TypedDict):
+    input_ids: np.ndarray  # int64 [tokens]
+    labels: np.ndarray  # int64 [tokens]
+    row: np.int64  # its index in the set
+
+
 @dataclass
 class TokenRows:
-    """A map-style dataset of {input_ids, labels, row}  # int64 [tokens], [tokens], []
+    """A map-style dataset of Examples.
 
     `tokens` holds the id of a trained token and the complement of the id (~id, negative) of one that is only
     read: half the space of two arrays, and labels can never be out of step with their tokens.
@@ -30,7 +36,7 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> Example:
         signed = self.tokens[self.offsets[index] : self.offsets[index + 1]].astype(np.int64)
         trained = signed >= 0
         return {
@@ -41,7 +47,7 @@ class TokenRows:
 
     def read_tokens(self) -> Iterator[np.ndarray]:
         """`tokens` in pieces, read from the file: a mapped page would count as memory of this process."""
-        if not isinstance(self.tokens, np.memmap):
+        if not isinstance(self.tokens, np.memmap) or self.tokens.filename is None:
             yield self.tokens
             return
         with open(self.tokens.filename, "rb") as file:

@@ -166,7 +166,8 @@ class RowMaker:
         limit, data_args = self.data_args.max_len, self.data_args
         if row.messages[0]["role"] == TEXT_ROLE:
             ids = pieces[0][0]
-            yield from ([(ids[start : start + limit], True)] for start in range(0, len(ids), limit))
+            for start in range(0, len(ids), limit):
+                yield [(ids[start : start + limit], True)]
             return
         sizes = [len(ids) for ids, _ in pieces]
         # A piece of a longer chat is none of a single turn: only the sum of the limits counts for it too.

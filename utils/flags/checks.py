@@ -66,7 +66,7 @@ def check_arguments(
     check_lengths(data_args, config)
     check_adapter_fits(model_args, config)
     if training_args.output_dir is None:
-        data, model = Path(data_args.dataset_name).stem, Path(model_args.model_name_or_path).name
+        data, model = Path(data_args.dataset_name).stem, Path(model_args.base).name
         output_dir = f"output/{data}-{model}"
         if model_args.checkpoint_dir and not training_args.do_train:
             output_dir = model_args.checkpoint_dir

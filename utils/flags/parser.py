@@ -31,6 +31,7 @@ def parse_args(
     parser = StrictParser(dataclass_types, description)
     parser.set_defaults(**defaults)
     flags = parser.flag_names()
+    rest: list[str]
     *parsed, rest = parser.parse_args_into_dataclasses(
         translate_legacy_flags(argv, flags), return_remaining_strings=True, look_for_args_file=False
     )

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import sys
+from typing import Any, NoReturn
 
 from transformers.hf_argparser import HfArgumentParser
 
@@ -46,7 +47,7 @@ def find_program() -> str:
 class StrictParser(HfArgumentParser):
     """HfArgumentParser without abbreviations, whose errors are UserErrors."""
 
-    def __init__(self, dataclass_types: list[type], description: str):
+    def __init__(self, dataclass_types: list[Any], description: str):
         super().__init__(
             dataclass_types,
             prog=find_program(),
@@ -57,7 +58,7 @@ class StrictParser(HfArgumentParser):
         )
         self._negative_number_matcher = NEGATIVE_NUMBER
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UserError(re.sub(r"argument (--\w+)(/--[\w-]+)*", r"\1", message))
 
     def flag_names(self) -> list[str]:

@@ -1,13 +1,13 @@
 """The Trainer's other flags: looked up in transformers only when one is seen (importing it takes seconds)."""
 
 import ast
-import importlib.util
 from dataclasses import field, make_dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.console import UserError
-from utils.flags.strict_parser import NEGATIVE_NUMBER
+import transformers
+
+from utils.flags.strict_parser import StrictParser
 
 # Set from our own arguments, or without a meaning here.
 OURS = {"bf16", "fp16", "use_cpu", "activation_checkpointing", "use_cache"}
@@ -15,34 +15,27 @@ OURS = {"bf16", "fp16", "use_cpu", "activation_checkpointing", "use_cache"}
 
 def find_trainer_fields() -> set[str]:
     """Field names of transformers.TrainingArguments, read from its source without importing it."""
-    package = importlib.util.find_spec("transformers").submodule_search_locations[0]
-    tree = ast.parse(Path(package, "training_args.py").read_text(encoding="utf-8"))
-    body = next(node.body for node in tree.body if getattr(node, "name", "") == "TrainingArguments")
-    return {node.target.id for node in body if isinstance(node, ast.AnnAssign)} - OURS
+    source = Path(transformers.__file__).with_name("training_args.py")
+    classes = (node for node in ast.parse(source.read_text("utf-8")).body if isinstance(node, ast.ClassDef))
+    body = next(node.body for node in classes if node.name == "TrainingArguments")
+    return {ast.unparse(node.target) for node in body if isinstance(node, ast.AnnAssign)} - OURS
 
 
 def parse_trainer_flags(words: list[str]) -> tuple[dict[str, Any], list[str]]:
     """({name: value} of the flags in `words` that the Trainer has, the words that are none of them)."""
-    known, wanted, rest = find_trainer_fields(), set(), []
-    names = [word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")]
-    for name in names:
-        wanted |= {name} & known
+    known = find_trainer_fields()
+    names = {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    wanted = names & known
     if not wanted:
         return {}, words
-    from transformers import HfArgumentParser, TrainingArguments
+    from transformers import TrainingArguments
 
     fields = [
         (name, spec.type, field(default=None, metadata=dict(spec.metadata)))
         for name, spec in TrainingArguments.__dataclass_fields__.items()
         if name in wanted
     ]
-    parser = HfArgumentParser(make_dataclass("OtherTrainerFlags", fields), allow_abbrev=False)
-    parser._negative_number_matcher = NEGATIVE_NUMBER
-
-    def refuse(message: str):
-        raise UserError(message.removeprefix("argument "))
-
-    parser.error = refuse
+    parser = StrictParser([make_dataclass("OtherTrainerFlags", fields)], "")
     other, rest = parser.parse_args_into_dataclasses(
         words, return_remaining_strings=True, look_for_args_file=False
     )

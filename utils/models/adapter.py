@@ -52,7 +52,7 @@ def add_lora(model: "PreTrainedModel", lora_args: LoraArguments) -> PeftModel:
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora_args.lora_r,
-        lora_alpha=lora_args.lora_alpha,
+        lora_alpha=lora_args.lora_alpha,  # type: ignore[arg-type]  # PEFT takes a float too
         lora_dropout=lora_args.lora_dropout,
         target_modules=targets,
         bias=lora_args.bias,
@@ -60,12 +60,12 @@ def add_lora(model: "PreTrainedModel", lora_args: LoraArguments) -> PeftModel:
         use_dora=lora_args.use_dora,
     )
     try:
-        model = get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         targets = " ".join(lora_args.lora_target_modules)
         raise UserError(f"PEFT refuses an adapter for --lora_target_modules {targets}: {error}") from error
-    keep_biases_in_float32(model)
-    return model
+    keep_biases_in_float32(adapted)
+    return adapted
 
 
 def check_target_modules(model_args: ModelArguments, lora_args: LoraArguments) -> None:
@@ -91,7 +91,7 @@ def check_target_modules(model_args: ModelArguments, lora_args: LoraArguments) -
 
 def build_without_weights(model_args: ModelArguments) -> "PreTrainedModel":
     """The model's modules on the meta device."""
-    config, name = read_model_config(model_args), model_args.model_name_or_path
+    config, name = read_model_config(model_args), model_args.base
     with unknown_models_explained(model_args), torch.device("meta"):
         if is_baichuan(config):
             return AutoModelForCausalLM.from_config(build_llama_config(config))
@@ -107,10 +107,10 @@ def load_adapter(model: "PreTrainedModel", checkpoint_dir: str, trainable: bool 
     if not has_adapter(Path(checkpoint_dir)):
         raise UserError(f"--checkpoint_dir {checkpoint_dir} holds no {ADAPTER_FILE}")
     try:
-        model = PeftModel.from_pretrained(model, checkpoint_dir, is_trainable=trainable)
-        if keep_biases_in_float32(model):  # PEFT has rounded them to what was there
-            set_peft_model_state_dict(model, load_peft_weights(checkpoint_dir, device="cpu"))
-        return model
+        adapted = PeftModel.from_pretrained(model, checkpoint_dir, is_trainable=trainable)
+        if keep_biases_in_float32(adapted):  # PEFT has rounded them to what was there
+            set_peft_model_state_dict(adapted, load_peft_weights(checkpoint_dir, device="cpu"))
+        return adapted
     except RuntimeError as error:
         if "size mismatch" in str(error):
             raise UserError(

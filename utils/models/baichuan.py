@@ -62,7 +62,7 @@ def load_baichuan(name: str, config: dict[str, Any], **options: Any) -> "PreTrai
 
     split = WeightConverter(PACKED, list(SPLIT), operations=[Chunk(dim=0)])
     register_checkpoint_conversion_mapping(BaichuanForCausalLM.__name__, [split], overwrite=True)
-    model = BaichuanForCausalLM.from_pretrained(name, config=build_llama_config(config), **options)
+    model: Any = BaichuanForCausalLM.from_pretrained(name, config=build_llama_config(config), **options)
     model.__class__ = LlamaForCausalLM  # from here on it is one, and is saved as one
     model._weight_conversions = []
     return model
@@ -83,7 +83,7 @@ def split_packed(name: str, tensor: Any) -> dict[str, Any]:
 
 def split_shapes(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
     """{name: shape} as the loaded model has them."""
-    split = {}
+    split: dict[str, list[int]] = {}
     for name, shape in shapes.items():
         parts = cut_rows(name, shape[0]) if name.endswith(PACKED) else {}
         split |= {part: [shape[0] // 3, *shape[1:]] for part in parts} or {name: shape}

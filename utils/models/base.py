@@ -65,7 +65,7 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
         "quantization_config": build_quantization(model_args, dtype),
         "use_safetensors": None if model_args.allow_pickle else True,
     } | choose_placement(model_args)
-    name = model_args.model_name_or_path
+    name = model_args.base
     with unknown_models_explained(model_args):
         if is_baichuan(config):
             model = load_baichuan(name, config, **options)

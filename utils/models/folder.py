@@ -1,9 +1,10 @@
 """A model or adapter named on the command line -> its folder, what its run recorded, its config.json."""
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 from typing import Any
+
+import transformers
 
 from utils.arguments import ModelArguments
 from utils.console import UserError, notice
@@ -39,14 +40,8 @@ def resolve_model(model_args: ModelArguments, given: set[str]) -> ModelArguments
     Raises UserError where no base model is named, a folder is missing, or the checkpoint holds no adapter.
     """
     if model_args.checkpoint_dir is None:
-        if model_args.model_name_or_path is None:
-            raise UserError(
-                "no model is named: give --model_name_or_path FOLDER_OR_HUB_ID, or --checkpoint_dir RUN"
-            )
-        return dataclasses.replace(
-            model_args,
-            model_name_or_path=check_model_path(model_args.model_name_or_path, model_args.allow_pickle),
-        )
+        base = check_model_path(model_args.base, model_args.allow_pickle)
+        return dataclasses.replace(model_args, model_name_or_path=base)
     folder = Path(model_args.checkpoint_dir).expanduser()
     if not folder.is_dir():
         raise UserError(f"--checkpoint_dir {model_args.checkpoint_dir}: no such folder")
@@ -60,7 +55,7 @@ def resolve_model(model_args: ModelArguments, given: set[str]) -> ModelArguments
     if {"bf16", "fp16"} & given:  # one dtype flag replaces the recorded pair
         chosen = {name: value for name, value in chosen.items() if name not in ("bf16", "fp16")}
     resolved = dataclasses.replace(model_args, checkpoint_dir=str(folder), **chosen)
-    base = check_model_path(resolved.model_name_or_path, model_args.allow_pickle)
+    base = check_model_path(resolved.base, model_args.allow_pickle)
     return dataclasses.replace(resolved, model_name_or_path=base)
 
 
@@ -83,12 +78,12 @@ def check_pickle(folder: Path, wanted: str, allow_pickle: bool) -> None:
 
 def check_remote_code(model_args: ModelArguments, config: dict[str, Any]) -> None:
     """Say that a model's own Python may run; UserError where the model needs it and it is not allowed."""
-    name, kind = model_args.model_name_or_path, str(config.get("model_type"))
+    name, kind = model_args.base, str(config.get("model_type"))
     if model_args.trust_remote_code:
         notice(f"--trust_remote_code: Python code shipped with {name} may run here, with all your rights")
     elif "auto_map" in config:
-        package = importlib.util.find_spec("transformers").submodule_search_locations[0]
-        if kind not in NATIVE_KINDS and not Path(package, "models", kind.replace("-", "_")).is_dir():
+        known = Path(transformers.__file__).parent / "models"
+        if kind not in NATIVE_KINDS and not (known / kind.replace("-", "_")).is_dir():
             raise UserError(
                 f"{name} is of a kind that transformers does not know ({kind}) and ships its own Python: "
                 "read that code, then allow it with --trust_remote_code"
@@ -123,12 +118,15 @@ def read_recorded_fields(folder: Path, names_base: bool) -> dict[str, Any]:
             f"--checkpoint_dir {folder} holds no adapter (adapter_config.json and {ADAPTER_FILE}) "
             "and no run.json: name a run, a checkpoint-N of it, or a PEFT adapter folder"
         )
-    adapter = read_json(folder / "adapter_config.json")
-    notice(
-        f"{folder} has no run.json: the base {adapter['base_model_name_or_path']} is read from "
-        "adapter_config.json; quantization and prompt are the flags' and the tokenizer's"
-    )
-    return {"model_name_or_path": adapter["base_model_name_or_path"]}
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not base and not names_base:
+        raise UserError(
+            f"--checkpoint_dir {folder}: neither a run.json nor adapter_config.json names the base: "
+            "give --model_name_or_path FOLDER_OR_HUB_ID"
+        )
+    named = f"the base {base} is read from adapter_config.json; " if base else ""
+    notice(f"{folder} has no run.json: {named}quantization and prompt are the flags' and the tokenizer's")
+    return {"model_name_or_path": base} if base else {}
 
 
 def check_model_path(name: str, allow_pickle: bool) -> str:
@@ -161,7 +159,7 @@ def check_model_path(name: str, allow_pickle: bool) -> str:
 
 def read_model_config(model_args: ModelArguments) -> dict[str, Any]:
     """config.json of the base, from its folder or the hub."""
-    path = Path(model_args.model_name_or_path)
+    path = Path(model_args.base)
     if not path.is_dir():
         path = download_config(model_args)
     else:
@@ -180,7 +178,7 @@ def check_adapter_fits(model_args: ModelArguments, config: dict[str, Any]) -> No
     """
     check_tokenizer(model_args)
     packed = is_baichuan(config)  # refuses its relatives
-    base = read_base_shapes(Path(model_args.model_name_or_path))
+    base = read_base_shapes(Path(model_args.base))
     if model_args.checkpoint_dir is None or model_args.full_finetune or "quantization_config" in config:
         return
     adapter = read_shapes(list(Path(model_args.checkpoint_dir).glob(ADAPTER_FILE)))
@@ -190,5 +188,5 @@ def check_adapter_fits(model_args: ModelArguments, config: dict[str, Any]) -> No
     if misfit:
         raise UserError(
             f"the adapter {model_args.checkpoint_dir} does not fit the base "
-            f"{model_args.model_name_or_path}: {misfit}; name the base it was trained on"
+            f"{model_args.base}: {misfit}; name the base it was trained on"
         )

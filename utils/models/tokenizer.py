@@ -1,7 +1,7 @@
 """The tokenizer with a chat template, a pad token, and the tokens that end a reply."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig
 
@@ -20,18 +20,18 @@ def load_tokenizer(
     model_args: ModelArguments, data_args: DataArguments | None = None
 ) -> "PreTrainedTokenizerBase":
     """The tokenizer with a chat template and a pad token. A run's own tokenizer comes before the base's."""
-    folder = model_args.checkpoint_dir
-    from_run = folder is not None and Path(folder, "tokenizer_config.json").is_file()
+    run = model_args.checkpoint_dir
+    if run is None or not Path(run, "tokenizer_config.json").is_file():
+        name, revision = model_args.base, model_args.revision
+    else:
+        name, revision = run, None
     with unknown_models_explained(model_args):
         tokenizer = load_own_tokenizer(
-            folder if from_run else model_args.model_name_or_path,
-            model_args.trust_remote_code,
-            revision=None if from_run else model_args.revision,
-            cache_dir=model_args.cache_dir,
+            name, model_args.trust_remote_code, revision=revision, cache_dir=model_args.cache_dir
         )
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"the tokenizer of {model_args.model_name_or_path} has no eos token, so no reply could end"
+            f"the tokenizer of {model_args.base} has no eos token, so no reply could end"
         )
     add_chat_template(tokenizer, data_args)
     add_bos(tokenizer)
@@ -99,10 +99,9 @@ def add_pad_token(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 def load_stop_ids(model_args: ModelArguments, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Ids that end a reply: the template's closing token, eos, and what the base's generation_config adds."""
+    where: dict[str, Any] = {"revision": model_args.revision, "cache_dir": model_args.cache_dir}
     try:
-        config = GenerationConfig.from_pretrained(
-            model_args.model_name_or_path, revision=model_args.revision, cache_dir=model_args.cache_dir
-        )
+        config = GenerationConfig.from_pretrained(model_args.base, **where)
     except OSError:  # many models ship none
         config = GenerationConfig()
     eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]

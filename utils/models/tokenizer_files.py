@@ -26,7 +26,7 @@ def load_own_tokenizer(name: str, trust_remote_code: bool, **where: Any) -> PreT
         content = read_json(find_file(name, "tokenizer.json", where))
         model_file = find_file(name, "tokenizer.model", where)
         if content:
-            specials = choose_specials(content, settings)
+            specials: dict[str, Any] = choose_specials(content, settings)
             tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **where, **specials)
             return drop_dummy_prefix(tokenizer, model_file) if model_file else tokenizer
         if model_file and not find_file(name, "added_tokens.json", where):
@@ -97,7 +97,7 @@ def read_sentencepiece(model_file: Path) -> Any:
     """sentencepiece's ModelProto."""
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made as it is imported
     model.ParseFromString(model_file.read_bytes())
     return model
 
@@ -131,7 +131,7 @@ def build_normalizer(spec: Any) -> Any:
     """What sentencepiece does to text before it merges, in its order."""
     from tokenizers import Regex, normalizers
 
-    steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     steps += [normalizers.Prepend("▁")] if spec.add_dummy_prefix else []

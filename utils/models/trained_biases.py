@@ -38,12 +38,13 @@ def compute_in_16_bits(
     layer: nn.Module, dtypes: dict[str, torch.dtype], forward: Callable, *args: Any, **kwargs: Any
 ) -> Any:
     """`forward` of `layer` with copies of its masters, in the dtype that it was loaded in."""
-    masters = {name: layer._parameters[name] for name in dtypes}
+    held: dict[str, Any] = layer._parameters
+    masters = {name: held[name] for name in dtypes}
     # bitsandbytes casts a bias of another dtype than it computes in, in place.
     dtype = getattr(layer, "compute_dtype", None)
     copies = {name: master.to(dtype or dtypes[name]) for name, master in masters.items()}
-    layer._parameters.update(copies)
+    held.update(copies)
     try:
         return forward(*args, **kwargs)
     finally:
-        layer._parameters.update(masters)
+        held.update(masters)

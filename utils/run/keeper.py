@@ -152,7 +152,7 @@ def fingerprint_run(record: dict[str, Any], rows: Any) -> dict[str, str]:
     if rows is not None:
         digest.update(rows.offsets.tobytes())
         for piece in rows.read_tokens():
-            digest.update(np.ascontiguousarray(piece))
+            digest.update(np.ascontiguousarray(piece).data)
     return {
         "base model": fingerprint(record["base_model"]),
         "training rows": digest.hexdigest(),

@@ -72,7 +72,7 @@ def rearrange_state(
     for number, parameter in enumerate(now):
         parts = []
         for name, start, shape in parameter["pieces"]:
-            source, offset, saved_shape = places.get(name, (None, None, "nothing of that name"))
+            source, offset, saved_shape = places.get(name, (-1, -1, "nothing of that name"))
             if saved_shape != shape:
                 raise UserError(f"{name} is {shape} and the checkpoint's optimizer state has {saved_shape}")
             parts.append((source, offset, start, prod(shape)))
@@ -88,7 +88,8 @@ def join_states(
     states: dict[int, Any], was: Layout, parts: list[tuple[int, int, int, int]], parameter: dict[str, Any]
 ) -> dict[str, Any]:
     """State of one parameter from `parts` of the saved ones: (number, first element there and here, size)."""
-    first, joined = parts[0][0], {}
+    first = parts[0][0]
+    joined: dict[str, Any] = {}
     if was[first] == parameter:
         return states.get(first, {})
     for number, offset, start, size in parts:

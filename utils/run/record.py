@@ -123,15 +123,20 @@ def write_json(content: Any, path: Path) -> None:
 
 def find_run_record(folder: Path) -> dict[str, Any] | None:
     """run.json of a run, or of the run that a checkpoint-N belongs to; None for a bare adapter folder."""
-    for path in (folder / RUN_FILE, folder.resolve().parent / RUN_FILE):
-        if path.is_file():
-            try:
-                return json.loads(path.read_text(encoding="utf-8"))
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path} is damaged ({error}): restore it or name the adapter folder alone"
-                ) from error
-    return None
+    return read_run_record(folder) or read_run_record(folder.resolve().parent)
+
+
+def read_run_record(run_dir: Path) -> dict[str, Any] | None:
+    """run.json in this very folder, if it is there."""
+    path = run_dir / RUN_FILE
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is damaged ({error}): restore it or name the adapter folder alone"
+        ) from error
 
 
 def find_run_dir(folder: Path) -> Path:

@@ -4,13 +4,13 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from utils.arguments import TrainingArguments
 from utils.console import UserError, notice
 from utils.messages import TRAIN
 from utils.run.checkpoints import find_fault, find_valid_checkpoint, read_manifest
-from utils.run.record import RUN_FILE, find_run_record
+from utils.run.record import read_run_record
 
 # May differ between two starts of one run: they change what is printed or kept, not what is learned.
 MAY_CHANGE_ON_RESUME = {
@@ -116,12 +116,12 @@ def find_other_versions(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def read_resolved(training_args: TrainingArguments) -> dict[str, str]:
     """What the run that goes on chose when it began: `optim`, and `path` where --fast_lora is the same."""
-    output_dir, asked = Path(training_args.output_dir), training_args.extra.get("resume_from_checkpoint")
+    output_dir, asked = training_args.run_dir, training_args.extra.get("resume_from_checkpoint")
     run = Path(asked).parent if names_checkpoint(asked) else output_dir
     is_removed = training_args.overwrite_output_dir and run.resolve() == output_dir.resolve()
-    if not training_args.do_train or is_removed or not (run / RUN_FILE).is_file():
+    record = read_run_record(run) if training_args.do_train and not is_removed else None
+    if record is None:
         return {}
-    record = find_run_record(run)
     is_asked_alike = record["arguments"].get("fast_lora") == training_args.fast_lora
     return {
         name: value for name, value in record.get("resolved", {}).items() if name != "path" or is_asked_alike
@@ -154,6 +154,7 @@ def choose_checkpoint(
     Raises UserError where the one asked for is faulty, or where base, rows or arguments are not those it was
     made with (`force`: a line instead).
     """
+    folder: Path | None
     if names_checkpoint(asked):
         folder = Path(asked)
         is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name)
@@ -173,9 +174,9 @@ def choose_checkpoint(
     return folder
 
 
-def names_checkpoint(asked: str | None) -> bool:
+def names_checkpoint(asked: str | None) -> TypeGuard[str]:
     """Whether --resume_from_checkpoint names one; `True` asks for the newest."""
-    return bool(asked) and asked.lower() != "true"
+    return asked is not None and asked.lower() not in ("", "true")
 
 
 def raise_unless_forced(change: str, force: bool) -> None:

@@ -25,9 +25,9 @@ from utils.run.record import (
     TOKENIZATION,
     clear_run,
     collect_arguments,
-    find_run_record,
     hash_text,
     list_run_files,
+    read_run_record,
     save_run_record,
     start_record,
 )
@@ -46,7 +46,8 @@ class Run:
     """`folder`, the `record` that run.json is made of, and `earlier`: the record found there, if any."""
 
     def __init__(self, folder: Path, arguments: dict[str, Any], base_fingerprint: str | None):
-        self.folder, self.arguments, self.earlier = folder, arguments, None
+        self.folder, self.arguments = folder, arguments
+        self.earlier: dict[str, Any] | None = None
         self.record = start_record(arguments)
         self.known = {
             "arguments": arguments,
@@ -79,7 +80,7 @@ class Run:
         found = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
         if self.overwrites or found <= REPORT_FILES:
             return
-        self.earlier = self.read_record()
+        self.earlier = read_run_record(self.folder)
         if self.earlier is None:
             stays = " (--overwrite_output_dir uses it all the same and leaves those files)"
             advice = "" if list_run_files(self.folder) else stays
@@ -89,9 +90,6 @@ class Run:
         tokenized = {} if self.is_finished else {"tokenization": TOKENIZATION}
         if self.check(self.known | tokenized):
             self.earlier = self.earlier | {"status": "running"}  # a finished one goes on, with what changed
-
-    def read_record(self) -> dict[str, Any] | None:
-        return find_run_record(self.folder) if (self.folder / RUN_FILE).is_file() else None
 
     def describe(self, **parts: Any) -> None:
         """Write down `parts` of run.json. Raises UserError where an earlier start had others."""
@@ -148,7 +146,7 @@ class Run:
 
     def check_again(self) -> None:
         """What another process wrote before this one had the lock, and libraries of other versions."""
-        found = self.read_record()
+        found = read_run_record(self.folder)
         if found and (self.earlier is None or self.earlier | {"status": found["status"]} != found):
             self.earlier = found
             self.check(self.record)
@@ -160,6 +158,7 @@ class Run:
 
     def print_finished(self) -> None:
         """Say that there is nothing left to train."""
+        assert self.earlier is not None
         metrics = self.earlier["metrics"]
         notice(
             f"{self.folder} is finished: {metrics['steps']} steps, train loss {metrics['train_loss']:.3f}; "
@@ -176,8 +175,8 @@ def open_run(
 ) -> Run:
     """The run in --output_dir: a new one or, where training goes on, the one found there. Changes no file."""
     arguments = collect_arguments(model_args, data_args, lora_args, training_args)
-    base = fingerprint_folder(Path(model_args.model_name_or_path))
-    run = Run(Path(training_args.output_dir), arguments, base)
+    base = fingerprint_folder(Path(model_args.base))
+    run = Run(training_args.run_dir, arguments, base)
     if training_args.do_train:
         run.find_earlier()
     return run
