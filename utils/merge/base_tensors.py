@@ -50,15 +50,14 @@ def open_tensors(base: Path, packed: bool, stack: ExitStack) -> dict[str, Stored
     """{name on disk: tensor} of the model in `base`; `packed`: W_pack is cut into q, k and v."""
     index = base / "model.safetensors.index.json"
     files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    stored = {}
+    stored: dict[str, Stored] = {}
     for name in files:
         if not (base / name).is_file():
             raise UserError(f"{base} holds no {name}: download the model again, as safetensors")
         file = stack.enter_context(safe_open(base / name, "pt"))
         for key in file.keys():
-            cuts = {key: None}
-            if packed and key.endswith(PACKED):
-                cuts = cut_rows(key, Stored(file, key).shape[0])
+            is_packed = packed and key.endswith(PACKED)
+            cuts = cut_rows(key, Stored(file, key).shape[0]) if is_packed else {key: None}
             stored |= {part: Stored(file, key, rows) for part, rows in cuts.items()}
     return stored
 

@@ -42,7 +42,7 @@ def load_held_out_rows(
     model_args: ModelArguments, name: str | None, count: int
 ) -> tuple[Rows, DataArguments]:
     """The run's held-out rows, or those of the file or set `name`. Reads no weights."""
-    record = find_run_record(Path(model_args.checkpoint_dir)) or {"arguments": {}}
+    record = find_run_record(model_args.adapter_dir) or {"arguments": {}}
     fields = read_recorded_data(record)
     if name is not None:
         fields |= {"dataset_name": name, "eval_dataset_name": name, "dataset_format": None}
@@ -84,7 +84,7 @@ def certify(model_args: ModelArguments, rows: tuple[Rows, DataArguments], folder
 
 def find_reference(model_args: ModelArguments) -> ModelArguments:
     """The adapter as it was trained: the run's own base and bits, whatever the merge was told to take."""
-    if find_run_record(Path(model_args.checkpoint_dir)) is None:
+    if find_run_record(model_args.adapter_dir) is None:
         return model_args
     kept = ("checkpoint_dir", "use_cpu", "max_memory_MB", "trust_remote_code", "cache_dir")
     return resolve_model(ModelArguments(**{name: getattr(model_args, name) for name in kept}), set())
@@ -92,7 +92,8 @@ def find_reference(model_args: ModelArguments) -> ModelArguments:
 
 def limit_tokens(examples: Examples) -> Examples:
     """The first examples, with MAX_TOKENS answer tokens together at most, one at least."""
-    kept, tokens = [], 0
+    kept: Examples = []
+    tokens = 0
     for example in examples:
         tokens += len(find_answer(example))
         if kept and tokens > MAX_TOKENS:
@@ -108,7 +109,8 @@ def find_answer(example: dict[str, np.ndarray]) -> list[int]:
 
 @torch.no_grad()
 def read_examples(model: Any, examples: Examples, stop_ids: list[int]) -> Reading:
-    log_probs, replies = [], []
+    log_probs: list[torch.Tensor] = []
+    replies: list[list[int]] = []
     for example in examples:
         input_ids = torch.from_numpy(example["input_ids"])[None].to(model.device)
         answer = find_answer(example)

@@ -47,7 +47,7 @@ def merge_weights(
     model, dtype = build_without_weights(model_args), choose_compute_dtype(model_args)
     with ExitStack() as stack:
         stored = open_tensors(base, is_baichuan(read_json(base / "config.json")), stack)
-        adapter = stack.enter_context(safe_open(Path(model_args.checkpoint_dir, ADAPTER_FILE), "pt"))
+        adapter = stack.enter_context(safe_open(model_args.adapter_dir / ADAPTER_FILE, "pt"))
         updates, names = find_updates(adapter.keys()), find_names_on_disk(model, list(stored))
         is_untied = untie_embeddings(model, updates, stored, names)
         quantized = find_quantized_weights(model, model_args, dtype) if merge_base == "dequantized" else set()
@@ -57,7 +57,8 @@ def merge_weights(
             check_fits(name, stored.get(names.get(name)), parts, adapter)
         kept = {tensor.dtype for tensor in stored.values()}
         out = dtype if dtype in HALVES else torch.float16 if kept == {"F16"} else torch.bfloat16
-        in_model, used = {on_disk: name for name, on_disk in names.items()}, set()
+        in_model = {on_disk: name for name, on_disk in names.items()}
+        used: set[str] = set()
 
         def build(entry: Entry) -> torch.Tensor:
             name, weight = in_model.get(entry.name), stored[entry.name].read()
