@@ -207,6 +207,12 @@ def test_no_misspelling_leads_to_a_flag_that_destroys():
             assert f"did you mean {flag}" not in describe_unknown(typed, flags)
 
 
+def test_help_shows_a_per_cent_sign_as_it_is_written():
+    """argparse would fill its own names into "10% at most"."""
+    shown = " ".join(StrictParser([DataArguments], "").format_help().split())
+    assert "Default: 1024, 10% at most. (default: None)" in shown and "option_strings" not in shown
+
+
 def test_inverted_flag_has_a_help_of_its_own():
     shown = " ".join(StrictParser(FLAGS, "").format_help().split())
     assert "--no_packing Turns --packing off. --fast_lora" in shown
