@@ -222,17 +222,13 @@ def draw_histogram(lengths: np.ndarray, bins: int = 8, width: int = 40) -> str:
 
 
 def save_histogram(lengths: np.ndarray, path: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 3.5), dpi=120)
+    figure = Figure(figsize=(7, 3.5), dpi=120, layout="tight")
+    axes = figure.subplots()
     axes.hist(lengths, bins=40)
     axes.set(xlabel="tokens in a row", ylabel="rows")
-    figure.tight_layout()
     figure.savefig(path)
-    pyplot.close(figure)
 
 
 def show_rows(
