@@ -4,9 +4,9 @@
 
 The adapter was trained on the dequantized 4-bit weights, so by default it is merged into those;
 --merge_base original takes the 16-bit weights, and the model changes by the quantization error. Runs on the
-CPU, one tensor in memory at a time. parity.json compares the folder with the adapter on its quantized base on
-held-out rows, one model after the other, on the GPU where there is one; past its limits the command ends
-with exit code 1.
+CPU, one shard (2 GB) in memory at a time. parity.json compares the folder with the adapter on its quantized
+base on held-out rows, one model after the other, on the GPU where there is one; past its limits the command
+ends with exit code 1.
 """
 
 import shutil
