@@ -7,7 +7,7 @@ from typing import Any
 from utils.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments, require_choice
 from utils.console import UserError, notice
 from utils.flags.trackers import check_tracker
-from utils.flags.trainer_names import OPTIMIZERS, SCHEDULERS
+from utils.flags.trainer_names import list_optimizers, list_schedulers
 from utils.models.folder import CONTEXT_KEYS, check_adapter_fits, read_model_config, resolve_model
 from utils.models.hub import check_login
 from utils.models.weight_files import read_json
@@ -88,8 +88,8 @@ def read_recorded_data(record: dict[str, Any]) -> dict[str, Any]:
 
 def check_trainer_names(training_args: TrainingArguments) -> None:
     """Raises UserError for a scheduler, an optimizer or a logger that the Trainer does not know."""
-    require_choice(training_args, "lr_scheduler_type", list(SCHEDULERS))
-    require_choice(training_args, "optim", ["auto", *OPTIMIZERS])
+    require_choice(training_args, "lr_scheduler_type", list_schedulers())
+    require_choice(training_args, "optim", ["auto", *list_optimizers()])
     for name in training_args.report_to:
         if name not in ("none", "all"):
             check_tracker(name)
