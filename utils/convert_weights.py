@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.console import UserError, notice, run_main
-from utils.flags.checks import read_json
 from utils.models.baichuan import build_llama_config, is_baichuan, split_packed
+from utils.models.weight_files import read_json
 
 KEPT_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*")
 

@@ -19,10 +19,10 @@ from transformers.hf_argparser import HfArg
 
 from utils.arguments import ModelArguments, require_positive
 from utils.console import UserError, notice, run_main
-from utils.flags.checks import read_json
 from utils.flags.parser import find_given_flags, parse_args
 from utils.models.baichuan import build_llama_config, is_baichuan
 from utils.models.folder import ADAPTER_FILE, check_adapter_fits, read_model_config, resolve_model
+from utils.models.weight_files import read_json
 from utils.run.record import write_json
 
 # Fields of adapter_config.json that the arithmetic of merge/weights.py follows, or that do not change what an

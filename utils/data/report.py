@@ -11,7 +11,7 @@ from utils.console import UserError, is_main_process, notice
 from utils.data import tokenizing
 from utils.data.packing import choose_capacity, measure_packing, measure_padding
 from utils.data.preferences import NOT_WANTED
-from utils.data.rows import Rows
+from utils.data.rows import PARTS, Rows
 from utils.data.token_rows import TokenRows
 from utils.messages import EVAL, IGNORE_INDEX, TEST, TRAIN
 from utils.models.base import has_gpu
@@ -114,7 +114,7 @@ def count_duplicates(rows: Rows) -> int:
 
 
 def select_hashes(rows: Rows, part: str) -> np.ndarray:
-    number = {TRAIN: 1, EVAL: 2, TEST: 3}[part]
+    number = PARTS.index(part)
     pairs = zip(rows.scans, rows.parts, strict=True)
     return np.concatenate([scan.hashes[parts == number] for scan, parts in pairs])
 

@@ -16,8 +16,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.modeling_utils import str_to_torch_dtype
 
 from utils.console import UserError
-from utils.flags.checks import read_json
 from utils.models.baichuan import PACKED, cut_rows
+from utils.models.weight_files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
