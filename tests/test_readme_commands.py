@@ -21,6 +21,7 @@ SMALL = (
 # Words of a command, and why it is not run by this test.
 ELSEWHERE = {
     "bash scripts/finetune": "test_scripts.py",
+    "bash scripts/quantization.sh": "test_scripts.py",
     "bash scripts/test.sh": "it runs this",
     "python3 -m venv": "scripts/install.sh",
     "export ": "the network",
@@ -125,8 +126,6 @@ def make_small(command):
         command = launch_on_cpus(command)
     if re.search(r"cli_demo|generate_answers|eval\.report", command):
         command += " --max_new_tokens 4"
-    if "eval.quality" in command:
-        command += f" --bases NF4 INT8 --seeds 0 -- {' '.join(SMALL)} --eval_dataset_size 4"
     if "generate_answers" in command:
         command += " --max_questions 2"
     if "eval.report" in command:
