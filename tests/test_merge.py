@@ -63,6 +63,13 @@ def test_merged_folder_is_complete_and_certified(call_main, run, tmp_path):
     assert f"transformers serve {tmp_path / 'merged'}" in printed and "convert_hf_to_gguf.py" in printed
 
 
+def test_merged_weights_are_readable_by_whom_the_config_is(call_main, run, tmp_path):
+    """A server may run under another account. save_file's own files are their owner's alone."""
+    merge(call_main, run, tmp_path / "merged", "--no_parity")
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "merged").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"] and modes["config.json"] & 0o044
+
+
 def test_merged_model_keeps_template_and_every_stop_token(call_main, tiny_model, tmp_path):
     base = tmp_path / "base"
     base.mkdir()

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from utils.models.weight_files import save_weights
 from utils.run.record import write_json
 
 SHARD_BYTES = 2 * 10**9
@@ -27,12 +27,12 @@ def save_shards(
     split = split_torch_state_dict_into_shards(planned, max_shard_size=limit)
     for file_name, names in split.filename_to_tensors.items():
         # Not kept in a variable, or one shard would still be there while the next one is made.
-        save_file({name: copy_whole(build(name)) for name in names}, folder / file_name, {"format": "pt"})
+        save_weights({name: copy_whole(build(name)) for name in names}, folder / file_name)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(index, folder / SAFE_WEIGHTS_INDEX_NAME)
 
 
 def copy_whole(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` in memory of its own and row by row, as save_file wants it: two may be views of one."""
+    """`tensor` in memory of its own and row by row, as safetensors wants it: two may be views of one."""
     return tensor.clone(memory_format=torch.contiguous_format)
