@@ -33,7 +33,7 @@ class CompareArguments:
     _argument_group_name = "comparison"
     runs: str = HfArg(default="output/quality", help="Folder of the runs, SETTING-SEED.")
     settings: list[str] = HfArg(
-        default_factory=lambda: PAIR, help="Others than these two are held against the first of them."
+        default_factory=lambda: list(PAIR), help="Others than these two are held against the first of them."
     )
     seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="Two or more.")
 
