@@ -10,7 +10,7 @@ import sentencepiece
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from tiny_models import FAMILIES, build_llama2, render_models
+from tiny_models import FAMILIES, build_llama2
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 from utils.arguments import ModelArguments
@@ -188,11 +188,6 @@ def test_model_of_an_unknown_kind_is_one_line(remote_model, call_main, tmp_path)
     argv = ["--model_name_or_path", remote_model, *FLAGS, "--output_dir", tmp_path / "run"]
     with pytest.raises(UserError, match="a kind that transformers does not know"):
         call_main("qlora_finetune", *argv)
-
-
-def test_list_of_models_in_the_readme_is_the_tests_own():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"<!-- models -->\n{render_models()}\n<!-- /models -->" in readme
 
 
 @each_family

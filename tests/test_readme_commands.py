@@ -1,4 +1,4 @@
-"""Every command of the READMEs runs as written, one after another, with small models in the named ones' place.
+"""Every command of README, docs/ and eval/ runs as written, one after another, with small models and data.
 
 README_zh.md holds the same commands (test_readmes.py), so that its reader, too, gets from an empty folder to a
 chat with a tuned model. Not run here: what has a test of its own, and what needs the network or another program.
@@ -11,8 +11,8 @@ import shutil
 import pytest
 import tiny_models
 from conftest import ROOT, ignore_outputs, save_random_model
+from documents import RUN_IN_ORDER, list_shell_lines
 from shell_runs import check_page, run_shell
-from test_readmes import READMES
 
 SMALL = (
     "--max_steps 2 --max_train_samples 16 --max_eval_samples 4 --max_new_tokens 4 --source_max_len 200 "
@@ -23,6 +23,10 @@ ELSEWHERE = {
     "bash scripts/finetune": "test_scripts.py",
     "bash scripts/quantization.sh": "test_scripts.py",
     "bash scripts/test.sh": "it runs this",
+    "bash scripts/quality.sh": "test_scripts.py",
+    "grep ": "test_architecture.py",
+    "python -m eval.judge": "test_judge.py",
+    "python -m eval.elo": "test_elo.py",
     "python3 -m venv": "scripts/install.sh",
     "export ": "the network",
     "modelscope ": "the network",
@@ -43,7 +47,7 @@ SMALLER = {  # words of a command -> what takes their place
     "tatsu-lab/alpaca": "YOUR.jsonl",
     "train_speed --model llama-7b": "train_speed --model tiny --workloads 2x32 --steps 1 --dtypes fp32",
     "chat_speed --model llama-7b": "chat_speed --model tiny",
-    "--tasks mmlu,cmmlu,ceval-valid": "--tasks quiz_en,quiz_zh --limit 4",
+    "--tasks quiz_en,quiz_zh": "--tasks quiz_en,quiz_zh --limit 4",
     "models/SmolLM2-135M-Instruct": "models/small",
     "./work_dir/checkpoint-700": "./work_dir/oasst1-baichuan-7b",
     "path/to/your/model_dir": "output/mine",
@@ -89,10 +93,8 @@ def write_your_dataset(checkout, command):
 
 
 def list_commands():
-    """The README's commands as shell lines, pipes included."""
-    blocks = re.findall(r"^```bash\n(.*?)^```$", READMES[0].read_text(), flags=re.MULTILINE | re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [" ".join(line.split()) for line in lines if line.strip() and not line.startswith("#")]
+    """The documents' commands as shell lines, each once."""
+    return list(dict.fromkeys(line for document in RUN_IN_ORDER for line in list_shell_lines(document)))
 
 
 def launch_on_cpus(command):
@@ -142,7 +144,7 @@ def test_every_command_is_run_here_or_said_why_not():
 
 
 @pytest.mark.slow
-def test_every_command_runs_in_the_readmes_order(folder):
+def test_every_command_runs_in_the_documents_order(folder):
     for command in list_commands():
         if command.startswith(tuple(ELSEWHERE)):
             continue

@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from utils.arguments import DataArguments
 from utils.console import UserError, is_main_process, notice
 from utils.data.cache import build_key, find_or_build, hash_code
-from utils.data.rows import LISTED_ROWS, PARTS, Rows
+from utils.data.rows import PARTS, Rows
+from utils.data.scanning import LISTED_ROWS
 from utils.data.token_rows import TokenRows, TokenWriter, open_rows
 from utils.messages import TEXT_ROLE, Chat, Messages
 from utils.models.encoding import Pieces, encode_rows
@@ -211,7 +212,7 @@ class RowMaker:
         signed = np.array([token for ids, _ in pieces for token in ids], np.int32)
         start = 0
         for ids, answer in pieces:
-            if not (answer or self.data_args.train_on_source):
+            if not (answer or (self.data_args.train_on_source and answer is not None)):
                 np.invert(signed[start : start + len(ids)], out=signed[start : start + len(ids)])
             start += len(ids)
         return signed
