@@ -48,7 +48,6 @@ SMALLER = {  # words of a command -> what takes their place
     "train_speed --model llama-7b": "train_speed --model tiny --workloads 2x32 --steps 1 --dtypes fp32",
     "chat_speed --model llama-7b": "chat_speed --model tiny",
     "--tasks quiz_en,quiz_zh": "--tasks quiz_en,quiz_zh --limit 4",
-    "models/SmolLM2-135M-Instruct": "models/small",
     "./work_dir/checkpoint-700": "./work_dir/oasst1-baichuan-7b",
     "path/to/your/model_dir": "output/mine",
     "0.0.0.0": "127.0.0.1",
