@@ -293,7 +293,7 @@ def test_folder_without_file_locks_is_said_and_used(tmp_path, monkeypatch, capsy
     def refuse(*arguments):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "lockf", refuse)
     with run_locked(tmp_path):
         assert "has no file locks" in capsys.readouterr().out and (tmp_path / "run.lock").is_file()
     assert not list(tmp_path.iterdir())

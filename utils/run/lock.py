@@ -1,25 +1,25 @@
 """One training run at a time in an output folder, by a lock that ends with the process that holds it."""
 
-import errno
+import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import TextIO
 
 from utils.console import UserError, is_main_process, notice
 
 LOCK_FILE = "run.lock"
-NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}  # what a file system without locks says
 
 
 @contextmanager
 def run_locked(output_dir: Path) -> Iterator[None]:
     """Hold the folder's lock. Raises UserError where a living process holds it.
 
-    kill -9 frees it, and a forked data worker does not keep it alive: filelock closes the worker's copy.
+    A POSIX lock belongs to the process: kill -9 frees it, and forked data workers do not keep it alive.
+    filelock's lock (flock) is also a worker's until that worker has closed its copy: on a busy machine a run
+    that was killed just after a fork, and started again, was refused.
     """
     if not is_main_process():
         yield
@@ -27,8 +27,7 @@ def run_locked(output_dir: Path) -> Iterator[None]:
     path = output_dir / LOCK_FILE
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        lock = take_lock(path)
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        file = open_locked(path)
     except OSError as error:
         raise UserError(
             f"--output_dir {output_dir} cannot be written ({error.strerror}): name another folder"
@@ -37,27 +36,38 @@ def run_locked(output_dir: Path) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)  # while it is still locked
-        lock.release()
+        file.close()
 
 
-def take_lock(path: Path) -> FileLock:
-    """The lock, held. Raises UserError where another process holds it; a folder without locks is said."""
-    lock = FileLock(path, timeout=0, fallback_to_soft=False)
+def open_locked(path: Path) -> TextIO:
+    while True:
+        file = open(path, "a+", encoding="utf-8")
+        try:
+            take_lock(file, path)
+            is_there = path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino
+        except BaseException:
+            file.close()
+            raise
+        if is_there:
+            break
+        file.close()  # its last holder removed it between our opening and our locking
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def take_lock(file: TextIO, path: Path) -> None:
     try:
-        lock.acquire()
-    except Timeout as error:
-        holder = ""
-        with suppress(FileNotFoundError):  # it ends at this moment
-            holder = path.read_text(encoding="utf-8")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        holder = file.read() or "another process"
         raise UserError(
-            f"--output_dir {path.parent} is in use by {holder or 'another process'}: wait for it, or name "
-            "another folder"
+            f"--output_dir {path.parent} is in use by {holder}: wait for it, or name another folder"
         ) from error
     except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
         notice(f"{path.parent} has no file locks ({error.strerror}): start only one run there at a time")
-    return lock
 
 
 def check_usable(output_dir: Path) -> None:
@@ -67,4 +77,5 @@ def check_usable(output_dir: Path) -> None:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"--output_dir {output_dir}: {nearest} cannot be written, name another folder")
     if is_main_process() and path.is_file() and os.access(path, os.W_OK):
-        take_lock(path).release()
+        with open(path, "a+", encoding="utf-8") as file:
+            take_lock(file, path)
