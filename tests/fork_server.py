@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TRAINING = """qlora_finetune qlora_int8_finetune utils.train.training matplotlib.pyplot bitsandbytes peft.tuners.lora.bnb
+TRAINING = """qlora_finetune qlora_int8_finetune utils.train.training matplotlib.figure bitsandbytes peft.tuners.lora.bnb
     transformers.models.llama.modeling_llama transformers.integrations.bitsandbytes""".split()
 FLAGS = (
     "qlora_finetune cli_demo transformers.hf_argparser".split()

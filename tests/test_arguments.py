@@ -18,7 +18,7 @@ from utils.flags.hints import HINTS, NEVER_PROPOSED, describe_unknown
 from utils.flags.parser import find_given_flags, parse_args
 from utils.flags.strict_parser import StrictParser
 from utils.flags.trainer_flags import find_trainer_fields
-from utils.flags.trainer_names import LOGGERS, OPTIMIZERS, SCHEDULERS
+from utils.flags.trainer_names import list_loggers, list_optimizers, list_schedulers
 
 FLAGS = [ModelArguments, DataArguments, LoraArguments, TrainingArguments, GenerationArguments]
 # Defaults of the QLoRA recipe that differ from the Trainer's, on purpose.
@@ -173,9 +173,9 @@ def test_names_are_those_of_the_trainer():
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
-    assert tuple(kind.value for kind in SchedulerType) == SCHEDULERS
-    assert tuple(name.value for name in OptimizerNames) == OPTIMIZERS
-    assert tuple(sorted(INTEGRATION_TO_CALLBACK)) == LOGGERS
+    assert [kind.value for kind in SchedulerType] == list_schedulers()
+    assert [name.value for name in OptimizerNames] == list_optimizers()
+    assert sorted(INTEGRATION_TO_CALLBACK) == list_loggers()
 
 
 def test_negative_number_with_an_exponent_is_a_value():

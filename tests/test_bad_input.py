@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import importlib.util
 import json
 import re
 import shutil
@@ -295,7 +296,8 @@ def test_model_without_tokenizer_is_one_line(tmp_path, broken_model):
 def test_weights_and_biases_without_login_is_one_line(tmp_path, monkeypatch):
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # whether it is installed here or not
+    find = importlib.util.find_spec  # as if it were installed
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name == "wandb" else find(name))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,7 @@
 """The merged folder is the adapter on its base: same weights, same words, same stop."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ from utils.arguments import GenerationArguments, ModelArguments
 from utils.chat.generation import load_run
 from utils.chat.streaming import stream_reply
 from utils.console import UserError
-from utils.merge.shards import Entry, plan_shards, save_shards
+from utils.merge.shards import save_shards
 from utils.merge.weights import check_all_used
 from utils.models.base import load_base
 from utils.models.folder import read_model_config, resolve_model
@@ -60,6 +61,13 @@ def test_merged_folder_is_complete_and_certified(call_main, run, tmp_path):
     assert parity["verdict"] == "passed" and parity["kl"] < 1e-3 and parity["answer_tokens"] > 20
     assert f"vllm serve {tmp_path / 'merged'} --served-model-name merged" in printed
     assert f"transformers serve {tmp_path / 'merged'}" in printed and "convert_hf_to_gguf.py" in printed
+
+
+def test_merged_weights_are_readable_by_whom_the_config_is(call_main, run, tmp_path):
+    """A server may run under another account. save_file's own files are their owner's alone."""
+    merge(call_main, run, tmp_path / "merged", "--no_parity")
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "merged").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"] and modes["config.json"] & 0o044
 
 
 def test_merged_model_keeps_template_and_every_stop_token(call_main, tiny_model, tmp_path):
@@ -352,13 +360,16 @@ def test_mistakes_are_said_before_weights_load(call_main, run, tiny_model, tmp_p
 
 
 def test_shards_stay_under_their_limit_and_load(tmp_path):
-    entries = [Entry(f"t{i}", "F32", [10, 10]) for i in range(5)] + [Entry("big", "BF16", [1000])]
-    assert [len(shard) for shard in plan_shards(entries, limit=1000)] == [2, 2, 1, 1]
-    tensors = {entry.name: torch.randn(entry.shape) for entry in entries}
-    tensors["big"] = tensors["big"].bfloat16()
-    save_shards(entries, lambda entry: tensors[entry.name], tmp_path, limit=1000)
+    """Two tensors may be views of one memory, as those of a base's file are, and a view may be transposed."""
+    one, other, third = torch.randn(3, 10, 10)
+    tensors = {"one": one, "same": one, "other": other, "turned": other.t(), "third": third}
+    tensors["big"] = torch.randn(1000).bfloat16()
+    planned = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    save_shards(planned, tensors.get, tmp_path, limit=1000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert len(set(index["weight_map"].values())) == 4
+    shards = [load_file(path) for path in sorted(tmp_path.glob("*.safetensors"))]
+    assert sorted(len(shard) for shard in shards) == [1, 1, 2, 2]
+    assert index["metadata"]["total_size"] == 5 * 400 + 2000
     for name, file in index["weight_map"].items():
         assert torch.equal(load_file(tmp_path / file)[name], tensors[name])
 
@@ -398,19 +409,20 @@ def save_7b_shape(smollm2, folder):
     linear = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
     linear |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden)}
     linear |= {"mlp.down_proj": (hidden, inner)}
-    entries, lora = [Entry("model.embed_tokens.weight", "BF16", [config.vocab_size, hidden])], {}
+    shapes, lora = {"model.embed_tokens.weight": [config.vocab_size, hidden]}, {}
     for i in range(config.num_hidden_layers):
         for name, (rows, columns) in linear.items():
             layer = f"model.layers.{i}.{name}"
-            entries.append(Entry(f"{layer}.weight", "BF16", [rows, columns]))
+            shapes[f"{layer}.weight"] = [rows, columns]
             lora[f"base_model.model.{layer}.lora_A.weight"] = torch.randn(16, columns)
             lora[f"base_model.model.{layer}.lora_B.weight"] = torch.randn(rows, 16)
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            entries.append(Entry(f"model.layers.{i}.{norm}.weight", "BF16", [hidden]))
-    entries += [Entry("model.norm.weight", "BF16", [hidden])]
-    entries += [Entry("lm_head.weight", "BF16", [config.vocab_size, hidden])]
+            shapes[f"model.layers.{i}.{norm}.weight"] = [hidden]
+    shapes |= {"model.norm.weight": [hidden], "lm_head.weight": [config.vocab_size, hidden]}
+    kind = {"dtype": torch.bfloat16, "device": "meta"}
+    planned = {name: torch.empty(shape, **kind) for name, shape in shapes.items()}
     block = torch.randn(2**22).bfloat16()  # repeated: random numbers for 7B weights take minutes
-    save_shards(entries, lambda entry: block.repeat(16 * 2)[: entry.size // 2].reshape(entry.shape), base)
+    save_shards(planned, lambda name: block.repeat(32)[: math.prod(shapes[name])].view(shapes[name]), base)
     save_file(lora, adapter / "adapter_model.safetensors")
     about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 16}
     about |= {"base_model_name_or_path": str(base), "target_modules": "all-linear"}

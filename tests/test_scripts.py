@@ -25,7 +25,6 @@ OWN_GROUPS = {
     "gradio_webserver": "PageArguments",
     "eval.lm_tasks": "TaskArguments",
     "eval.generate_answers": "AnswerArguments",
-    "eval.quality": "QualityArguments",
     "eval.report": "ReportArguments",
     "eval.train_speed": "SpeedArguments",
     "eval.chat_speed": "ChatSpeedArguments",
@@ -266,6 +265,19 @@ def test_quality_script_trains_both_settings_and_judges_them(checkout, tmp_path)
     printed = run_bash(checkout, "quality.sh", *flags, *SMALL_FLAGS)
     assert re.search(r"\| mean \| \d\.\d{4} \| \d\.\d{4} \|", printed) and "the spread of seeds" in printed
     assert (checkout / "output" / "quality" / "fast-1" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_quantization_script_trains_every_base_and_holds_it_against_16_bits(checkout, tmp_path):
+    tiny_models.build_llama1(tmp_path)
+    flags = ["--seeds", "0 1", "--data", "data/guanaco_identity.jsonl", "--model_name_or_path", tmp_path]
+    printed = run_bash(checkout, "quantization.sh", *flags, *SMALL_FLAGS)
+    row = r"^\| (\w+) \| \d+\.\d{4} \| ([+-]\S+)% \| \d+\.\d{4} \| 0\.\d{4} \| ([+-]\S+)% \|$"
+    table = re.findall(row, printed, flags=re.MULTILINE)
+    assert [setting for setting, *_ in table] == ["bf16", "int8", "nf4", "fp4", "full"]
+    assert table[0][1:] == ("+0.0", "+0.0")
+    again = run_bash(checkout, "quantization.sh", *flags, *SMALL_FLAGS)
+    assert again.count("is finished") == 10 and again.endswith(printed[printed.index("| setting") :])
 
 
 SMALLER_EVALUATION = {

@@ -22,7 +22,7 @@ from utils.messages import Chat, Messages
 from utils.models.adapter import load_adapter
 from utils.models.base import choose_compute_dtype, load_base
 from utils.models.encoding import encode_prompt
-from utils.models.folder import CONTEXT_KEYS
+from utils.models.folder import find_context
 from utils.models.tokenizer import load_stop_ids, load_tokenizer
 from utils.run.record import TOKENIZATION, find_run_record
 
@@ -53,8 +53,7 @@ def load_run(model_args: ModelArguments, config: dict[str, Any], template: str |
     model.eval()
     if model.device.type == "cuda":
         install_graph_decode(model)
-    text_config = config.get("text_config", config)
-    context = next((text_config[key] for key in CONTEXT_KEYS if isinstance(text_config.get(key), int)), None)
+    context = find_context(config)
     return ChatModel(model, tokenizer, stop_ids, context, ModelLock(model), was_tokenized_apart(model_args))
 
 

@@ -1,13 +1,12 @@
 """The Trainer's other flags: looked up in transformers only when one is seen (importing it takes seconds)."""
 
 import ast
-import importlib.util
 from dataclasses import field, make_dataclass
-from pathlib import Path
 from typing import Any
 
 from utils.console import UserError
 from utils.flags.strict_parser import NEGATIVE_NUMBER
+from utils.flags.trainer_names import find_class
 
 # Set from our own arguments, or without a meaning here.
 OURS = {"bf16", "fp16", "use_cpu", "activation_checkpointing", "use_cache"}
@@ -15,9 +14,7 @@ OURS = {"bf16", "fp16", "use_cpu", "activation_checkpointing", "use_cache"}
 
 def find_trainer_fields() -> set[str]:
     """Field names of transformers.TrainingArguments, read from its source without importing it."""
-    package = importlib.util.find_spec("transformers").submodule_search_locations[0]
-    tree = ast.parse(Path(package, "training_args.py").read_text(encoding="utf-8"))
-    body = next(node.body for node in tree.body if getattr(node, "name", "") == "TrainingArguments")
+    body = find_class("training_args.py", "TrainingArguments")
     return {node.target.id for node in body if isinstance(node, ast.AnnAssign)} - OURS
 
 
