@@ -6,15 +6,14 @@ import shlex
 from urllib.parse import unquote
 
 import pytest
-from conftest import ROOT
-from test_formats import list_turns
-from test_scripts import find_flag_types
-from test_sources import load, write_rows
-from tiny_models import render_models
+from helpers import ROOT
+from helpers.commands import READMES, find_flag_types
+from helpers.families import render_models
+from helpers.formats import list_turns
+from helpers.rows import load, write_rows
 
 from utils.flags.parser import parse_args
 
-READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
 by_readme = pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
 
 

@@ -4,7 +4,7 @@ import ast
 import re
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 # Each room may import those before it. The ground files come first; commands of utils/ and eval/ look at all.
 ORDER = [
@@ -86,6 +86,19 @@ def test_nothing_imports_a_script_and_utils_nothing_of_eval():
         names = {other.split(".")[0] for other in others}
         assert not names & SCRIPTS, module
         assert not (module.startswith("utils") and "eval" in names), module
+
+
+def test_nothing_imports_a_test_module():
+    """What two of them use stands in tests/helpers/."""
+    files = list((ROOT / "tests").rglob("*.py"))
+    tests = {path.stem for path in files if path.stem.startswith("test_")}
+    wrong = [
+        f"{path.name} imports {other}"
+        for path in files
+        for other in find_imports(path)
+        if other.split(".")[0] in tests
+    ]
+    assert len(tests) > 50 and wrong == []
 
 
 @pytest.mark.parametrize("room", ROOMS)
