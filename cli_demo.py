@@ -28,7 +28,7 @@ from utils.prompts import read_template
 
 if TYPE_CHECKING:
     from utils.chat.generation import ChatModel
-    from utils.chat.streaming import Kept
+    from utils.chat.streaming import ConversationCache
 
 COMMANDS = """\
 /clear        start a new conversation
@@ -55,7 +55,7 @@ class Side:
     """A model and its own course of the conversation; --compare has two, the model being one in memory."""
 
     tuned: bool
-    kept: "Kept"
+    kept: "ConversationCache"
     messages: Messages = field(default_factory=list)
 
 
@@ -74,7 +74,7 @@ def main() -> None:
     from transformers import set_seed
 
     from utils.chat.generation import load_run
-    from utils.chat.streaming import Kept
+    from utils.chat.streaming import ConversationCache
 
     set_seed(chat_args.seed)
     chat = load_run(model_args, config, chat_args.template)
@@ -82,7 +82,7 @@ def main() -> None:
     print(f"{model_args.model_name_or_path}, {model_args.bits} bits, adapter {adapter}")
     if sys.stdin.isatty():
         print("/help lists the commands; Ctrl-C interrupts the reply, Ctrl-D leaves")
-    sides = [Side(tuned, Kept()) for tuned in ([False, True] if chat_args.compare else [True])]
+    sides = [Side(tuned, ConversationCache()) for tuned in ([False, True] if chat_args.compare else [True])]
     hold_conversation(chat, sides, generation_args, chat_args.system)
 
 
@@ -167,7 +167,7 @@ def ask(chat: "ChatModel", sides: list[Side], question: str, generation_args: Ge
     return True
 
 
-def describe_reply(kept: "Kept", generation_args: GenerationArguments) -> str:
+def describe_reply(kept: "ConversationCache", generation_args: GenerationArguments) -> str:
     cut = f", cut by --max_new_tokens {generation_args.max_new_tokens}" if kept.ended == "length" else ""
     return f"{kept.describe()}{cut}"
 

@@ -17,7 +17,7 @@ from helpers.shell import run_script
 import cli_demo
 from utils.chat.generation import decode_reply
 from utils.chat.side_by_side import measure_width, stream_rows, wrap_text
-from utils.chat.streaming import Kept, ReplyStreamer
+from utils.chat.streaming import ConversationCache, ReplyStreamer
 from utils.console import UserError
 
 PASTE = "\x1b[200~{}\x1b[201~"
@@ -204,7 +204,7 @@ def test_cut_reply_ends_with_a_whole_character(smol_tokenizer):
     stop, text = smol_tokenizer.eos_token_id, "我是原驼🦙"
     ids = smol_tokenizer(text).input_ids
     for length in range(1, len(ids) + 1):
-        streamer = ReplyStreamer(smol_tokenizer, [stop], Kept())
+        streamer = ReplyStreamer(smol_tokenizer, [stop], ConversationCache())
         streamer.put(torch.tensor([1]))  # the prompt
         for token in ids[:length]:
             streamer.put(torch.tensor([token]))

@@ -18,7 +18,7 @@ from helpers.models import relative_difference
 from transformers import LlamaConfig, Phi3Config
 
 from utils.console import run_main
-from utils.fast.graphed_step import GraphedStep, find_size, round_up
+from utils.fast.graphed_step import GraphedStep, graph_key, pad_to_fixed_sizes
 from utils.fast.model import prepare_fast_model
 
 SIXTEEN = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -41,7 +41,7 @@ def test_rounding_up_changes_neither_loss_nor_gradients():
     loss = fast.run(batch, scale)
     gradients = adapter_gradients(fast.model)
     fast.flat.zero_gradients()
-    rounded = round_up(batch)
+    rounded = pad_to_fixed_sizes(batch)
     assert len(rounded["cu_seqlens"]) == 17 and len(rounded["label_positions"]) % 10 == 0
     assert len(rounded["label_positions"]) > len(batch["label_positions"])
     assert fast.run(rounded, scale).item() == pytest.approx(loss.item(), rel=1e-6)
@@ -63,7 +63,7 @@ def test_few_sizes_for_many_micro_batches():
             "label_positions": torch.arange(500 + seed),
             "cu_seqlens": torch.cat([ends.unique(), torch.tensor([1024])]).to(torch.int32),
         }
-        sizes.add(find_size(round_up(batch)))
+        sizes.add(graph_key(pad_to_fixed_sizes(batch)))
     assert len(sizes) <= 4
 
 
@@ -135,7 +135,7 @@ def test_checkpoints_in_host_memory_change_no_bit(monkeypatch, capsys, name):
         gradients.append(torch.cat([x.flatten() for x in adapter_gradients(step.fast.model).values()]))
         if offload:
             layers = len(step.fast.blocks)
-            assert len(step.fast.store.rooms) in (layers, layers - 1) and step.fast.store.outgrown
+            assert len(step.fast.store.pinned_buffers) in (layers, layers - 1) and step.fast.store.outgrown
     assert torch.equal(*gradients)
 
 
@@ -152,7 +152,7 @@ def test_layers_that_need_no_gradient_leave_no_copy_under_way(monkeypatch):
         for seed in range(4):
             step(build_batch(packed=True, seed=seed), 0.5)
         assert step.obstacle is None and len(step.graphs) == 1
-        assert not offload or (len(step.fast.store.rooms) == 2 and not step.fast.store.coming)
+        assert not offload or (len(step.fast.store.pinned_buffers) == 2 and not step.fast.store.coming)
         gradients.append(torch.cat([x.flatten() for x in adapter_gradients(step.fast.model).values()]))
     assert torch.equal(*gradients)
 

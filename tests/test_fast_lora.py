@@ -59,13 +59,13 @@ def test_checkpointing_changes_no_gradient(name):
 
 
 def test_recomputing_leaves_out_the_product_that_nothing_needs(monkeypatch):
-    from utils.fast.lora import Projections
+    from utils.fast.lora import AdapterGroup
 
     fast, calls = prepare(build_model("llama")), []
     fast.model.gradient_checkpointing_enable({"use_reentrant": False})
-    multiply = Projections.multiply
+    multiply = AdapterGroup.multiply
     monkeypatch.setattr(
-        Projections, "multiply", lambda group, *rest: (calls.append(group), multiply(group, *rest))
+        AdapterGroup, "multiply", lambda group, *rest: (calls.append(group), multiply(group, *rest))
     )
     fast.run(build_batch(packed=True), SCALE)
     names = {id(module): name for name, module in fast.model.named_modules()}

@@ -7,10 +7,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from utils.fast import loss as fast_loss
-from utils.fast.loss import Head, pick_targets
+from utils.fast.loss import OutputLayer, pick_targets
 
 
-class SmallHead(Head):
+class SmallOutputLayer(OutputLayer):
     def __init__(self, bias: bool, scale: float, softcap: float, dtype: torch.dtype = torch.float32):
         torch.manual_seed(0)
         self.linear = nn.Linear(32, 301, bias=bias, device=DEVICE, dtype=dtype).requires_grad_(False)
@@ -31,7 +31,7 @@ def plain_loss(head, hidden, labels, positions):
 )
 def test_loss_and_gradient_equal_the_plain_ones(rows, bias, scale, softcap, monkeypatch):
     monkeypatch.setattr(fast_loss, "CHUNK_ELEMENTS", 301 * 7)  # seven positions at a time
-    head = SmallHead(bias, scale, softcap)
+    head = SmallOutputLayer(bias, scale, softcap)
     hidden = (3 * torch.randn(rows, 20, 32, device=DEVICE)).requires_grad_()
     labels = torch.randint(301, (rows, 20), device=DEVICE)
     labels[:, 5:9] = -100
@@ -51,7 +51,7 @@ def test_the_last_token_has_no_target():
 
 def test_a_loss_scale_that_would_overflow_half_floats_does_not():
     dtype = torch.float16 if DEVICE == "cuda" else torch.bfloat16
-    head = SmallHead(False, 1.0, 0.0, dtype)
+    head = SmallOutputLayer(False, 1.0, 0.0, dtype)
     hidden = torch.randn(1, 20, 32, device=DEVICE, dtype=dtype).requires_grad_()
     labels, positions = torch.randint(301, (1, 20), device=DEVICE), torch.arange(19, device=DEVICE)
     (gradient,) = torch.autograd.grad(head.sum_losses(hidden, labels, positions) * 65536 / 19, hidden)
@@ -64,6 +64,6 @@ def test_a_trained_head_is_not_covered():
     from helpers.architectures import build_model
 
     model = build_model("llama").get_base_model()
-    assert fast_loss.find_loss_obstacle(model, Head(model)) is None
+    assert fast_loss.find_loss_obstacle(model, OutputLayer(model)) is None
     model.lm_head.weight.requires_grad = True
-    assert "is trained" in fast_loss.find_loss_obstacle(model, Head(model))
+    assert "is trained" in fast_loss.find_loss_obstacle(model, OutputLayer(model))

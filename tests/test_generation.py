@@ -10,7 +10,7 @@ from helpers import ROOT
 
 from utils.arguments import GenerationArguments, ModelArguments
 from utils.chat.generation import build_generation_config, generate_replies, load_run, trim_history
-from utils.chat.streaming import Kept, ReplyStreamer, drop_leading_blanks, stream_reply
+from utils.chat.streaming import ConversationCache, ReplyStreamer, drop_leading_blanks, stream_reply
 from utils.console import UserError
 from utils.fast.frozen_weights import read_weight
 from utils.fast.graph_decode import install_graph_decode
@@ -132,7 +132,7 @@ def test_reply_shows_no_leading_blank(run):
     chat = open_run(run)[1]
     prompt = encode_prompt(chat.tokenizer, [{"role": "user", "content": "Hi"}], chat.stop_ids)
     assert chat.tokenizer.decode(prompt).endswith("ASSISTANT:")
-    streamer = ReplyStreamer(chat.tokenizer, chat.stop_ids, Kept())
+    streamer = ReplyStreamer(chat.tokenizer, chat.stop_ids, ConversationCache())
     streamer.put(torch.tensor([prompt]))
     for token in chat.tokenizer(" I am here.<|im_end|>").input_ids:
         streamer.put(torch.tensor([token]))
@@ -261,7 +261,7 @@ def converse(chat, questions, flags, kept=None):
     """The replies of a conversation; with `kept` each turn goes on from the last one's keys and values."""
     messages, replies, reused = [], [], []
     for question in questions:
-        turn = Kept() if kept is None else kept
+        turn = ConversationCache() if kept is None else kept
         messages = [*messages, {"role": "user", "content": question}]
         reply = "".join(stream_reply(chat, messages, flags, turn))
         messages = [*messages, {"role": "assistant", "content": reply.strip()}]
@@ -274,14 +274,14 @@ def test_kept_cache_gives_the_same_tokens_as_a_fresh_prefill(smol_chat):
     questions = ["Name three animals.", "And three plants?", "Which of all these is the tallest?"]
     flags = GenerationArguments(max_new_tokens=24)
     fresh, nothing_reused = converse(smol_chat, questions, flags)
-    kept, reused = converse(smol_chat, questions, flags, Kept())
+    kept, reused = converse(smol_chat, questions, flags, ConversationCache())
     assert kept == fresh
     assert nothing_reused == [0, 0, 0] and 0 < reused[1] < reused[2]
 
 
 def test_kept_cache_is_cut_where_the_conversation_changes(smol_chat):
     flags = GenerationArguments(max_new_tokens=12)
-    kept = Kept()
+    kept = ConversationCache()
     converse(smol_chat, ["Name three animals.", "And three plants?"], flags, kept)
     other = [{"role": "user", "content": "Name three rivers."}]
     reply = "".join(stream_reply(smol_chat, other, flags, kept))
@@ -292,11 +292,11 @@ def test_kept_cache_is_cut_where_the_conversation_changes(smol_chat):
 def test_second_turn_of_1500_tokens_starts_in_15_percent_of_a_full_prefill(smol_chat):
     flags = GenerationArguments(max_new_tokens=4)
     first = [{"role": "user", "content": "Here is a list. " + "llama, " * 370}]
-    kept = Kept()
+    kept = ConversationCache()
     reply = "".join(stream_reply(smol_chat, first, flags, kept)).strip()
     second = [*first, {"role": "assistant", "content": reply}, {"role": "user", "content": "How many?"}]
     list(stream_reply(smol_chat, second, flags, kept))
-    fresh = Kept()
+    fresh = ConversationCache()
     list(stream_reply(smol_chat, second, flags, fresh))
     share = kept.first_token_seconds / fresh.first_token_seconds
     print(
@@ -308,29 +308,29 @@ def test_second_turn_of_1500_tokens_starts_in_15_percent_of_a_full_prefill(smol_
 @pytest.mark.parametrize("fixed_buffers", [False, True])
 def test_base_beside_adapter_in_one_model_and_replies_in_turns_never_mix(run, fixed_buffers):
     _, chat = open_run(run)
-    for layer in chat.turns.layers:  # two steps of training change no word yet
+    for layer in chat.lock.layers:  # two steps of training change no word yet
         layer.lora_B["default"].weight.data.normal_()
     if fixed_buffers:  # as on a GPU
         decoder = install_graph_decode(chat.model)
     flags = GenerationArguments(max_new_tokens=20, min_new_tokens=20)
     alone = {tuned: "".join(stream_reply(chat, QUESTION, flags, tuned=tuned)) for tuned in (True, False)}
-    chat.turns.set_adapter(True)  # PEFT's context leaves the adapter as it finds it
+    chat.lock.set_adapter(True)  # PEFT's context leaves the adapter as it finds it
     with chat.model.disable_adapter(), torch.no_grad():
-        chat.turns.layers, layers = [], chat.turns.layers
+        chat.lock.layers, layers = [], chat.lock.layers
         assert "".join(stream_reply(chat, QUESTION, flags)) == alone[False] != alone[True]
-        chat.turns.layers = layers
+        chat.lock.layers = layers
     sides = [True, False, True, False, True]
     streams = [stream_reply(chat, QUESTION, flags, tuned=tuned) for tuned in sides]
     with ThreadPoolExecutor(len(sides)) as pool:
         replies = list(pool.map("".join, streams))
     assert replies == [alone[tuned] for tuned in sides]
-    assert not chat.turns.held and not chat.turns.line
+    assert not chat.lock.held and not chat.lock.line
     assert not fixed_buffers or (decoder.buffers and not decoder.obstacle)
 
 
 def test_reply_ends_at_its_time_limit(run):
     _, chat = open_run(run)
-    kept = Kept()
+    kept = ConversationCache()
     flags = GenerationArguments(max_new_tokens=400, min_new_tokens=400)
     list(stream_reply(chat, QUESTION, flags, kept, max_seconds=0.2))
     assert kept.ended == "time" and kept.new_tokens < 400

@@ -10,7 +10,14 @@ from helpers.models import relative_difference
 from torch import nn
 
 from utils.data.packing import PackingCollator, PaddingCollator
-from utils.fast.kernels import Mask, add_low_rank, copy_and_drop, draw_noise, gate, gate_backward
+from utils.fast.kernels import (
+    Mask,
+    add_low_rank,
+    copy_and_drop,
+    draw_noise,
+    gated_activation,
+    gated_activation_backward,
+)
 from utils.fast.keyed_noise import add_embedding_noise, find_row_lengths, key_dropout
 from utils.fast.model import FastModel, prepare_fast_model
 from utils.fast.token_keys import TokenKeys, draw_mask, hash_columns, number_tokens, scramble
@@ -225,8 +232,8 @@ def test_gpu_masks_and_noise_equal_those_of_a_cpu_bit_for_bit(width):
         add_low_rank(total, left, torch.ones(4, width, device=device), 0.25, mask)
         assert torch.equal(total.cpu() != 0, expected != 0)
         sides, hidden = torch.ones(tokens, 2 * width, device=device), torch.empty_like(ones)
-        assert torch.equal(gate(sides, hidden, "silu", mask).cpu() != 0, expected != 0)
-        gate_backward(sides, hidden, "silu", mask)
+        assert torch.equal(gated_activation(sides, hidden, "silu", mask).cpu() != 0, expected != 0)
+        gated_activation_backward(sides, hidden, "silu", mask)
         assert torch.equal(hidden.cpu() != 0, expected != 0)
     scales = torch.rand(tokens)
     noise = draw_noise(keys.keys, 0, scales.to(device), width).cpu()

@@ -20,7 +20,7 @@ class WrittenStream:
 
 
 def build_store(monkeypatch):
-    """A HostStore without a GPU: its copies are done at once, and counted until somebody waits for them."""
+    """A HostOffload without a GPU: its copies are done at once, and counted until somebody waits for them."""
     computing = WrittenStream()
     monkeypatch.setattr(torch.cuda, "Stream", WrittenStream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: computing)
@@ -29,7 +29,7 @@ def build_store(monkeypatch):
     monkeypatch.setattr(
         offload.torch, "empty", lambda *sizes, pin_memory=False, **kwargs: pageable(*sizes, **kwargs)
     )
-    return offload.HostStore(torch.device("cpu"))
+    return offload.HostOffload(torch.device("cpu"))
 
 
 def build_upper_half(store=None):
@@ -45,21 +45,21 @@ def build_upper_half(store=None):
 def test_no_copy_is_under_way_after_a_micro_batch(monkeypatch):
     store, scale = build_store(monkeypatch), torch.tensor(0.5)
     kept, recomputed = build_upper_half(store), build_upper_half()
-    fetched, fetch = [], offload.HostStore.fetch
-    monkeypatch.setattr(offload.HostStore, "fetch", lambda self, n: (fetched.append(n), fetch(self, n))[1])
+    fetched, fetch = [], offload.HostOffload.fetch
+    monkeypatch.setattr(offload.HostOffload, "fetch", lambda self, n: (fetched.append(n), fetch(self, n))[1])
     for seed in range(2):
         batch = build_batch(packed=True, seed=seed)
         assert torch.equal(kept.run(batch, scale), recomputed.run(batch, scale))
         assert not store.stream.under_way and not store.coming and store.leaving is None
-    assert fetched == [1, 1] and len(store.rooms) == 2
+    assert fetched == [1, 1] and len(store.pinned_buffers) == 2
     gradients = (adapter_gradients(fast.model) for fast in (kept, recomputed))
     assert all(torch.equal(a, b) for a, b in zip(*(g.values() for g in gradients), strict=True))
 
 
 def test_copy_of_a_micro_batch_that_broke_off_is_waited_for(monkeypatch):
-    store, settle = build_store(monkeypatch), offload.HostStore.settle
+    store, settle = build_store(monkeypatch), offload.HostOffload.settle
     fast = build_upper_half(store)
-    monkeypatch.setattr(offload.HostStore, "settle", lambda self: None)  # as after an error on the way back
+    monkeypatch.setattr(offload.HostOffload, "settle", lambda self: None)  # as after an error on the way back
     fast.run(build_batch(packed=True), torch.tensor(0.5))
     assert store.coming and store.stream.under_way
     settle(store)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from utils.console import UserError
 from utils.fast.flat_adapter import FlatAdapter
-from utils.run.checkpoints import read_manifest, seal_folder
+from utils.run.checkpoints import read_manifest, write_manifest
 from utils.run.optimizer_state import describe_optimizer, load_state, match_state
 
 SHAPES = {"a": [3, 4], "b": [5], "c": [2, 6]}
@@ -167,7 +167,7 @@ def change_checkpoint(folder, change_state, change_tensors=lambda tensors: None)
     change_tensors(tensors)
     save_file(tensors, folder / "optimizer.safetensors")
     (folder / "manifest.json").unlink()
-    seal_folder(folder, 2, fingerprints)
+    write_manifest(folder, 2, fingerprints)
 
 
 def read_difference(run, whole):

@@ -259,7 +259,7 @@ def test_reply_streams_and_stop_keeps_what_was_said(open_tab, server):
     tab.wait(lambda: "la la la" in "".join(tab.replies()))
     tab.page.locator("#box .stop-button").dispatch_event("click")  # at once: the song goes on
     tab.page.locator("#box .submit-button").wait_for()
-    tab.wait(lambda: not server.chat.turns.held, seconds=5)
+    tab.wait(lambda: not server.chat.lock.held, seconds=5)
     said = tab.replies()[-1]
     tab.page.wait_for_timeout(500)
     assert tab.replies() == [said] and 3 < len(said.split()) < 390
@@ -272,7 +272,7 @@ def test_generation_stops_when_the_browser_leaves(open_tab, server):
     tab.wait(lambda: "la la la" in "".join(tab.replies()))
     tab.page.close()
     end = time.monotonic() + 20
-    while server.chat.turns.held:
+    while server.chat.lock.held:
         assert time.monotonic() < end
         time.sleep(0.05)
 
@@ -543,7 +543,7 @@ def ask_many(server, questions, users, rounds):
                 time.sleep(0.2)
                 continue
             reply = {"role": "assistant", "content": expected[question, side]}
-            reply |= {"side": side} if server.chat.turns.layers else {}
+            reply |= {"side": side} if server.chat.lock.layers else {}
             if said != [{"role": "user", "content": question}, reply]:
                 with lock:
                     wrong.append((question, side, said))

@@ -15,11 +15,11 @@ WORDS = (ROOT / "README.md").read_text().split()
 PREPARE = """
 import json, re, sys, time
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
-from utils.data import load_rows
-from utils.data_report import build_report
-from utils.model import load_tokenizer
+from utils.data.report import build_report
+from utils.data.rows import load_rows
+from utils.data.tokenizing import tokenize_rows
+from utils.models.tokenizer import load_tokenizer
 from utils.prompts import find_stop_tokens
-from utils.tokenizing import tokenize_rows
 import bitsandbytes, datasets, peft  # what a run imports besides
 path, model = sys.argv[1:]
 data_args, training_args = DataArguments(path), TrainingArguments()

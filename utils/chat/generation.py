@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from utils.arguments import GenerationArguments, ModelArguments
-from utils.chat.model_lock import Turns
+from utils.chat.model_lock import ModelLock
 from utils.console import UserError, notice
 from utils.fast.graph_decode import install_graph_decode
 from utils.messages import Chat, Messages
@@ -31,7 +31,7 @@ class ChatModel:
     tokenizer: Any
     stop_ids: list[int]
     context: int | None  # tokens
-    turns: Turns
+    lock: ModelLock
     keeps_blank: bool = False  # prompts end in the blanks of their template: a run of an older version
 
 
@@ -49,7 +49,7 @@ def load_run(model_args: ModelArguments, config: dict[str, Any], template: str |
         install_graph_decode(model)
     text_config = config.get("text_config", config)
     context = next((text_config[key] for key in CONTEXT_KEYS if isinstance(text_config.get(key), int)), None)
-    return ChatModel(model, tokenizer, stop_ids, context, Turns(model), was_tokenized_apart(model_args))
+    return ChatModel(model, tokenizer, stop_ids, context, ModelLock(model), was_tokenized_apart(model_args))
 
 
 def was_tokenized_apart(model_args: ModelArguments) -> bool:

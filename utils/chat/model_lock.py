@@ -9,7 +9,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 
-class Turns:
+class ModelLock:
     """A lock in the order of arrival. Whoever holds it has the adapter as asked for: replies never mix."""
 
     def __init__(self, model: Any):

@@ -15,7 +15,7 @@ from utils.chat.page_messages import read_messages, show_messages
 from utils.chat.page_parts import PageParts, add_parts
 from utils.chat.page_replies import Sent, Speaker, empty_page
 from utils.chat.page_scripts import END, EXPORT, OPEN, PUT_BACK, SEND
-from utils.chat.streaming import RecentlyKept
+from utils.chat.streaming import ConversationCaches
 from utils.console import UserError, notice
 
 MAX_SESSIONS = 256  # each holds 0.1 to 0.2 MB; the oldest is forgotten
@@ -33,7 +33,7 @@ def build_page(
 ) -> gr.Blocks:
     """The page around `chat`. The browser alone keeps the conversation, and sends it with each message."""
     speaker = Speaker(chat, generation_args, page_args, about)
-    sessions = Sessions(speaker, RecentlyKept(page_args.kept_conversations))
+    sessions = Sessions(speaker, ConversationCaches(page_args.kept_conversations))
     with gr.Blocks(title="Chinese-Guanaco", fill_height=True, analytics_enabled=False) as page:
         parts = add_parts(generation_args, page_args, about, speaker.has_adapter)
         connect_replies(parts, sessions, page_args)
@@ -48,7 +48,7 @@ class Sessions:
     """What each event does; those of a reply give (box, asked, chatbot, said, status)."""
 
     speaker: Speaker
-    recent: RecentlyKept
+    recent: ConversationCaches
     wishes: dict[str, str] = field(default_factory=dict)  # of each reply under way: "", "stop" or "clear"
 
     def reply(self, request: gr.Request, said: Any, settings: tuple, *asked: Any) -> Iterator[tuple]:

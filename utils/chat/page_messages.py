@@ -12,7 +12,7 @@ from typing import Any
 
 from utils.chat.generation import ChatModel
 from utils.chat.page_arguments import PageArguments
-from utils.chat.streaming import Kept
+from utils.chat.streaming import ConversationCache
 from utils.console import UserError
 from utils.messages import Messages
 from utils.models.encoding import encode_prompt
@@ -103,7 +103,9 @@ def fit_turns(
     return turns[starts[first] :]
 
 
-def describe_reply(kept: Kept, ended: str, dropped: int, page_args: PageArguments, words: dict) -> str:
+def describe_reply(
+    kept: ConversationCache, ended: str, dropped: int, page_args: PageArguments, words: dict
+) -> str:
     """Tokens, speed, why the reply ended if not by itself, and what of the conversation was not read."""
     speed = kept.new_tokens / kept.seconds if kept.seconds else 0.0
     parts = [

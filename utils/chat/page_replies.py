@@ -20,7 +20,7 @@ from utils.chat.page_messages import (
     show_messages,
 )
 from utils.chat.page_parts import MAX_BEAMS, MAX_TEMPERATURE, MIN_TOP_P, busy_box
-from utils.chat.streaming import Kept, stream_reply
+from utils.chat.streaming import ConversationCache, stream_reply
 from utils.console import UserError
 from utils.messages import Messages
 
@@ -66,9 +66,9 @@ class Speaker:
 
     @property
     def has_adapter(self) -> bool:
-        return bool(self.chat.turns.layers)
+        return bool(self.chat.lock.layers)
 
-    def stream_answer(self, sent: Sent, wish: Callable[[], str], kept: Kept) -> Iterator[tuple]:
+    def stream_answer(self, sent: Sent, wish: Callable[[], str], kept: ConversationCache) -> Iterator[tuple]:
         """(box, asked, chatbot, said, status) as the reply comes. What is refused is left in `asked`."""
         words = sent.words
         refused, shown = gr.skip(), gr.skip()
@@ -98,7 +98,7 @@ class Speaker:
         return Prompt(turns, read, len(turns) - len(fitting), generation_args)
 
     def stream_prompt(
-        self, prompt: Prompt, sent: Sent, wish: Callable[[], str], kept: Kept
+        self, prompt: Prompt, sent: Sent, wish: Callable[[], str], kept: ConversationCache
     ) -> Iterator[tuple]:
         words, stream = sent.words, sent.settings[-1]
         reply = {"role": "assistant", "content": ""} | ({"side": sent.side} if self.has_adapter else {})

@@ -19,13 +19,13 @@ from transformers.cache_utils import DynamicLayer
 
 from utils.arguments import GenerationArguments
 from utils.chat.generation import ChatModel, build_generation_config, decode_reply, drop_cut_character
-from utils.chat.model_lock import Turns
+from utils.chat.model_lock import ModelLock
 from utils.messages import Messages
 from utils.models.encoding import encode_prompt
 
 
 @dataclass
-class Kept:
+class ConversationCache:
     """What a conversation keeps between its turns: keys and values of `ids`; and the last reply's figures.
 
     `reuse` False: nothing is kept, and closing a stream does not wait for the token under way.
@@ -46,18 +46,18 @@ class Kept:
         return f"{self.new_tokens} tokens, {speed:.1f} tokens/s"
 
 
-class RecentlyKept:
+class ConversationCaches:
     """Keys and values of the latest conversations of several users; older ones are read anew."""
 
     def __init__(self, size: int):
         self.size, self.kept, self.lock = size, {}, threading.Lock()
 
-    def take(self, key: Hashable) -> Kept:
+    def take(self, key: Hashable) -> ConversationCache:
         """What is kept of this conversation, if anything; out of everyone else's reach until put back."""
         with self.lock:
-            return self.kept.pop(key, None) or Kept(reuse=self.size > 0)
+            return self.kept.pop(key, None) or ConversationCache(reuse=self.size > 0)
 
-    def put_back(self, key: Hashable, kept: Kept) -> None:
+    def put_back(self, key: Hashable, kept: ConversationCache) -> None:
         if kept.cache is None:  # of a refused message, say: it would push out a conversation
             return
         with self.lock:
@@ -69,7 +69,7 @@ class RecentlyKept:
 class ReplyStreamer(TextIteratorStreamer):
     """Text of the reply only: without the prompt and without the stop token, special or not."""
 
-    def __init__(self, tokenizer: Any, stop_ids: list[int], kept: Kept):
+    def __init__(self, tokenizer: Any, stop_ids: list[int], kept: ConversationCache):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.stop_ids, self.kept, self.start = stop_ids, kept, time.perf_counter()
         self.came_to_stop = False
@@ -94,11 +94,11 @@ class ReplyStreamer(TextIteratorStreamer):
         self.kept.new_tokens += 1
 
 
-class BetweenTokens(StoppingCriteria):
+class StopOrYield(StoppingCriteria):
     """After each token: end the reply where asked or too long under way, else let the next in line go on."""
 
-    def __init__(self, turns: Turns, tuned: bool, max_seconds: float | None):
-        self.turns, self.tuned, self.stopped = turns, tuned, threading.Event()
+    def __init__(self, lock: ModelLock, tuned: bool, max_seconds: float | None):
+        self.lock, self.tuned, self.stopped = lock, tuned, threading.Event()
         self.deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
 
     @property
@@ -108,7 +108,7 @@ class BetweenTokens(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         done = self.stopped.is_set() or self.late
         if not done:
-            self.turns.pass_on(self.tuned)
+            self.lock.pass_on(self.tuned)
         return torch.full((input_ids.shape[0],), done, device=input_ids.device)
 
 
@@ -116,7 +116,7 @@ def stream_reply(
     chat: ChatModel,
     messages: Messages,
     generation_args: GenerationArguments,
-    kept: Kept | None = None,
+    kept: ConversationCache | None = None,
     tuned: bool = True,
     max_seconds: float | None = None,
 ) -> Iterator[str]:
@@ -124,16 +124,16 @@ def stream_reply(
 
     `kept` saves reading again what the last turn read. `tuned` False: the base without its adapter.
     """
-    kept = Kept() if kept is None else kept
+    kept = ConversationCache() if kept is None else kept
     prompt = encode_prompt(chat.tokenizer, messages, chat.stop_ids, chat.keeps_blank)
     config = build_generation_config(generation_args, chat.tokenizer, chat.stop_ids)
     kept.prompt_tokens, kept.new_tokens, kept.first_token_seconds, kept.seconds = len(prompt), 0, 0.0, 0.0
     streamer = ReplyStreamer(chat.tokenizer, chat.stop_ids, kept)
-    between, failures = BetweenTokens(chat.turns, tuned, max_seconds), []
+    between, failures = StopOrYield(chat.lock, tuned, max_seconds), []
 
     def generate() -> None:
         try:
-            with chat.turns.hold(tuned), torch.no_grad():
+            with chat.lock.hold(tuned), torch.no_grad():
                 if not between.stopped.is_set():
                     generate_streamed(chat, prompt, config, kept, streamer, between)
         except Exception as error:  # raised again where the reply is read
@@ -168,9 +168,9 @@ def generate_streamed(
     chat: ChatModel,
     prompt: list[int],
     config: GenerationConfig,
-    kept: Kept,
+    kept: ConversationCache,
     streamer: ReplyStreamer,
-    between: BetweenTokens,
+    between: StopOrYield,
 ) -> None:
     """Generate into `streamer`, from the keys and values in `kept` on; leaves there those of this turn."""
     input_ids = torch.tensor([prompt], device=chat.model.device)
@@ -195,7 +195,7 @@ def generate_streamed(
         kept.ended = "stop"
 
 
-def restore_cache(model: Any, kept: Kept, prompt: list[int]) -> DynamicCache | None:
+def restore_cache(model: Any, kept: ConversationCache, prompt: list[int]) -> DynamicCache | None:
     """The kept cache cut to what `prompt` shares with it, or an empty one; None where none can be kept.
 
     At least one token of the prompt is left to be read: its logits start the reply.

@@ -1,4 +1,17 @@
-"""From rows to micro-batches: laid end to end in a few fixed sizes, or padded to the longest."""
+"""From rows to micro-batches: laid end to end in a few fixed sizes, or padded to the longest.
+
+Padding wastes what the rows differ in length: eight rows of 20 to 400 tokens, padded to 400, are four fifths
+padding. Packing lays rows end to end and lets attention keep them apart:
+
+    padded    [a a a a a a a a]      packed    [a a a a a a a a b b b c c c c d]
+              [b b b . . . . .]      positions  0 1 2 3 4 5 6 7 0 1 2 0 1 2 3 0
+              [c c c c . . . .]
+              [d . . . . . . .]
+
+Only the rows of one optimizer step are packed together, and each whole: what a step trains is what the flags
+say, packed or not. Packing the whole set, as others do, would change which rows share a step and cut rows in
+two.
+"""
 
 import bisect
 import itertools
@@ -29,10 +42,12 @@ def list_rows(batches: list[dict[str, Any]]) -> list[int]:
 
 
 def pack_rows(lengths: list[int], sizes: list[int]) -> list[tuple[list[int], int]]:
-    """(rows by index, size) of each micro-batch: as few as hold all rows, and of these the least filling.
+    """The rows (by index) and the size (tokens) of each micro-batch: as few as hold all rows, filled best.
 
-    All but two are of the largest of `sizes` (tokens, ascending); these two make up what is left.
-    Raises ValueError for a row that is longer than the largest.
+    All but the last two have the largest of `sizes` (ascending), and the last two the pair of sizes with the
+    fewest tokens that still holds what is left. Say rows of 900, 700, 500 and 400 tokens and sizes 256, 512,
+    ..., 2,048: 2,500 tokens need two micro-batches, and 512 (the row of 500) with 2,048 (the others, 2,000)
+    is the tightest pair that they fit into. Raises ValueError for a row that is longer than the largest size.
     """
     total, longest, largest = sum(lengths), max(lengths, default=0), sizes[-1]
     if longest > largest:
@@ -47,7 +62,10 @@ def pack_rows(lengths: list[int], sizes: list[int]) -> list[tuple[list[int], int
 
 
 def fit_rows(lengths: list[int], sizes: list[int]) -> list[list[int]] | None:
-    """Best-fit decreasing: rows, longest first, each into the fullest bin with room; None if one has none."""
+    """Best-fit decreasing: each row, the longest first, goes into the fullest bin that still has room for it.
+
+    Returns the rows (by index) of each bin, or None where a row finds no bin.
+    """
     bins: list[list[int]] = [[] for _ in sizes]
     rooms = sorted((size, index) for index, size in enumerate(sizes))  # tokens left in each bin
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
@@ -96,10 +114,13 @@ def choose_capacity(
 
 
 def choose_sizes(capacity: int, fixed: bool) -> list[int]:
-    """Sizes of micro-batches, tokens: the capacity alone or, if `fixed`, those that they are filled up to.
+    """The sizes (tokens) that micro-batches may have.
 
-    These are whole tiles: eighths of the capacity and quarters of the last eighth. Two of them sum up to any
-    32nd beyond the capacity, with 11 graphs to capture and not 32.
+    The capacity alone or, if `fixed`, a few smaller ones too.
+
+    On a GPU each size is one CUDA graph to capture, so they are few. For a capacity of 2,048 tokens: 256,
+    512, ..., 1,792 in steps of an eighth, then 1,856, 1,920, 1,984 and 2,048, all of them multiples of TILE.
+    Two of these 11 sizes add up to any multiple of 64 tokens above 2,048, as well as all 32 multiples would.
     """
     if not fixed:
         return [capacity]

@@ -13,12 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from utils.fast.lora import Projections
+    from utils.fast.lora import AdapterGroup
 
 FEW_TOKENS = 8  # bitsandbytes multiplies fewer by packed weights, in float32 too, and unpacks them for more
 
 
-def is_few(group: "Projections", x: torch.Tensor) -> bool:
+def is_few(group: "AdapterGroup", x: torch.Tensor) -> bool:
     """Whether `x`  # [..., in] is multiplied faster by a W that is neither unpacked nor copied."""
     if torch.is_grad_enabled() or x.numel() // x.shape[-1] >= FEW_TOKENS:
         return False
@@ -26,7 +26,7 @@ def is_few(group: "Projections", x: torch.Tensor) -> bool:
     return type(base) is nn.Linear or (isinstance(base, Linear4bit) and x.is_cuda)
 
 
-def multiply_few(group: "Projections", i: int, x: torch.Tensor) -> torch.Tensor:
+def multiply_few(group: "AdapterGroup", i: int, x: torch.Tensor) -> torch.Tensor:
     """y of layer `i`  # [tokens, out] from x in the compute dtype  # [tokens, in]"""
     base, B = group.bases[i], group.B[i]
     xa = F.linear(x, group.A.split(group.ranks)[i])

@@ -96,7 +96,7 @@ class GraphDecoder:
         self.obstacle, self.tried = None, False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if args or self.obstacle or torch.is_grad_enabled() or not follows(**kwargs):
+        if args or self.obstacle or torch.is_grad_enabled() or not is_next_token(**kwargs):
             return self.plain(*args, **kwargs)
         input_ids, cache = kwargs["input_ids"], kwargs["past_key_values"]
         length = cache.get_seq_length()
@@ -106,7 +106,7 @@ class GraphDecoder:
             logits = self.step(input_ids, cache)
         except (CaptureError, torch.OutOfMemoryError) as error:
             self.give_up(str(error).splitlines()[0])
-            cut(cache, length)
+            crop_cache(cache, length)
             return self.plain(*args, **kwargs)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
@@ -120,7 +120,7 @@ class GraphDecoder:
         """Raises CaptureError where the buffers give other logits for this token than the growing cache."""
         length = cache.get_seq_length()
         expected = self.plain(input_ids=input_ids, past_key_values=cache, use_cache=True).logits.float()
-        cut(cache, length)
+        crop_cache(cache, length)
         self.load(cache, length)
         self.ids.copy_(input_ids)
         try:
@@ -172,9 +172,10 @@ class GraphDecoder:
         return logits
 
     def load(self, cache: DynamicCache, length: int) -> None:
-        """Copy the keys and values of `cache` into the buffers; into others where they are too small.
+        """Copy the first `length` keys and values of `cache` into the buffers.
 
-        Or far too large, once the conversation that needed them is gone: attention goes over all of them.
+        New buffers are made where the old ones are too small. They are also made where the old ones are four
+        times too large and nobody's conversation lies there any more: attention reads a buffer to its end.
         """
         wanted = round_to_power(length + 1, SMALLEST_CAPACITY)
         is_too_large = self.owner() is None and 4 * wanted <= self.capacity
@@ -209,13 +210,13 @@ class GraphDecoder:
             buffer.cumulative_length.fill_(length)
 
 
-def cut(cache: DynamicCache, length: int) -> None:
+def crop_cache(cache: DynamicCache, length: int) -> None:
     """Leave `length` tokens in every layer, also where a step broke off between two of them."""
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
 
 
-def follows(
+def is_next_token(
     input_ids: torch.Tensor | None = None,
     past_key_values: Any = None,
     attention_mask: torch.Tensor | None = None,

@@ -40,8 +40,8 @@ class GraphedStep:
         if self.obstacle or "cu_seqlens" not in micro_batch:
             batch = add_max_length(micro_batch)
             return self.fast.run(move(batch, device), scale)
-        batch = round_up(micro_batch)
-        size = find_size(batch)
+        batch = pad_to_fixed_sizes(micro_batch)
+        size = graph_key(batch)
         if size in self.graphs:
             return self.replay(size, batch, scale)
         if size not in self.seen:
@@ -107,12 +107,17 @@ def add_max_length(batch: MicroBatch) -> MicroBatch:
     return batch | {"max_length": int(batch["cu_seqlens"].diff().max())}
 
 
-def round_up(batch: MicroBatch) -> MicroBatch:
-    """Pad what varies to a few fixed sizes: empty rows, ignored label positions, a rounded longest row.
+def pad_to_fixed_sizes(batch: MicroBatch) -> MicroBatch:
+    """The micro-batch with all that varies padded to a few sizes: a graph replays fixed shapes alone.
 
-    Each size costs a capture, each rounding some empty work. Empty rows cost little, so there is
-    room for rows of 128 tokens and for one of 1,024, or twice that where it is not enough; labels are looked
-    for at half of the positions or at all of them.
+    Each size costs one capture (seconds), each padding some empty work, so the sizes are few:
+
+    rows             a power of two of at least tokens / 128 (and 16); the added rows are empty
+    longest row      a power of two of at least 1,024 tokens, at most all tokens
+    label positions  half of the tokens or all of them; the added ones are ignored
+
+    A packed micro-batch of 2,048 tokens with 9 rows, the longest of 700 tokens, and 800 labels becomes one of
+    16 rows, longest 1,024, and 1,024 label positions.
     """
     tokens, ends, positions = batch["input_ids"].shape[1], batch["cu_seqlens"], batch["label_positions"]
     rows, longest = len(ends) - 1, add_max_length(batch)["max_length"]
@@ -132,7 +137,7 @@ def round_up(batch: MicroBatch) -> MicroBatch:
     }
 
 
-def find_size(batch: MicroBatch) -> tuple[int, ...]:
+def graph_key(batch: MicroBatch) -> tuple[int, ...]:
     return (
         batch["input_ids"].shape[1],
         len(batch["label_positions"]),

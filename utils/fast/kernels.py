@@ -1,4 +1,9 @@
-"""What the fused path needs beside matrix products: Triton kernels on a GPU, the same in torch elsewhere."""
+"""What the fused path needs beside matrix products: unpacking, dropout, activations, the loss.
+
+Each function runs a Triton kernel (triton_kernels.py) on a GPU and the same arithmetic in torch elsewhere.
+The torch form is the definition: tests hold the kernels to it, so a reader need not know Triton to know what
+it does.
+"""
 
 from dataclasses import dataclass
 
@@ -86,7 +91,7 @@ class Mask:
         return out
 
 
-def unfold(mask: Mask | None, x: torch.Tensor) -> tuple[torch.Tensor, int, int, float]:
+def mask_arguments(mask: Mask | None, x: torch.Tensor) -> tuple[torch.Tensor, int, int, float]:
     """(keys, layer, threshold of a 32-bit hash, scale of what is kept): a kernel's arguments."""
     if mask is None:
         return x, 0, 0, 1.0  # never read
@@ -117,7 +122,7 @@ def launch_drop(
     x: torch.Tensor, dropped: torch.Tensor, copy: torch.Tensor, mask: Mask | None, copies: bool
 ) -> None:
     kernels.drop_kernel[(x.shape[0], triton.cdiv(x.shape[1], 1024))](
-        x, x.stride(0), dropped, copy, copy.stride(0), x.shape[1], *unfold(mask, x),
+        x, x.stride(0), dropped, copy, copy.stride(0), x.shape[1], *mask_arguments(mask, x),
         DROPS=mask is not None, COPIES=copies, BLOCK=1024,
     )  # fmt: skip
 
@@ -134,14 +139,14 @@ def add_low_rank(
         update = (left * scale) @ right
         total += mask.drop(update) if mask else update
         return
-    keys, layer, threshold, kept_scale = unfold(mask, total)
+    keys, layer, threshold, kept_scale = mask_arguments(mask, total)
     kernels.add_low_rank_kernel[(triton.cdiv(width, 128), triton.cdiv(tokens, 128))](
         total, left, right, tokens, width, keys, layer, threshold, scale * kept_scale,
         RANKS=ranks, DROPS=mask is not None, BLOCK_RANKS=64 if ranks > 32 else 32, num_warps=8,
     )  # fmt: skip
 
 
-def gate(
+def gated_activation(
     gate_up: torch.Tensor, out: torch.Tensor, activation: str, mask: "Mask | None" = None
 ) -> torch.Tensor:
     """act(gate) * up into `out`  # [tokens, width] from gate and up side by side  # [tokens, 2 * width]
@@ -155,20 +160,20 @@ def gate(
         return mask.drop(out) if mask else out
     dropped = torch.empty_like(out) if mask else out
     kernels.gate_kernel[(tokens, triton.cdiv(width, 1024))](
-        gate_up, out, out.stride(0), dropped, width, *unfold(mask, out),
+        gate_up, out, out.stride(0), dropped, width, *mask_arguments(mask, out),
         SILU=activation == "silu", DROPS=mask is not None, BLOCK=1024,
     )  # fmt: skip
     return dropped
 
 
-def gate_backward(
+def gated_activation_backward(
     gate_up: torch.Tensor, grad: torch.Tensor, activation: str, mask: "Mask | None" = None
 ) -> None:
     """In place: gate_up becomes its gradient, grad becomes act(gate) * up once more, dropped by `mask`."""
     tokens, width = grad.shape
     if grad.is_cuda and triton is not None:
         kernels.gate_backward_kernel[(tokens, triton.cdiv(width, 1024))](
-            gate_up, grad, width, *unfold(mask, grad),
+            gate_up, grad, width, *mask_arguments(mask, grad),
             SILU=activation == "silu", DROPS=mask is not None, BLOCK=1024,
         )  # fmt: skip
         return

@@ -1,12 +1,21 @@
 """The forward and backward pass of a frozen, quantized layer and its LoRA adapter, written out by hand.
 
-    y  = [x | xa] [W | s B]'      xa = drop(x) A'     base and adapter are one product
-    dx = dy W + drop(s dyb A)     dyb = dy B
-    dA = s dyb' drop(x)           dB = s dy' xa
+A LoRA layer computes y = x W' + s (drop(x) A') B' (LoRA, arXiv 2106.09685; QLoRA, equation 5). W is frozen
+and stored in 4 bits, A  # [rank, in] and B  # [out, rank] are trained, s is lora_alpha / rank. With x  #
+[tokens, in]:
 
-What that gains over autograd on PEFT's modules: W is unpacked once a pass and never kept, the low-rank part
-costs no pass over y of its own, x is kept once for all projections of it, dropout keeps no mask, and the
-products that make dA and dB add them to the float32 gradients. The parameters stay those of PEFT.
+    forward    xa = drop(x) A'              the low-rank part: 64 columns beside 4,096, say
+               y  = [x | xa] [W | s B]'     base and adapter are one product
+    backward   dyb = dy B
+               dx = dy W + drop(s dyb A)    nothing is computed for W itself: it is frozen
+               dA = s dyb' drop(x)
+               dB = s dy' xa
+
+Why by hand, where autograd on PEFT's modules gives the same? PEFT runs base and adapter one after the other,
+and autograd keeps what each step needs. Here W is unpacked once a pass and never kept; adding the adapter
+costs no pass over y of its own; q, k and v keep one x and not three; dropout keeps no mask, it is drawn again
+(token_keys.py); and dA and dB are added to the float32 gradients by the products that make them. The
+parameters stay those of PEFT, so saving and loading know nothing of this file.
 
 In 16 bits the same product serves calls without gradient. PEFT adds the adapter's part to a y that is rounded
 already, which rounds a small part away: after one step of Adam SmolLM2's loss is 3.135 by this product, 3.162
@@ -19,13 +28,20 @@ from torch import nn
 
 from utils.fast.flat_adapter import FlatAdapter
 from utils.fast.frozen_weights import read_weight
-from utils.fast.kernels import Mask, add_low_rank, copy_and_drop, gate, gate_backward, place_low_rank
+from utils.fast.kernels import (
+    Mask,
+    add_low_rank,
+    copy_and_drop,
+    gated_activation,
+    gated_activation_backward,
+    place_low_rank,
+)
 from utils.fast.keyed_noise import KeyedDropout
 
 ADAPTER = "default"
 
 
-class Projections:
+class AdapterGroup:
     """Adapted layers that read one input, or a single layer; their adapter as views of the flat buffers."""
 
     def __init__(self, layers: list[LoraLayer]):
@@ -71,13 +87,16 @@ class Projections:
         dropout = self.layers[0].lora_dropout[ADAPTER]
         return dropout.mask if isinstance(dropout, KeyedDropout) and dropout.training else None
 
-    def extend(self, x: torch.Tensor) -> torch.Tensor:
-        """[x | xa]  # [tokens, in + ranks]"""
+    def append_low_rank(self, x: torch.Tensor) -> torch.Tensor:
+        """x and, behind it, its low-rank part: [x | xa]  # [tokens, in + ranks]
+
+        So y = x W' + s xa B' is one product with [W | s B], and no second pass adds to y.
+        """
         width = self.bases[0].in_features
-        room = x.new_empty(len(x), width + sum(self.ranks))
-        dropped = copy_and_drop(x, room[:, :width], self.mask)
-        torch.mm(dropped, self.A.t(), out=room[:, width:])
-        return room
+        buffer = x.new_empty(len(x), width + sum(self.ranks))
+        dropped = copy_and_drop(x, buffer[:, :width], self.mask)
+        torch.mm(dropped, self.A.t(), out=buffer[:, width:])
+        return buffer
 
     def multiply(self, extended: torch.Tensor, outs: list[torch.Tensor]) -> None:
         """Fill `outs`  # [tokens, out] each, from [x | xa]."""
@@ -132,9 +151,9 @@ class FusedProjections(torch.autograd.Function):
     """x  # [tokens, in] -> one output a layer  # [tokens, out]. `anchor` only makes autograd come here."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, anchor: torch.Tensor, group: Projections):
+    def forward(ctx, x: torch.Tensor, anchor: torch.Tensor, group: AdapterGroup):
         ys = [x.new_empty(len(x), base.out_features) for base in group.bases]
-        extended = group.extend(x)
+        extended = group.append_low_rank(x)
         group.multiply(extended, ys)
         ctx.group = group
         ctx.save_for_backward(extended)
@@ -149,33 +168,38 @@ class FusedProjections(torch.autograd.Function):
 
 
 class FusedMLP(torch.autograd.Function):
-    """down(act(gate(x)) * up(x)). Keeps gate and up, which backward overwrites, and not their product.
+    """y = down(act(gate(x)) * up(x)), as two autograd functions, so that recomputation can stop early.
 
-    Returns y still empty, and [hidden | ha] for FillDown: recomputing a checkpointed layer stops at the last
-    tensor that was kept, so the product behind it, a fifth of the layer, is left out there.
+    Checkpointing runs a layer again only up to the last tensor that it saved. If the down product belonged to
+    this function, the second run would compute it too, only to throw y away: a fifth of the layer's time. So
+    this function saves all that its backward pass needs and returns an empty y with [hidden | ha];
+    DownProduct, which saves nothing, then multiplies y out.
+
+    Of the forward pass gate and up are kept and not their product: the backward pass makes it again, in
+    place.
     """
 
     @staticmethod
     def forward(
-        ctx, x: torch.Tensor, anchor: torch.Tensor, gate_up: Projections, down: Projections, act: str
+        ctx, x: torch.Tensor, anchor: torch.Tensor, gate_up: AdapterGroup, down: AdapterGroup, act: str
     ):
         width = down.bases[0].in_features
-        extended = gate_up.extend(x)
+        extended = gate_up.append_low_rank(x)
         sides = x.new_empty(len(x), 2 * width)  # gate and up, side by side
         gate_up.multiply(extended, list(sides.split(width, 1)))
-        room = x.new_empty(len(x), width + sum(down.ranks))  # [hidden | ha]
-        dropped = gate(sides, room[:, :width], act, down.mask)
-        torch.mm(dropped, down.A.t(), out=room[:, width:])
+        buffer = x.new_empty(len(x), width + sum(down.ranks))  # [hidden | ha]
+        dropped = gated_activation(sides, buffer[:, :width], act, down.mask)
+        torch.mm(dropped, down.A.t(), out=buffer[:, width:])
         ctx.gate_up, ctx.down, ctx.act = gate_up, down, act
-        ctx.save_for_backward(extended, sides, room[:, width:].contiguous())
-        ctx.mark_non_differentiable(room)
-        return x.new_empty(len(x), down.bases[0].out_features), room
+        ctx.save_for_backward(extended, sides, buffer[:, width:].contiguous())
+        ctx.mark_non_differentiable(buffer)
+        return x.new_empty(len(x), down.bases[0].out_features), buffer
 
     @staticmethod
     def backward(ctx, dy: torch.Tensor, _):
         extended, sides, ha = ctx.saved_tensors
         hidden, dyb = ctx.down.multiply_grads([dy], True)  # so far the gradient of hidden
-        gate_backward(sides, hidden, ctx.act, ctx.down.mask)
+        gated_activation_backward(sides, hidden, ctx.act, ctx.down.mask)
         ctx.down.add_gradients(hidden, ha, [dy], dyb)
         del hidden
         dys = list(sides.split(sides.shape[1] // 2, 1))
@@ -184,12 +208,15 @@ class FusedMLP(torch.autograd.Function):
         return dx, None, None, None, None
 
 
-class FillDown(torch.autograd.Function):
-    """FusedMLP's y, multiplied out in place; its gradient is FusedMLP's."""
+class DownProduct(torch.autograd.Function):
+    """Fills the y that FusedMLP returned.
+
+    The gradient passes through, as FusedMLP's backward does the rest.
+    """
 
     @staticmethod
-    def forward(ctx, y: torch.Tensor, room: torch.Tensor, down: Projections):
-        down.multiply(room, [y])
+    def forward(ctx, y: torch.Tensor, buffer: torch.Tensor, down: AdapterGroup):
+        down.multiply(buffer, [y])
         ctx.mark_dirty(y)
         return y
 

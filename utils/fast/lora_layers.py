@@ -16,7 +16,7 @@ from torch import nn
 from utils.fast.few_tokens import is_few, multiply_few
 from utils.fast.flat_adapter import FlatAdapter
 from utils.fast.keyed_noise import SHARED_INPUT
-from utils.fast.lora import ADAPTER, FillDown, FusedMLP, FusedProjections, Projections
+from utils.fast.lora import ADAPTER, AdapterGroup, DownProduct, FusedMLP, FusedProjections
 
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu", "PytorchGELUTanh": "gelu"}
 
@@ -45,7 +45,7 @@ def find_obstacles(model: nn.Module, dtype: torch.dtype) -> dict[LoraLayer, str 
 class SharedInput:
     """q, k and v are called one after another on one tensor: the first call computes all three."""
 
-    def __init__(self, group: Projections):
+    def __init__(self, group: AdapterGroup):
         self.group, self.x, self.ys = group, None, {}
 
     def forward(self, i: int, plain: Callable, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -71,13 +71,13 @@ class SharedInput:
 
 
 def forward_mlp(
-    gate_up: Projections, down: Projections, act: str, plain: Callable, x: torch.Tensor
+    gate_up: AdapterGroup, down: AdapterGroup, act: str, plain: Callable, x: torch.Tensor
 ) -> torch.Tensor:
     if not down.covers_call() or is_few(gate_up, x):
         return plain(x)
     flat_x = x.reshape(-1, x.shape[-1]).to(down.dtype).contiguous()
     with torch.autocast(x.device.type, enabled=False):
-        y = FillDown.apply(*FusedMLP.apply(flat_x, down.anchor, gate_up, down, act), down)
+        y = DownProduct.apply(*FusedMLP.apply(flat_x, down.anchor, gate_up, down, act), down)
     return y.view(*x.shape[:-1], -1)
 
 
@@ -115,7 +115,7 @@ def install_fast_evaluation(model: nn.Module, dtype: torch.dtype) -> None:
 
 def find_all_groups(
     model: nn.Module, dtype: torch.dtype
-) -> tuple[dict[nn.Module, list[Projections]], dict[LoraLayer, str | None]]:
+) -> tuple[dict[nn.Module, list[AdapterGroup]], dict[LoraLayer, str | None]]:
     """The groups below each module that has any; and find_obstacles."""
     obstacles = find_obstacles(model, dtype)
     covered = {layer for layer, obstacle in obstacles.items() if obstacle is None}
@@ -123,7 +123,7 @@ def find_all_groups(
     return {parent: found for parent, found in groups.items() if found}, obstacles
 
 
-def replace_forwards(parent: nn.Module, groups: list[Projections]) -> None:
+def replace_forwards(parent: nn.Module, groups: list[AdapterGroup]) -> None:
     for group in groups:
         shared = SharedInput(group)
         for i, layer in enumerate(group.layers):
@@ -131,7 +131,7 @@ def replace_forwards(parent: nn.Module, groups: list[Projections]) -> None:
     install_mlp(parent, groups)
 
 
-def find_groups(parent: nn.Module, covered: set[LoraLayer]) -> list[Projections]:
+def find_groups(parent: nn.Module, covered: set[LoraLayer]) -> list[AdapterGroup]:
     """The covered layers directly below `parent`, those of one input together."""
     left = {name: child for name, child in parent.named_children() if child in covered}
     groups = []
@@ -139,12 +139,12 @@ def find_groups(parent: nn.Module, covered: set[LoraLayer]) -> list[Projections]
         members = [left[name] for name in names if name in left]
         kinds = {(m.in_features, m.scaling[ADAPTER], str(m.lora_dropout[ADAPTER])) for m in members}
         if len(members) == len(names) and len(kinds) == 1:
-            groups.append(Projections(members))
+            groups.append(AdapterGroup(members))
             left = {name: child for name, child in left.items() if name not in names}
-    return groups + [Projections([child]) for child in left.values()]
+    return groups + [AdapterGroup([child]) for child in left.values()]
 
 
-def install_mlp(mlp: nn.Module, groups: list[Projections]) -> None:
+def install_mlp(mlp: nn.Module, groups: list[AdapterGroup]) -> None:
     """Fuse a whole gated MLP, if it computes what the fused one does: tried on the module itself."""
     children = dict(mlp.named_children())
     act = ACTIVATIONS.get(type(children.get("act_fn")).__name__)

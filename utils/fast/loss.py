@@ -1,4 +1,11 @@
-"""Cross entropy over the label positions, some logits at a time, through a head that is not trained."""
+"""Cross entropy at the label positions, a chunk of logits at a time.
+
+A vocabulary of 32,000 makes the logits of 8,192 tokens 1 GB in float32, more than all else of a micro-batch.
+Two things avoid that. Only positions with a label get logits. And the loss is the last operation of the
+forward pass while the output layer is frozen, so the gradient of a chunk's hidden states can be computed
+right after its logits: the chunk (64 MiB) is then thrown away, and the backward pass only multiplies by what
+comes from above.
+"""
 
 import torch
 from torch import nn
@@ -13,7 +20,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the token losses  # []. Its gradient in `hidden` comes on the way forward; the head has none."""
 
     @staticmethod
-    def forward(ctx, hidden: torch.Tensor, targets: torch.Tensor, head: "Head"):
+    def forward(ctx, hidden: torch.Tensor, targets: torch.Tensor, head: "OutputLayer"):
         """`hidden`  # [tokens, hidden_size]; `targets`  # [tokens], IGNORE_INDEX where there is none"""
         weight, bias = head.linear.weight.detach(), head.linear.bias
         rows = max(1, CHUNK_ELEMENTS // len(weight))
@@ -30,14 +37,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: torch.Tensor):
         (grads,) = ctx.saved_tensors
-        return (
-            grads.mul_(upstream),
-            None,
-            None,
-        )  # float16: unscaled up to here, so the loss scale cannot overflow
+        # In float16 the loss scale comes in only here, where it cannot overflow the softmax.
+        return grads.mul_(upstream), None, None
 
 
-class Head:
+class OutputLayer:
     """The output layer of a causal model with what the model does to its logits."""
 
     def __init__(self, causal_model: nn.Module):
@@ -64,7 +68,7 @@ def pick_targets(labels: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def find_loss_obstacle(causal_model: nn.Module, head: Head) -> str | None:
+def find_loss_obstacle(causal_model: nn.Module, head: OutputLayer) -> str | None:
     """Why the loss needs the model's own logits; None if ours are the same, tried on the model itself."""
     if type(head.linear) is not nn.Linear or head.linear.weight.requires_grad:
         return "its output layer is trained or quantized"

@@ -1,4 +1,10 @@
-"""One micro-batch forward and backward on the fused path: adapter, attention and loss put together."""
+"""One micro-batch forward and backward on the fused path: adapter, attention and loss put together.
+
+The fused path must compute what the plain one does, on architectures that it has never seen. So nothing is
+taken for granted: each part (attention of packed rows, the loss, a fused MLP, liger's norms) is tried once on
+the model at hand, against the model's own forward, and left out with a printed reason where the results
+differ.
+"""
 
 import sys
 from collections.abc import Callable
@@ -14,8 +20,8 @@ from utils.console import notice
 from utils.fast.attention import find_attention_obstacle, packed_attention
 from utils.fast.keyed_noise import key_dropout
 from utils.fast.lora_layers import find_obstacles, install_fast_evaluation, install_fast_lora
-from utils.fast.loss import Head, find_loss_obstacle, pick_targets
-from utils.fast.offload import RERUN, SMALLEST_WIDTH, HostStore
+from utils.fast.loss import OutputLayer, find_loss_obstacle, pick_targets
+from utils.fast.offload import SMALLEST_WIDTH, HostOffload, checkpoint_layer
 from utils.fast.trials import ROW, draw_tokens, evaluating, is_near
 from utils.messages import IGNORE_INDEX
 
@@ -39,7 +45,7 @@ class FastModel:
         if uncovered:
             notice(f"fast path: {', '.join(uncovered)} keep PEFT's own forward")
         self.attention_obstacle = find_attention_obstacle(self.causal_model)
-        self.head = Head(self.causal_model)
+        self.head = OutputLayer(self.causal_model)
         self.loss_obstacle = find_loss_obstacle(self.causal_model, self.head)
         for what, obstacle in (("attention", self.attention_obstacle), ("loss", self.loss_obstacle)):
             if obstacle:
@@ -47,7 +53,9 @@ class FastModel:
         self.has_own_dropout = has_own_dropout(model)
         self.blocks = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         is_wide = self.causal_model.config.get_text_config().hidden_size >= SMALLEST_WIDTH
-        self.store = HostStore(model.device) if offload and is_wide and model.device.type == "cuda" else None
+        self.store = (
+            HostOffload(model.device) if offload and is_wide and model.device.type == "cuda" else None
+        )
 
     def run(self, batch: MicroBatch, loss_scale: torch.Tensor) -> torch.Tensor:
         """Sum of the token losses  # []; adds the gradient of loss_scale times it to `flat.grads`.
@@ -85,7 +93,7 @@ class FastModel:
         if self.store:
             self.store.settle()  # also after a micro-batch that broke off
         for block in self.blocks if not self.has_own_dropout else []:
-            block._gradient_checkpointing_func = self.store or RERUN
+            block._gradient_checkpointing_func = self.store or checkpoint_layer
 
     def sum_losses(self, batch: MicroBatch, **lengths: Any) -> torch.Tensor:
         names = ("input_ids", "position_ids", "attention_mask")

@@ -1,6 +1,10 @@
-"""The GPU kernels behind utils.fast.kernels, which says what each computes.
+"""The GPU kernels behind utils.fast.kernels, in Triton.
 
-None is limited by arithmetic: what each costs is one pass over memory, where torch would make several.
+Python that is compiled for the GPU at its first call.
+
+None is limited by arithmetic. What each costs is one pass over memory, where torch would make several: that
+is why they exist. A program (one instance of a kernel) does one row of tokens, or one row of a weight, unless
+its docstring says otherwise; `_stride` is the distance between two rows in elements.
 """
 
 import triton
@@ -12,6 +16,11 @@ def unpack_4bit_kernel(
     packed, out, row_blocks, out_stride, code, absmax, outer_absmax, outer_code, offset,
     BLOCK_SIZE: tl.constexpr, OUTER_SIZE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
+    """NF4 or FP4 codes, two a byte, to 16-bit weights: code[4 bits] * scale of the block of 64.
+
+    The scales of double quantization are 8-bit codes themselves: outer_code[8 bits] * scale of 256 blocks +
+    offset.
+    """
     row, own = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     inside, block = own < row_blocks, row * row_blocks + own
     if OUTER_SIZE > 1:  # double quantization: the scales are 8-bit codes with scales of their own
@@ -31,6 +40,7 @@ def unpack_4bit_kernel(
 
 @triton.jit
 def unpack_8bit_kernel(weight, out, out_stride, row_max, columns, BLOCK: tl.constexpr):
+    """int8 weights to 16 bits: value * the row's maximum / 127, as LLM.int8() stores them."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     scale = tl.load(row_max + row).to(tl.float32) / 127
@@ -51,11 +61,13 @@ def hash_columns(key, layer, column):
 
 @triton.jit
 def is_kept(key, layer, column, threshold):
+    """Whether dropout keeps an element: its 32 random bits are not among the lowest p * 2**32."""
     return hash_columns(key, layer, column) >= threshold.to(tl.uint32)
 
 
 @triton.jit(do_not_specialize=["layer"])
 def noise_kernel(noise, keys, scales, width, layer, BLOCK: tl.constexpr):
+    """Uniform numbers in [-1, 1) times the token's scale, from the token's key: NEFTune's noise."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     bits = hash_columns(tl.load(keys + row), layer, column)
     uniform = (bits >> 8).to(tl.float32) * 1.1920928955078125e-07 - 1.0  # 2**-23: in [-1, 1)
@@ -64,6 +76,11 @@ def noise_kernel(noise, keys, scales, width, layer, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first"])
 def place_low_rank_kernel(out, out_stride, right, rows, columns, first, ranks, scale, BLOCK: tl.constexpr):
+    """s B into the columns of one layer behind its W, zeros in those of the layers that share its input.
+
+    So the product of [x | xa] with [W | s B] takes this layer's xa and ignores the others'. A program does 16
+    rows.
+    """
     row = tl.program_id(0).to(tl.int64) * 16 + tl.arange(0, 16)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     own = (row < rows) & (column >= first) & (column < first + ranks)
@@ -77,6 +94,7 @@ def drop_kernel(
     x, x_stride, dropped, copy, copy_stride, width, keys, layer, threshold, scale,
     DROPS: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One read of x for two writes: drop(x), and a copy of x into the buffer in front of xa."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, place = column < width, row * width + column
     values = tl.load(x + row * x_stride + column, mask=inside, other=0.0)
@@ -93,6 +111,11 @@ def add_low_rank_kernel(
     total, left, right, tokens, width, keys, layer, threshold, scale,
     RANKS: tl.constexpr, DROPS: tl.constexpr, BLOCK_RANKS: tl.constexpr,
 ):  # fmt: skip
+    """total += drop(s left @ right) for a tile of 128 x 128, where the mask is drawn and not read.
+
+    `left`  # [tokens, ranks] and `right`  # [ranks, width] are thin: the tile of the large `total` is read
+    and written once, and the product costs nothing beside it.
+    """
     row = tl.program_id(1) * 128 + tl.arange(0, 128)[:, None]
     column = tl.program_id(0) * 128 + tl.arange(0, 128)[None, :]
     inside, place = (row < tokens) & (column < width), row.to(tl.int64) * width + column
@@ -114,6 +137,7 @@ def add_low_rank_kernel(
 
 @triton.jit
 def activation_and_slope(x, SILU: tl.constexpr):
+    """act(x) and its derivative: SiLU, or GELU by its tanh form."""
     if SILU:
         sigmoid = tl.sigmoid(x)
         return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
@@ -128,6 +152,7 @@ def gate_kernel(
     gate_up, out, out_stride, dropped, width, keys, layer, threshold, scale,
     SILU: tl.constexpr, DROPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """act(gate) * up, and with dropout a second copy that is dropped: three tensors, one pass."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     start = gate_up + row * 2 * width + column
@@ -149,6 +174,10 @@ def gate_backward_kernel(
     gate_up, grad, width, keys, layer, threshold, scale,
     SILU: tl.constexpr, DROPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """The gradient of gate and up written over both, and act(gate) * up made again over `grad`.
+
+    So the backward pass of the MLP needs no third buffer, and the forward pass need not keep the product.
+    """
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, place = column < width, row * width + column
     start = gate_up + row * 2 * width + column
@@ -168,6 +197,7 @@ def gate_backward_kernel(
 
 @triton.jit
 def real_logits(logits, scale, softcap):
+    """What the loss sees of a stored logit: times the model's scale and, where it has one, its soft cap."""
     real = logits.to(tl.float32) * scale
     return tl.where(softcap > 0, softcap * (2 * tl.sigmoid(2 * real / softcap) - 1), real)
 
@@ -176,6 +206,11 @@ def real_logits(logits, scale, softcap):
 def cross_entropy_kernel(
     logits, targets, losses, vocabulary, scale, softcap, ignore_index, BLOCK: tl.constexpr
 ):
+    """The loss of one position, and its gradient written over the logits.
+
+    First pass: the logarithm of the sum of exponentials, with a running maximum so that nothing overflows.
+    Second pass: softmax minus one at the target. The logits are never kept in float32.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocabulary
     target = tl.load(targets + row)

@@ -38,7 +38,7 @@ def name_beside(folder: Path, kind: str) -> Path:
     return folder.with_name(f".{folder.name}.{kind}")
 
 
-def seal_folder(folder: Path, step: int, fingerprints: dict[str, str]) -> None:
+def write_manifest(folder: Path, step: int, fingerprints: dict[str, str]) -> None:
     """Hash and fsync every file of `folder`, then write its manifest."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -108,7 +108,7 @@ def find_valid_checkpoint(output_dir: Path) -> Path | None:
     return None
 
 
-def publish_folder(staging: Path, folder: Path) -> None:
+def rename_into_place(staging: Path, folder: Path) -> None:
     """Rename a sealed folder to its name; an older one of that name goes only once the new one is there."""
     replaced = name_beside(folder, REPLACED)
     shutil.rmtree(replaced, ignore_errors=True)

@@ -20,11 +20,11 @@ from utils.run.checkpoints import (
     disk_errors_explained,
     flush_to_disk,
     name_beside,
-    publish_folder,
     remove_checkpoint,
     remove_old_checkpoints,
-    seal_folder,
+    rename_into_place,
     verify_adapter,
+    write_manifest,
 )
 from utils.run.resume import find_fixed_arguments, fingerprint
 
@@ -76,8 +76,8 @@ class Keeper:
             self.wait_for_everyone()
             if self.is_writer:
                 self.verify(staging)
-                seal_folder(staging, step, self.fingerprints)
-                publish_folder(staging, folder)
+                write_manifest(staging, step, self.fingerprints)
+                rename_into_place(staging, folder)
             self.wait_for_everyone()
         self.last_checkpoint = folder
 
