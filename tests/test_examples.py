@@ -147,7 +147,7 @@ def test_walk_throughs_give_real_answers_on_the_starter_model(smollm2, tmp_path)
 
 
 def test_settings_pass_the_real_parser():
-    from qlora_finetune import FLAGS
+    from utils.flags.finetune import FLAGS
 
     source = (EXAMPLES / "finetune.py").read_text(encoding="utf-8")
     tree = ast.parse(source)

@@ -3,9 +3,10 @@
 import importlib
 
 from helpers import ROOT
+from utils.flags.finetune import FLAGS
 
 READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
-# Scripts without a FLAGS of their own: the last of the groups that each parses.
+# Scripts that fine-tune nothing: the last of the groups that each parses.
 OWN_GROUPS = {
     "cli_demo": "ChatArguments",
     "gradio_webserver": "PageArguments",
@@ -21,8 +22,8 @@ OWN_GROUPS = {
 
 
 def find_flag_types(script):
-    module = importlib.import_module(script)
     if script not in OWN_GROUPS:
-        return module.FLAGS
+        return FLAGS
+    module = importlib.import_module(script)
     names = ["ModelArguments", "GenerationArguments", OWN_GROUPS[script]]
     return [getattr(module, name) for name in names if hasattr(module, name)]

@@ -23,8 +23,6 @@ FLAGS = """--template vanilla --source_max_len 100 --target_max_len 100 --lora_r
     --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --gradient_checkpointing False
     --learning_rate 1e-2 --lr_scheduler_type cosine --num_train_epochs 2 --save_steps 2 --logging_steps 3
     --save_total_limit 3 --disable_tqdm True""".split()
-
-
 CHECKPOINT_FILES = [
     "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "manifest.json",
     "optimizer.safetensors", "rng_state_0.json", "tokenizer.json", "tokenizer_config.json",
