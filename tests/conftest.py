@@ -75,10 +75,10 @@ def tiny_model(tmp_path_factory, smollm2) -> Path:
 @pytest.fixture
 def call_main(capsys):
     """Run a script's main() in this process. Returns what it printed."""
-    from helpers.runs import run_main
+    from helpers.runs import run_in_process
 
     def call(script: str, *argv: str) -> str:
-        run_main(script, *argv)
+        run_in_process(script, *argv)
         captured = capsys.readouterr()
         return captured.out + captured.err
 
@@ -88,7 +88,7 @@ def call_main(capsys):
 @pytest.fixture(scope="session")
 def trained_run(tiny_model, tmp_path_factory):
     """Trains the tiny model by these flags, once for all who ask: the folder is to be read, run_copy to be written."""
-    from helpers.runs import run_main
+    from helpers.runs import run_in_process
 
     made, left = {}, {}
 
@@ -96,7 +96,9 @@ def trained_run(tiny_model, tmp_path_factory):
         settings = (name, *map(str, flags))
         if settings not in made:
             folder = tmp_path_factory.mktemp("trained") / name
-            run_main("qlora_finetune", "--model_name_or_path", tiny_model, *flags, "--output_dir", folder)
+            run_in_process(
+                "qlora_finetune", "--model_name_or_path", tiny_model, *flags, "--output_dir", folder
+            )
             made[settings], left[settings] = folder, list_files(folder)
         return made[settings]
 

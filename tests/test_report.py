@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from helpers import ROOT
-from helpers.runs import run_main
+from helpers.runs import run_in_process
 from safetensors.torch import load_file, save_file
 
 from eval.measures.differences import (
@@ -39,7 +39,7 @@ QUICK = ["--max_questions", "6", "--max_held_out_answers", "2", "--max_new_token
 def good_run(tmp_path_factory, tiny_model):
     folder = tmp_path_factory.mktemp("runs") / "good"
     argv = ["--model_name_or_path", tiny_model, "--output_dir", folder, *FLAGS]
-    run_main("qlora_finetune", *argv)
+    run_in_process("qlora_finetune", *argv)
     return folder
 
 

@@ -22,8 +22,8 @@ OWN_GROUPS = {
 
 
 def find_flag_types(script):
+    module = importlib.import_module(script)
     if script not in OWN_GROUPS:
         return FLAGS
-    module = importlib.import_module(script)
     names = ["ModelArguments", "GenerationArguments", OWN_GROUPS[script]]
     return [getattr(module, name) for name in names if hasattr(module, name)]

@@ -30,7 +30,7 @@ CHECKPOINT_FILES = [
 ]  # fmt: skip
 
 
-def run_main(script, *argv):
+def run_in_process(script, *argv):
     """A script's main() in this process: no seconds lost on imports."""
     if not gc.get_freeze_count():  # a Trainer collects garbage: 0.7 s over all that tests have imported
         importlib.import_module("utils.train.training")
