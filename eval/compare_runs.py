@@ -5,7 +5,7 @@
 reads plain-0, fast-0, plain-1, ... in that folder (scripts/quality.sh makes them). The exit code is 1 where
 the mean of the differences fast - plain, seed by seed, is larger than the range of plain losses over seeds.
 In float32 the two agree to many digits. In 16 bits the fast one may well come out better: PEFT rounds the
-small parts of a young adapter away (scripts/README.md).
+small parts of a young adapter away (docs/results.md).
 """
 
 import json

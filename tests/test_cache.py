@@ -91,8 +91,8 @@ def test_large_file_is_scanned_anew_by_other_code(copy, tmp_path):
     """A mended format is used at the next start, in a process of its own, though the file is the same."""
     path = write_rows(tmp_path / "rows.jsonl", [{"instruction": f"q{i}", "output": "a"} for i in range(4)])
     program = (
-        "import sys; from utils.data import rows as data; data.CACHED_ROWS = 0; from utils.arguments import *;"
-        "rows = data.load_rows(ModelArguments(), DataArguments(sys.argv[1]), TrainingArguments(do_train=True));"
+        "import sys; from utils.data import rows, scanning; scanning.CACHED_ROWS = 0; from utils.arguments import *;"
+        "rows = rows.load_rows(ModelArguments(), DataArguments(sys.argv[1]), TrainingArguments(do_train=True));"
         f"print(rows.count({TRAIN!r}))"
     )
 
@@ -113,10 +113,10 @@ def test_large_file_is_scanned_anew_by_other_code(copy, tmp_path):
 
 
 def test_same_bytes_as_csv_and_tsv_are_other_rows(tmp_path, monkeypatch):
-    from utils.data import rows as data
+    from utils.data import scanning
 
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(data, "CACHED_ROWS", 0)
+    monkeypatch.setattr(scanning, "CACHED_ROWS", 0)
     for suffix in ("csv", "tsv"):
         (tmp_path / f"rows.{suffix}").write_text("text\tmore,x\na\tb,c\n")
     assert load(tmp_path / "rows.tsv", dataset_format="text").count(TRAIN) == 1

@@ -248,5 +248,5 @@ def test_a_failed_capture_is_named_and_training_goes_on(capsys, monkeypatch):
 def test_gpu_memory_grows_in_place_unless_the_user_sets_it(monkeypatch, own):
     monkeypatch.setattr(os, "environ", dict(own))
     run_main(lambda: None)
-    found = {name: value for name, value in os.environ.items() if "ALLOC" in name}
-    assert found == (own or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+    set_for_gpus = {name: value for name, value in os.environ.items() if "ALLOC_CONF" in name}
+    assert set_for_gpus == (own or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})

@@ -12,7 +12,8 @@ from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.console import UserError
 from utils.data import tokenizing
 from utils.data.cache import find_cache_dir
-from utils.data.rows import Scan, find_copies, load_rows
+from utils.data.rows import find_copies, load_rows
+from utils.data.scanning import Scan
 from utils.data.sources import Source
 from utils.messages import EVAL, IGNORE_INDEX, TEST, TRAIN
 from utils.prompts import find_stop_tokens, read_template

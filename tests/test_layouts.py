@@ -70,6 +70,26 @@ PAIRS = [
     ({"conversation": [{"from": "human", "value": "q"}, {"from": "bot", "value": "a"}]}, ["a"]),
     ({"id": 1, "instruction": "Do.", "instances": [{"input": "", "output": "Done."}]}, ["Done."]),
     ({"messages": [{"role": "human_user", "content": "q"}, {"role": "chatgpt", "content": "a"}]}, ["a"]),
+    ({"instruction": "Add 1 to it.", "input": 3, "output": "4"}, ["4"]),
+    ({"instruction": "Is it so?", "input": False, "output": "No."}, ["No."]),
+    ({"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": True}]}, ["true"]),
+    ({"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": 4.5}]}, ["4.5"]),
+    ({"prompt": 3, "chosen": 4, "rejected": 5}, ["4"]),
+    ({"query": "Q?", "response": "A.", "history": [[3, 4]]}, ["4", "A."]),
+    ({"conversation": [{"human": "q", "assistant": None}, {"human": "Q", "assistant": "A"}]}, ["A"]),
+    ({"conversation": [{"human": "q", "assistant": ""}, {"human": "Q", "assistant": "A"}]}, ["A"]),
+    ({"conversation": [{"assistant": "a", "human": "q", "user": None, "gpt": None, "system": None}]}, ["a"]),
+    ({"messages": [{"human": "q", "assistant": None}, {"human": "Q", "assistant": "A"}]}, ["A"]),
+    ({"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": None},
+                   {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, ["A"]),
+    ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": None},
+                        {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, ["A"]),
+    ({"query": "Q?", "response": "A.", "history": [["q", None], ["p", "a"]]}, ["a", "A."]),
+    ({"conversation": [{"system": "s", "input": "q", "output": "a"}, {"system": "s", "input": "Q", "output": "A"}]}, ["a", "A"]),
+    ({"conversation": [{"input": "q", "output": "a", "output_with_loss": False}, {"input": "Q", "output": "A"}]}, ["A"]),
+    ({"instruction": "Q?", "input": "more", "output": ["Good.", "Bad."]}, ["Good."]),
+    ({"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, ["a"]),
+    ({"messages": [{"role": "user", "value": "q"}, {"role": "assistant", "value": "a"}]}, ["a"]),
     (
         {
             "messages": [
@@ -87,6 +107,99 @@ PAIRS = [
 )
 def test_row_of_a_known_layout_is_trained_on_its_answers(learn, row, answers):
     assert learn([row])[0] == ends(*answers)
+
+
+def test_what_is_written_as_text_is_said_and_the_question_stays_whole():
+    """An input of 0 or false, a question beside an answer that is null, a system message said with each pair."""
+    for row, before in (
+        ({"instruction": "Add 1.", "input": 0, "output": 1}, ["user: Add 1.\n\n0"]),
+        ({"instruction": "Q?", "input": False, "chosen": "A."}, ["user: Q?\n\nfalse"]),
+        ({"conversation": [{"system": "s", "input": "q", "output": "a"}] * 2}, ["system: s", "user: q", "assistant: a", "user: q"]),
+    ):  # fmt: skip
+        *context, _ = read_row(row, find_format(row)).messages
+        assert [f"{message['role']}: {message['content']}" for message in context] == before
+    for row in (
+        {"instruction": "Add 1.", "input": 0, "output": "1"},
+        {"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "4"}]},
+        {"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "4"}]},
+    ):
+        assert read_row(row, find_format(row)).cleaned == ("numbers and booleans written as text",)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("empty", [NAN, float("inf"), None])
+def test_empty_cell_of_a_table_is_no_text(learn, empty):
+    rows = [{"instruction": "Q?", "input": empty, "output": "A.", "system": empty, "history": empty}] * 5
+    learned, _ = learn([*rows, {"instruction": "q", "output": empty}, {"instruction": empty, "output": "a"}])
+    assert learned == ends("A.") * 5 and learn.report["sources"][0]["rows"] == 7
+    assert [message["content"] for message in read_row(rows[0], "alpaca").messages] == ["Q?", "A."]
+    for row in (
+        {"question": "Q?", "answer": empty},
+        {"messages": [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": empty}]},
+        {"conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": empty}]},
+        {"prompt": "Q?", "chosen": empty, "rejected": "A."},
+        {"prompt": empty, "chosen": "A.", "rejected": "B."},
+    ):
+        with pytest.raises(UserError):
+            read_row(row, find_format(row))
+
+
+def test_empty_cells_of_a_parquet_file_are_left_out(learn, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = {"question": ["1 + 1?", "1 / 0?", "2 + 2?"] * 3, "answer": [2.0, NAN, None] + [4.0] * 6}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
+    learned, printed = learn(tmp_path / "rows.parquet")
+    assert learned == ends("2.0", *["4.0"] * 6) and "2 left out, row 2 first" in printed
+
+
+UNREAD = [
+    ({"problem": "What is 6 x 7?", "solution": "We count: it is 42.", "answer": "42"}, ["solution"]),
+    ({"instruction": "Be brief.", "query": "What is it?", "response": "A cat."}, ["query"]),
+    ({"instruction": "Q?", "context": "A long text.", "input": "Another text.", "response": "A."}, ["input"]),
+    ({"prompt": "Q?", "input": "Some more.", "chosen": "A.", "rejected": "Not this one."}, ["input"]),
+    ({"system": "Be kind.", "messages": [("system", "No."), ("user", "q"), ("assistant", "a")]}, ["system"]),
+    ({"问题": "在吗？", "回答": "在。", "解释": "因为今天是工作日，所以我在。"}, ["解释"]),
+    ({"text": "A whole text.", "summary": "In short."}, ["summary"]),
+    ({"instruction": "Q?", "output": "A.", "source": "From the web.", "id": "row 1", "kind": "closed_qa", "page_url": "a b"}, []),
+    ({"instruction": "Say it.", "input": "Hello you.", "output": "Hi.", "text": "Below: Say it. Input: Hello you. Reply: Hi."}, []),
+    ({"prompt": "Who are you?", "messages": [("user", "Who are you?"), ("assistant", "a")]}, []),
+    ({"chosen": "\n\nHuman: Q one?\n\nAssistant: A.", "rejected": "\n\nHuman: Q one?\n\nAssistant: No way."}, []),
+    ({"text": "### Human: Who are you?### Assistant: It is me."}, []),
+    ({"instruction": "Human: Who are you?\nAssistant:", "output": "It is me."}, []),
+    ({"instruction": "Q?", "output": "A.", "note": None, "more": "", "number": 3, "time": "2023-01-01 12:00"}, []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "row, columns", UNREAD, ids=lambda value: "-".join(value) if isinstance(value, dict) else ""
+)
+def test_text_that_no_format_reads_is_named_once_with_its_rows(learn, row, columns):
+    row = row | {
+        name: [{"role": role, "content": text} for role, text in row[name]]
+        for name in row
+        if name == "messages"
+    }
+    assert list(read_row(row, find_format(row)).unread) == columns
+    empty = {name: "" for name in columns}
+    _, printed = learn([row | empty, row, row])
+    lines = [line for line in printed.splitlines() if "texts that are not trained" in line]
+    said = f"  texts that are not trained: {', '.join(columns)} (2 rows); --columns says which column is what"
+    assert lines == ([said] if columns else [])
+    found = learn.report["sources"][0]["not_trained"]
+    assert found == {name: [2, [2, 3]] for name in columns}
+
+
+def test_untrained_texts_are_named_as_the_file_calls_them(learn):
+    rows = [{"frage": "Q?", "mehr": "A long text.", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]  # fmt: skip
+    _, printed = learn(rows, columns="input=mehr")
+    assert "texts that are not trained: mehr (1 rows)" in printed
+    rows = [{"problem": "Q?", "solution": "Think: A.", "answer": "A."}]
+    learned, printed = learn(rows, columns="output=solution")
+    assert learned == ends("Think: A.") and "not trained" not in printed
 
 
 CALLED = [
@@ -179,6 +292,113 @@ def test_file_is_read_by_the_dataset_info_beside_it(learn, tmp_path, name):
     assert f"{path} is read by {tmp_path / 'dataset_info.json'}, where it is {name}" in printed
 
 
+BAD_INFO = [
+    ({"columns": ["a"]}, "columns \"\\['a'\\]\" is no object of names"),
+    ({"columns": {"prompt": 3}}, "columns \"{'prompt': 3}\" is no object of names"),
+    ({"tags": "no", "formatting": "sharegpt"}, "tags 'no' is no object of names"),
+    ({"tags": {"role_tag": ["a"]}, "formatting": "sharegpt"}, "is no object of names"),
+    ({"formatting": "shregpt"}, "formatting 'shregpt' is none of alpaca, sharegpt, openai"),
+    ({"formatting": ["alpaca"]}, "is none of alpaca, sharegpt, openai"),
+]
+
+
+@pytest.mark.parametrize("spec, reason", BAD_INFO)
+def test_bad_entry_of_a_dataset_info_is_one_line(learn, tmp_path, spec, reason):
+    info, path = tmp_path / "dataset_info.json", tmp_path / "rows.json"
+    path.write_text(json.dumps([{"instruction": "Q?", "output": "A."}]))
+    info.write_text(json.dumps({"mine": {"file_name": "rows.json"} | spec}))
+    with pytest.raises(UserError, match=f"{info}: mine: .*{reason}.*: mend it or move it away"):
+        learn(path)
+
+
+def test_entries_of_a_dataset_info_that_fit_no_row_or_one_file_are_said(learn, tmp_path):
+    info, path = tmp_path / "dataset_info.json", tmp_path / "rows.json"
+    path.write_text(json.dumps([{"ask": "Q?", "say": "A.", "note": "x"}]))
+    first = {"file_name": "rows.json", "columns": {"prompt": "ask", "response": "say", "system": None}}
+    info.write_text(json.dumps({"first": first, "other": {"file_name": "rows.json"}}))
+    learned, printed = learn(path)
+    assert learned == ends("A.") and "has no column" not in printed
+    assert "where it is first, the first of 2 entries (first, other)" in printed
+    first["columns"]["query"] = "more"
+    info.write_text(json.dumps({"first": first}))
+    learned, printed = learn(path)
+    assert learned == ends("A.") and "of 2 entries" not in printed
+    assert "has no column more, as dataset_info.json says; it has ask, say, note" in printed
+    first["columns"]["prompt"] = "aks"
+    info.write_text(json.dumps({"first": first}))
+    with pytest.raises(
+        UserError, match="has the columns ask, say, note: .*--columns instruction=ask,output=say"
+    ):
+        learn(path)
+
+
+SPOKEN = [
+    {"conversations": [{"who": "user", "what": "q"}, {"who": "bot", "what": "a"}]},
+    {"conversation": [{"who": "user", "what": "q"}, {"who": "bot", "what": "a"}]},
+    {"dialog": [{"who": "user", "what": "q"}, {"who": "bot", "what": "a"}], "tools": [{"who": "f", "what": "g"}]},
+    {"messages": [{"who": "user", "what": "q"}, {"who": "bot", "what": "a"}]},
+    {"messages": [{"who": "user", "what": "q"}], "chosen_messages": [{"who": "user", "what": "q"}, {"who": "bot", "what": "a"}]},
+    {"conversations": [{"who": "user", "what": "q"}], "chosen": {"who": "bot", "what": "a"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", SPOKEN, ids="-".join)
+def test_keys_of_turns_are_said_by_a_flag_whatever_their_column_is_called(learn, row):
+    layout = parse_columns("role=who,content=what")
+    renamed = layout.apply(row)
+    chat = read_row(renamed | {"tools": None}, find_format(renamed))
+    assert [message["content"] for message in chat.messages] == ["q", "a"]
+    assert renamed.get("tools") == row.get("tools")
+    if "tools" not in row:
+        assert learn([row], columns="role=who,content=what")[0] == ends("a")
+
+
+def test_messages_said_by_a_flag_may_have_any_known_keys(learn):
+    rows = [{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}] * 2
+    assert learn(rows, columns="messages=conversations")[0] == ends("a", "a")
+    pairs = [{"talk": [{"human": "q", "assistant": "a"}]}]
+    assert learn(pairs, columns="messages=talk")[0] == ends("a")
+
+
+def test_column_given_twice_is_refused():
+    with pytest.raises(UserError, match="instruction is given twice: keep a or b"):
+        parse_columns("instruction=a,output=c,instruction=b")
+    with pytest.raises(UserError, match="role is given twice"):
+        parse_columns("role=a,role=a")
+
+
+def test_mistyped_column_is_answered_with_the_file_s_own(learn):
+    rows = [{"id": "x 1", "frage": "Q?", "antwort": "A.", "mehr": None}]
+    with pytest.raises(UserError) as caught:
+        learn(rows, columns="instruction=farge,output=antwort")
+    assert "has the columns id, frage, antwort, mehr: say which is which" in str(caught.value)
+    assert "--columns instruction=frage,output=antwort (" in str(caught.value)
+
+
+GUESSED = [
+    ({"answer": "A.", "frage": "Q?"}, "instruction=frage,output=answer"),
+    ({"id": "x", "source": "y", "frage": "Q?", "zahl": 3}, "instruction=frage,output=zahl"),
+    ({"n": 3, "query": "Q?", "antwort": "A."}, "instruction=query,output=antwort"),
+    ({"dialog": [{"id": 7, "text": "Hi there", "speaker": "bot"}], "x": "y"}, "messages=dialog,role=speaker,content=text"),
+    ({"tools": [{"name": "f", "parameters": {}}], "frage": "Q?", "antwort": "A."}, "instruction=frage,output=antwort"),
+    ({"x": [3]}, "instruction=COLUMN,output=COLUMN"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row, guess", GUESSED, ids=[guess for _, guess in GUESSED])
+def test_columns_of_no_format_are_answered_with_the_flag_filled_in(learn, row, guess):
+    with pytest.raises(UserError, match=f"as in --columns {guess} \\("):
+        learn([{name: None for name in row}, row])
+
+
+def test_texts_without_a_template_are_refused_by_name(learn):
+    rows = [{"segments": [{"label": False, "text": "<s>Q?"}, {"label": True, "text": "A.</s>"}]}]
+    with pytest.raises(
+        UserError, match="column 'segments' holds axolotl's texts without a template.*as messages"
+    ):
+        learn(rows)
+
+
 CONTEXT = [
     {"from": "human", "value": "q"},
     {"from": "gpt", "value": "earlier"},
@@ -243,6 +463,36 @@ def test_answer_of_no_weight_is_context_and_no_label(learn):
     said = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 0}]
     said += [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
     assert learn([{"conversations": said}])[0] == ends("A")
+
+
+def test_answer_of_no_weight_is_no_label_with_its_source_either(learn):
+    turns = [("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    (whole,) = learn([{"messages": messages}], train_on_source=True)[0]
+    assert all(text in whole for _, text in turns)
+    marked = [messages[0], messages[1] | {"weight": 0}, *messages[2:]]
+    spans = learn([{"messages": marked}], train_on_source=True)[0]
+    before, after = whole.split("a1<|im_end|>")
+    assert spans == [before, after]
+    pair = {"messages": messages[:3], "chosen": "a2", "rejected": "x"}  # what both share is context
+    assert learn([pair], train_on_source=True)[0] == spans
+    greeted = [{"role": "assistant", "content": "a1", "train": False}, *messages[2:]]
+    assert learn([{"messages": greeted}], train_on_source=True)[0] == ends("a2")
+
+
+def test_prompt_that_hides_an_answer_of_no_weight_is_no_label(learn, smol_tokenizer):
+    """A template that rewrites earlier answers gives each answer a row, whose prompt holds those before it."""
+    smol_tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ 'once ' if m.role == 'assistant' and not loop.last }}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    turns = [("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2"), ("user", "q3"), ("assistant", "a3")]  # fmt: skip
+    messages = [{"role": role, "content": text} for role, text in turns]
+    learned = learn([{"messages": messages}], train_on_source=True)[0]
+    assert ["once a1" in text for text in learned] == [False, True, True]
+    messages[3] |= {"loss": False}
+    first, last = learn([{"messages": messages}], train_on_source=True)[0]
+    assert first.endswith("q1<|im_end|>\n<|im_start|>assistant\na1<|im_end|>") and last == "a3<|im_end|>"
 
 
 MEDIA = [
@@ -365,6 +615,25 @@ def test_undesirable_rows_of_a_table_are_left_out(learn, tmp_path):
     path = tmp_path / "kto.csv"
     path.write_text("prompt,completion,label\nq1,a1,True\nq2,a2,False\n")
     assert learn(path)[0] == ends("a1")
+
+
+@pytest.mark.parametrize("good, bad", [(1, 0), (1.0, 0.0), ("1", "0"), ("TRUE", "False"), (True, False)])
+def test_mark_of_kto_may_be_a_number(learn, good, bad):
+    rows = [{"prompt": f"q{i}", "completion": f"a{i}", "label": good if i % 2 else bad} for i in range(4)]
+    learned, printed = learn(rows)
+    assert learned == ends("a1", "a3")
+    assert f"2 left out, row 1 first: not to be learned: column 'label' is {str(bad).lower()}" in printed
+    with pytest.raises(UserError, match="not to be learned: column 'kto_tag'"):
+        read_row({"instruction": "q", "output": "a", "kto_tag": bad}, "alpaca")
+
+
+def test_ranked_answers_are_a_preference(learn):
+    learned, printed = learn([{"instruction": "Q?", "input": "", "output": ["Good.", "Bad."]}])
+    assert learned == ends("Good.") and "format preference" in printed
+    row = {"instruction": "Q?", "output": ["Good.", "Bad."], "history": [["q", "a"]], "system": "s"}
+    chat = read_row(row, "alpaca")  # whatever format is forced
+    assert [message["content"] for message in chat.messages] == ["s", "q", "a", "Q?", "Good."]
+    assert learn([row])[0] == ends("Good.")
 
 
 def test_context_of_a_preference_is_whole():

@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 import torch
 from helpers import ROOT
-from helpers.families import FAMILIES, build_llama2, render_models
+from helpers.families import FAMILIES, build_llama2
 from helpers.models import assert_close_in_bfloat16, read_logits
 from helpers.runs import forget_second_step, trainer_kept
 from safetensors.torch import load_file
@@ -162,11 +162,6 @@ def test_model_of_an_unknown_kind_is_one_line(remote_model, call_main, tmp_path)
     argv = ["--model_name_or_path", remote_model, *FLAGS, "--output_dir", tmp_path / "run"]
     with pytest.raises(UserError, match="a kind that transformers does not know"):
         call_main("qlora_finetune", *argv)
-
-
-def test_list_of_models_in_the_readme_is_the_tests_own():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"<!-- models -->\n{render_models()}\n<!-- /models -->" in readme
 
 
 @each_family

@@ -1,4 +1,4 @@
-"""Every command of the READMEs runs as written, one after another, with small models in the named ones' place.
+"""Every command of README, docs/ and eval/ runs as written, one after another, with small models and data.
 
 README_zh.md holds the same commands (test_readmes.py), so that its reader, too, gets from an empty folder to a
 chat with a tuned model. Not run here: what has a test of its own, and what needs the network or another program.
@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 from helpers import ROOT, families
-from helpers.commands import READMES
+from helpers.documents import RUN_IN_ORDER, list_shell_lines
 from helpers.models import save_random_model
 from helpers.shell import check_page, ignore_outputs, run_shell
 
@@ -22,6 +22,10 @@ SMALL = (
 ELSEWHERE = {
     "bash scripts/finetune": "test_scripts.py",
     "bash scripts/test.sh": "it runs this",
+    "bash scripts/quality.sh": "test_scripts.py",
+    "grep ": "test_architecture.py",
+    "python -m eval.judge": "test_judge.py",
+    "python -m eval.elo": "test_elo.py",
     "python3 -m venv": "scripts/install.sh",
     "export ": "the network",
     "modelscope ": "the network",
@@ -42,7 +46,7 @@ SMALLER = {  # words of a command -> what takes their place
     "tatsu-lab/alpaca": "YOUR.jsonl",
     "train_speed --model llama-7b": "train_speed --model tiny --workloads 2x32 --steps 1 --dtypes fp32",
     "chat_speed --model llama-7b": "chat_speed --model tiny",
-    "--tasks mmlu,cmmlu,ceval-valid": "--tasks quiz_en,quiz_zh --limit 4",
+    "--tasks quiz_en,quiz_zh": "--tasks quiz_en,quiz_zh --limit 4",
     "models/SmolLM2-135M-Instruct": "models/small",
     "./work_dir/checkpoint-700": "./work_dir/oasst1-baichuan-7b",
     "path/to/your/model_dir": "output/mine",
@@ -88,10 +92,8 @@ def write_your_dataset(checkout, command):
 
 
 def list_commands():
-    """The README's commands as shell lines, pipes included."""
-    blocks = re.findall(r"^```bash\n(.*?)^```$", READMES[0].read_text(), flags=re.MULTILINE | re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [" ".join(line.split()) for line in lines if line.strip() and not line.startswith("#")]
+    """The documents' commands as shell lines, each once."""
+    return list(dict.fromkeys(line for document in RUN_IN_ORDER for line in list_shell_lines(document)))
 
 
 def launch_on_cpus(command):
@@ -143,7 +145,7 @@ def test_every_command_is_run_here_or_said_why_not():
 
 
 @pytest.mark.slow
-def test_every_command_runs_in_the_readmes_order(folder):
+def test_every_command_runs_in_the_documents_order(folder):
     for command in list_commands():
         if command.startswith(tuple(ELSEWHERE)):
             continue

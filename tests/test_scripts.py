@@ -10,19 +10,37 @@ import time
 
 import pytest
 from helpers import ROOT, families
-from helpers.commands import OWN_GROUPS, find_flag_types
+from helpers.documents import DOCUMENTS, list_bash_commands, read_commands
 from helpers.shell import check_page, ignore_outputs, run_shell
 
+from utils.flags.finetune import FLAGS
 from utils.flags.parser import name_leading_words, parse_args
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
 PYTHON_SCRIPTS = ["qlora_finetune", "qlora_int8_finetune", "cli_demo", "gradio_webserver"]
+# Scripts without a FLAGS of their own: the last of the groups that each parses.
+OWN_GROUPS = {
+    "cli_demo": "ChatArguments",
+    "gradio_webserver": "PageArguments",
+    "eval.lm_tasks": "TaskArguments",
+    "eval.generate_answers": "AnswerArguments",
+    "eval.quality": "QualityArguments",
+    "eval.report": "ReportArguments",
+    "eval.train_speed": "SpeedArguments",
+    "eval.chat_speed": "ChatSpeedArguments",
+    "eval.compare_runs": "CompareArguments",
+    "utils.merge_adapter": "MergeArguments",
+}
 
 
-def read_commands(text):
-    """The python commands of a markdown or shell text, continued lines joined."""
-    joined = text.replace("\\\n", " ")
-    return re.findall(r"^\s*(?:[^#\n]*\| )?(python (?:-m )?[\w./]+[^\n|]*)$", joined, flags=re.MULTILINE)
+def find_flag_types(script):
+    import importlib
+
+    if script not in OWN_GROUPS:
+        return FLAGS
+    module = importlib.import_module(script)
+    names = ["ModelArguments", "GenerationArguments", OWN_GROUPS[script]]
+    return [getattr(module, name) for name in names if hasattr(module, name)]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -273,14 +291,16 @@ def test_evaluate_script_measures_the_guanaco_scripts_run(checkout, guanaco_run)
 
 
 def list_documented_commands():
-    texts = [(ROOT / "README.md").read_text(), *(path.read_text() for path in (ROOT / "data").glob("*.md"))]
-    return sorted({" ".join(command.split()) for text in texts for command in read_commands(text)})
+    texts = [document.read_text(encoding="utf-8") for document in DOCUMENTS]
+    return sorted({command for text in texts for command in read_commands(text)})
 
 
 @pytest.mark.parametrize("command", list_documented_commands())
 def test_documented_command_passes_the_real_parser(command):
-    words = shlex.split(command.split(" #")[0], comments=True)
+    words = shlex.split(command)
     assert words[0] == "python"
+    if words[1:3] == ["-m", "pytest"]:
+        return check_chosen_tests(words[3:])
     if words[1] == "-m":
         assert (ROOT / (words[2].replace(".", "/") + ".py")).is_file()
         if words[2] in OWN_GROUPS:
@@ -292,7 +312,36 @@ def test_documented_command_passes_the_real_parser(command):
     parse_args(words[2:], find_flag_types(script), "")
 
 
-def test_readme_documents_commands_of_every_script():
+def check_chosen_tests(words):
+    """`python -m pytest FILE -k WORD`: the file is there, and a test in it has the word in its name."""
+    files = [word for word in words if word.endswith(".py")]
+    texts = [(ROOT / name).read_text() for name in files]
+    if "-k" in words:
+        word = words[words.index("-k") + 1]
+        assert any(re.search(rf"def test_\w*{word}", text) for text in texts), word
+
+
+def list_shell_commands():
+    commands = {tuple(words) for document in DOCUMENTS for words in list_bash_commands(document)}
+    return sorted(words for words in commands if words[0] in ("bash", "accelerate") or "--questions" in words)
+
+
+@pytest.mark.parametrize("command", list_shell_commands(), ids=" ".join)
+def test_command_names_what_exists(command):
+    """Scripts and questions are there; `accelerate launch` passes its own parser and the script's."""
+    if command[0] == "bash":
+        assert (ROOT / command[1]).is_file()
+    if "--questions" in command:
+        assert (ROOT / command[command.index("--questions") + 1]).is_file()
+    if command[:2] == ("accelerate", "launch"):
+        from accelerate.commands.launch import launch_command_parser
+
+        launched = launch_command_parser().parse_args(command[2:])
+        assert (ROOT / launched.training_script).is_file() and launched.num_processes > 1
+        parse_args(launched.training_script_args, find_flag_types("qlora_finetune"), "")
+
+
+def test_documents_have_a_command_of_every_script():
     commands = " ".join(list_documented_commands())
     assert all(f"{script}.py" in commands for script in PYTHON_SCRIPTS)
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from utils.arguments import DataArguments
 from utils.console import UserError
 from utils.data.formats import ALIASES
+from utils.data.local_files import find_files
 from utils.data.named_sets import NAMED_SETS
-from utils.data.sources import find_files, find_sources, load_sample_prompts
+from utils.data.sources import find_sources, load_sample_prompts
 from utils.messages import EVAL, TEST, TRAIN
 
 # Each named set's file as its publisher calls it, and a row in its own columns.
@@ -250,6 +251,20 @@ def test_name_that_means_nothing_says_what_would(tmp_path, monkeypatch, name):
     (tmp_path / "empty-folder" / "note.md").write_text("no rows")
     with pytest.raises(UserError, match=FAILS[name]):
         load(name)
+
+
+@pytest.mark.parametrize("name", [*FAILS, "rows.jsonl#0", "org/name", "olcc", "none.zip"])
+def test_wrong_name_for_evaluation_is_told_by_its_own_flag(tmp_path, monkeypatch, name):
+    from zipfile import ZipFile
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty-folder").mkdir()
+    ZipFile(tmp_path / "none.zip", "w").close()
+    path = write_rows(tmp_path / "train.json", alpaca_rows(3))
+    with pytest.raises(UserError) as caught:
+        load(path, do_eval=True, eval_dataset_name=name)
+    assert str(caught.value).startswith(f"--eval_dataset_name {name}")
+    assert "--dataset_name" not in str(caught.value)
 
 
 def test_unknown_columns_are_named_with_the_flag_that_says_which_is_which(tmp_path):

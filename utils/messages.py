@@ -16,9 +16,10 @@ TRAIN, EVAL, TEST = "train", "eval", "test"
 class Chat:
     """One row as messages {role, content, ...}; `tools` as transformers' templates take them.
 
-    `cleaned` names what was mended on the way; DataReport counts it.
+    `cleaned` names what was mended on the way, `unread` the row's columns with a text that is not in it.
     """
 
     messages: Messages
     tools: list[Any] | None = None
     cleaned: tuple[str, ...] = field(default=())
+    unread: tuple[str, ...] = field(default=())

@@ -7,7 +7,7 @@ before it, rendered with the generation prompt, and what rendering the turn appe
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -123,7 +123,8 @@ class RenderedRow:
 
     An answer begins with the blanks that end its prompt and ends with its stop token. `trained`: those of the
     `answers` that are learned. `turn_by_turn`: the template rewrites earlier answers, so that each answer has
-    a row of its own and the earlier ones are part of its prompt.
+    a row of its own and the earlier ones are part of its prompt. `never`: answers that the data marks as
+    context, and a whole prompt that hides such a one; no flag has them learned.
     """
 
     messages: Messages
@@ -131,6 +132,7 @@ class RenderedRow:
     answers: list[Span]
     trained: list[Span]
     turn_by_turn: bool = False
+    never: list[Span] = field(default_factory=list)
 
 
 def find_border(prompt: str) -> int:
@@ -191,10 +193,15 @@ def split_chat(tokenizer: Any, chat: Chat, stops: list[str], last_only: bool = F
         trained = [
             span for turn, span in zip(spoken, answers, strict=True) if messages[turn].get(UNTRAINED, True)
         ]
+        never = [span for span in answers if span not in trained]
+        hidden = [message for turn, message in enumerate(messages[:last]) if turn not in spoken]
+        if not all(message.get(UNTRAINED, True) for message in hidden):
+            never.append((0, answers[0][0]))
         if last_only:
             trained = [span for span in trained if span == answers[-1]]
         if trained:
-            rows.insert(0, RenderedRow(messages[: last + 1], text, answers, trained, rewritten or bool(rows)))
+            by_turn = rewritten or bool(rows)
+            rows.insert(0, RenderedRow(messages[: last + 1], text, answers, trained, by_turn, never))
         turns = earlier if rewritten and not last_only else []
     return rows
 

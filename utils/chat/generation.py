@@ -1,4 +1,10 @@
-"""A run on disk -> a model that replies. Base, quantization, template and stop tokens come from run.json."""
+"""A run on disk -> a model that replies.
+
+Base, quantization, template and stop tokens are read from run.json, so that a reply is asked for exactly as
+the run was trained: the original trained with one prompt and chatted with another. Replies of many prompts at
+once are made here, a reply that streams in streaming.py; on a GPU both replay a CUDA graph for each token
+(utils/fast/graph_decode.py).
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

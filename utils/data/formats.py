@@ -1,39 +1,36 @@
 """A row of any known format -> messages. Its columns tell the format; --dataset_format forces one."""
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from utils.console import UserError
+from utils.data.cells import is_empty_number, is_given, note_numbers, write_cell
 from utils.data.layouts import INPUTS, find_pair
 from utils.data.media import check_media
-from utils.data.preferences import (
-    CHOSEN,
-    CONTEXTS,
-    REJECTED,
-    check_desirable,
-    read_preferred,
+from utils.data.preferences import CHOSEN, CONTEXTS, REJECTED, check_desirable, is_ranked, read_preferred
+from utils.data.roles import add_system, join_calls, read_history, read_system, wrap_tools
+from utils.data.turns import (
+    blank_null,
+    find_said,
+    join_input,
+    keep_ordered,
+    names_speaker,
+    read_list,
     read_turn,
+    split_pairs,
+    split_turns,
+    tidy_messages,
+    tidy_turns,
 )
-from utils.data.roles import (
-    ROLES,
-    add_system,
-    build_message,
-    join_calls,
-    read_history,
-    read_system,
-    wrap_tools,
-)
-from utils.messages import TEXT_ROLE, UNTRAINED, Chat, Messages, Row
+from utils.data.unread import WatchedRow, find_unread
+from utils.messages import TEXT_ROLE, UNTRAINED, Chat, Row
 
 
 def read_text(row: Row, column: str) -> str:
-    value = row.get(column)
-    if isinstance(value, bool | int | float):  # a label, a score
-        return json.dumps(value)
+    value = write_cell(row.get(column))
     if not isinstance(value, str):
         raise UserError(f"column {column!r} holds {str(value)[:40]!r}: text is needed")
     return value
@@ -41,23 +38,18 @@ def read_text(row: Row, column: str) -> str:
 
 def build_exchange(row: Row, question: str, answer: str, marker: str, extra: str | None = None) -> Chat:
     """One question and its answer. `extra` names a column that follows the question behind `marker`."""
-    asked, added = read_text(row, question), row.get(extra) if extra else None
-    if added is not None and not isinstance(added, str):
-        raise UserError(f"column {extra!r} holds {str(added)[:40]!r}: text is needed")
-    if added and added.strip():
-        asked = f"{asked}{marker}{added}" if asked.strip() else added
+    asked = join_input(read_text(row, question), row, extra, marker)
     turns = [("user", asked), ("assistant", read_text(row, answer))]
     for role, text in turns:
         if not text.strip():
             raise UserError(f"column {(question if role == 'user' else answer)!r} is empty")
-    is_number = any(isinstance(row.get(column), bool | int | float) for column in (question, answer))
-    notes = ("numbers and booleans written as text",) if is_number else ()
-    return Chat([{"role": role, "content": text} for role, text in turns], cleaned=notes)
+    notes = note_numbers(row.get(column) for column in (question, answer, extra) if column)
+    return Chat([{"role": role, "content": text} for role, text in turns], cleaned=tuple(notes))
 
 
 def read_exchange(row: Row, question: str, answer: str, marker: str, inputs: tuple[str, ...] = ()) -> Chat:
     """build_exchange behind the system message and `history` of the row; `inputs`: names of its extra."""
-    extra = next((name for name in inputs if row.get(name)), None)
+    extra = next((name for name in inputs if is_given(row.get(name))), None)
     exchange = build_exchange(row, question, answer, marker, extra)
     earlier = read_system(row) + read_history(row)
     if not earlier:
@@ -118,15 +110,15 @@ def read_plain_text(row: Row, marker: str) -> Chat:
 def read_sharegpt(row: Row, marker: str) -> Chat:
     """conversations [{from, value}, ...]; a reply that is a piece of ShareGPT's page becomes Markdown.
 
-    Under `conversation` also [{human, assistant}, ...], a question and its answer in one.
+    Also [{human, assistant}, ...], a question and its answer in one, or XTuner's {system, input, output}.
     """
     from utils.data.html_text import convert_page  # here: its parser takes 0.2 s to import
 
     turns = read_list(row, "conversations" if "conversations" in row else "conversation")
-    names = ("from", "value") if any("from" in turn for turn in turns) else ("role", "content")
-    messages, notes = [], []
-    for turn in turns if names[0] in turns[0] else split_pairs(turns):
-        message = build_message(turn, *(names if names[0] in turn else ("role", "content")))
+    turns = turns if names_speaker(turns[0]) else split_pairs(turns)
+    messages, notes = [], note_numbers(map(find_said, turns))
+    for turn in turns:
+        message = read_turn(blank_null(turn))
         if message["role"] == "assistant":
             message["content"], done = convert_page(message["content"])
             notes += [note for note in done if note not in notes]
@@ -134,25 +126,15 @@ def read_sharegpt(row: Row, marker: str) -> Chat:
     return tidy_messages(join_calls(add_system(row, messages)), notes, read_tools(row))
 
 
-def split_pairs(turns: list[Row]) -> list[Row]:
-    """[{human: ..., assistant: ...}, ...] -> one turn a speaker, in the order of the keys."""
-    spoken = [
-        {"role": name, "content": text}
-        for turn in turns
-        for name, text in turn.items()
-        if name.lower() in ROLES and text
-    ]
-    if not spoken:
-        raise UserError(f"a turn has the columns {', '.join(turns[0])}: from and value, or role and content")
-    return spoken
-
-
 def read_chat_messages(row: Row, marker: str) -> Chat:
     """messages [{role, content, ...}, ...]; tool calls and tool turns are kept for the template to render."""
     turns = read_list(row, "messages")
-    messages = [build_message(turn, "role", "content") for turn in turns]
-    ordered, notes = keep_ordered(join_calls(add_system(row, messages)))
-    parts = [part for turn in turns if isinstance(turn.get("content"), list) for part in turn["content"]]
+    if "role" not in turns[0]:  # ShareGPT's turns under this name
+        return read_sharegpt(row | {"conversations": turns}, marker)
+    said = list(map(find_said, turns))
+    ordered, notes = keep_ordered(join_calls(add_system(row, list(map(read_turn, turns)))))
+    notes += note_numbers(said)
+    parts = [part for content in said if isinstance(content, list) for part in content]
     if any(isinstance(part, dict) and part.get("type") == "reasoning" for part in parts):
         notes = [*notes, "reasoning written in <think> tags"]
     return Chat(ordered, read_tools(row), tuple(notes))
@@ -224,9 +206,9 @@ def find_format(row: Any) -> str | None:
         return None
     columns = row.keys()
     if "chosen" in columns:
-        alone = isinstance(row["chosen"], str) and not any(row.get(name) for name in CONTEXTS)
+        alone = isinstance(row["chosen"], str) and not any(is_given(row.get(name)) for name in CONTEXTS)
         return "hh-rlhf" if alone else "preference"
-    if any(name in columns for name in (*CHOSEN, *REJECTED)):
+    if any(name in columns for name in (*CHOSEN, *REJECTED)) or is_ranked(row):
         return "preference"
     if "messages" in columns:
         return "messages"
@@ -266,11 +248,13 @@ def read_row(row: Any, dataset_format: str, marker: str = "\n\n") -> Chat:
     """One row as a Chat. `marker` goes between a question and its input. Raises UserError for a bad row."""
     if not isinstance(row, dict):
         raise UserError(f"holds {str(row)[:40]!r}: an object with columns is needed")
+    row = {column: None if is_empty_number(value) else value for column, value in row.items()}
     check_desirable(row)
     name = ALIASES.get(dataset_format, dataset_format)
-    if name in ("messages", "sharegpt") and row.get("chosen"):
+    if is_ranked(row) or (name in ("messages", "sharegpt") and row.get("chosen")):
         name = "preference"  # whatever format is forced: its answer is not in the context
-    chat = FORMATS[name](row, marker)
+    watched = WatchedRow(row)
+    chat = FORMATS[name](watched, marker)
     check_media(row, [message["content"] for message in chat.messages])
     answers = [message for message in chat.messages if message["role"] in ("assistant", TEXT_ROLE)]
     if not any(message.get(UNTRAINED, True) for message in answers):
@@ -279,57 +263,5 @@ def read_row(row: Any, dataset_format: str, marker: str = "\n\n") -> Chat:
         "".join(message["content"] for message in chat.messages).encode()
     except UnicodeEncodeError as error:
         raise UserError(f"holds half of a surrogate pair ({error.object[error.start]!r})") from error
-    return chat
-
-
-def read_list(row: Row, column: str) -> list[Row]:
-    turns = row.get(column)
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise UserError(f"column {column!r} holds {str(turns)[:40]!r}: a list of turns is needed")
-    return turns
-
-
-def split_turns(text: str, speaker: str) -> list[tuple[str, str]]:
-    """(role, text) of each turn; `speaker` matches what stands before a turn and captures who speaks."""
-    before, *parts = re.split(speaker, text)
-    if before.strip() or not parts:
-        raise UserError(f"holds {text[:40]!r}, which no speaker begins")
-    return [(ROLES[who.lower()], said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True)]
-
-
-def tidy_turns(turns: list[tuple[str, Any]], notes: list[str] | None = None) -> Chat:
-    """tidy_messages of (role, text)."""
-    for role, text in turns:
-        if not isinstance(text, str):
-            raise UserError(f"a {role} turn holds {str(text)[:40]!r}: text is needed")
-    return tidy_messages([{"role": role, "content": text} for role, text in turns], notes or [])
-
-
-def tidy_messages(messages: Messages, notes: list[str], tools: list[Any] | None = None) -> Chat:
-    """The messages without empty ones, and up to the first that is out of order."""
-    spoken = [message for message in messages if message["content"].strip() or message.get("tool_calls")]
-    if len(spoken) < len(messages):
-        notes = [*notes, "empty turns taken out"]
-    ordered, order = keep_ordered(spoken)
-    return Chat(ordered, tools, (*notes, *order))
-
-
-def keep_ordered(messages: Messages) -> tuple[Messages, list[str]]:
-    """(the messages before the first out of order, a note of it).
-
-    In order: a system message first, then user and assistant in turn, tools after an assistant.
-    """
-    before: dict[str, Any] = {"role": None}
-    for i, message in enumerate(messages):
-        follows = {
-            "system": (None,),
-            "user": (None, "system", "assistant"),
-            "assistant": (None, "system", "user", "tool"),
-            "tool": ("assistant", "tool"),
-        }[message["role"]]
-        if before["role"] not in follows and not (
-            message["role"] == "assistant" and before.get("tool_calls")
-        ):
-            return messages[:i], ["roles out of order, the rest cut"]
-        before = message
-    return messages, []
+    unread = find_unread(watched, chat)
+    return replace(chat, unread=unread) if unread else chat

@@ -10,15 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from utils.console import UserError
+from utils.data.cells import is_given, is_metadata, write_cell
+from utils.data.roles import ROLES
 
 QUESTIONS = "instruction question query problem 问题 指令 提问 题目 prompt Question".split()
 ANSWERS = "output answer response completion 回答 答案 输出 回复 solution target Answer".split()
 INPUTS = ("input", "输入", "context")
 CANONICAL = ("instruction", "input", "output", "system", "history", "messages", "tools", "text")
 TURN_KEYS = ("role", "content")
+TURNS = ("messages", "conversations", "conversation", "chosen")  # columns of turns that formats know
+UNSPOKEN = ("tools",)  # objects that are no turns
 INFO_FILE = "dataset_info.json"
 # Column names of LLaMA-Factory's dataset_info.json -> ours.
 INFO_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "kto_tag": "label"}
+INFO_DEFAULTS: dict[str, dict[str, str | None]] = {  # by its `formatting`
+    "alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
+    "sharegpt": {"messages": "conversations"},
+    "openai": {"messages": "conversations"},
+}
 INFO_ROLES = {
     "user_tag": "user",
     "assistant_tag": "assistant",
@@ -35,6 +44,7 @@ class Layout:
     columns: tuple[tuple[str, str], ...] = ()  # (ours, the file's)
     turn: tuple[tuple[str, str], ...] = ()  # (role or content, the file's)
     roles: tuple[tuple[str, str], ...] = ()  # (the file's, a known one)
+    asked: tuple[str, ...] = ()  # the file's columns that were named, not those of a default
 
     def apply(self, row: Any) -> Any:
         """The row under our names; other columns stay."""
@@ -44,15 +54,24 @@ class Layout:
         renamed = {name: value for name, value in row.items() if name not in taken}
         renamed |= {ours: row[theirs] for ours, theirs in self.columns if theirs in row}
         if self.turn or self.roles:
-            for name in ("messages", "chosen", "rejected"):
-                if name in renamed:
-                    renamed[name] = self.rename_turns(renamed[name])
+            if name := self.find_turns(renamed):
+                renamed["messages"] = renamed.pop(name)
+            renamed = {name: self.rename_turns(value, name) for name, value in renamed.items()}
         return renamed
 
-    def rename_turns(self, turns: Any) -> Any:
+    def find_turns(self, row: dict[str, Any]) -> str | None:
+        """The one column with a list of turns of these keys, where none has a name that formats know."""
+        keys = {theirs for _, theirs in self.turn}
+        if not keys or any(name in row for name in TURNS):
+            return None
+        found = [name for name, value in row.items() if list_keys(value) >= keys and name not in UNSPOKEN]
+        return found[0] if len(found) == 1 else None
+
+    def rename_turns(self, turns: Any, column: str) -> Any:
+        """The value of a column with its turns under our names, where it holds a turn or a list of them."""
         if isinstance(turns, dict):
-            return self.rename_turns([turns])[0]
-        if not isinstance(turns, list):
+            return self.rename_turns([turns], column)[0]
+        if not isinstance(turns, list) or column in UNSPOKEN:
             return turns
         keys, roles = {theirs: ours for ours, theirs in self.turn}, dict(self.roles)
         found = [
@@ -74,7 +93,7 @@ def parse_columns(text: str | None) -> Layout | None:
     """--columns ours=theirs,...; raises UserError for a name of ours that there is not."""
     if text is None:
         return None
-    columns, turn = [], []
+    columns: dict[str, str] = {}
     for pair in filter(None, text.replace("，", ",").split(",")):
         ours, equals, theirs = (part.strip() for part in pair.partition("="))
         if not equals or not theirs or ours not in CANONICAL + TURN_KEYS:
@@ -82,12 +101,16 @@ def parse_columns(text: str | None) -> Layout | None:
                 f"--columns {text}: {pair!r} is not NAME=COLUMN with a NAME of "
                 f"{', '.join(CANONICAL + TURN_KEYS)}"
             )
-        (turn if ours in TURN_KEYS else columns).append((ours, theirs))
-    return Layout(tuple(columns), tuple(turn))
+        if ours in columns:
+            raise UserError(f"--columns {text}: {ours} is given twice: keep {columns[ours]} or {theirs}")
+        columns[ours] = theirs
+    turn = tuple(pair for pair in columns.items() if pair[0] in TURN_KEYS)
+    named = tuple(pair for pair in columns.items() if pair[0] not in TURN_KEYS)
+    return Layout(named, turn, asked=tuple(theirs for _, theirs in named))
 
 
-def find_layout(path: Path) -> tuple[Layout, str] | None:
-    """(layout, what it is called there) of a file that a dataset_info.json beside it names."""
+def find_layout(path: Path) -> tuple[Layout, list[str]] | None:
+    """(layout, the entries that name it, of which the first is read) of a file in a dataset_info.json."""
     info = path.parent / INFO_FILE
     if not info.is_file() or path.name == INFO_FILE:
         return None
@@ -95,22 +118,37 @@ def find_layout(path: Path) -> tuple[Layout, str] | None:
         listed = json.loads(info.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"{info} cannot be read ({error}): mend it or move it away") from error
-    for name, spec in listed.items() if isinstance(listed, dict) else ():
-        if isinstance(spec, dict) and spec.get("file_name") == path.name:
-            return read_info(spec), name
-    return None
+    entries = [
+        name
+        for name, spec in (listed.items() if isinstance(listed, dict) else ())
+        if isinstance(spec, dict) and spec.get("file_name") == path.name
+    ]
+    return (read_info(listed[entries[0]], f"{info}: {entries[0]}"), entries) if entries else None
 
 
-def read_info(spec: dict[str, Any]) -> Layout:
+def read_info(spec: dict[str, Any], where: str) -> Layout:
     """An entry of dataset_info.json, with LLaMA-Factory's defaults for what it leaves out."""
-    named, tags = dict(spec.get("columns") or {}), dict(spec.get("tags") or {})
-    if spec.get("formatting", "alpaca") == "alpaca":
-        named = {"prompt": "instruction", "query": "input", "response": "output"} | named
-        return Layout(tuple((INFO_COLUMNS.get(key, key), own) for key, own in named.items() if own))
-    named = {"messages": "conversations"} | named
-    turn = (("role", tags.get("role_tag", "from")), ("content", tags.get("content_tag", "value")))
-    roles = tuple((tags[tag], role) for tag, role in INFO_ROLES.items() if tag in tags)
-    return Layout(tuple((INFO_COLUMNS.get(key, key), own) for key, own in named.items() if own), turn, roles)
+    asked, tags = read_names(spec, "columns", where), read_names(spec, "tags", where)
+    formatting = spec.get("formatting") or "alpaca"
+    if formatting not in tuple(INFO_DEFAULTS):
+        known = ", ".join(INFO_DEFAULTS)
+        raise UserError(f"{where}: formatting {formatting!r} is none of {known}: mend it or move it away")
+    named = {key: own for key, own in (INFO_DEFAULTS[formatting] | asked).items() if own}
+    columns = tuple((INFO_COLUMNS.get(key, key), own) for key, own in named.items())
+    turn, roles = (), ()
+    if formatting != "alpaca":
+        turn = (("role", tags.get("role_tag") or "from"), ("content", tags.get("content_tag") or "value"))
+        roles = tuple((tags[tag], role) for tag, role in INFO_ROLES.items() if tags.get(tag))
+    return Layout(columns, turn, roles, tuple(own for own in asked.values() if own))
+
+
+def read_names(spec: dict[str, Any], key: str, where: str) -> dict[str, str | None]:
+    """`columns` or `tags` of an entry: {LLaMA-Factory's name: the file's, or null}."""
+    names = spec.get(key) or {}
+    if not isinstance(names, dict) or not all(isinstance(own, str | None) for own in names.values()):
+        seen = str(names)[:40]
+        raise UserError(f"{where}: {key} {seen!r} is no object of names: mend it or move it away")
+    return names
 
 
 def find_pair(columns: Any) -> tuple[str, str] | None:
@@ -120,14 +158,45 @@ def find_pair(columns: Any) -> tuple[str, str] | None:
     return (question, answer) if question and answer else None
 
 
-def suggest_flag(row: dict[str, Any]) -> str:
-    """--columns filled in for this row: a list is its messages, or two texts are question and answer."""
+def list_keys(value: Any) -> set[str]:
+    """The keys of a list's first object; none of another value."""
+    return set(value[0]) if isinstance(value, list) and value and isinstance(value[0], dict) else set()
+
+
+def explain_unknown(rows: list[dict[str, Any]]) -> str:
+    """Why no format reads these rows, and what to do: the flag is filled in by their own columns."""
+    seen = dict.fromkeys(str(name) for row in rows for name in row)
+    if "segments" in seen:
+        return (
+            "column 'segments' holds axolotl's texts without a template, with their own marks of turns: "
+            'write the rows as messages, answers that are not learned with "train": false'
+        )
+    return (
+        f"no known format has the columns {', '.join(seen)}: say which is which, as in "
+        f"{suggest_flag(rows)} (data/README.md has the known layouts)"
+    )
+
+
+def suggest_flag(rows: list[dict[str, Any]]) -> str:
+    """--columns filled in for these rows: a list is their messages, or two texts are question and answer."""
+    row = {name: value for one in rows for name, value in one.items() if is_given(value)}
     for name, value in row.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict) and len(value[0]) > 1:
-            role, content = list(value[0])[:2]
+        if name not in UNSPOKEN and len(list_keys(value)) > 1:
+            role, content = guess_turn(value[0])
             return f"--columns messages={name},role={role},content={content}"
-    texts = [name for name, value in row.items() if isinstance(value, str)]
-    question = next((name for name in QUESTIONS if name in row), texts[0] if texts else "COLUMN")
-    rest = [name for name in texts if name != question]
-    answer = next((name for name in ANSWERS if name in row), rest[0] if rest else "COLUMN")
-    return f"--columns instruction={question},output={answer}"
+    names = [name for name in row if not is_metadata(name)]
+    names.sort(key=lambda name: not isinstance(row[name], str))  # numbers behind texts
+    names = [name for name in names if isinstance(write_cell(row[name]), str)]
+    answer = next((name for name in ANSWERS if name in names), None)
+    asking = [name for name in QUESTIONS if name in names] + [name for name in names if name != answer]
+    question = asking[0] if asking else "COLUMN"
+    rest = [name for name in names if name != question]
+    return f"--columns instruction={question},output={answer or (rest[0] if rest else 'COLUMN')}"
+
+
+def guess_turn(turn: dict[str, Any]) -> tuple[str, str]:
+    """The keys of (who speaks, what is said) of a turn with keys of its own."""
+    texts = [key for key, value in turn.items() if isinstance(value, str)] or list(turn)
+    speaker = next((key for key in texts if str(turn[key]).lower() in ROLES), texts[0])
+    rest = [key for key in texts if key != speaker] or [key for key in turn if key != speaker]
+    return speaker, max(rest, key=lambda key: len(str(turn[key])))

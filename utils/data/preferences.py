@@ -8,7 +8,9 @@ import re
 from typing import Any
 
 from utils.console import UserError
-from utils.data.roles import add_system, build_message, read_history
+from utils.data.cells import is_given, write_cell
+from utils.data.roles import add_system, read_history
+from utils.data.turns import join_input, read_turn
 from utils.messages import UNTRAINED, Message
 
 NOT_WANTED = "not to be learned: "  # begins the reason of a row that is left out because its data says so
@@ -23,27 +25,30 @@ CONTEXTS = (
     "input",
 )
 CHOSEN = ("chosen", "chosen_messages")
+FALSE = ("false", "0", "0.0")  # how files and tables write it
 REJECTED = ("rejected_response", "rejected_messages")  # ms-swift's, beside `messages` or `response`
 
 
 def check_desirable(row: dict[str, Any]) -> None:
-    """Raises UserError for a row of a KTO file that is marked undesirable, as a boolean or its word.
+    """Raises UserError for a row of a KTO file that is marked undesirable, as a boolean, 0 or 1, or its word.
 
     `kto_tag` is KTO's own; a `label` is only beside a chat or a completion: elsewhere it is a class.
     """
     is_kto = "messages" in row or "conversations" in row or {"prompt", "completion"} <= row.keys()
     for name in ("kto_tag", *(["label"] if is_kto else [])):
-        if row.get(name) is False or str(row.get(name)).strip().lower() == "false":
-            raise UserError(f"{NOT_WANTED}column {name!r} is false, so its answer is undesirable")
+        mark = str(row.get(name)).strip().lower()
+        if mark in FALSE:
+            raise UserError(f"{NOT_WANTED}column {name!r} is {mark}, so its answer is undesirable")
 
 
 def read_preferred(row: dict[str, Any], marker: str) -> list[Message]:
     """The context and `chosen` as messages; `chosen` is a text, a turn, or messages of the whole chat.
 
-    ms-swift's rows have it as the end of `messages`, or as `response`.
+    ms-swift's rows have it as the end of `messages`, or as `response`; ranked ones first in `output`.
     """
-    name = next((name for name in (*CHOSEN, "messages", "response") if row.get(name)), CHOSEN[0])
-    chosen = row.get(name)
+    names = ("output",) if is_ranked(row) else (*CHOSEN, "messages", "response")
+    name = next((name for name in names if is_given(row.get(name))), CHOSEN[0])
+    chosen = write_cell(row["output"][0] if is_ranked(row) else row.get(name))
     if isinstance(chosen, str):
         chosen = {"role": "assistant", "content": chosen}
     turns = [read_turn(turn) for turn in (chosen if isinstance(chosen, list) else [chosen])]
@@ -56,12 +61,17 @@ def read_preferred(row: dict[str, Any], marker: str) -> list[Message]:
     ] + [answer]
 
 
+def is_ranked(row: dict[str, Any]) -> bool:
+    """LLaMA-Factory's older preferences: `output` [the better answer, the worse one]."""
+    output = row.get("output")
+    return isinstance(output, list) and len(output) > 1 and all(isinstance(text, str) for text in output)
+
+
 def read_context(row: dict[str, Any], marker: str) -> list[Message]:
-    name = next((name for name in CONTEXTS if row.get(name)), None)
-    context = row.get(name) if name else None
+    name = next((name for name in CONTEXTS if is_given(row.get(name))), None)
+    context = write_cell(row.get(name)) if name else None
     if isinstance(context, str):
-        extra = row.get("input")
-        asked = f"{context}{marker}{extra}" if name == "instruction" and extra else context
+        asked = join_input(context, row, "input" if name == "instruction" else None, marker)
         return [*read_history(row), *split_prompt(asked)]
     if not isinstance(context, list) or not context:
         raise UserError(f"column 'chosen' answers nothing: one of {', '.join(CONTEXTS)} is needed")
@@ -78,10 +88,3 @@ def split_prompt(text: str) -> list[Message]:
         for who, said in zip(parts[1::2], parts[2::2], strict=True)
     ]
     return turns if turns[-1]["content"] else turns[:-1]
-
-
-def read_turn(turn: Any) -> Message:
-    if not isinstance(turn, dict):
-        raise UserError(f"a turn is {str(turn)[:40]!r}: an object is needed")
-    names = ("from", "value") if "from" in turn else ("role", "content")
-    return build_message(turn, *names)

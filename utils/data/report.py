@@ -74,6 +74,7 @@ def build_report(
                 "rows": len(scan.hashes),
                 "left_out": {reason: [scan.counts[reason], where] for reason, where in scan.bad.items()},
                 "cleaned": {note: [scan.counts[note], where] for note, where in scan.cleaned.items()},
+                "not_trained": {name: [scan.counts[name], where] for name, where in scan.unread.items()},
             }
             for source, scan in zip(rows.sources, rows.scans, strict=True)
         ],

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from utils.console import UserError
+from utils.data.cells import is_given, write_cell
 from utils.data.media import COLUMNS, holds_media
 from utils.messages import UNTRAINED, Message, Messages, Row
 
@@ -40,8 +41,8 @@ ROLES = {
 CALLS = {"function_call", "tool_call"}  # an assistant's turn that holds a call as JSON
 TEXT_PARTS = ("text", "input_text", "output_text")
 SYSTEMS = ("system", "system_prompt")  # columns with the system message of a row
-# Marks of an answer, OpenAI's, LLaMA-Factory's, axolotl's, ms-swift's; zero or false: context, not label.
-MARKS = ("weight", "loss_weight", "train", "training", "loss")
+# Marks of an answer, OpenAI's, LLaMA-Factory's, axolotl's, ms-swift's, XTuner's; zero or false: context.
+MARKS = ("weight", "loss_weight", "train", "training", "loss", "output_with_loss")
 
 
 def find_role(name: Any) -> str:
@@ -53,7 +54,7 @@ def find_role(name: Any) -> str:
 
 def build_message(turn: Message, role_key: str, content_key: str) -> Message:
     """The turn as {role, content, ...}: parts joined, calls as `tool_calls`, marked where it is untrained."""
-    name, (content, calls) = turn.get(role_key), split_parts(turn.get(content_key))
+    name, (content, calls) = turn.get(role_key), split_parts(write_cell(turn.get(content_key)))
     role = find_role(name)
     own = {role_key, content_key, *MARKS}
     kept = {key: value for key, value in turn.items() if value is not None and key not in own}
@@ -88,7 +89,7 @@ def split_parts(content: Any) -> tuple[Any, list[Message]]:
     for part in content:
         part = {"text": part} if isinstance(part, str) else part
         kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-        said = part.get("text", part.get("value")) if isinstance(part, dict) else None
+        said = write_cell(part.get("text", part.get("value"))) if isinstance(part, dict) else None
         if kind == "tool_call":
             calls += read_calls(said)
         elif kind in (*TEXT_PARTS, "reasoning") and isinstance(said, str):
@@ -114,12 +115,13 @@ def join_calls(messages: Messages) -> Messages:
 
 def read_system(row: Row) -> Messages:
     """The system message that a row has in a column of its own: one message or none."""
-    name = next((name for name in SYSTEMS if row.get(name)), None)
+    name = next((name for name in SYSTEMS if is_given(row.get(name))), None)
     if name is None:
         return []
-    if not isinstance(row[name], str):
-        raise UserError(f"a system turn holds {str(row[name])[:40]!r}: text is needed")
-    return [{"role": "system", "content": row[name]}] if row[name].strip() else []
+    text = write_cell(row[name])
+    if not isinstance(text, str):
+        raise UserError(f"a system turn holds {str(text)[:40]!r}: text is needed")
+    return [{"role": "system", "content": text}] if text.strip() else []
 
 
 def add_system(row: Row, messages: Messages) -> Messages:
@@ -136,7 +138,7 @@ def read_history(row: Row) -> Messages:
         raise UserError(f"column 'history' holds {str(history)[:40]!r}: [[question, answer], ...] is needed")
     messages: Messages = []
     for i, text in enumerate(text for pair in history for text in pair):
-        role = "assistant" if i % 2 else "user"
+        role, text = "assistant" if i % 2 else "user", "" if text is None else write_cell(text)
         if not isinstance(text, str):
             raise UserError(f"a {role} turn holds {str(text)[:40]!r}: text is needed")
         messages.append({"role": role, "content": text})

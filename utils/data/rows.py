@@ -1,10 +1,8 @@
 """Sources -> which rows are trained on, evaluated on and predicted: checked, and split by their content."""
 
 import hashlib
-import json
-from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +10,14 @@ import numpy as np
 
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.console import UserError, notice
-from utils.data.cache import build_key, find_or_build, hash_code
-from utils.data.file_text import measure_size
 from utils.data.formats import read_row
-from utils.data.readers import find_kind
+from utils.data.scanning import Scan, scan_source
 from utils.data.sources import Source, find_sources
 from utils.messages import EVAL, TEST, TRAIN, Chat
 from utils.run.record import find_run_record
 
 MAX_HELD_OUT, MAX_HELD_OUT_SHARE = 1024, 0.1
 PARTS = (None, TRAIN, EVAL, TEST)  # a row's part is kept as the index into this
-LISTED_ROWS = 100  # row numbers kept of each finding
-CACHED_ROWS = 20_000  # scanning fewer takes less than a second
-
-
-@dataclass
-class Scan:
-    """What one pass over a source found. A hash of 0 marks a row that cannot be used."""
-
-    hashes: np.ndarray  # uint64 [rows]
-    bad: dict[str, list[int]] = field(default_factory=dict)  # reason -> numbers of rows, from 1
-    cleaned: dict[str, list[int]] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)  # rows behind each reason and note
-
-    def note(self, table: dict[str, list[int]], what: str, number: int) -> None:
-        self.counts[what] = self.counts.get(what, 0) + 1
-        if len(table.setdefault(what, [])) < LISTED_ROWS:
-            table[what].append(number)
 
 
 @dataclass
@@ -147,48 +126,6 @@ def count_trained_copies(record: dict[str, Any], rows: Rows) -> int:
     return sum(int(own.sum()) for own in find_copies(*zip(*pairs, strict=True))) if pairs else 0
 
 
-def scan_source(source: Source) -> Scan:
-    """Read a source once: check every row and hash its content. Kept on disk for large sources."""
-
-    def build(folder: Path) -> None:
-        scan = scan_rows(source)
-        np.save(folder / "hashes.npy", scan.hashes)
-        found = {"bad": scan.bad, "cleaned": scan.cleaned, "counts": scan.counts}
-        (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
-
-    if source.path is not None and measure_size(source.path) < 200 * CACHED_ROWS:
-        return scan_rows(source)
-    kind = find_kind(source.path) if source.path else None  # the same bytes are other rows as .csv and .tsv
-    key = build_key(
-        digest=source.digest,
-        kind=kind,
-        dataset_format=source.dataset_format,
-        columns=source.layout and source.layout.describe(),
-        code=hash_code(__name__),
-    )
-    folder, _ = find_or_build("scan", key, build)
-    found = json.loads((folder / "found.json").read_text(encoding="utf-8"))
-    return Scan(np.load(folder / "hashes.npy"), **found)
-
-
-def scan_rows(source: Source) -> Scan:
-    scan, hashes = Scan(np.zeros(0, np.uint64)), array("Q")
-    for number, row in enumerate(source.read(), 1):
-        try:
-            chat = read_row(row, source.dataset_format)
-        except UserError as error:
-            scan.note(scan.bad, str(error), number)
-            hashes.append(0)
-            continue
-        for note in chat.cleaned:
-            scan.note(scan.cleaned, note, number)
-        content = json.dumps([chat.messages, chat.tools], sort_keys=True, ensure_ascii=False, default=str)
-        digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
-        hashes.append(int.from_bytes(digest, "little") or 1)
-    scan.hashes = np.array(hashes, np.uint64)
-    return scan
-
-
 def report_sources(sources: list[Source], scans: list[Scan], wanted: list[str]) -> None:
     """One line a source; raises UserError where one that is needed has no row that can be used."""
     for source, scan in zip(sources, scans, strict=True):
@@ -200,6 +137,9 @@ def report_sources(sources: list[Source], scans: list[Scan], wanted: list[str]) 
             line += f"\n  {scan.counts[reason]:,} left out, row {numbers[0]} first: {reason}"
         if len(scan.bad) > 3:
             line += f"\n  {bad:,} left out in all"
+        if scan.unread:
+            columns = ", ".join(f"{column} ({scan.counts[column]:,} rows)" for column in scan.unread)
+            line += f"\n  texts that are not trained: {columns}; --columns says which column is what"
         if bad == len(scan.hashes) and (source.part == TRAIN or wanted):
             reason, numbers = next(iter(scan.bad.items()), ("it is empty", [1]))
             raise UserError(f"{source.name}: no row can be used; row {numbers[0]}: {reason}")
@@ -223,7 +163,12 @@ def find_copies(sources: Sequence[Source], scans: Sequence[Scan]) -> list[np.nda
 
 
 def mix(hashes: np.ndarray, salt: str, seed: int) -> np.ndarray:
-    """Other hashes of the same rows for each salt and seed (splitmix64's finalizer)  # uint64 [rows]"""
+    """`hashes` scrambled by `salt` and `seed`, the same for rows of equal content  # uint64 [rows]
+
+    To hold rows out, those with the smallest scrambled hashes are taken. So the choice follows from the
+    content alone: a row stays held out when others are added, and its copies go with it. (splitmix64's
+    finalizer)
+    """
     start = hashlib.blake2b(f"{salt} {seed}".encode(), digest_size=8).digest()
     mixed = hashes ^ np.uint64(int.from_bytes(start, "little"))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
@@ -283,7 +228,10 @@ def assign_parts(
 def split_own(
     parts: np.ndarray, made_for: np.ndarray, own: np.ndarray, keys: np.ndarray, wanted: list[str]
 ) -> None:
-    """Use the held-out rows that the set comes with; one such split serves both needs in two halves."""
+    """Take the held-out rows that the set comes with (its validation or test split) for those `wanted`.
+
+    Where evaluation and prediction both want rows and the set has one split, each gets half of it.
+    """
     kinds = [kind for kind in (EVAL, TEST) if (own & (made_for == PARTS.index(kind))).any()]
     if len(wanted) == 1:
         kind = wanted[0] if wanted[0] in kinds else kinds[0]

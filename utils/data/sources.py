@@ -1,7 +1,6 @@
 """What --dataset_name means -> sources of rows: named sets, hub ids, local files, folders and globs."""
 
 import dataclasses
-import glob
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,18 +9,18 @@ from typing import Any
 
 from utils.arguments import DataArguments
 from utils.console import UserError, notice
-from utils.data.file_text import hash_file, is_in_archive, list_archive
+from utils.data.file_text import hash_file
 from utils.data.formats import ALIASES, read_row, sniff_format
-from utils.data.layouts import INFO_FILE, Layout, find_layout, parse_columns, suggest_flag
+from utils.data.layouts import INFO_FILE, Layout, explain_unknown, find_layout, parse_columns
+from utils.data.local_files import find_files, list_names, say_where_to_get
 from utils.data.named_sets import NAMED_SETS
-from utils.data.readers import ROW_SUFFIXES, find_kind, peek, read_file
+from utils.data.readers import peek, read_file
 from utils.messages import EVAL, TEST, TRAIN, Messages
 from utils.models.hub import reach_hub
 from utils.repository import REPOSITORY
 
 HELD_OUT_FILE = re.compile(r"(?<![a-z])(eval|valid|validation|dev|test)(?![a-z])", re.IGNORECASE)
 HUB_SPLITS = {"train": TRAIN, "validation": EVAL, "valid": EVAL, "eval": EVAL, "dev": EVAL, "test": TEST}
-HUB_METADATA = ("dataset_info.json", "dataset_infos.json", "state.json")
 SNIFFED_ROWS = 100
 
 
@@ -64,7 +63,7 @@ def find_sources(
     sources = [
         dataclasses.replace(source, entry=f"{flag} {place}. {source.entry}")
         for place, entry in enumerate(entries, 1)
-        for source in find_entry(entry.strip(), data_args)
+        for source in find_entry(entry.strip(), data_args, flag)
     ]
     if forced_part:
         sources = [dataclasses.replace(source, part=forced_part) for source in sources]
@@ -73,18 +72,18 @@ def find_sources(
     return sources
 
 
-def find_entry(entry: str, data_args: DataArguments) -> list[Source]:
+def find_entry(entry: str, data_args: DataArguments, flag: str) -> list[Source]:
     name, sample = entry, None
     if not Path(entry).exists() and (counted := re.fullmatch(r"(.+)#(\d+)", entry)):
         name, sample = counted.group(1), int(counted.group(2))
         if sample == 0:
-            raise UserError(f"{entry}: a sample of 0 rows is none")
-    files = find_files(name, data_args)
+            raise UserError(f"{flag} {entry}: a sample of 0 rows is none")
+    files = find_files(name, data_args, flag)
     known = NAMED_SETS.get(re.sub(r"\[.*", "", name))
     dataset_format = data_args.dataset_format or (known.dataset_format if known else None)
     asked = parse_columns(data_args.columns)
     if not files:
-        return find_hub_sources(name, sample, dataset_format, asked)
+        return find_hub_sources(name, sample, dataset_format, asked, flag)
     held_out = [bool(HELD_OUT_FILE.search(path.name)) for path in files]
     if all(held_out):
         held_out = [False] * len(files)  # named by the user, or nothing else is there
@@ -94,11 +93,10 @@ def find_entry(entry: str, data_args: DataArguments) -> list[Source]:
     ]
     sources = []
     for path, part in zip(files, parts, strict=True):
-        layout, rows = asked or load_layout(path), read_file(path)
-        if asked:
-            warn_of_missing(str(path), asked, read_file(path))
-        rows = map(layout.apply, rows) if layout else rows
-        found = data_args.dataset_format or sniff_source(str(path), rows, dataset_format)
+        layout = asked or load_layout(path)
+        if layout:
+            warn_of_missing(str(path), layout, "--columns" if asked else INFO_FILE, read_file(path))
+        found = data_args.dataset_format or sniff_source(str(path), read_file(path), dataset_format, layout)
         sources.append(Source(name, str(path), part, hash_file(path), found, sample, path, layout))
     return sources
 
@@ -106,166 +104,49 @@ def find_entry(entry: str, data_args: DataArguments) -> list[Source]:
 def load_layout(path: Path) -> Layout | None:
     """That of a dataset_info.json beside the file, if it names the file."""
     found = find_layout(path)
-    if found:
-        notice(f"{path} is read by {path.parent / INFO_FILE}, where it is {found[1]}")
-    return found[0] if found else None
+    if not found:
+        return None
+    layout, (entry, *others) = found
+    also = f", the first of {len(others) + 1} entries ({list_names([entry, *others])})" if others else ""
+    notice(f"{path} is read by {path.parent / INFO_FILE}, where it is {entry}{also}")
+    return layout
 
 
-def warn_of_missing(name: str, asked: Layout, rows: Iterator[Any]) -> None:
-    """A line where the first rows lack a column that --columns names."""
+def warn_of_missing(name: str, layout: Layout, where: str, rows: Iterator[Any]) -> None:
+    """A line where the first rows lack a column that the layout names; `where` it does."""
     first = [row for row in peek(rows, SNIFFED_ROWS)[0] if isinstance(row, dict)]
     seen = dict.fromkeys(column for row in first for column in row)
-    missing = [theirs for _, theirs in asked.columns if theirs not in seen]
+    missing = [theirs for theirs in layout.asked if theirs not in seen]
     if missing:
-        notice(f"{name} has no column {', '.join(missing)}, as --columns says; it has {', '.join(seen)}")
+        notice(f"{name} has no column {', '.join(missing)}, as {where} says; it has {', '.join(seen)}")
 
 
-def sniff_source(name: str, rows: Iterator[Any], expected: str | None) -> str:
+def sniff_source(name: str, rows: Iterator[Any], expected: str | None, layout: Layout | None) -> str:
     """The format of a source by its first rows; the one `expected` of a named set where the columns agree."""
     first, _ = peek(rows, SNIFFED_ROWS)
     if not first:
         raise UserError(f"{name} holds no rows")
     if not any(isinstance(row, dict) for row in first):
         raise UserError(f"{name}: row 1 is {str(first[0])[:40]!r}: an object with columns is needed")
-    found = sniff_format(first)
+    found = sniff_format([layout.apply(row) for row in first] if layout else first)
     if found is None:
-        row = next(row for row in first if isinstance(row, dict))
-        raise UserError(
-            f"{name}: no known format has the columns {', '.join(map(str, row))}: say which is which, as in "
-            f"{suggest_flag(row)} (data/README.md has the known layouts)"
-        )
+        raise UserError(f"{name}: {explain_unknown([row for row in first if isinstance(row, dict)])}")
     if expected and ALIASES.get(expected, expected) != found:
         notice(f"{name}: the rows are {found}, not {expected} as the set's own")
     return expected if expected and ALIASES.get(expected, expected) == found else found
 
 
-def find_files(name: str, data_args: DataArguments) -> list[Path]:
-    """Local files that `name` means: none for a set on the hub."""
-    if data_args.load_from_local:
-        return find_local_copy(name, data_args.data_dir)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return list_data_files(path, f"--dataset_name {name}")
-    if path.exists() or is_in_archive(path):
-        return open_archives([path])
-    if glob.has_magic(name) and not re.search(r"/[^/]*\[[\w+:%]*\]$|^[\w-]+\[\w+\]$", name):
-        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-        files = [match for match in matches if match.is_file()]
-        if not files:
-            raise UserError(f"--dataset_name {name} matches no file{name_odd_marks(name)}")
-        return open_archives(files)
-    looks_local = find_kind(path) or name.startswith((".", "/", "~")) or name.count("/") > 1
-    bare = re.sub(r"[:\[].*", "", name)
-    if looks_local or name_odd_marks(name) or (bare not in NAMED_SETS and bare.count("/") != 1):
-        raise UserError(
-            f"--dataset_name {name}: no such file{name_odd_marks(name)}; use a file, folder or glob of "
-            f"{', '.join(ROW_SUFFIXES)} (.gz and .zip too), a hub id, or one of {', '.join(NAMED_SETS)}"
-        )
-    return []
-
-
-# What stands in a list of files where a comma, a number sign or nothing is meant.
-ODD_MARKS = {"，": ",", "、": ",", "；": ",", ";": ",", "＃": "#"} | dict.fromkeys(
-    "“”‘’「」『』\"'", "nothing"
-)
-
-
-def name_odd_marks(name: str) -> str:
-    odd = [mark for mark in ODD_MARKS if mark in name]
-    return "".join(f"; it holds {mark} where {ODD_MARKS[mark]} is meant" for mark in odd)
-
-
-def open_archives(files: list[Path]) -> list[Path]:
-    """The files, and in the place of each zip file those with rows in it."""
-    opened = []
-    for path in files:
-        if path.suffix.lower() == ".zip":
-            opened += select_data_files(list_archive(path), f"--dataset_name {path}: the zip file", path)
-        else:
-            opened.append(path)
-    return opened
-
-
-def list_data_files(folder: Path, flag: str) -> list[Path]:
-    """Files with rows under a folder, metadata of the hub's own left out."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return select_data_files(files, f"{flag}: the folder", folder)
-
-
-def select_data_files(files: list[Path], where: str, folder: Path) -> list[Path]:
-    """Those that hold rows by their names; the others are said, but for hidden ones."""
-    chosen: list[Path] = []
-    others: list[str] = []
-    for path in files:
-        name = path.relative_to(folder)
-        if find_kind(path) and path.name not in HUB_METADATA:
-            chosen.append(path)
-        elif not any(part.startswith(".") for part in name.parts):
-            others.append(str(name))
-    if not chosen:
-        found = f", but {list_names(others)}" if others else ""
-        raise UserError(f"{where} holds no {', '.join(ROW_SUFFIXES)} file (.gz too){found}")
-    if others:
-        notice(f"{folder}: by their names no files of rows: {list_names(others)}")
-    return chosen
-
-
-def list_names(names: list[str], count: int = 6) -> str:
-    more = f" and {len(names) - count:,} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
-
-
-# Behind a set's name in its files' names, as in alpaca-train-00001-of-00002.parquet; alpaca-clean is another.
-SPLIT_OF_A_SET = r"([._-](data|train|test|eval|valid|validation|dev|of|\d+))*(\.[a-z]+){1,2}"
-
-
-def find_local_copy(name: str, data_dir: str | None) -> list[Path]:
-    """A named set's files under --data_dir: in a folder of its own, or beside the others."""
-    if data_dir is None:
-        raise UserError("--load_from_local needs --data_dir, the folder of the local copies")
-    folder, known = Path(data_dir).expanduser(), NAMED_SETS.get(name)
-    stems = [name]
-    if known and known.hub_id:
-        stems += [known.hub_id, known.hub_id.split("/")[-1]]
-    if known and known.files and "*" not in known.files:
-        stems.append(known.files.split(".")[0])
-    for stem in stems:
-        if (folder / stem).is_dir():
-            files = list_data_files(folder / stem, f"--data_dir {folder / stem}")
-            if known and known.files and known.revision is None:  # of a clone that holds other sets too
-                files = [path for path in files if path.name == known.files] or files
-            notice(f"{name}: {folder / stem if len(files) > 1 else files[0]}")
-            return files
-        beside = [path for path in sorted(folder.glob(f"{stem}*")) if path.is_file() and find_kind(path)]
-        wanted = re.compile(rf"{re.escape(Path(stem).name)}{SPLIT_OF_A_SET}")
-        exact = [path for path in beside if wanted.fullmatch(path.name)]
-        if exact:
-            notice(f"{name}: {', '.join(map(str, exact))}")
-            return exact
-    raise UserError(f"--data_dir {data_dir} holds no {' or '.join(stems)}: {say_where_to_get(name)}")
-
-
-def say_where_to_get(name: str) -> str:
-    known = NAMED_SETS.get(name)
-    where = f"huggingface.co/datasets/{known.hub_id if known else name}"
-    if known and known.hub_id is None:
-        where = known.about
-    files = f", file {known.files}" if known and known.files and known.revision is None else ""
-    short = name.split("/")[-1]
-    return f"download {where}{files} into DIR/{short}/ and add --load_from_local --data_dir DIR"
-
-
 def find_hub_sources(
-    name: str, sample: int | None, dataset_format: str | None, layout: Layout | None
+    name: str, sample: int | None, dataset_format: str | None, layout: Layout | None, flag: str
 ) -> list[Source]:
     """The splits of a hub set `org/name[:config][[split]]`, or of a named one."""
     bare, config, split = re.fullmatch(r"([^:\[]+)(?::([^\[]+))?(?:\[(.+)\])?", name).groups()
     known = NAMED_SETS.get(bare)
     hub_id = known.hub_id if known else bare
     if hub_id is None:
-        raise UserError(f"--dataset_name {name} is not on the hub: {say_where_to_get(bare)}")
+        raise UserError(f"{flag} {name} is not on the hub: {say_where_to_get(bare)}")
     try:
-        reach_hub(f"--dataset_name {name}: no such file, and for the hub's {hub_id}")
+        reach_hub(f"{flag} {name}: no such file, and for the hub's {hub_id}")
     except UserError as error:
         raise UserError(f"{error}; {say_where_to_get(bare)}") from error
     from datasets import load_dataset
@@ -276,7 +157,7 @@ def find_hub_sources(
         splits = load_dataset(hub_id, config, split=split, **where)
     except (DatasetNotFoundError, ValueError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--dataset_name {name}: the hub does not give {hub_id} ({reason})") from error
+        raise UserError(f"{flag} {name}: the hub does not give {hub_id} ({reason})") from error
     splits = {"train": splits} if split else dict(splits)
     if not any(HUB_SPLITS.get(part) == TRAIN for part in splits):
         splits = {"train": next(iter(splits.values()))}
@@ -284,9 +165,8 @@ def find_hub_sources(
     for part, dataset in splits.items():
         if part in HUB_SPLITS:
             if layout:
-                warn_of_missing(name, layout, iter(dataset))
-            rows = map(layout.apply, dataset) if layout else iter(dataset)
-            found = dataset_format or sniff_source(name, rows, dataset_format)
+                warn_of_missing(name, layout, "--columns", iter(dataset))
+            found = dataset_format or sniff_source(name, iter(dataset), dataset_format, layout)
             sources.append(
                 Source(
                     name,

@@ -1,4 +1,16 @@
-"""Chats -> token ids and labels within their limits: rendered here, encoded beside on every core, cached."""
+"""Chats -> token ids and labels, within the limits of --source_max_len and --target_max_len.
+
+A chat is rendered to one text by its template, and the text is tokenized as a whole
+(utils/models/encoding.py). Tokens of answers and of the stop behind them are trained, all others are only
+read:
+
+    <|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n
+                                                             ^^^^^^^^^^^ trained
+
+What is too long is split between two exchanges, then cut, and every cut is counted for the data report. This
+process renders while the tokenizer's threads encode the chunk before; the result is kept on disk under a hash
+of the rows, the limits, the tokenizer and the code that made it.
+"""
 
 import sys
 from collections import Counter
@@ -14,7 +26,8 @@ from tqdm.auto import tqdm
 from utils.arguments import DataArguments
 from utils.console import UserError, is_main_process, notice
 from utils.data.cache import build_key, find_or_build, hash_code
-from utils.data.rows import LISTED_ROWS, PARTS, Rows
+from utils.data.rows import PARTS, Rows
+from utils.data.scanning import LISTED_ROWS
 from utils.data.token_rows import TokenRows, TokenWriter, open_rows
 from utils.messages import TEXT_ROLE, Chat, Messages
 from utils.models.encoding import Pieces, encode_rows
@@ -211,7 +224,7 @@ class RowMaker:
         signed = np.array([token for ids, _ in pieces for token in ids], np.int32)
         start = 0
         for ids, answer in pieces:
-            if not (answer or self.data_args.train_on_source):
+            if not (answer or (self.data_args.train_on_source and answer is not None)):
                 np.invert(signed[start : start + len(ids)], out=signed[start : start + len(ids)])
             start += len(ids)
         return signed

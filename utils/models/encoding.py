@@ -13,7 +13,8 @@ from weakref import WeakKeyDictionary
 from utils.messages import IGNORE_INDEX
 from utils.prompts import RenderedRow, find_border, render_prompt
 
-Pieces = list[tuple[list[int], bool]]  # (token ids, whether they are trained)
+# (token ids, whether they are trained); None: never, whatever --train_on_source says
+Pieces = list[tuple[list[int], bool | None]]
 UNTRIMMED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # tokenizer -> its backend, offsets untrimmed
 GLUES = ("\n", "\x01")  # characters that hardly any vocabulary merges with what follows
 
@@ -27,8 +28,9 @@ def encode_rows(tokenizer: Any, rows: list[RenderedRow]) -> list[tuple[Pieces, i
         ids, splits = cut_at_borders(tokenizer, row.text, bounds[1:-1], encoding)
         if bos and ids[0][:1] != bos:
             ids[0] = bos + ids[0]
-        trained = {start for start, _ in row.trained}
-        encoded.append(([(own, start in trained) for own, start in zip(ids, bounds, strict=False)], splits))
+        kinds: dict[int, bool | None] = {start: None for start, _ in row.never}
+        kinds |= {start: True for start, _ in row.trained}
+        encoded.append(([(own, kinds.get(at, False)) for own, at in zip(ids, bounds, strict=False)], splits))
     return encoded
 
 
@@ -37,7 +39,8 @@ def encode_row(tokenizer: Any, row: RenderedRow, train_on_source: bool = False) 
     input_ids, labels = [], []
     for ids, is_trained in encode_rows(tokenizer, [row])[0][0]:
         input_ids += ids
-        labels += ids if is_trained or train_on_source else [IGNORE_INDEX] * len(ids)
+        is_label = is_trained or (train_on_source and is_trained is not None)
+        labels += ids if is_label else [IGNORE_INDEX] * len(ids)
     return {"input_ids": input_ids, "labels": labels}
 
 

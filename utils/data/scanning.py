@@ -1,0 +1,80 @@
+"""One pass over a source: every row is checked and its content hashed."""
+
+import hashlib
+import json
+from array import array
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from utils.console import UserError
+from utils.data.cache import build_key, find_or_build, hash_code
+from utils.data.file_text import measure_size
+from utils.data.formats import read_row
+from utils.data.readers import find_kind
+from utils.data.sources import Source
+
+LISTED_ROWS = 100  # row numbers kept of each finding
+CACHED_ROWS = 20_000  # scanning fewer takes less than a second
+
+
+@dataclass
+class Scan:
+    """What one pass over a source found. A hash of 0 marks a row that cannot be used."""
+
+    hashes: np.ndarray  # uint64 [rows]
+    bad: dict[str, list[int]] = field(default_factory=dict)  # reason -> numbers of rows, from 1
+    cleaned: dict[str, list[int]] = field(default_factory=dict)
+    unread: dict[str, list[int]] = field(default_factory=dict)  # column with a text that is not trained
+    counts: dict[str, int] = field(default_factory=dict)  # rows behind each reason, note and column
+
+    def note(self, table: dict[str, list[int]], what: str, number: int) -> None:
+        self.counts[what] = self.counts.get(what, 0) + 1
+        if len(table.setdefault(what, [])) < LISTED_ROWS:
+            table[what].append(number)
+
+
+def scan_source(source: Source) -> Scan:
+    """Read a source once: check every row and hash its content. Kept on disk for large sources."""
+
+    def build(folder: Path) -> None:
+        scan = scan_rows(source)
+        np.save(folder / "hashes.npy", scan.hashes)
+        found = {name: value for name, value in vars(scan).items() if name != "hashes"}
+        (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
+
+    if source.path is not None and measure_size(source.path) < 200 * CACHED_ROWS:
+        return scan_rows(source)
+    kind = find_kind(source.path) if source.path else None  # the same bytes are other rows as .csv and .tsv
+    key = build_key(
+        digest=source.digest,
+        kind=kind,
+        dataset_format=source.dataset_format,
+        columns=source.layout and source.layout.describe(),
+        code=hash_code(__name__),
+    )
+    folder, _ = find_or_build("scan", key, build)
+    found = json.loads((folder / "found.json").read_text(encoding="utf-8"))
+    return Scan(np.load(folder / "hashes.npy"), **found)
+
+
+def scan_rows(source: Source) -> Scan:
+    scan, hashes = Scan(np.zeros(0, np.uint64)), array("Q")
+    own_names = dict(source.layout.columns) if source.layout else {}
+    for number, row in enumerate(source.read(), 1):
+        try:
+            chat = read_row(row, source.dataset_format)
+        except UserError as error:
+            scan.note(scan.bad, str(error), number)
+            hashes.append(0)
+            continue
+        for note in chat.cleaned:
+            scan.note(scan.cleaned, note, number)
+        for column in chat.unread:
+            scan.note(scan.unread, own_names.get(column, column), number)
+        content = json.dumps([chat.messages, chat.tools], sort_keys=True, ensure_ascii=False, default=str)
+        digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
+        hashes.append(int.from_bytes(digest, "little") or 1)
+    scan.hashes = np.array(hashes, np.uint64)
+    return scan
