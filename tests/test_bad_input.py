@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script
-from fork_server import FLAGS, ForkServer
+from helpers import ROOT
+from helpers.fork_server import FLAGS, ForkServer
+from helpers.shell import run_script
 
 from utils.console import UserError, run_main
 from utils.flags.trackers import HOSTS, check_tracker

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from helpers.rows import write_sums
+from helpers.runs import CHECKPOINT_FILES, FLAGS, assert_equal_runs, check_kills
 from safetensors.torch import load_file, save_file
-from small_runs import FLAGS, assert_equal_runs, check_kills, write_rows
 
 from utils.console import UserError
 from utils.run import checkpoints
@@ -45,19 +46,12 @@ def test_run_killed_twenty_times_ends_with_the_bits_of_the_uninterrupted_one(
 def saved_run(server, small_model, tmp_path_factory):
     """A run of 6 steps with three checkpoints, its record set back to running."""
     folder = tmp_path_factory.mktemp("saved")
-    argv = ["--model_name_or_path", small_model, "--dataset_name", write_rows(folder / "rows.jsonl"), *FLAGS]
+    argv = ["--model_name_or_path", small_model, "--dataset_name", write_sums(folder / "rows.jsonl"), *FLAGS]
     argv += ["--max_steps", "6", "--output_dir", folder / "run"]
     assert server.run(folder / "log", *argv) == 0, (folder / "log").read_text()
     record = json.loads((folder / "run" / "run.json").read_text()) | {"status": "running"}
     (folder / "run" / "run.json").write_text(json.dumps(record))
     return folder / "run", argv
-
-
-CHECKPOINT_FILES = [
-    "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "manifest.json",
-    "optimizer.safetensors", "rng_state_0.json", "tokenizer.json", "tokenizer_config.json",
-    "trainer_state.json", "training_state.json",
-]  # fmt: skip
 
 
 def flip_bit(path, other):

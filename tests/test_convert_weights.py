@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import run_script
+from helpers.shell import run_script
 
 from utils.console import UserError
 from utils.convert_weights import convert_folder

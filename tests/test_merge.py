@@ -12,12 +12,13 @@ from pathlib import Path
 import openai
 import pytest
 import torch
-from conftest import ROOT, save_random_model
+from helpers import IDENTITY, ROOT
+from helpers.families import FAMILIES, build_baichuan
+from helpers.models import read_logits, save_random_model
+from helpers.runs import train
+from helpers.shell import find_free_port
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from shell_runs import find_free_port
-from test_generation import FLAGS
-from tiny_models import FAMILIES, build_baichuan
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.arguments import GenerationArguments, ModelArguments
@@ -30,16 +31,13 @@ from utils.models.base import load_base
 from utils.models.folder import read_model_config, resolve_model
 from utils.models.tokenizer_files import load_own_tokenizer
 
-
-def train(call_main, model, folder, *flags):
-    argv = ["--model_name_or_path", model, *FLAGS, "--output_dir", folder, "--max_steps", "4"]
-    call_main("qlora_finetune", *argv, "--learning_rate", "1e-2", "--eval_dataset_size", "4", *flags)
-    return folder
+FLAGS = """--model_max_length 200 --lora_r 4 --gradient_checkpointing False --gradient_accumulation_steps 1
+    --max_steps 4 --learning_rate 1e-2 --eval_dataset_size 4""".split()
 
 
-@pytest.fixture
-def run(call_main, tiny_model, tmp_path):
-    return train(call_main, tiny_model, tmp_path / "run")
+@pytest.fixture(scope="module")
+def run(trained_run):
+    return trained_run("--dataset_name", IDENTITY, *FLAGS)
 
 
 def merge(call_main, run, folder, *flags):
@@ -76,7 +74,8 @@ def test_merged_model_keeps_template_and_every_stop_token(call_main, tiny_model,
     for file in tiny_model.iterdir():
         (base / file.name).write_bytes(file.read_bytes())
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0], "temperature": 0.7}))
-    run = train(call_main, base, tmp_path / "run", "--template", "vicuna")
+    run = tmp_path / "run"
+    train(call_main, base, run, *FLAGS, "--template", "vicuna")
     merge(call_main, run, tmp_path / "merged", "--no_parity")
     config = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
     stop_ids = json.loads((run / "run.json").read_text())["prompt"]["stop_ids"]
@@ -115,7 +114,8 @@ def test_transformers_serve_says_what_the_chat_says(call_main, run, tmp_path):
 
 @pytest.mark.parametrize("flags", [[], ["--use_rslora"], ["--use_dora"], ["--bias", "all"]], ids=str)
 def test_merge_into_16_bits_equals_pefts_own(call_main, tiny_model, tmp_path, flags):
-    run = train(call_main, tiny_model, tmp_path / "run", "--bits", "16", *flags)
+    run = tmp_path / "run"
+    train(call_main, tiny_model, run, *FLAGS, "--bits", "16", *flags)
     merge(call_main, run, tmp_path / "merged", "--no_parity")
     args = resolve_model(ModelArguments(checkpoint_dir=str(run), bits=32), {"bits"})
     expected = load_run(args, read_model_config(args)).model.merge_and_unload().state_dict()
@@ -154,12 +154,6 @@ def save_adapter(base, folder, bits=32, **config):
     return folder, read_logits(model)
 
 
-@torch.no_grad()
-def read_logits(model):
-    ids = torch.arange(5, 45)[None]
-    return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
-
-
 def find_difference(logits, expected):
     """Relative, of all logits together."""
     return ((logits - expected).norm() / expected.norm()).item()
@@ -182,7 +176,7 @@ def test_merged_family_says_what_pefts_forward_says(family, call_main, tmp_path)
 def test_merged_baichuan_is_a_llama_folder_with_the_same_words(call_main, tmp_path):
     base = build_base(build_baichuan, tmp_path / "base")
     adapter, _ = save_adapter(base, tmp_path / "adapter")
-    rows = ["--eval_dataset_name", ROOT / "data" / "guanaco_identity.jsonl", "--max_eval_samples", "2"]
+    rows = ["--eval_dataset_name", IDENTITY, "--max_eval_samples", "2"]
     argv = ["--model_name_or_path", base, *rows]
     assert "parity passed" in merge(call_main, adapter, tmp_path / "merged", *argv)
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
@@ -318,7 +312,8 @@ def test_every_tensor_of_the_adapter_must_have_been_used():
     ids=str,
 )
 def test_every_quantization_passes_parity(call_main, tiny_model, tmp_path, float32_cpu, flags):
-    run = train(call_main, tiny_model, tmp_path / "run", *flags)
+    run = tmp_path / "run"
+    train(call_main, tiny_model, run, *FLAGS, *flags)
     assert "parity passed" in merge(call_main, run, tmp_path / "merged")
 
 

@@ -9,10 +9,10 @@ import re
 import shutil
 
 import pytest
-import tiny_models
-from conftest import ROOT, ignore_outputs, save_random_model
-from documents import RUN_IN_ORDER, list_shell_lines
-from shell_runs import check_page, run_shell
+from helpers import ROOT, families
+from helpers.documents import RUN_IN_ORDER, list_shell_lines
+from helpers.models import save_random_model
+from helpers.shell import check_page, ignore_outputs, run_shell
 
 SMALL = (
     "--max_steps 2 --max_train_samples 16 --max_eval_samples 4 --max_new_tokens 4 --source_max_len 200 "
@@ -62,7 +62,7 @@ def folder(tmp_path_factory):
     shutil.copytree(ROOT, checkout, ignore=ignore_outputs())
     (checkout / "models" / "Baichuan-7B").mkdir(parents=True)
     save_random_model(checkout / "models" / "small", seed=0)
-    tiny_models.build_baichuan(checkout / "models" / "Baichuan-7B")
+    families.build_baichuan(checkout / "models" / "Baichuan-7B")
     shutil.copytree(checkout / "models" / "Baichuan-7B", home / "checkpoints" / "baichuan7b")
     rows = (ROOT / "data" / "guanaco_identity.jsonl").read_text(encoding="utf-8").splitlines()
     (checkout / "YOUR.jsonl").write_text("\n".join(rows), encoding="utf-8")

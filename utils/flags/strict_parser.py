@@ -29,7 +29,8 @@ class OneNameFormatter(argparse.ArgumentDefaultsHelpFormatter):
         if any(option.startswith("--no_") for option in action.option_strings):
             return f"Turns --{action.dest} off."
         text = super()._get_help_string(action)
-        return re.sub(r"%(?!\(default\)s)", "%%", text) if text else text  # argparse fills in what follows a %
+        # argparse fills in what follows a per cent sign.
+        return re.sub(r"%(?!\(default\)s)", "%%", text) if text else text
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if action.option_strings and action.option_strings[0] != "-h":
