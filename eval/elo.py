@@ -116,12 +116,10 @@ def render_tournament(matches: list[Match], rows: list[dict[str, Any]], ordering
 
 def draw_ratings(rows: list[dict[str, Any]], path: Path) -> None:
     """Ratings with their intervals, best on top."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 1 + 0.4 * len(rows)), dpi=120)
+    figure = Figure(figsize=(7, 1 + 0.4 * len(rows)), dpi=120, layout="tight")
+    axes = figure.subplots()
     names = [row["player"] for row in rows][::-1]
     ratings = [row["elo"] for row in rows][::-1]
     spread = [
@@ -132,9 +130,7 @@ def draw_ratings(rows: list[dict[str, Any]], path: Path) -> None:
     axes.axvline(START, color="grey", linewidth=0.8, linestyle="--")
     axes.set(xlabel="Elo, mean and 95% of the orderings", ylim=(-0.7, len(rows) - 0.3))
     axes.grid(alpha=0.3, axis="x")
-    figure.tight_layout()
     figure.savefig(path)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

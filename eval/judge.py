@@ -7,13 +7,14 @@ Writes one review file an order, in the QLoRA paper's format; then: python -m ev
 Started again it asks only what is not yet judged.
 """
 
+import functools
 import json
 import os
 import re
 import signal
 import sys
-import threading
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -185,56 +186,53 @@ def judge_all(
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     Path(judge_args.output_dir).mkdir(parents=True, exist_ok=True)
-    waiting = list(zip(comparisons, prompts, strict=True))[::-1]
-    under_way: dict[Future, Comparison] = {}
-    failures, failed_in_a_row, used = [], 0, TokensUsed()
-    bar = tqdm(total=len(waiting), unit="review")
-    with ThreadPoolExecutor(judge_args.parallel) as pool:
-        try:
-            while waiting or under_way:
-                while waiting and len(under_way) < judge_args.parallel:
-                    comparison, prompt = waiting.pop()
-                    under_way[pool.submit(ask_judge, client, prompt, judge_args, used)] = comparison
-                done, _ = wait(under_way, return_when=FIRST_COMPLETED)
-                for future in done:
-                    failure = save_result(future, under_way.pop(future), judge_args)
-                    failed_in_a_row = failed_in_a_row + 1 if failure else 0
-                    failures += [failure] if failure else []
-                    bar.update()
-                if failed_in_a_row >= MAX_FAILURES_IN_A_ROW:
-                    raise UserError(f"{failed_in_a_row} reviews in a row failed, the last: {failures[-1]}")
-        finally:  # what is paid for is kept
-            for future, comparison in under_way.items():
-                save_result(future, comparison, judge_args)
-            bar.close()
-            notice(f"used {used.tokens_in:,} tokens in, {used.tokens_out:,} out")
+    usages: list[Any] = []  # of every reply that came, those without a verdict too: the endpoint counts them
+    failures, in_a_row = [], 0
+    judge = functools.partial(judge_one, client, judge_args, usages)
+    try:
+        # Whatever ends the loop, closing() cancels what waits; the pool then waits for what is under way.
+        with (
+            ThreadPoolExecutor(judge_args.parallel) as pool,
+            closing(pool.map(judge, comparisons, prompts)) as outcomes,
+        ):
+            for failure in tqdm(outcomes, total=len(prompts), unit="review"):
+                in_a_row = in_a_row + 1 if failure else 0
+                failures += [failure] if failure else []
+                if in_a_row == MAX_FAILURES_IN_A_ROW:
+                    raise UserError(f"{in_a_row} reviews in a row failed, the last: {failure}")
+    finally:
+        tokens_in = sum(usage.prompt_tokens for usage in usages)
+        tokens_out = sum(usage.completion_tokens for usage in usages)
+        notice(f"used {tokens_in:,} tokens in, {tokens_out:,} out")
     if failures:
         raise UserError(
             f"{len(failures)} reviews failed, the first: {failures[0]}; start again to ask for them"
         )
 
 
-@dataclass(frozen=True)
-class Review:
-    text: str
-    score: int | list[float]
+def judge_one(
+    client: Any, judge_args: JudgeArguments, usages: list[Any], comparison: Comparison, prompt: str
+) -> str | None:
+    """Ask for a review and write it; returns what went wrong instead, if anything did.
+
+    Raises UserError where the endpoint refuses every request: a wrong key, model or parameter.
+    """
+    import openai
+
+    try:
+        text, score = ask_judge(client, prompt, judge_args, usages)
+    except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+        raise UserError(f"the endpoint refuses (--model {judge_args.model}): {error}") from error
+    except (openai.OpenAIError, ValueError) as error:
+        return f"question {comparison.question.question_id}: {type(error).__name__}: {error}"
+    save_review(comparison, judge_args.model, text, score)
+    return None
 
 
-class TokensUsed:
-    """Tokens of every reply that came, those without a verdict too: the endpoint counts them all."""
-
-    def __init__(self):
-        self.tokens_in = self.tokens_out = 0
-        self.lock = threading.Lock()
-
-    def add(self, usage: Any) -> None:
-        with self.lock:
-            self.tokens_in += usage.prompt_tokens
-            self.tokens_out += usage.completion_tokens
-
-
-def ask_judge(client: Any, prompt: str, judge_args: JudgeArguments, used: TokensUsed) -> Review:
-    """Ask until a reply holds a verdict. Raises openai's errors, and ValueError where none does."""
+def ask_judge(
+    client: Any, prompt: str, judge_args: JudgeArguments, usages: list[Any]
+) -> tuple[str, int | list[float]]:
+    """(text, verdict) of the first reply that holds one. Raises openai's errors, or ValueError for none."""
     messages = [{"role": "user", "content": prompt}]
     options = {"temperature": judge_args.temperature} if judge_args.temperature >= 0 else {}
     for _ in range(judge_args.attempts):
@@ -246,12 +244,11 @@ def ask_judge(client: Any, prompt: str, judge_args: JudgeArguments, used: Tokens
         )
         # A server that answers with anything but JSON gives a str here.
         usage, choices = getattr(reply, "usage", None), getattr(reply, "choices", None)
-        if usage:
-            used.add(usage)
+        usages += [usage] if usage else []
         text = (choices[0].message.content if choices else None) or ""
         score = parse_score(text, judge_args.scoring)
         if score is not None:
-            return Review(text, score)
+            return text, score
         messages = [
             messages[0],
             {"role": "assistant", "content": text},
@@ -273,19 +270,8 @@ def parse_score(text: str, scoring: str) -> int | list[float] | None:
     return scores if scores and all(1 <= score <= 10 for score in scores) else None
 
 
-def save_result(future: Future, comparison: Comparison, judge_args: JudgeArguments) -> str | None:
-    """Append the review to its file; returns what went wrong instead, if anything did.
-
-    Raises UserError where the endpoint refuses every request: a wrong key, model or parameter.
-    """
-    import openai
-
-    try:
-        review = future.result()
-    except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-        raise UserError(f"the endpoint refuses (--model {judge_args.model}): {error}") from error
-    except (openai.OpenAIError, ValueError) as error:
-        return f"question {comparison.question.question_id}: {type(error).__name__}: {error}"
+def save_review(comparison: Comparison, judge: str, text: str, score: int | list[float]) -> None:
+    """Append the review to its file in a single write, so that two threads' lines do not mix."""
     question_id, answer1_id, answer2_id = comparison.key
     players = dict(zip(("player1", "player2"), comparison.players, strict=True))
     row = {
@@ -293,16 +279,14 @@ def save_result(future: Future, comparison: Comparison, judge_args: JudgeArgumen
         "question_id": comparison.question.question_id,
         "answer1_id": answer1_id,
         "answer2_id": answer2_id,
-        "reviewer_id": judge_args.model,
-        "metadata": players | {"judge": judge_args.model, "category": comparison.question.category},
-        "text": review.text,
-        "score": review.score,
+        "reviewer_id": judge,
+        "metadata": players | {"judge": judge, "category": comparison.question.category},
+        "text": text,
+        "score": score,
     }
-    with open(comparison.path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
+    with open(comparison.path, "ab", buffering=0) as file:
+        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         os.fsync(file.fileno())
-    return None
 
 
 if __name__ == "__main__":

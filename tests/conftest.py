@@ -10,9 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
+from helpers import ROOT, SMOLLM2
 
 
 def pytest_sessionstart(session):
@@ -41,6 +39,12 @@ def float32_cpu(monkeypatch):
     monkeypatch.setenv("QLORA_CPU_DTYPE", "float32")
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Rows are tokenized anew, whatever other tests have left."""
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The starter model's folder, made once and kept."""
@@ -63,75 +67,53 @@ def smol_tokenizer(smollm2):
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, smollm2) -> Path:
     """A random LLaMA of two layers with SmolLM2's tokenizer: every script runs on it in seconds."""
+    from helpers.models import save_random_model
+
     return save_random_model(tmp_path_factory.mktemp("tiny-llama"), seed=0)
 
 
-def save_random_model(folder: Path, seed: int) -> Path:
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def ignore_outputs(*patterns: str):
-    """For shutil.copytree of this repository: without models/ (utils/models/ stays), runs and hidden files."""
-    left_out = shutil.ignore_patterns(".*", "output", "wandb", "__pycache__", *patterns)
-
-    def ignore(path: str, names: list[str]) -> set[str]:
-        return left_out(path, names) | ({"models"} & set(names) if path == str(ROOT) else set())
-
-    return ignore
-
-
-def run_script(
-    script: str, *argv: str, stdin: str = "", **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """A script as a user starts it, in its own process."""
-    return subprocess.run(
-        [sys.executable, script, *map(str, argv)],
-        cwd=ROOT,
-        input=stdin,
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        timeout=600,
-    )
-
-
 @pytest.fixture
-def call_main(monkeypatch, capsys):
-    """Run a script's main() in this process: no seconds lost on imports. Returns what it printed."""
+def call_main(capsys):
+    """Run a script's main() in this process. Returns what it printed."""
+    from helpers.runs import run_in_process
 
     def call(script: str, *argv: str) -> str:
-        import gc
-        import importlib
-
-        if not gc.get_freeze_count():  # a Trainer collects garbage: 0.7 s over all that tests have imported
-            importlib.import_module("utils.train.training")
-            gc.freeze()  # once: what is frozen is never freed
-        monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, argv)])
-        importlib.import_module(script).main()
+        run_in_process(script, *argv)
         captured = capsys.readouterr()
         return captured.out + captured.err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def trained_run(tiny_model, tmp_path_factory):
+    """Trains the tiny model by these flags, once for all who ask: the folder is to be read, run_copy to be written."""
+    from helpers.runs import run_in_process
+
+    made, left = {}, {}
+
+    def train(*flags, name: str = "run") -> Path:
+        settings = (name, *map(str, flags))
+        if settings not in made:
+            folder = tmp_path_factory.mktemp("trained") / name
+            run_in_process(
+                "qlora_finetune", "--model_name_or_path", tiny_model, *flags, "--output_dir", folder
+            )
+            made[settings], left[settings] = folder, list_files(folder)
+        return made[settings]
+
+    yield train
+    assert {settings: list_files(folder) for settings, folder in made.items()} == left, "one was written into"
+
+
+def list_files(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def run_copy(run, tmp_path) -> Path:
+    """A copy of the module's `run`, for a test that writes into it."""
+    return shutil.copytree(run, tmp_path / run.name)
 
 
 @pytest.fixture(scope="session")
@@ -183,13 +165,14 @@ def families(tmp_path_factory):
 @pytest.fixture
 def command(small_model, tmp_path):
     """The arguments of a run but its --output_dir."""
-    from small_runs import FLAGS, write_rows
+    from helpers.rows import write_sums
+    from helpers.runs import FLAGS
 
     return [
         "--model_name_or_path",
         small_model,
         "--dataset_name",
-        write_rows(tmp_path / "rows.jsonl"),
+        write_sums(tmp_path / "rows.jsonl"),
         *FLAGS,
     ]
 
@@ -197,7 +180,7 @@ def command(small_model, tmp_path):
 @pytest.fixture(scope="session")
 def server():
     """Starts runs without the seconds that imports take (fork_server.py)."""
-    from fork_server import ForkServer
+    from helpers.fork_server import ForkServer
 
     server = ForkServer()
     yield server

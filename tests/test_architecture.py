@@ -9,9 +9,9 @@ import sys
 import tokenize
 
 import pytest
-from conftest import ROOT
-from documents import find_marked, read_blocks
-from test_rooms import IMPORTS, ORDER, ROOMS, find_room
+from helpers import ROOT
+from helpers.documents import find_marked, read_blocks
+from helpers.rooms import IMPORTS, ORDER, ROOMS, find_room
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 ROAD = re.findall(r"^([a-z0-9_/]+\.py)", find_marked(PAGE, "road"), flags=re.MULTILINE)

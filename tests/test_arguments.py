@@ -18,7 +18,7 @@ from utils.flags.hints import HINTS, NEVER_PROPOSED, describe_unknown
 from utils.flags.parser import find_given_flags, parse_args
 from utils.flags.strict_parser import StrictParser
 from utils.flags.trainer_flags import find_trainer_fields
-from utils.flags.trainer_names import LOGGERS, OPTIMIZERS, SCHEDULERS
+from utils.flags.trainer_names import list_loggers, list_optimizers, list_schedulers
 
 FLAGS = [ModelArguments, DataArguments, LoraArguments, TrainingArguments, GenerationArguments]
 # Defaults of the QLoRA recipe that differ from the Trainer's, on purpose.
@@ -173,9 +173,9 @@ def test_names_are_those_of_the_trainer():
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
-    assert tuple(kind.value for kind in SchedulerType) == SCHEDULERS
-    assert tuple(name.value for name in OptimizerNames) == OPTIMIZERS
-    assert tuple(sorted(INTEGRATION_TO_CALLBACK)) == LOGGERS
+    assert [kind.value for kind in SchedulerType] == list_schedulers()
+    assert [name.value for name in OptimizerNames] == list_optimizers()
+    assert sorted(INTEGRATION_TO_CALLBACK) == list_loggers()
 
 
 def test_negative_number_with_an_exponent_is_a_value():
@@ -205,6 +205,12 @@ def test_no_misspelling_leads_to_a_flag_that_destroys():
     for flag in NEVER_PROPOSED:
         for typed in (flag[:-1], flag + "s", flag.replace("_", "")):
             assert f"did you mean {flag}" not in describe_unknown(typed, flags)
+
+
+def test_help_shows_a_per_cent_sign_as_it_is_written():
+    """argparse would fill its own names into "10% at most"."""
+    shown = " ".join(StrictParser([DataArguments], "").format_help().split())
+    assert "Default: 1024, 10% at most. (default: None)" in shown and "option_strings" not in shown
 
 
 def test_inverted_flag_has_a_help_of_its_own():

@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import importlib.util
 import json
 import re
 import shutil
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script
-from fork_server import FLAGS, ForkServer
+from helpers import ROOT
+from helpers.fork_server import FLAGS, ForkServer
+from helpers.shell import run_script
 
 from utils.console import UserError, run_main
 from utils.flags.trackers import HOSTS, check_tracker
@@ -303,7 +305,8 @@ def test_model_without_tokenizer_is_one_line(tmp_path, broken_model):
 def test_weights_and_biases_without_login_is_one_line(tmp_path, monkeypatch):
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # whether it is installed here or not
+    find = importlib.util.find_spec  # as if it were installed
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name == "wandb" else find(name))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.chdir(tmp_path)

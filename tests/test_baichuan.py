@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import run_script
+from helpers.families import build_baichuan, build_opt, read_corpus, train_sentencepiece
+from helpers.shell import run_script
 from safetensors.torch import load_file
-from tiny_models import build_baichuan, build_opt, read_corpus, train_sentencepiece
 from torch.nn import functional as F
 
 from utils.arguments import ModelArguments

@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
-from test_sources import alpaca_rows, load, write_rows
+from helpers import ROOT
+from helpers.rows import alpaca_rows, load, write_rows
 
 from utils.arguments import DataArguments
 from utils.console import UserError

@@ -1,5 +1,7 @@
 """A run survives kills, damaged files, full disks and NaNs, and never goes on from what it did not save."""
 
+import errno
+import fcntl
 import json
 import os
 import random
@@ -7,16 +9,20 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
+from helpers.rows import write_sums
+from helpers.runs import CHECKPOINT_FILES, FLAGS, assert_equal_runs, check_kills
 from safetensors.torch import load_file, save_file
-from small_runs import FLAGS, assert_equal_runs, check_kills, write_rows
 
 from utils.console import UserError
 from utils.run import checkpoints
+from utils.run.lock import check_usable, run_locked
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", pytest.param("adamw_bnb_8bit", marks=pytest.mark.slow)])
@@ -40,19 +46,12 @@ def test_run_killed_twenty_times_ends_with_the_bits_of_the_uninterrupted_one(
 def saved_run(server, small_model, tmp_path_factory):
     """A run of 6 steps with three checkpoints, its record set back to running."""
     folder = tmp_path_factory.mktemp("saved")
-    argv = ["--model_name_or_path", small_model, "--dataset_name", write_rows(folder / "rows.jsonl"), *FLAGS]
+    argv = ["--model_name_or_path", small_model, "--dataset_name", write_sums(folder / "rows.jsonl"), *FLAGS]
     argv += ["--max_steps", "6", "--output_dir", folder / "run"]
     assert server.run(folder / "log", *argv) == 0, (folder / "log").read_text()
     record = json.loads((folder / "run" / "run.json").read_text()) | {"status": "running"}
     (folder / "run" / "run.json").write_text(json.dumps(record))
     return folder / "run", argv
-
-
-CHECKPOINT_FILES = [
-    "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "manifest.json",
-    "optimizer.safetensors", "rng_state_0.json", "tokenizer.json", "tokenizer_config.json",
-    "trainer_state.json", "training_state.json",
-]  # fmt: skip
 
 
 def flip_bit(path, other):
@@ -254,6 +253,44 @@ def test_second_run_in_a_folder_is_refused_and_a_killed_one_holds_no_lock(server
     assert (run / "run.lock").is_file()
     assert server.run(log, *command, "--output_dir", run) == 0
     assert not (run / "run.lock").exists()
+
+
+LOCK_AND_FORK = """
+import os, sys, time
+from pathlib import Path
+from utils.run.lock import run_locked
+
+with run_locked(Path(sys.argv[1])):
+    if worker := os.fork():
+        print(worker, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_forked_worker_does_not_keep_the_folder_of_a_killed_run(tmp_path):
+    words = [sys.executable, "-c", LOCK_AND_FORK, tmp_path]
+    holder = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    worker = int(holder.stdout.readline())
+    try:
+        with pytest.raises(UserError, match=f"{tmp_path} is in use by process {holder.pid} on "):
+            check_usable(tmp_path)
+        holder.kill()
+        holder.wait()
+        os.kill(worker, 0)  # it is alive
+        check_usable(tmp_path)
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK], ids=errno.errorcode.get)
+def test_folder_without_file_locks_is_said_and_used(tmp_path, monkeypatch, capsys, number):
+    def refuse(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with run_locked(tmp_path):
+        assert "has no file locks" in capsys.readouterr().out and (tmp_path / "run.lock").is_file()
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_runs_started_at_once_leave_one(server, command, tmp_path):

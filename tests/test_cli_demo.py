@@ -11,7 +11,8 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from helpers import ROOT
+from helpers.shell import run_script
 
 import cli_demo
 from utils.chat.generation import decode_reply

@@ -45,6 +45,25 @@ def test_table_is_printed_where_they_agree(compare):
     assert printed.startswith("| seed | plain | fast |") and "equal within" in printed
 
 
+def test_other_settings_are_held_against_the_first_one(tmp_path, monkeypatch, capsys):
+    # Means: bf16 2.0 before, 1.5 after; nf4 2.2 and 1.8, so 10% and 20% more.
+    for run, (before, after) in {
+        "bf16-0": (2.0, 1.4), "bf16-1": (2.0, 1.6), "nf4-0": (2.1, 1.8), "nf4-1": (2.3, 1.8)
+    }.items():  # fmt: skip
+        (tmp_path / run).mkdir()
+        log = [{"loss": 3.0}, {"eval_loss": before}, {"eval_loss": after}]
+        (tmp_path / run / "metrics.json").write_text(json.dumps({"eval_loss": after, "log": log}))
+    words = [str(tmp_path), "--settings", "bf16", "nf4", "--seeds", "0", "1"]
+    monkeypatch.setattr("sys.argv", ["compare_runs", *words])
+    main()
+    assert capsys.readouterr().out.splitlines() == [
+        "| setting | before | against bf16 | after | ± over seeds | against bf16 |",
+        "|---|---:|---:|---:|---:|---:|",
+        "| bf16 | 2.0000 | +0.0% | 1.5000 | 0.1414 | +0.0% |",
+        "| nf4 | 2.2000 | +10.0% | 1.8000 | 0.0000 | +20.0% |",
+    ]
+
+
 def test_missing_run_and_single_seed_are_one_line(compare):
     with pytest.raises(UserError, match="fast-4.*holds no eval_loss"):
         compare({"plain-3": 1.5, "fast-3": 1.52, "plain-4": 1.6}, "3", "4")

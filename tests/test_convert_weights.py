@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import run_script
+from helpers.shell import run_script
 
 from utils.console import UserError
 from utils.convert_weights import convert_folder
@@ -57,3 +57,10 @@ def test_damaged_folder_is_one_line_that_names_the_file(tmp_path, case):
         convert_folder(folder, tmp_path / "out")
     assert "\n" not in str(caught.value) and json.dumps(str(folder)).strip('"') in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_converted_weights_are_readable_by_whom_the_config_is(tmp_path):
+    weights = pickle_content({"a": torch.zeros(10)}, tmp_path / "whole.bin")
+    convert_folder(write_folder(tmp_path / "folder", pytorch_model=weights), tmp_path / "out")
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"] and modes["config.json"] & 0o044

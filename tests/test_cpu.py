@@ -8,8 +8,8 @@ import pytest
 import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from bitsandbytes.nn import Linear4bit
-from test_models import assert_close_in_bfloat16, read_logits
-from tiny_models import build_llama1
+from helpers.families import build_llama1
+from helpers.models import assert_close_in_bfloat16, read_logits
 
 from utils.arguments import ModelArguments
 from utils.console import UserError

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from tiny_llms import (
+from helpers.architectures import (
     CONFIGS,
     DEVICE,
     GQA,
@@ -13,8 +13,8 @@ from tiny_llms import (
     adapter_gradients,
     build_batch,
     build_model,
-    relative_difference,
 )
+from helpers.models import relative_difference
 from transformers import LlamaConfig, Phi3Config
 
 from utils.console import run_main

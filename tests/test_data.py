@@ -5,7 +5,8 @@ import time
 
 import numpy as np
 import pytest
-from test_sources import alpaca_rows, list_questions, load, write_rows
+from helpers.chats import QWEN3_LIKE, read_labels, tokenize, train_rows
+from helpers.rows import alpaca_rows, list_questions, load, write_rows
 
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.console import UserError
@@ -14,36 +15,10 @@ from utils.data.cache import find_cache_dir
 from utils.data.rows import find_copies, load_rows
 from utils.data.scanning import Scan
 from utils.data.sources import Source
-from utils.data.tokenizing import tokenize_rows
 from utils.messages import EVAL, IGNORE_INDEX, TEST, TRAIN
 from utils.prompts import find_stop_tokens, read_template
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
-
-
-def tokenize(tokenizer, path, do_eval=False, do_predict=False, **flags):
-    rows = load(path, do_eval=do_eval, do_predict=do_predict, **flags)
-    datasets = tokenize_rows(
-        rows, tokenizer, find_stop_tokens(tokenizer, []), DataArguments(str(path), **flags)
-    )
-    return rows, datasets
-
-
-def train_rows(tokenizer, tmp_path, rows, **flags):
-    """(rows as lists, findings) of a file of these rows."""
-    path = write_rows(tmp_path / "rows.jsonl", rows)
-    found = tokenize(tokenizer, path, **flags)[1][TRAIN]
-    kept = ("input_ids", "labels")
-    return [{name: found[i][name].tolist() for name in kept} for i in range(len(found))], found.found[
-        "counts"
-    ]
-
-
-def read_labels(tokenizer, row):
-    return tokenizer.decode([label for label in row["labels"] if label != IGNORE_INDEX])
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def build_chat(turns, words=3):
@@ -332,8 +307,6 @@ def test_rows_that_are_too_long_are_dropped_when_asked(tmp_path, smol_tokenizer)
 
 
 def test_template_that_rewrites_answers_gives_a_row_an_answer(tmp_path, smol_tokenizer):
-    from test_prompts import QWEN3_LIKE
-
     smol_tokenizer.chat_template = QWEN3_LIKE
     rows, counts = train_rows(
         smol_tokenizer, tmp_path, [{"messages": build_chat(6, words=8)}], model_max_length=80

@@ -3,17 +3,14 @@
 import json
 
 import pytest
-from conftest import ROOT
-from test_sources import alpaca_rows, write_rows
+from helpers import ROOT
+from helpers.rows import alpaca_rows, write_rows
 
 from utils.console import UserError
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 GOOD = alpaca_rows(12)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

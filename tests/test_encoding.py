@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from helpers.families import FAMILIES, train_sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import FAMILIES, train_sentencepiece
 
 from utils.arguments import DataArguments, ModelArguments
 from utils.data.rows import load_rows

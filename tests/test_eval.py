@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
 from eval.answers.questions import load_answers, load_questions
 from eval.lm_tasks import render_scores

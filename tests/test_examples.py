@@ -10,8 +10,9 @@ import sys
 
 import nbformat
 import pytest
-from conftest import ROOT, ignore_outputs
-from tiny_models import build_llama1, build_neox
+from helpers import ROOT
+from helpers.families import build_llama1, build_neox
+from helpers.shell import ignore_outputs
 
 from utils.flags.parser import parse_args
 

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from small_runs import write_rows
-from tiny_llms import DEVICE, VOCABULARY, build_batch, build_model
+from helpers.architectures import DEVICE, VOCABULARY, build_batch, build_model
+from helpers.rows import write_sums
+from helpers.runs import read_log
 from torch.nn import functional as F
 
 from utils.fast import lora as fast_lora
@@ -136,11 +137,6 @@ def test_trained_adapter_is_evaluated_as_in_its_training(monkeypatch):
     assert (own - expected).norm() > 1e-3 * expected.norm()
 
 
-def read_log(run, name) -> list[float]:
-    log = json.loads((run / "metrics.json").read_text())["log"]
-    return [entry[name] for entry in log if name in entry]
-
-
 @pytest.mark.parametrize("bits", [4, 16])
 def test_logged_evaluation_is_the_next_steps_loss(call_main, small_model, monkeypatch, tmp_path, bits):
     """The rows of the step are those held out; then the finished run is evaluated once more, from its folder."""
@@ -149,7 +145,7 @@ def test_logged_evaluation_is_the_next_steps_loss(call_main, small_model, monkey
     monkeypatch.setattr(
         "utils.data.rows.find_copies", lambda sources, scans: [scan.hashes == 0 for scan in scans]
     )
-    data, run = write_rows(tmp_path / "rows.jsonl", 8), tmp_path / "run"
+    data, run = write_sums(tmp_path / "rows.jsonl", 8), tmp_path / "run"
     argv = ["--model_name_or_path", small_model, "--dataset_name", data, "--eval_dataset_name", data]
     argv += [
         "--template",

@@ -4,17 +4,17 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT
-from tiny_llms import (
+from helpers import ROOT
+from helpers.architectures import (
     CONFIGS,
     DEVICE,
     adapter_gradients,
     build_batch,
     build_model,
-    relative_difference,
     run_plain,
     share_masks,
 )
+from helpers.models import relative_difference
 
 from utils.fast.model import FastModel, prepare_fast_model
 

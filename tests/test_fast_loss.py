@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_llms import DEVICE
+from helpers.architectures import DEVICE
 from torch import nn
 from torch.nn import functional as F
 
@@ -61,7 +61,7 @@ def test_a_loss_scale_that_would_overflow_half_floats_does_not():
 
 
 def test_a_trained_head_is_not_covered():
-    from tiny_llms import build_model
+    from helpers.architectures import build_model
 
     model = build_model("llama").get_base_model()
     assert fast_loss.find_loss_obstacle(model, OutputLayer(model)) is None

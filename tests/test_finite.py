@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from helpers.rows import write_sums
 from safetensors.torch import load_file, save_file
-from small_runs import write_rows
 
 from utils.arguments import LoraArguments, ModelArguments
 from utils.data.packing import PackingCollator, PaddingCollator, list_rows
@@ -31,7 +31,7 @@ def poisoned_model(small_model, tmp_path):
 def test_step_that_is_not_finite_is_skipped_counted_and_its_rows_named(
     server, command, poisoned_model, tmp_path, packing
 ):
-    write_rows(tmp_path / "rows.jsonl", poisoned=[7])
+    write_sums(tmp_path / "rows.jsonl", poisoned=[7])
     command[1] = poisoned_model
     run, log = tmp_path / "run", tmp_path / "log"
     argv = [
@@ -63,7 +63,7 @@ def test_step_that_is_not_finite_is_skipped_counted_and_its_rows_named(
 def test_five_bad_steps_in_a_row_stop_the_run_and_leave_the_good_checkpoint(
     server, command, poisoned_model, tmp_path
 ):
-    write_rows(tmp_path / "rows.jsonl", poisoned=range(12, 96))
+    write_sums(tmp_path / "rows.jsonl", poisoned=range(12, 96))
     command[1] = poisoned_model
     run, log = tmp_path / "run", tmp_path / "log"
     argv = [*command, "--output_dir", run, "--train_sampling_strategy", "sequential", "--save_steps", "50"]

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from bitsandbytes.functional import get_4bit_type
-from conftest import ROOT
+from helpers import ROOT
 
 from utils.arguments import GenerationArguments, ModelArguments
 from utils.chat.generation import build_generation_config, generate_replies, load_run, trim_history
@@ -29,15 +29,14 @@ FLAGS = [
     "4",
 ]
 FLAGS += ["--gradient_checkpointing", "False", "--gradient_accumulation_steps", "1"]
+SAVED = ["--max_steps", "2", "--save_steps", "1", "--template", "vicuna", "--quant_type", "fp4"]
 QUESTION = [{"role": "user", "content": "Who are you?"}]
 SHORT = GenerationArguments(max_new_tokens=8)
 
 
-@pytest.fixture
-def run(call_main, tiny_model, tmp_path):
-    argv = ["--model_name_or_path", tiny_model, *FLAGS, "--output_dir", tmp_path / "run", "--max_steps", "2"]
-    call_main("qlora_finetune", *argv, "--save_steps", "1", "--template", "vicuna", "--quant_type", "fp4")
-    return tmp_path / "run"
+@pytest.fixture(scope="module")
+def run(trained_run):
+    return trained_run(*FLAGS, *SAVED)
 
 
 def open_run(folder, given=(), **flags):
@@ -104,12 +103,12 @@ def make_old(run):
     (run / "chat_template.jinja").write_text(template.replace('"ASSISTANT:" -}}', '"ASSISTANT: " -}}'))
 
 
-def test_run_of_an_older_version_is_asked_as_it_was_trained_and_says_so(run, capsys):
+def test_run_of_an_older_version_is_asked_as_it_was_trained_and_says_so(run_copy, capsys):
     asked = QUESTION, [*QUESTION, {"role": "assistant", "content": "Me."}, *QUESTION]
-    new = open_run(run)[1]
+    new = open_run(run_copy)[1]
     assert "older version" not in capsys.readouterr().out
-    make_old(run)
-    old = open_run(run)[1]
+    make_old(run_copy)
+    old = open_run(run_copy)[1]
     assert capsys.readouterr().out.count("was trained by an older version") == 1
     blank = old.tokenizer(" ").input_ids
     for messages in asked:
@@ -117,13 +116,12 @@ def test_run_of_an_older_version_is_asked_as_it_was_trained_and_says_so(run, cap
         assert encode_prompt(old.tokenizer, messages, old.stop_ids, old.keeps_blank) == prompt + blank
 
 
-def test_run_of_an_older_version_goes_on_only_when_forced(run, call_main, tiny_model):
-    make_old(run)
-    argv = ["--model_name_or_path", tiny_model, *FLAGS, "--output_dir", run, "--max_steps", "2"]
-    argv += ["--save_steps", "1", "--template", "vicuna", "--quant_type", "fp4"]
+def test_run_of_an_older_version_goes_on_only_when_forced(run_copy, call_main, tiny_model):
+    make_old(run_copy)
+    argv = ["--model_name_or_path", tiny_model, *FLAGS, "--output_dir", run_copy, *SAVED]
     assert "is finished" in call_main("qlora_finetune", *argv)
-    record = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    record = json.loads((run_copy / "run.json").read_text())
+    (run_copy / "run.json").write_text(json.dumps(record | {"status": "running"}))
     with pytest.raises(UserError, match="tokenized its prompts and answers apart.*--force_resume"):
         call_main("qlora_finetune", *argv)
     assert "--force_resume: " in call_main("qlora_finetune", *argv, "--force_resume")

@@ -9,31 +9,16 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
-from safetensors.torch import load_file
+from helpers import IDENTITY, ROOT
+from helpers.models import relative_difference
+from helpers.runs import load_weights, read_log, train, trainer_kept
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-IDENTITY = ROOT / "data" / "guanaco_identity.jsonl"
-
-
-def train(call_main, model, output_dir, *flags, script="qlora_finetune"):
-    argv = ["--model_name_or_path", model, "--dataset_name", IDENTITY, "--output_dir", output_dir]
-    argv += ["--logging_steps", 1, "--save_strategy", "no", "--source_max_len", 200, "--target_max_len", 100]
-    argv += ["--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 2]
-    printed = call_main(script, *argv, *flags)
-    log = json.loads((output_dir / "metrics.json").read_text())["log"]
-    return printed, [entry["loss"] for entry in log if "loss" in entry]
-
-
-def load_weights(run):
-    weights = load_file(run / "adapter_model.safetensors")
-    assert all(torch.isfinite(weight).all() for weight in weights.values())
-    return weights
-
-
+FLAGS = ["--logging_steps", 1, "--save_strategy", "no", "--source_max_len", 200, "--target_max_len", 100]
+FLAGS += ["--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 2]
 SETTINGS = {
     "bf16": ["--bf16"],
     "fp16": ["--fp16"],
@@ -48,62 +33,49 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_real_model_learns_in_twelve_steps(call_main, smollm2, tmp_path, setting):
     flags = ["--max_steps", 12, "--lora_r", 16, "--learning_rate", 1e-3, *SETTINGS[setting]]
-    printed, losses = train(call_main, smollm2, tmp_path / "run", *flags)
+    printed = train(call_main, smollm2, tmp_path / "run", *FLAGS, *flags)
     assert "plain path" not in printed and "without CUDA graphs" not in printed
     load_weights(tmp_path / "run")
+    losses = read_log(tmp_path / "run", "loss")
     assert len(losses) == 12 and sum(losses[-3:]) < 0.7 * sum(losses[:3])
 
 
 @pytest.mark.parametrize("flags", [[], ["--fast_lora", "False", "--lora_r", 256]])  # pages 100,000 and more
-def test_optimizer_state_is_paged(call_main, smollm2, tmp_path, monkeypatch, flags):
-    from utils.train.trainer import QLoraTrainer
-
-    kept, save_final = [], QLoraTrainer.save_final
-    monkeypatch.setattr(
-        QLoraTrainer, "save_final", lambda self: (kept.append(self.optimizer.optimizer), save_final(self))
-    )
+def test_optimizer_state_is_paged(call_main, smollm2, tmp_path, flags):
     flags = ["--max_steps", 1, "--optim", "paged_adamw_32bit", *flags]
-    train(call_main, smollm2, tmp_path / "run", *flags)
-    states = [state["state1"] for state in kept[0].state.values()]
+    with trainer_kept() as kept:
+        train(call_main, smollm2, tmp_path / "run", *FLAGS, *flags)
+    states = [state["state1"] for state in kept[0].optimizer.optimizer.state.values()]
     assert states and any(getattr(state, "is_paged", False) for state in states)
 
 
 @pytest.mark.parametrize("optim", ["paged_adamw_32bit", "paged_adamw_8bit"])
 @pytest.mark.parametrize("fast_lora", ["True", "False"])
-def test_optimizer_state_is_paged_again_after_a_resume(
-    call_main, smollm2, tmp_path, monkeypatch, fast_lora, optim
-):
+def test_optimizer_state_is_paged_again_after_a_resume(call_main, smollm2, tmp_path, fast_lora, optim):
     """And the run ends as the uninterrupted one: no page was filled before its zeros were written."""
-    from utils.train.trainer import QLoraTrainer
-
-    kept, save_final = [], QLoraTrainer.save_final
-    monkeypatch.setattr(
-        QLoraTrainer, "save_final", lambda self: (kept.append(self.optimizer.optimizer), save_final(self))
-    )
     run, flags = tmp_path / "run", ["--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2]
     flags += ["--optim", optim, "--fast_lora", fast_lora, "--lora_r", 256, "--learning_rate", 1e-3]
-    train(call_main, smollm2, run, *flags)
+    train(call_main, smollm2, run, *FLAGS, *flags)
     expected = load_weights(run)
     shutil.rmtree(run / "checkpoint-4")
     record = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(record | {"status": "running"}))
-    printed, _ = train(call_main, smollm2, run, *flags)
-    assert "checkpoint-2" in printed and kept[1].is_paged
-    large = [state for weight, state in kept[1].state.items() if weight.numel() >= 100_000]
+    with trainer_kept() as kept:
+        printed = train(call_main, smollm2, run, *FLAGS, *flags)
+    optimizer = kept[0].optimizer.optimizer
+    assert "checkpoint-2" in printed and optimizer.is_paged
+    large = [state for weight, state in optimizer.state.items() if weight.numel() >= 100_000]
     assert large and all(state[name].is_paged for state in large for name in ("state1", "state2"))
-    weights = load_weights(run)
-    difference = sum((weights[name] - weight).double().square().sum() for name, weight in expected.items())
-    assert difference / sum(weight.double().square().sum() for weight in expected.values()) < 1e-8
+    assert relative_difference(load_weights(run), expected) < 1e-4
 
 
 def test_batch_of_four_equals_four_accumulated_rows(call_main, smollm2, tmp_path):
     flags = ["--bits", 32, "--max_steps", 3, "--learning_rate", 1e-3, "--adam_epsilon", 1e-4]
     for name, batch, accumulation in (("whole", 4, 1), ("parts", 1, 4)):
         sizes = ["--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation]
-        train(call_main, smollm2, tmp_path / name, *flags, *sizes)
+        train(call_main, smollm2, tmp_path / name, *FLAGS, *flags, *sizes)
     whole, parts = load_weights(tmp_path / "whole"), load_weights(tmp_path / "parts")
-    difference = sum((parts[name] - whole[name]).double().square().sum() for name in whole)
-    assert (difference / sum(weight.double().square().sum() for weight in whole.values())).sqrt() < 1e-5
+    assert relative_difference(parts, whole) < 1e-5
 
 
 def test_packing_is_exact_in_bfloat16(smollm2):
@@ -120,7 +92,7 @@ def test_trained_run_chats_on_the_gpu(call_main, smollm2, tmp_path, monkeypatch)
     import io
 
     flags = ["--max_steps", 30, "--lora_r", 16, "--learning_rate", 1e-3, "--gradient_accumulation_steps", 1]
-    train(call_main, smollm2, tmp_path / "run", *flags)
+    train(call_main, smollm2, tmp_path / "run", *FLAGS, *flags)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Who are you?\n"))
     start = time.perf_counter()
     printed = call_main("cli_demo", "--checkpoint_dir", tmp_path / "run", "--max_new_tokens", 32)
@@ -135,7 +107,9 @@ def test_fast_path_learns_what_the_plain_path_learns(call_main, smollm2, tmp_pat
     for kind in ("--bits 32", "--bits 16 --bf16", "--bits 16 --fp16"):
         for fast in ("True", "False"):
             flags = ["--max_steps", 20, "--lora_r", 16, *kind.split(), "--fast_lora", fast]
-            losses[kind[-4:], fast] = train(call_main, smollm2, tmp_path / f"{kind}{fast}", *flags)[1]
+            run = tmp_path / f"{kind}{fast}"
+            train(call_main, smollm2, run, *FLAGS, *flags)
+            losses[kind[-4:], fast] = read_log(run, "loss")
     exact = torch.tensor(losses.pop(("s 32", "True")))
     error = {name: (torch.tensor(other) - exact).abs().max().item() for name, other in losses.items()}
     print(error)
@@ -176,8 +150,7 @@ def test_killed_run_ends_with_the_losses_of_the_unbroken_one(smollm2, tmp_path):
     for name in ("unbroken", "killed"):
         printed = (tmp_path / f"{name}.log").read_text()
         assert "plain path" not in printed and "without CUDA graphs" not in printed
-        log = json.loads((tmp_path / name / "metrics.json").read_text())["log"]
-        losses[name] = [entry["loss"] for entry in log if "loss" in entry]
+        losses[name] = read_log(tmp_path / name, "loss")
     assert "going on from" in printed and len(losses["killed"]) == 24
     assert losses["killed"] == pytest.approx(losses["unbroken"], abs=1e-3)
 
@@ -219,20 +192,17 @@ def measure_bare_steps(trainer, steps=10):
 
 
 @pytest.mark.slow
-def test_trainer_costs_little_over_its_bare_step(call_main, smollm2, tmp_path, monkeypatch):
-    from utils.train.trainer import QLoraTrainer
-
+def test_trainer_costs_little_over_its_bare_step(call_main, smollm2, tmp_path):
     build_wide_model(tmp_path / "wide", smollm2)
     lengths = json.loads((ROOT / "tests" / "instruction_lengths.json").read_text())
     rows = [{"prompt": "Count.", "completion": " count" * length} for length in lengths]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    kept, save_final = [], QLoraTrainer.save_final
-    monkeypatch.setattr(QLoraTrainer, "save_final", lambda self: (kept.append(self), save_final(self)))
     argv = ["--model_name_or_path", tmp_path / "wide", "--dataset_name", tmp_path / "rows.jsonl", "--bf16"]
     argv += ["--output_dir", tmp_path / "run", "--save_strategy", "no"]
     argv += ["--max_steps", 60, "--logging_steps", 10, "--optim", "adamw_torch_fused"]
     argv += ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 8, "--lora_dropout", 0.1]
-    call_main("qlora_finetune", *argv, "--source_max_len", 1024, "--target_max_len", 1024)
+    with trainer_kept() as kept:
+        call_main("qlora_finetune", *argv, "--source_max_len", 1024, "--target_max_len", 1024)
     log = json.loads((tmp_path / "run" / "metrics.json").read_text())["log"]
     logged = [entry["tokens_per_second"] for entry in log if "loss" in entry]
     bare = measure_bare_steps(kept[0])

@@ -4,8 +4,8 @@ import html
 import re
 
 import pytest
+from helpers.rows import load, write_rows
 from markdown_it import MarkdownIt
-from test_sources import load, write_rows
 
 from utils.data.formats import read_row
 from utils.data.html_text import CONVERTED, FORMULAS_KEPT, LABELS_TAKEN_OUT, convert_page

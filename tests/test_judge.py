@@ -11,7 +11,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from eval.answers.questions import load_answers, load_questions
 from eval.answers.reviews import count_results, load_matches, relate_scores

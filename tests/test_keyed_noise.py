@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny_llms import DEVICE, adapter_gradients, build_batch, build_model, relative_difference, run_plain
+from helpers.architectures import DEVICE, adapter_gradients, build_batch, build_model, run_plain
+from helpers.models import relative_difference
 from torch import nn
 
 from utils.data.packing import PackingCollator, PaddingCollator

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.console import UserError

@@ -7,7 +7,7 @@ import sys
 
 import psutil
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from utils.fast import memory
 from utils.fast.memory import read_cgroup_limits, read_host_memory

@@ -1,6 +1,7 @@
 """The merged folder is the adapter on its base: same weights, same words, same stop."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -11,34 +12,32 @@ from pathlib import Path
 import openai
 import pytest
 import torch
-from conftest import ROOT, save_random_model
+from helpers import IDENTITY, ROOT
+from helpers.families import FAMILIES, build_baichuan
+from helpers.models import read_logits, save_random_model
+from helpers.runs import train
+from helpers.shell import find_free_port
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from shell_runs import find_free_port
-from test_generation import FLAGS
-from tiny_models import FAMILIES, build_baichuan
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.arguments import GenerationArguments, ModelArguments
 from utils.chat.generation import load_run
 from utils.chat.streaming import stream_reply
 from utils.console import UserError
-from utils.merge.shards import Entry, plan_shards, save_shards
+from utils.merge.shards import save_shards
 from utils.merge.weights import check_all_used
 from utils.models.base import load_base
 from utils.models.folder import read_model_config, resolve_model
 from utils.models.tokenizer_files import load_own_tokenizer
 
-
-def train(call_main, model, folder, *flags):
-    argv = ["--model_name_or_path", model, *FLAGS, "--output_dir", folder, "--max_steps", "4"]
-    call_main("qlora_finetune", *argv, "--learning_rate", "1e-2", "--eval_dataset_size", "4", *flags)
-    return folder
+FLAGS = """--model_max_length 200 --lora_r 4 --gradient_checkpointing False --gradient_accumulation_steps 1
+    --max_steps 4 --learning_rate 1e-2 --eval_dataset_size 4""".split()
 
 
-@pytest.fixture
-def run(call_main, tiny_model, tmp_path):
-    return train(call_main, tiny_model, tmp_path / "run")
+@pytest.fixture(scope="module")
+def run(trained_run):
+    return trained_run("--dataset_name", IDENTITY, *FLAGS)
 
 
 def merge(call_main, run, folder, *flags):
@@ -62,13 +61,21 @@ def test_merged_folder_is_complete_and_certified(call_main, run, tmp_path):
     assert f"transformers serve {tmp_path / 'merged'}" in printed and "convert_hf_to_gguf.py" in printed
 
 
+def test_merged_weights_are_readable_by_whom_the_config_is(call_main, run, tmp_path):
+    """A server may run under another account. save_file's own files are their owner's alone."""
+    merge(call_main, run, tmp_path / "merged", "--no_parity")
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "merged").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"] and modes["config.json"] & 0o044
+
+
 def test_merged_model_keeps_template_and_every_stop_token(call_main, tiny_model, tmp_path):
     base = tmp_path / "base"
     base.mkdir()
     for file in tiny_model.iterdir():
         (base / file.name).write_bytes(file.read_bytes())
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0], "temperature": 0.7}))
-    run = train(call_main, base, tmp_path / "run", "--template", "vicuna")
+    run = tmp_path / "run"
+    train(call_main, base, run, *FLAGS, "--template", "vicuna")
     merge(call_main, run, tmp_path / "merged", "--no_parity")
     config = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
     stop_ids = json.loads((run / "run.json").read_text())["prompt"]["stop_ids"]
@@ -107,7 +114,8 @@ def test_transformers_serve_says_what_the_chat_says(call_main, run, tmp_path):
 
 @pytest.mark.parametrize("flags", [[], ["--use_rslora"], ["--use_dora"], ["--bias", "all"]], ids=str)
 def test_merge_into_16_bits_equals_pefts_own(call_main, tiny_model, tmp_path, flags):
-    run = train(call_main, tiny_model, tmp_path / "run", "--bits", "16", *flags)
+    run = tmp_path / "run"
+    train(call_main, tiny_model, run, *FLAGS, "--bits", "16", *flags)
     merge(call_main, run, tmp_path / "merged", "--no_parity")
     args = resolve_model(ModelArguments(checkpoint_dir=str(run), bits=32), {"bits"})
     expected = load_run(args, read_model_config(args)).model.merge_and_unload().state_dict()
@@ -146,12 +154,6 @@ def save_adapter(base, folder, bits=32, **config):
     return folder, read_logits(model)
 
 
-@torch.no_grad()
-def read_logits(model):
-    ids = torch.arange(5, 45)[None]
-    return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
-
-
 def find_difference(logits, expected):
     """Relative, of all logits together."""
     return ((logits - expected).norm() / expected.norm()).item()
@@ -174,7 +176,7 @@ def test_merged_family_says_what_pefts_forward_says(family, call_main, tmp_path)
 def test_merged_baichuan_is_a_llama_folder_with_the_same_words(call_main, tmp_path):
     base = build_base(build_baichuan, tmp_path / "base")
     adapter, _ = save_adapter(base, tmp_path / "adapter")
-    rows = ["--eval_dataset_name", ROOT / "data" / "guanaco_identity.jsonl", "--max_eval_samples", "2"]
+    rows = ["--eval_dataset_name", IDENTITY, "--max_eval_samples", "2"]
     argv = ["--model_name_or_path", base, *rows]
     assert "parity passed" in merge(call_main, adapter, tmp_path / "merged", *argv)
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
@@ -310,7 +312,8 @@ def test_every_tensor_of_the_adapter_must_have_been_used():
     ids=str,
 )
 def test_every_quantization_passes_parity(call_main, tiny_model, tmp_path, float32_cpu, flags):
-    run = train(call_main, tiny_model, tmp_path / "run", *flags)
+    run = tmp_path / "run"
+    train(call_main, tiny_model, run, *FLAGS, *flags)
     assert "parity passed" in merge(call_main, run, tmp_path / "merged")
 
 
@@ -352,13 +355,16 @@ def test_mistakes_are_said_before_weights_load(call_main, run, tiny_model, tmp_p
 
 
 def test_shards_stay_under_their_limit_and_load(tmp_path):
-    entries = [Entry(f"t{i}", "F32", [10, 10]) for i in range(5)] + [Entry("big", "BF16", [1000])]
-    assert [len(shard) for shard in plan_shards(entries, limit=1000)] == [2, 2, 1, 1]
-    tensors = {entry.name: torch.randn(entry.shape) for entry in entries}
-    tensors["big"] = tensors["big"].bfloat16()
-    save_shards(entries, lambda entry: tensors[entry.name], tmp_path, limit=1000)
+    """Two tensors may be views of one memory, as those of a base's file are, and a view may be transposed."""
+    one, other, third = torch.randn(3, 10, 10)
+    tensors = {"one": one, "same": one, "other": other, "turned": other.t(), "third": third}
+    tensors["big"] = torch.randn(1000).bfloat16()
+    planned = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    save_shards(planned, tensors.get, tmp_path, limit=1000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert len(set(index["weight_map"].values())) == 4
+    shards = [load_file(path) for path in sorted(tmp_path.glob("*.safetensors"))]
+    assert sorted(len(shard) for shard in shards) == [1, 1, 2, 2]
+    assert index["metadata"]["total_size"] == 5 * 400 + 2000
     for name, file in index["weight_map"].items():
         assert torch.equal(load_file(tmp_path / file)[name], tensors[name])
 
@@ -398,19 +404,20 @@ def save_7b_shape(smollm2, folder):
     linear = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
     linear |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden)}
     linear |= {"mlp.down_proj": (hidden, inner)}
-    entries, lora = [Entry("model.embed_tokens.weight", "BF16", [config.vocab_size, hidden])], {}
+    shapes, lora = {"model.embed_tokens.weight": [config.vocab_size, hidden]}, {}
     for i in range(config.num_hidden_layers):
         for name, (rows, columns) in linear.items():
             layer = f"model.layers.{i}.{name}"
-            entries.append(Entry(f"{layer}.weight", "BF16", [rows, columns]))
+            shapes[f"{layer}.weight"] = [rows, columns]
             lora[f"base_model.model.{layer}.lora_A.weight"] = torch.randn(16, columns)
             lora[f"base_model.model.{layer}.lora_B.weight"] = torch.randn(rows, 16)
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            entries.append(Entry(f"model.layers.{i}.{norm}.weight", "BF16", [hidden]))
-    entries += [Entry("model.norm.weight", "BF16", [hidden])]
-    entries += [Entry("lm_head.weight", "BF16", [config.vocab_size, hidden])]
+            shapes[f"model.layers.{i}.{norm}.weight"] = [hidden]
+    shapes |= {"model.norm.weight": [hidden], "lm_head.weight": [config.vocab_size, hidden]}
+    kind = {"dtype": torch.bfloat16, "device": "meta"}
+    planned = {name: torch.empty(shape, **kind) for name, shape in shapes.items()}
     block = torch.randn(2**22).bfloat16()  # repeated: random numbers for 7B weights take minutes
-    save_shards(entries, lambda entry: block.repeat(16 * 2)[: entry.size // 2].reshape(entry.shape), base)
+    save_shards(planned, lambda name: block.repeat(32)[: math.prod(shapes[name])].view(shapes[name]), base)
     save_file(lora, adapter / "adapter_model.safetensors")
     about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 16}
     about |= {"base_model_name_or_path": str(base), "target_modules": "all-linear"}

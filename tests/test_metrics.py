@@ -5,7 +5,7 @@ import random
 
 import jieba
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_chinese import Rouge
 

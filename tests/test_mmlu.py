@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.console import UserError

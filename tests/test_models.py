@@ -2,15 +2,16 @@
 
 import io
 import json
-import shutil
 import sys
 
 import pytest
 import sentencepiece
 import torch
-from conftest import ROOT
+from helpers import ROOT
+from helpers.families import FAMILIES, build_llama2
+from helpers.models import assert_close_in_bfloat16, read_logits
+from helpers.runs import forget_second_step, trainer_kept
 from safetensors.torch import load_file
-from tiny_models import FAMILIES, build_llama2
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 from utils.arguments import ModelArguments
@@ -19,7 +20,6 @@ from utils.fast.graph_decode import install_graph_decode
 from utils.models.base import load_base
 from utils.models.folder import check_adapter_fits, read_model_config, resolve_model
 from utils.models.tokenizer_files import load_own_tokenizer
-from utils.train.trainer import QLoraTrainer
 
 FLAGS = [
     "--dataset_name", ROOT / "data" / "guanaco_identity.jsonl", "--max_train_samples", "8",
@@ -40,28 +40,10 @@ def each_family(test):
 
 
 @pytest.fixture
-def trained_models(monkeypatch):
-    """The models that a Trainer saved in the end, as they were in memory."""
-    kept, save_final = [], QLoraTrainer.save_final
-
-    def save_and_keep(self):
-        kept.append(self.model)
-        return save_final(self)
-
-    monkeypatch.setattr(QLoraTrainer, "save_final", save_and_keep)
-    return kept
-
-
-@torch.no_grad()
-def read_logits(model):
-    model.eval()
-    ids = torch.arange(5, 45)[None]
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
-
-
-def assert_close_in_bfloat16(logits, expected):
-    """transformers' own tolerance between two implementations in bfloat16, flash attention and eager."""
-    assert torch.allclose(logits, expected, atol=4e-2 * expected.abs().max().item())
+def trainers():
+    """Of the runs that end, each with its model as it is in memory."""
+    with trainer_kept() as kept:
+        yield kept
 
 
 def find_plain_linears(model):
@@ -87,22 +69,14 @@ def ask(call_main, monkeypatch, run, question):
     return call_main("cli_demo", "--checkpoint_dir", run, "--max_new_tokens", "8")
 
 
-def forget_second_step(run):
-    """Leave the run as if it had been killed after its first checkpoint."""
-    record = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(record | {"status": "running"}))
-    shutil.rmtree(run / "checkpoint-2")
-    (run / "adapter_model.safetensors").unlink()
-
-
 @each_family
 @pytest.mark.parametrize("bits", [4, 8])
 def test_family_trains_reloads_with_the_same_logits_and_chats(
-    family, bits, families, call_main, trained_models, float32_cpu, tmp_path, monkeypatch
+    family, bits, families, call_main, trainers, float32_cpu, tmp_path, monkeypatch
 ):
     run = tmp_path / "run"
     call_main(SCRIPTS[bits], "--model_name_or_path", families(family), *FLAGS, "--output_dir", run)
-    model = trained_models[-1]
+    model = trainers[-1].model
     assert find_plain_linears(model) <= {"lm_head", "embed_out"}
     chat = load_chat(run)
     expected = read_logits(model)
@@ -173,12 +147,12 @@ def remote_model(tmp_path):
     return folder
 
 
-def test_remote_code_runs_only_when_it_is_trusted(remote_model, call_main, trained_models, tmp_path):
+def test_remote_code_runs_only_when_it_is_trusted(remote_model, call_main, trainers, tmp_path):
     argv = ["--model_name_or_path", remote_model, *FLAGS, "--output_dir", tmp_path / "run"]
     with pytest.raises(UserError, match="ships its own Python.*--trust_remote_code"):
         call_main("qlora_finetune", *argv)
     call_main("qlora_finetune", *argv, "--trust_remote_code")
-    assert type(trained_models[-1].get_base_model()).__name__ == "OwnForCausalLM"
+    assert type(trainers[-1].model.get_base_model()).__name__ == "OwnForCausalLM"
 
 
 def test_model_of_an_unknown_kind_is_one_line(remote_model, call_main, tmp_path):

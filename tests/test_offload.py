@@ -3,7 +3,7 @@
 from contextlib import nullcontext
 
 import torch
-from tiny_llms import LINEARS, adapter_gradients, build_batch, build_model
+from helpers.architectures import LINEARS, adapter_gradients, build_batch, build_model
 
 from utils.fast import offload
 from utils.fast.model import prepare_fast_model

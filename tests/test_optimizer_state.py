@@ -7,8 +7,9 @@ from copy import deepcopy
 import pytest
 import torch
 from bitsandbytes.optim import AdamW as BitsAndBytesAdamW
+from helpers.rows import write_sums
+from helpers.runs import FLAGS
 from safetensors.torch import load_file, save_file
-from small_runs import FLAGS, write_rows
 
 from utils.console import UserError
 from utils.fast.flat_adapter import FlatAdapter
@@ -136,7 +137,7 @@ def test_state_of_blocks_goes_on_to_the_same_bits_and_is_never_cut(bits, is_page
 def whole_run(server, small_model, tmp_path_factory):
     """(folder, command) of a run of 4 steps with checkpoints 2 and 4, on the fused path, in float32."""
     folder = tmp_path_factory.mktemp("whole")
-    argv = ["--model_name_or_path", small_model, "--dataset_name", write_rows(folder / "rows.jsonl"), *FLAGS]
+    argv = ["--model_name_or_path", small_model, "--dataset_name", write_sums(folder / "rows.jsonl"), *FLAGS]
     argv += ["--max_steps", "4", "--bits", "32", "--lora_dropout", "0", "--output_dir"]
     assert server.run(folder / "log", *argv, folder / "run") == 0, (folder / "log").read_text()
     return folder / "run", argv

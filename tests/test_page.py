@@ -14,8 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 import torch
-from conftest import run_script
-from shell_runs import find_free_port
+from helpers.shell import find_free_port, run_script
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 

@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
+from helpers.rows import write_sums
 from peft import LoraConfig, get_peft_model
-from small_runs import write_rows
 from transformers import AutoModelForCausalLM
 
 from utils.arguments import ModelArguments
@@ -25,7 +25,7 @@ def home(call_main, small_model, tmp_path):
     """A folder with a model, its data, and a run made of both."""
     home = tmp_path / "home"
     shutil.copytree(small_model, home / "model")
-    argv = ["--model_name_or_path", home / "model", "--dataset_name", write_rows(home / "rows.jsonl")]
+    argv = ["--model_name_or_path", home / "model", "--dataset_name", write_sums(home / "rows.jsonl")]
     argv += ["--source_max_len", "100", "--target_max_len", "100", "--lora_r", "2", "--template", "vanilla"]
     call_main("qlora_finetune", *argv, "--max_steps", "1", "--output_dir", home / "run")
     return home
@@ -124,7 +124,7 @@ def run_recipe(shell, folder, *flags):
 
 
 def test_recipe_takes_data_from_where_it_is_called(small_model, tmp_path):
-    write_rows(tmp_path / "mine.jsonl", 4)
+    write_sums(tmp_path / "mine.jsonl", 4)
     flags = ["--model_name_or_path", small_model, "--target_max_len", "100", "--dataset_name", "mine.jsonl"]
     result = run_recipe("bash", tmp_path, *flags, "--eval_dataset_size", "4")
     assert result.returncode == 2 and "mine.jsonl" in result.stderr + result.stdout

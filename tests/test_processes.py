@@ -1,18 +1,17 @@
 """Two processes learn what one learns from the same rows, and go on after a kill to the same bits."""
 
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import psutil
 import pytest
-from conftest import ROOT
-from small_runs import assert_equal_runs
-from test_training import load_weights, relative_difference
+from helpers import ROOT
+from helpers.models import relative_difference
+from helpers.runs import assert_equal_runs, load_weights, read_log
+from helpers.shell import find_free_port
 
 FLAGS = """--dataset_name data/guanaco_identity.jsonl --model_max_length 400 --max_steps 6 --learning_rate 1e-2
     --gradient_accumulation_steps 2 --lora_dropout 0.1 --neftune_noise_alpha 5 --logging_steps 1 --save_steps 1
@@ -20,9 +19,7 @@ FLAGS = """--dataset_name data/guanaco_identity.jsonl --model_max_length 400 --m
 
 
 def start(processes, model, output_dir, *flags):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = find_free_port()
     launcher = f"-m torch.distributed.run --nproc_per_node {processes} --master_port {port}".split()
     command = [sys.executable, *launcher, "qlora_finetune.py", "--model_name_or_path", model, *FLAGS]
     return subprocess.Popen(
@@ -51,9 +48,8 @@ def test_two_processes_equal_one_with_twice_the_rows(call_main, tiny_model, tmp_
     argv = ["--model_name_or_path", tiny_model, *FLAGS, "--per_device_train_batch_size", 4]
     call_main("qlora_finetune", *argv, "--fast_lora", fast_lora, "--output_dir", one)
     assert relative_difference(load_weights(two), load_weights(one)) < 1e-5
-    logs = [json.loads((path / "metrics.json").read_text())["log"] for path in (two, one)]
     for name in ("loss", "grad_norm"):
-        first, second = ([entry[name] for entry in log if name in entry] for log in logs)
+        first, second = (read_log(path, name) for path in (two, one))
         assert len(first) == 6 and first == pytest.approx(second, rel=1e-5)
 
 

@@ -1,11 +1,12 @@
 """Prompts byte for byte, labels exactly on the answers, chat prompts equal to training prompts."""
 
 import pytest
+from helpers.chats import QWEN3_LIKE, TWO_TURNS, assert_prompts_agree, decode_labels, encode_chat
 
 from utils.console import UserError
 from utils.data.formats import read_row
 from utils.messages import IGNORE_INDEX, Chat
-from utils.models.encoding import encode_prompt, encode_row
+from utils.models.encoding import encode_row
 from utils.prompts import (
     find_input_marker,
     find_stop_tokens,
@@ -43,18 +44,7 @@ GOLDEN = {
     "guanaco": "### Human: q1### Assistant: a1§### Human: q2### Assistant: a2§",
     "chatml": "<|im_start|>user\nq1§\n<|im_start|>assistant\na1§\n<|im_start|>user\nq2§\n<|im_start|>assistant\na2§\n",
 }
-TWO_TURNS = [
-    {"role": "user", "content": "q1"},
-    {"role": "assistant", "content": "a1"},
-    {"role": "user", "content": "q2"},
-    {"role": "assistant", "content": "a2"},
-]
 # How the templates of other families behave, written small, with SmolLM2's special tokens in place of theirs.
-QWEN3_LIKE = (  # only the last answer keeps its (empty) thinking: earlier ones are rewritten
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 PHI3_LIKE = (  # <|im_end|> closes a turn, eos comes once at the very end
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% else %}<|endoftext|>{% endif %}"
@@ -69,27 +59,6 @@ GEMMA_LIKE = (  # refuses a system message
     "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
-
-
-def encode_chat(tokenizer, messages, eos_ids=()):
-    """(stop ids, [(input_ids, labels) of each training row])"""
-    stop_ids = find_stop_tokens(tokenizer, list(eos_ids))
-    rendered = split_chat(tokenizer, Chat(messages), tokenizer.convert_ids_to_tokens(stop_ids))
-    encoded = [encode_row(tokenizer, row) for row in rendered]
-    return stop_ids, [(row["input_ids"], row["labels"]) for row in encoded]
-
-
-def decode_labels(tokenizer, labels):
-    return tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
-
-
-def assert_prompts_agree(tokenizer, messages, stop_ids, rows):
-    """What chat sends before each answer is, token for token, what a training row has before its labels."""
-    for turn in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
-        prompt = encode_prompt(tokenizer, messages[:turn], stop_ids)
-        starts = [labels for ids, labels in rows if ids[: len(prompt)] == prompt]
-        assert any(labels[len(prompt)] != IGNORE_INDEX for labels in starts), messages[turn]
-        assert all(labels[len(prompt) - 1] == IGNORE_INDEX for labels in starts)
 
 
 def test_golden_strings_cover_every_template():

@@ -9,10 +9,10 @@ import re
 import shutil
 
 import pytest
-import tiny_models
-from conftest import ROOT, ignore_outputs, save_random_model
-from documents import RUN_IN_ORDER, list_shell_lines
-from shell_runs import check_page, run_shell
+from helpers import ROOT, families
+from helpers.documents import RUN_IN_ORDER, list_shell_lines
+from helpers.models import save_random_model
+from helpers.shell import check_page, ignore_outputs, run_shell
 
 SMALL = (
     "--max_steps 2 --max_train_samples 16 --max_eval_samples 4 --max_new_tokens 4 --source_max_len 200 "
@@ -21,6 +21,7 @@ SMALL = (
 # Words of a command, and why it is not run by this test.
 ELSEWHERE = {
     "bash scripts/finetune": "test_scripts.py",
+    "bash scripts/quantization.sh": "test_scripts.py",
     "bash scripts/test.sh": "it runs this",
     "bash scripts/quality.sh": "test_scripts.py",
     "grep ": "test_architecture.py",
@@ -47,7 +48,6 @@ SMALLER = {  # words of a command -> what takes their place
     "train_speed --model llama-7b": "train_speed --model tiny --workloads 2x32 --steps 1 --dtypes fp32",
     "chat_speed --model llama-7b": "chat_speed --model tiny",
     "--tasks quiz_en,quiz_zh": "--tasks quiz_en,quiz_zh --limit 4",
-    "models/SmolLM2-135M-Instruct": "models/small",
     "./work_dir/checkpoint-700": "./work_dir/oasst1-baichuan-7b",
     "path/to/your/model_dir": "output/mine",
     "0.0.0.0": "127.0.0.1",
@@ -62,7 +62,7 @@ def folder(tmp_path_factory):
     shutil.copytree(ROOT, checkout, ignore=ignore_outputs())
     (checkout / "models" / "Baichuan-7B").mkdir(parents=True)
     save_random_model(checkout / "models" / "small", seed=0)
-    tiny_models.build_baichuan(checkout / "models" / "Baichuan-7B")
+    families.build_baichuan(checkout / "models" / "Baichuan-7B")
     shutil.copytree(checkout / "models" / "Baichuan-7B", home / "checkpoints" / "baichuan7b")
     rows = (ROOT / "data" / "guanaco_identity.jsonl").read_text(encoding="utf-8").splitlines()
     (checkout / "YOUR.jsonl").write_text("\n".join(rows), encoding="utf-8")
@@ -127,8 +127,6 @@ def make_small(command):
         command = launch_on_cpus(command)
     if re.search(r"cli_demo|generate_answers|eval\.report", command):
         command += " --max_new_tokens 4"
-    if "eval.quality" in command:
-        command += f" --bases NF4 INT8 --seeds 0 -- {' '.join(SMALL)} --eval_dataset_size 4"
     if "generate_answers" in command:
         command += " --max_questions 2"
     if "eval.report" in command:

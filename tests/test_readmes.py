@@ -5,11 +5,19 @@ import re
 from urllib.parse import unquote
 
 import pytest
-from conftest import ROOT
-from documents import DOCS, DOCUMENTS, READMES, find_marked, list_bash_commands, name_document, read_blocks
-from test_formats import list_turns
-from test_sources import load, write_rows
-from tiny_models import FAMILIES
+from helpers import ROOT
+from helpers.documents import (
+    DOCS,
+    DOCUMENTS,
+    READMES,
+    find_marked,
+    list_bash_commands,
+    name_document,
+    read_blocks,
+)
+from helpers.families import FAMILIES
+from helpers.formats import list_turns
+from helpers.rows import load, write_rows
 
 by_readme = pytest.mark.parametrize("readme", READMES, ids=name_document)
 by_document = pytest.mark.parametrize("document", DOCUMENTS, ids=name_document)

@@ -2,11 +2,11 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
+from helpers.runs import run_in_process
 from safetensors.torch import load_file, save_file
 
 from eval.measures.differences import (
@@ -37,13 +37,9 @@ QUICK = ["--max_questions", "6", "--max_held_out_answers", "2", "--max_new_token
 
 @pytest.fixture(scope="module")
 def good_run(tmp_path_factory, tiny_model):
-    import qlora_finetune
-
     folder = tmp_path_factory.mktemp("runs") / "good"
     argv = ["--model_name_or_path", tiny_model, "--output_dir", folder, *FLAGS]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["qlora_finetune.py", *map(str, argv)])
-        qlora_finetune.main()
+    run_in_process("qlora_finetune", *argv)
     return folder
 
 

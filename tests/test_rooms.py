@@ -4,52 +4,10 @@ import ast
 import re
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
+from helpers.rooms import IMPORTS, MODULES, ORDER, ROOMS, find_imports, find_room
 
-# Each room may import those before it. The ground files come first; commands of utils/ and eval/ look at all.
-ORDER = [
-    "console", "repository", "messages", "arguments", "prompts", "run", "fast", "models", "data", "chat", "flags",
-    "train", "merge",
-]  # fmt: skip
-ROOMS = [name for name in ORDER if (ROOT / "utils" / name).is_dir()]
 SCRIPTS = {"qlora_finetune", "qlora_int8_finetune", "cli_demo", "gradio_webserver"}
-
-
-def name_module(path):
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
-
-
-MODULES = {name_module(path): path for folder in ("utils", "eval") for path in (ROOT / folder).rglob("*.py")}
-
-
-def find_imports(path):
-    """Modules of this repository that a file imports anywhere but for its annotations alone."""
-    tree, found = ast.parse(path.read_text()), set()
-    unused = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if id(node) in unused:
-            continue
-        if isinstance(node, ast.ImportFrom) and node.module:
-            for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
-                found.add(inner if inner in MODULES else node.module)
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return found
-
-
-IMPORTS = {name: find_imports(path) for name, path in MODULES.items()}
-
-
-def find_room(module):
-    """The room or ground file of a module of utils; None for commands, packages' own pages and eval."""
-    package, *rest = module.split(".")
-    return rest[0] if package == "utils" and rest and rest[0] in ORDER else None
 
 
 def test_rooms_only_look_down():
@@ -86,6 +44,19 @@ def test_nothing_imports_a_script_and_utils_nothing_of_eval():
         names = {other.split(".")[0] for other in others}
         assert not names & SCRIPTS, module
         assert not (module.startswith("utils") and "eval" in names), module
+
+
+def test_nothing_imports_a_test_module():
+    """What two of them use stands in tests/helpers/."""
+    files = list((ROOT / "tests").rglob("*.py"))
+    tests = {path.stem for path in files if path.stem.startswith("test_")}
+    wrong = [
+        f"{path.name} imports {other}"
+        for path in files
+        for other in find_imports(path)
+        if other.split(".")[0] in tests
+    ]
+    assert len(tests) > 50 and wrong == []
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -7,8 +7,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from helpers.architectures import GQA
 from safetensors.torch import load_file, save_file
-from tiny_llms import GQA
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 

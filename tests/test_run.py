@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from helpers import IDENTITY
+from helpers.runs import CHECKPOINT_FILES
+from helpers.shell import run_script
 from safetensors.torch import load_file
 
 from utils.console import UserError
 from utils.run.record import hide_secrets, next_free_path
 
-IDENTITY = ROOT / "data" / "guanaco_identity.jsonl"
 FLAGS = ["--dataset_name", IDENTITY, "--source_max_len", "200", "--target_max_len", "100", "--lora_r", "4"]
 FLAGS += [
     "--per_device_train_batch_size",
@@ -24,31 +25,15 @@ RUN_FILES = [
     "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "data_report.json",
     "data_report.png", "metrics.json", "run.json", "tokenizer.json", "tokenizer_config.json", "training_curve.png",
 ]  # fmt: skip
-CHECKPOINT_FILES = [
-    "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "manifest.json",
-    "optimizer.safetensors", "rng_state_0.json", "tokenizer.json", "tokenizer_config.json",
-    "trainer_state.json", "training_state.json",
-]  # fmt: skip
 
 
 def list_names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.fixture
-def run(call_main, tiny_model, tmp_path):
-    folder = tmp_path / "run"
-    call_main(
-        "qlora_finetune",
-        "--model_name_or_path",
-        tiny_model,
-        *FLAGS,
-        "--output_dir",
-        folder,
-        "--max_steps",
-        "4",
-    )
-    return folder
+@pytest.fixture(scope="module")
+def run(trained_run):
+    return trained_run(*FLAGS, "--max_steps", 4)
 
 
 def test_finished_run_holds_exactly_these_files(call_main, tiny_model, tmp_path):
@@ -108,26 +93,26 @@ def test_adapter_loads_with_plain_peft(run, tiny_model):
     assert all(torch.equal(weight, saved[name.replace(".default", "")]) for name, weight in loaded.items())
 
 
-def test_same_command_again_trains_nothing(call_main, run, tiny_model):
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    argv = ["--model_name_or_path", tiny_model, *FLAGS, "--output_dir", run, "--max_steps", "4"]
+def test_same_command_again_trains_nothing(call_main, run_copy, tiny_model):
+    before = {path: path.stat().st_mtime_ns for path in run_copy.rglob("*")}
+    argv = ["--model_name_or_path", tiny_model, *FLAGS, "--output_dir", run_copy, "--max_steps", "4"]
     printed = call_main("qlora_finetune", *argv, "--logging_steps", "3")
     assert "is finished: 4 steps" in printed and "--overwrite_output_dir" in printed
-    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert before == {path: path.stat().st_mtime_ns for path in run_copy.rglob("*")}
 
 
-def test_run_with_other_arguments_is_refused_and_named(call_main, run, tiny_model):
-    argv = ["--model_name_or_path", tiny_model, *FLAGS, "--output_dir", run, "--max_steps", "4"]
+def test_run_with_other_arguments_is_refused_and_named(call_main, run_copy, tiny_model):
+    argv = ["--model_name_or_path", tiny_model, *FLAGS, "--output_dir", run_copy, "--max_steps", "4"]
     with pytest.raises(UserError, match=r"--learning_rate 0.0002 -> 0.01"):
         call_main("qlora_finetune", *argv, "--learning_rate", "1e-2")
 
 
-def test_overwriting_starts_anew_and_leaves_other_files(call_main, run, tiny_model):
-    (run / "notes.txt").write_text("mine")
-    argv = ["--model_name_or_path", tiny_model, *FLAGS, "--output_dir", run, "--max_steps", "2"]
+def test_overwriting_starts_anew_and_leaves_other_files(call_main, run_copy, tiny_model):
+    (run_copy / "notes.txt").write_text("mine")
+    argv = ["--model_name_or_path", tiny_model, *FLAGS, "--output_dir", run_copy, "--max_steps", "2"]
     call_main("qlora_finetune", *argv, "--overwrite_output_dir")
-    assert list_names(run) == sorted([*RUN_FILES, "checkpoint-2", "notes.txt"])
-    assert json.loads((run / "metrics.json").read_text())["steps"] == 2
+    assert list_names(run_copy) == sorted([*RUN_FILES, "checkpoint-2", "notes.txt"])
+    assert json.loads((run_copy / "metrics.json").read_text())["steps"] == 2
 
 
 def test_interrupted_run_goes_on_to_the_same_adapter(call_main, run, tiny_model, tmp_path):
@@ -145,22 +130,22 @@ def test_interrupted_run_goes_on_to_the_same_adapter(call_main, run, tiny_model,
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
-def test_evaluating_and_predicting_alone_leave_the_run_as_it_is(call_main, run):
-    before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
+def test_evaluating_and_predicting_alone_leave_the_run_as_it_is(call_main, run_copy):
+    before = {path: path.stat().st_mtime_ns for path in run_copy.iterdir()}
     for suffix in ("", "-2"):
         argv = [
             "--checkpoint_dir",
-            run,
+            run_copy,
             "--output_dir",
-            run,
+            run_copy,
             "--do_eval",
             "--do_predict",
             "--max_new_tokens",
             "4",
         ]
         call_main("qlora_finetune", *argv, "--max_eval_samples", "3")
-        assert json.loads((run / f"eval_metrics{suffix}.json").read_text())["eval_rows"] == 3
-        assert len((run / f"predictions{suffix}.jsonl").read_text().splitlines()) == 3
+        assert json.loads((run_copy / f"eval_metrics{suffix}.json").read_text())["eval_rows"] == 3
+        assert len((run_copy / f"predictions{suffix}.jsonl").read_text().splitlines()) == 3
     assert all(path.stat().st_mtime_ns == time for path, time in before.items() if path.is_file())
 
 

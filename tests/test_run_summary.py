@@ -6,8 +6,8 @@ import re
 import sys
 
 import torch
+from helpers.rows import write_sums
 from safetensors.torch import load_file
-from small_runs import write_rows
 from tqdm.auto import tqdm
 
 from utils.arguments import TrainingArguments
@@ -17,7 +17,7 @@ from utils.train.summary import describe_start
 
 
 def test_short_run_shows_ten_lines_its_size_and_what_came_of_it(call_main, small_model, tmp_path):
-    rows = write_rows(tmp_path / "rows.jsonl", 30)
+    rows = write_sums(tmp_path / "rows.jsonl", 30)
     argv = ["--model_name_or_path", small_model, "--dataset_name", rows, "--output_dir", tmp_path / "run"]
     argv += ["--template", "vanilla", "--source_max_len", "100", "--target_max_len", "100", "--lora_r", "2"]
     argv += ["--gradient_accumulation_steps", "8", "--num_train_epochs", "4"]

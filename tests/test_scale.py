@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 WORDS = (ROOT / "LICENSE").read_text().split()  # English that nobody rewrites
 # Runs in a process of its own, so that its peak memory is its own.

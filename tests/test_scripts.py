@@ -9,10 +9,9 @@ import sys
 import time
 
 import pytest
-import tiny_models
-from conftest import ROOT, ignore_outputs
-from documents import DOCUMENTS, list_bash_commands, read_commands
-from shell_runs import check_page, run_shell
+from helpers import ROOT, families
+from helpers.documents import DOCUMENTS, list_bash_commands, read_commands
+from helpers.shell import check_page, ignore_outputs, run_shell
 
 from utils.flags.finetune import FLAGS
 from utils.flags.parser import name_leading_words, parse_args
@@ -25,7 +24,6 @@ OWN_GROUPS = {
     "gradio_webserver": "PageArguments",
     "eval.lm_tasks": "TaskArguments",
     "eval.generate_answers": "AnswerArguments",
-    "eval.quality": "QualityArguments",
     "eval.report": "ReportArguments",
     "eval.train_speed": "SpeedArguments",
     "eval.chat_speed": "ChatSpeedArguments",
@@ -180,14 +178,14 @@ def test_scripts_have_a_table_with_a_row_each():
 
 # The first of these words in a script's name says which small model takes the place of its own.
 SMALL_MODELS = {
-    "baichuan": tiny_models.build_baichuan,
-    "opt": tiny_models.build_opt,
-    "bloomz": tiny_models.build_bloomz,
-    "pythia": tiny_models.build_neox,
-    "qwen2.5": tiny_models.build_qwen2,
-    "sharegpt": tiny_models.build_qwen2,
-    "llama3": tiny_models.build_llama3,
-    "llama": tiny_models.build_llama1,
+    "baichuan": families.build_baichuan,
+    "opt": families.build_opt,
+    "bloomz": families.build_bloomz,
+    "pythia": families.build_neox,
+    "qwen2.5": families.build_qwen2,
+    "sharegpt": families.build_qwen2,
+    "llama3": families.build_llama3,
+    "llama": families.build_llama1,
 }
 SMALL_FLAGS = (
     "--max_steps 2 --max_train_samples 16 --max_eval_samples 4 --eval_dataset_size 8 --max_new_tokens 4 "
@@ -237,7 +235,7 @@ def guanaco_run(checkout, tmp_path):
     """output/guanaco-7b, where the scripts that use a run look for it."""
     run = checkout / "output" / "guanaco-7b"
     if not run.is_dir():
-        tiny_models.build_llama1(tmp_path)
+        families.build_llama1(tmp_path)
         flags = ["--model_name_or_path", tmp_path, "--dataset_name", "data/guanaco_identity.jsonl"]
         run_bash(checkout, "finetune_llama_guanaco7b.sh", *flags, *SMALL_FLAGS)
     return run
@@ -258,7 +256,7 @@ def test_webserver_script_opens_the_page_of_the_guanaco_scripts_run(checkout, gu
 
 @pytest.mark.slow
 def test_quality_script_trains_both_settings_and_judges_them(checkout, tmp_path):
-    tiny_models.build_llama1(tmp_path)
+    families.build_llama1(tmp_path)
     flags = ["--seeds", "0 1", "--data", "data/guanaco_identity.jsonl", "--model_name_or_path", tmp_path]
     model = checkout / "models" / "SmolLM2-135M-Instruct"  # the script looks for it, the flag takes its place
     model.mkdir(parents=True)
@@ -266,6 +264,19 @@ def test_quality_script_trains_both_settings_and_judges_them(checkout, tmp_path)
     printed = run_bash(checkout, "quality.sh", *flags, *SMALL_FLAGS)
     assert re.search(r"\| mean \| \d\.\d{4} \| \d\.\d{4} \|", printed) and "the spread of seeds" in printed
     assert (checkout / "output" / "quality" / "fast-1" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_quantization_script_trains_every_base_and_holds_it_against_16_bits(checkout, tmp_path):
+    families.build_llama1(tmp_path)
+    flags = ["--seeds", "0 1", "--data", "data/guanaco_identity.jsonl", "--model_name_or_path", tmp_path]
+    printed = run_bash(checkout, "quantization.sh", *flags, *SMALL_FLAGS)
+    row = r"^\| (\w+) \| \d+\.\d{4} \| ([+-]\S+)% \| \d+\.\d{4} \| 0\.\d{4} \| ([+-]\S+)% \|$"
+    table = re.findall(row, printed, flags=re.MULTILINE)
+    assert [setting for setting, *_ in table] == ["bf16", "int8", "nf4", "fp4", "full"]
+    assert table[0][1:] == ("+0.0", "+0.0")
+    again = run_bash(checkout, "quantization.sh", *flags, *SMALL_FLAGS)
+    assert again.count("is finished") == 10 and again.endswith(printed[printed.index("| setting") :])
 
 
 SMALLER_EVALUATION = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import send_to_device
-from small_runs import write_rows
+from helpers.rows import write_sums
 
 import utils.models.base
 
@@ -36,7 +36,7 @@ def spread(monkeypatch):
 def test_label_positions_fit_a_hidden_state_on_another_device(
     call_main, tiny_model, spread, tmp_path, packing
 ):
-    rows, run = write_rows(tmp_path / "rows.jsonl", 8), tmp_path / "run"
+    rows, run = write_sums(tmp_path / "rows.jsonl", 8), tmp_path / "run"
     questions = [{"subject": "sums", "input": "1 + 1?\nAnswer:", "output": letter} for letter in "ABC"]
     (tmp_path / "mmlu.json").write_text(json.dumps(questions))
     argv = ["--model_name_or_path", tiny_model, "--dataset_name", rows, "--output_dir", run, "--max_steps", 1]

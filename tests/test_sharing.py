@@ -6,21 +6,28 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT
+from helpers import IDENTITY
 
 from utils.console import UserError
 from utils.train.model_card import list_shared_files, push_run, render_model_card
 
-IDENTITY = ROOT / "data" / "guanaco_identity.jsonl"
+FLAGS = [
+    "--dataset_name",
+    IDENTITY,
+    "--max_train_samples",
+    "8",
+    "--source_max_len",
+    "200",
+    "--target_max_len",
+    "100",
+]
+FLAGS += ["--lora_r", "4", "--do_train", "--do_eval", "--max_steps", "2", "--eval_dataset_size", "4"]
+FLAGS += ["--gradient_accumulation_steps", "1", "--save_steps", "1"]
 
 
-@pytest.fixture
-def run(call_main, tiny_model, tmp_path):
-    argv = ["--model_name_or_path", tiny_model, "--dataset_name", IDENTITY, "--max_train_samples", "8"]
-    argv += ["--source_max_len", "200", "--target_max_len", "100", "--lora_r", "4", "--do_train", "--do_eval"]
-    argv += ["--max_steps", "2", "--eval_dataset_size", "4", "--gradient_accumulation_steps", "1"]
-    call_main("qlora_finetune", *argv, "--output_dir", tmp_path / "guanaco-tiny", "--save_steps", "1")
-    return tmp_path / "guanaco-tiny"
+@pytest.fixture(scope="module")
+def run(trained_run):
+    return trained_run(*FLAGS, name="guanaco-tiny")
 
 
 def read_card(text):
@@ -59,9 +66,9 @@ def test_code_in_the_card_runs_as_pasted_and_answers(run):
     assert len(result.stdout.strip()) > 20
 
 
-def test_checkpoints_and_logs_stay_at_home(run):
-    (run / "notes.txt").write_text("mine")
-    assert list_shared_files(run) == [
+def test_checkpoints_and_logs_stay_at_home(run_copy):
+    (run_copy / "notes.txt").write_text("mine")
+    assert list_shared_files(run_copy) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "metrics.json",
         "run.json", "tokenizer.json", "tokenizer_config.json", "training_curve.png",
     ]  # fmt: skip
@@ -99,11 +106,11 @@ def test_card_of_a_checkpoint_claims_no_results(run):
     assert "training_curve" not in body and "| steps |" not in body
 
 
-def test_unfinished_run_is_not_shared(run):
-    record = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(record | {"status": "running"}))
+def test_unfinished_run_is_not_shared(run_copy):
+    record = json.loads((run_copy / "run.json").read_text())
+    (run_copy / "run.json").write_text(json.dumps(record | {"status": "running"}))
     with pytest.raises(UserError, match="is running: only a finished run"):
-        push_run(run, "guanaco-tiny")
+        push_run(run_copy, "guanaco-tiny")
 
 
 def test_push_without_the_hub_is_refused_before_anything_is_trained(call_main, tiny_model, tmp_path):

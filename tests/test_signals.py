@@ -8,8 +8,9 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
-from small_runs import assert_equal_runs, check_kills, write_rows
+from helpers import ROOT
+from helpers.rows import write_sums
+from helpers.runs import assert_equal_runs, check_kills
 
 from utils.run import checkpoints
 
@@ -57,7 +58,7 @@ def test_signal_within_a_long_step_drops_it_and_saves_the_step_before(server, co
 
 
 def test_signal_while_rows_are_prepared_exits_at_once_and_leaves_nothing(server, command, tmp_path):
-    command[3] = write_rows(tmp_path / "many.jsonl", 100_000)
+    command[3] = write_sums(tmp_path / "many.jsonl", 100_000)
     log = tmp_path / "log"
     pid = server.start(log, *command, "--output_dir", tmp_path / "run")
     time.sleep(1.5)
@@ -81,7 +82,7 @@ def wait_for_first_step(server, pid, log):
 
 
 def test_signal_during_an_evaluation_saves_and_the_evaluation_is_made_up_for(server, command, tmp_path):
-    command[3] = write_rows(tmp_path / "rows.jsonl", 296)
+    command[3] = write_sums(tmp_path / "rows.jsonl", 296)
     command += [
         *EVALUATE,
         "--eval_dataset_size",

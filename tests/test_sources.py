@@ -3,17 +3,17 @@
 import json
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
+from helpers.formats import COLUMNS, GOLDEN, JUNK, list_turns
+from helpers.rows import alpaca_rows, list_questions, load, write_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_formats import COLUMNS, GOLDEN, JUNK, list_turns
 
-from utils.arguments import DataArguments, ModelArguments, TrainingArguments
+from utils.arguments import DataArguments
 from utils.console import UserError
 from utils.data.formats import ALIASES
 from utils.data.local_files import find_files
 from utils.data.named_sets import NAMED_SETS
-from utils.data.rows import load_rows
 from utils.data.sources import find_sources, load_sample_prompts
 from utils.messages import EVAL, TEST, TRAIN
 
@@ -54,41 +54,6 @@ PUBLISHED = {
     "dolly-15k": ("databricks-dolly-15k/databricks-dolly-15k.jsonl", *GOLDEN["dolly"]),
     "olcc": ("olcc.json", {"instruction": "问", "output": "答"}, ["u:问", "a:答"]),
 }
-
-
-def write_rows(path, rows):
-    import gzip
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
-    if path.suffix == ".parquet":
-        import pyarrow
-        from pyarrow import parquet
-
-        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-    else:
-        path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
-    return path
-
-
-def load(name, do_eval=False, do_predict=False, data_seed=42, **flags):
-    training_args = TrainingArguments(
-        do_train=True, do_eval=do_eval, do_predict=do_predict, data_seed=data_seed
-    )
-    return load_rows(ModelArguments(), DataArguments(str(name), **flags), training_args)
-
-
-def list_questions(rows, part=TRAIN):
-    return [chat.messages[0]["content"] for kept, _, _, chat in rows.read("\n\n") if kept == part]
-
-
-def alpaca_rows(count, start=0):
-    return [
-        {"instruction": f"Question {i}?", "input": "", "output": f"Answer {i}."}
-        for i in range(start, start + count)
-    ]
 
 
 def test_every_named_set_has_a_fixture():

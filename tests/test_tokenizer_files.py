@@ -6,7 +6,7 @@ And what a tokenizer leaves open is decided the same way at every start: its tem
 import json
 
 import pytest
-from tiny_models import build_decapoda, build_llama1, build_llama2, build_phi3, build_qwen2, build_yi
+from helpers.families import build_decapoda, build_llama1, build_llama2, build_phi3, build_qwen2, build_yi
 
 from utils.arguments import DataArguments, ModelArguments
 from utils.console import UserError

@@ -1,8 +1,7 @@
 """Chats with tools: trained where the template shows them, left out with a reason where it does not."""
 
 import pytest
-from test_data import own_cache, read_labels, train_rows  # noqa: F401
-from test_prompts import TWO_TURNS, assert_prompts_agree, encode_chat
+from helpers.chats import TWO_TURNS, assert_prompts_agree, encode_chat, read_labels, train_rows
 
 from utils.arguments import DataArguments
 from utils.data import tokenizing
@@ -16,6 +15,8 @@ from utils.prompts import (
     split_chat,
     template_names,
 )
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 CALLS = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "巴黎"}}}]

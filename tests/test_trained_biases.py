@@ -1,15 +1,14 @@
 """--bias all, lora_only: biases learn at the adapter's rate in every width of the base, and reach every reader."""
 
-import json
-import shutil
-
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from helpers.architectures import DEVICE, adapter_gradients, build_batch, build_model, run_plain
+from helpers.models import relative_difference
+from helpers.rows import write_sums
+from helpers.runs import forget_second_step
 from peft import PeftModel
 from safetensors.torch import load_file
-from small_runs import write_rows
-from tiny_llms import DEVICE, adapter_gradients, build_batch, build_model, relative_difference, run_plain
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from utils.arguments import LoraArguments, ModelArguments
@@ -128,19 +127,11 @@ def in_bfloat16(monkeypatch):
     monkeypatch.setattr("utils.models.base.choose_compute_dtype", lambda model_args: torch.bfloat16)
 
 
-def forget_second_step(run):
-    """Leave the run as if it had been killed after its first checkpoint."""
-    record = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(record | {"status": "running"}))
-    shutil.rmtree(run / "checkpoint-2")
-    (run / "adapter_model.safetensors").unlink()
-
-
 @pytest.mark.parametrize("flags", [["--bits", 4], ["--bits", 8, "--use_dora"]], ids=str)
 def test_run_resumes_goes_on_merges_and_is_read_by_peft(
     call_main, biased_model, in_bfloat16, tmp_path, flags
 ):
-    run, data = tmp_path / "run", write_rows(tmp_path / "rows.jsonl", 16)
+    run, data = tmp_path / "run", write_sums(tmp_path / "rows.jsonl", 16)
     argv = ["--model_name_or_path", biased_model, "--dataset_name", data, "--template", "vanilla"]
     argv += ["--lora_r", 4, "--bias", "all", "--max_steps", 2, "--save_steps", 1]
     argv += ["--learning_rate", RATE, "--adam_epsilon", 1e-12]

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.architectures import adapter_gradients, build_batch, build_model, share_masks
+from helpers.models import relative_difference
 from peft import LoraConfig, get_peft_model
-from tiny_llms import adapter_gradients, build_batch, build_model, relative_difference, share_masks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from utils.console import UserError

@@ -5,43 +5,15 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import IDENTITY
+from helpers.models import relative_difference
+from helpers.runs import load_weights, read_log, train, trainer_kept
 from safetensors.torch import load_file, save_file
 
 from utils.train.training import measure_peak_memory
 
-IDENTITY = ROOT / "data" / "guanaco_identity.jsonl"
 SHORT = ["--source_max_len", "200", "--target_max_len", "100"]
-
-
-def train(call_main, model, output_dir, *flags, script="qlora_finetune"):
-    argv = ["--model_name_or_path", model, "--dataset_name", IDENTITY, "--output_dir", output_dir, *SHORT]
-    argv += [
-        "--gradient_checkpointing",
-        "False",
-        "--logging_steps",
-        "1",
-        "--save_strategy",
-        "no",
-        "--lora_r",
-        "4",
-    ]
-    return call_main(script, *argv, *flags)
-
-
-def load_weights(run):
-    return load_file(run / "adapter_model.safetensors")
-
-
-def relative_difference(first, second):
-    assert first.keys() == second.keys()
-    difference = sum((first[name] - second[name]).double().square().sum() for name in first)
-    return (difference / sum(second[name].double().square().sum() for name in second)).sqrt().item()
-
-
-def read_gradient_norms(run):
-    log = json.loads((run / "metrics.json").read_text())["log"]
-    return [entry["grad_norm"] for entry in log if "grad_norm" in entry]
+FLAGS = [*SHORT, *"--gradient_checkpointing False --logging_steps 1 --save_strategy no --lora_r 4".split()]
 
 
 @pytest.mark.parametrize("packing", ["True", "False"])
@@ -51,11 +23,11 @@ def test_batch_of_four_equals_four_accumulated_rows(call_main, tiny_model, tmp_p
     flags += ["--adam_epsilon", "1e-4"]  # tiny gradients: Adam's sign of rounding noise must not count
     for name, batch, accumulation in (("whole", 4, 1), ("parts", 1, 4)):
         sizes = ["--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation]
-        train(call_main, tiny_model, tmp_path / name, *flags, *sizes)
+        train(call_main, tiny_model, tmp_path / name, *FLAGS, *flags, *sizes)
     whole, parts = load_weights(tmp_path / "whole"), load_weights(tmp_path / "parts")
     assert relative_difference(parts, whole) < 1e-5
-    norms = read_gradient_norms(tmp_path / "whole")
-    assert read_gradient_norms(tmp_path / "parts") == pytest.approx(norms, rel=1e-5) and min(norms) > 0
+    norms = read_log(tmp_path / "whole", "grad_norm")
+    assert read_log(tmp_path / "parts", "grad_norm") == pytest.approx(norms, rel=1e-5) and min(norms) > 0
 
 
 def test_packed_run_equals_the_padded_run_of_the_same_command(call_main, tiny_model, tmp_path):
@@ -72,11 +44,11 @@ def test_packed_run_equals_the_padded_run_of_the_same_command(call_main, tiny_mo
     ]
     for packing in ("True", "False"):
         run_flags = [*flags, "--packing", packing, "--save_strategy", "steps", "--save_steps", 2]
-        train(call_main, tiny_model, tmp_path / packing, *run_flags)
+        train(call_main, tiny_model, tmp_path / packing, *FLAGS, *run_flags)
     packed, padded = tmp_path / "True", tmp_path / "False"
     assert relative_difference(load_weights(packed), load_weights(padded)) < 1e-5
-    assert read_gradient_norms(packed) == pytest.approx(read_gradient_norms(padded), rel=1e-5)
-    assert len(read_gradient_norms(packed)) == 5
+    assert read_log(packed, "grad_norm") == pytest.approx(read_log(padded, "grad_norm"), rel=1e-5)
+    assert len(read_log(packed, "grad_norm")) == 5
     names = [sorted(path.name for path in run.glob("checkpoint-*")) for run in (packed, padded)]
     assert names[0] == names[1] == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
     states = [
@@ -102,11 +74,11 @@ def test_fast_path_trains_what_the_plain_path_trains(
     flags += ["--max_steps", 4, "--learning_rate", 1e-2, "--adam_epsilon", 1e-4]
     flags += ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--lora_dropout", 0.1]
     for fast in ("True", "False"):
-        printed = train(call_main, model, tmp_path / fast, *flags, "--fast_lora", fast)
+        printed = train(call_main, model, tmp_path / fast, *FLAGS, *flags, "--fast_lora", fast)
         assert "plain path" not in printed
     assert relative_difference(load_weights(tmp_path / "True"), load_weights(tmp_path / "False")) < 1e-3
-    norms = read_gradient_norms(tmp_path / "False")
-    assert read_gradient_norms(tmp_path / "True") == pytest.approx(norms, rel=1e-3)
+    norms = read_log(tmp_path / "False", "grad_norm")
+    assert read_log(tmp_path / "True", "grad_norm") == pytest.approx(norms, rel=1e-3)
 
 
 def test_float32_base_trains_in_the_16_bits_that_it_is_evaluated_in(
@@ -117,11 +89,7 @@ def test_float32_base_trains_in_the_16_bits_that_it_is_evaluated_in(
     from torch.nn.utils.rnn import pad_sequence
     from transformers import AutoModelForCausalLM
 
-    from utils.train.trainer import QLoraTrainer
-
     monkeypatch.setenv("QLORA_CPU_DTYPE", "bfloat16")
-    kept, save_final = [], QLoraTrainer.save_final
-    monkeypatch.setattr(QLoraTrainer, "save_final", lambda self: (kept.append(self), save_final(self)))
     flags = ["--bits", 32, "--bf16", "--max_steps", 1, "--max_train_samples", 3, "--max_eval_samples", 3]
     flags += ["--template", "vanilla", "--source_max_len", 30, "--target_max_len", 30, "--ignore_data_report"]
     flags += ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1]
@@ -129,7 +97,8 @@ def test_float32_base_trains_in_the_16_bits_that_it_is_evaluated_in(
     folder = shutil.copytree(small_model, tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")  # as it is, rounding moves the loss by 3e-6 only
     save_file({n: x * 4 for n, x in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
-    printed = train(call_main, folder, tmp_path / "run", *flags)
+    with trainer_kept() as kept:
+        printed = train(call_main, folder, tmp_path / "run", *FLAGS, *flags)
     assert (
         "the plain path is used (no adapted layer is covered: a base in torch.float32 under torch.bf"
         in printed
@@ -157,7 +126,7 @@ def test_float32_base_trains_in_the_16_bits_that_it_is_evaluated_in(
 def test_flags_of_the_trainer_reach_it(call_main, tiny_model, tmp_path, monkeypatch):
     """Whatever our own code fills in on the way: the output folder, the optimizer."""
     flags = ["--max_steps", 1, "--eval_on_start", "True", "--do_train", "--do_eval", "--max_eval_samples", 4]
-    train(call_main, tiny_model, tmp_path / "run", *flags)
+    train(call_main, tiny_model, tmp_path / "run", *FLAGS, *flags)
     log = json.loads((tmp_path / "run" / "metrics.json").read_text())["log"]
     assert [entry["step"] for entry in log if "eval_loss" in entry] == [0, 1]
 
@@ -178,7 +147,7 @@ def test_flags_of_the_trainer_reach_it(call_main, tiny_model, tmp_path, monkeypa
 def test_two_runs_with_one_seed_are_bitwise_equal(call_main, tiny_model, tmp_path, script):
     flags = ["--max_steps", "3", "--lora_dropout", "0.1", "--per_device_train_batch_size", "4"]
     for name in ("first", "second"):
-        train(call_main, tiny_model, tmp_path / name, *flags, script=script)
+        train(call_main, tiny_model, tmp_path / name, *FLAGS, *flags, script=script)
     first, second = load_weights(tmp_path / "first"), load_weights(tmp_path / "second")
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(weights.abs().sum() > 0 for name, weights in first.items() if "lora_B" in name)
@@ -270,7 +239,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_setting_trains_and_its_adapter_learns(call_main, tiny_model, tmp_path, setting):
-    train(call_main, tiny_model, tmp_path / "run", "--max_steps", "2", *SETTINGS[setting])
+    train(call_main, tiny_model, tmp_path / "run", *FLAGS, "--max_steps", "2", *SETTINGS[setting])
     weights = load_weights(tmp_path / "run")
     assert all(torch.isfinite(weight).all() for weight in weights.values())
     assert any(weight.abs().sum() > 0 for name, weight in weights.items() if "lora_B" in name)
@@ -282,9 +251,8 @@ def test_setting_trains_and_its_adapter_learns(call_main, tiny_model, tmp_path, 
 @pytest.mark.parametrize("bits", ["16", "32"])
 def test_full_finetune_saves_a_model_that_evaluates(call_main, tiny_model, tmp_path, bits):
     run = tmp_path / "run"
-    printed = train(
-        call_main, tiny_model, run, "--full_finetune", "--bits", bits, "--max_steps", "2", "--do_train"
-    )
+    flags = ["--full_finetune", "--bits", bits, "--max_steps", "2", "--do_train"]
+    printed = train(call_main, tiny_model, run, *FLAGS, *flags)
     assert "finished" in printed and not (run / "adapter_model.safetensors").exists()
     before, after = load_file(tiny_model / "model.safetensors"), load_file(run / "model.safetensors")
     assert all(not torch.equal(before[name].float(), after[name].float()) for name in after if "proj" in name)
@@ -301,7 +269,7 @@ def test_unknown_target_module_names_the_models_own(call_main, tiny_model, tmp_p
     with pytest.raises(
         UserError, match=f"{targets[-1]}: the model has no .*down_proj, embed_tokens, gate_proj"
     ):
-        train(call_main, tiny_model, tmp_path / "run", "--lora_target_modules", *targets)
+        train(call_main, tiny_model, tmp_path / "run", *FLAGS, "--lora_target_modules", *targets)
 
 
 def test_peak_memory_is_measured_where_the_kernel_does_not_tell_it(tmp_path):

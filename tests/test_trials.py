@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers.models.llama.modeling_llama as llama_code
-from tiny_llms import CONFIGS, DEVICE, GQA, SIZES, VOCABULARY, build_model
+from helpers.architectures import CONFIGS, DEVICE, GQA, SIZES, VOCABULARY, build_model
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,

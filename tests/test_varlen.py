@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_llms import DEVICE
+from helpers.architectures import DEVICE
 from torch.nn import functional as F
 
 from utils.fast.attention import attend_packed, build_block_mask, has_varlen_kernel, packed_attention
@@ -64,7 +64,7 @@ def test_block_mask_by_hand():
 
 
 def test_the_models_own_attention_returns():
-    from tiny_llms import build_model
+    from helpers.architectures import build_model
 
     model = build_model("llama").get_base_model()
     with pytest.raises(RuntimeError), packed_attention(model):

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.console import UserError, notice, run_main
-from utils.flags.checks import read_json
 from utils.models.baichuan import build_llama_config, is_baichuan, split_packed
+from utils.models.weight_files import read_json, save_weights
 
 KEPT_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*")
 
@@ -56,14 +56,12 @@ def convert_folder(source: Path, target: Path) -> None:
 
 
 def save_shards(files: list[Path], target: Path) -> None:
-    from safetensors.torch import save_file
-
     owner: dict[str, str] = {}
     for number, file in enumerate(files, 1):
         one = "model.safetensors"
         name = one if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
         tensors = read_tensors(file)
-        save_file(tensors, target / name, metadata={"format": "pt"})
+        save_weights(tensors, target / name)
         owner |= dict.fromkeys(tensors, name)
         notice(f"{file.name} -> {name}, {len(tensors)} tensors")
     if len(files) > 1:

@@ -4,9 +4,9 @@
 
 The adapter was trained on the dequantized 4-bit weights, so by default it is merged into those;
 --merge_base original takes the 16-bit weights, and the model changes by the quantization error. Runs on the
-CPU, one tensor in memory at a time. parity.json compares the folder with the adapter on its quantized base on
-held-out rows, one model after the other, on the GPU where there is one; past its limits the command ends
-with exit code 1.
+CPU, one shard (2 GB) in memory at a time. parity.json compares the folder with the adapter on its quantized
+base on held-out rows, one model after the other, on the GPU where there is one; past its limits the command
+ends with exit code 1.
 """
 
 import shutil
@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 from utils.arguments import ModelArguments, flag, require_positive
 from utils.console import UserError, notice, run_main
-from utils.flags.checks import read_json
 from utils.flags.parser import find_given_flags, parse_args
 from utils.models.baichuan import build_llama_config, is_baichuan
 from utils.models.folder import ADAPTER_FILE, check_adapter_fits, read_model_config, resolve_model
+from utils.models.weight_files import read_json
 from utils.run.record import write_json
 
 # Fields of adapter_config.json that the arithmetic of merge/weights.py follows, or that do not change what an

@@ -123,14 +123,11 @@ def render_limits(content: dict[str, Any]) -> str:
 
 def draw_measures(results: list[dict[str, Any]], path: Path) -> None:
     """A line a measure: before and after as bars, and beside them the change with its interval around 0."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     shown = [row for row in results if row["before"] or row["after"]]
-    size = {"figsize": (9, 0.6 + 0.75 * len(shown)), "dpi": 110, "squeeze": False}
-    figure, axes = pyplot.subplots(max(len(shown), 1), 2, width_ratios=(2, 1), **size)
+    figure = Figure(figsize=(9, 0.6 + 0.75 * len(shown)), dpi=110)
+    axes = figure.subplots(max(len(shown), 1), 2, width_ratios=(2, 1), squeeze=False)
     colours = {"better": "tab:green", "worse": "tab:red"}
     for (bars, change), row in zip(axes, shown, strict=False):
         scale, unit = (100, "%") if row["percent"] else (1, "")
@@ -156,4 +153,3 @@ def draw_measures(results: list[dict[str, Any]], path: Path) -> None:
     axes[0][1].set_title("change, 95% interval", fontsize=9)
     figure.tight_layout(h_pad=0.3)
     figure.savefig(path)
-    pyplot.close(figure)

@@ -1,4 +1,10 @@
-"""A run on disk -> a model that replies. Base, quantization, template and stop tokens come from run.json."""
+"""A run on disk -> a model that replies.
+
+Base, quantization, template and stop tokens are read from run.json, so that a reply is asked for exactly as
+the run was trained: the original trained with one prompt and chatted with another. Replies of many prompts at
+once are made here, a reply that streams in streaming.py; on a GPU both replay a CUDA graph for each token
+(utils/fast/graph_decode.py).
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +22,7 @@ from utils.messages import Chat, Messages
 from utils.models.adapter import load_adapter
 from utils.models.base import choose_compute_dtype, load_base
 from utils.models.encoding import encode_prompt
-from utils.models.folder import CONTEXT_KEYS
+from utils.models.folder import find_context
 from utils.models.tokenizer import load_stop_ids, load_tokenizer
 from utils.run.record import TOKENIZATION, find_run_record
 
@@ -47,8 +53,7 @@ def load_run(model_args: ModelArguments, config: dict[str, Any], template: str |
     model.eval()
     if model.device.type == "cuda":
         install_graph_decode(model)
-    text_config = config.get("text_config", config)
-    context = next((text_config[key] for key in CONTEXT_KEYS if isinstance(text_config.get(key), int)), None)
+    context = find_context(config)
     return ChatModel(model, tokenizer, stop_ids, context, ModelLock(model), was_tokenized_apart(model_args))
 
 

@@ -11,7 +11,7 @@ from utils.console import UserError, is_main_process, notice
 from utils.data import tokenizing
 from utils.data.packing import choose_capacity, measure_packing, measure_padding
 from utils.data.preferences import NOT_WANTED
-from utils.data.rows import Rows
+from utils.data.rows import PARTS, Rows
 from utils.data.token_rows import TokenRows
 from utils.messages import EVAL, IGNORE_INDEX, TEST, TRAIN
 from utils.models.base import has_gpu
@@ -115,7 +115,7 @@ def count_duplicates(rows: Rows) -> int:
 
 
 def select_hashes(rows: Rows, part: str) -> np.ndarray:
-    number = {TRAIN: 1, EVAL: 2, TEST: 3}[part]
+    number = PARTS.index(part)
     pairs = zip(rows.scans, rows.parts, strict=True)
     return np.concatenate([scan.hashes[parts == number] for scan, parts in pairs])
 
@@ -223,17 +223,13 @@ def draw_histogram(lengths: np.ndarray, bins: int = 8, width: int = 40) -> str:
 
 
 def save_histogram(lengths: np.ndarray, path: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 3.5), dpi=120)
+    figure = Figure(figsize=(7, 3.5), dpi=120, layout="tight")
+    axes = figure.subplots()
     axes.hist(lengths, bins=40)
     axes.set(xlabel="tokens in a row", ylabel="rows")
-    figure.tight_layout()
     figure.savefig(path)
-    pyplot.close(figure)
 
 
 def show_rows(

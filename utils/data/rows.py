@@ -163,7 +163,12 @@ def find_copies(sources: Sequence[Source], scans: Sequence[Scan]) -> list[np.nda
 
 
 def mix(hashes: np.ndarray, salt: str, seed: int) -> np.ndarray:
-    """Other hashes of the same rows for each salt and seed (splitmix64's finalizer)  # uint64 [rows]"""
+    """`hashes` scrambled by `salt` and `seed`, the same for rows of equal content  # uint64 [rows]
+
+    To hold rows out, those with the smallest scrambled hashes are taken. So the choice follows from the
+    content alone: a row stays held out when others are added, and its copies go with it. (splitmix64's
+    finalizer)
+    """
     start = hashlib.blake2b(f"{salt} {seed}".encode(), digest_size=8).digest()
     mixed = hashes ^ np.uint64(int.from_bytes(start, "little"))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
@@ -223,7 +228,10 @@ def assign_parts(
 def split_own(
     parts: np.ndarray, made_for: np.ndarray, own: np.ndarray, keys: np.ndarray, wanted: list[str]
 ) -> None:
-    """Use the held-out rows that the set comes with; one such split serves both needs in two halves."""
+    """Take the held-out rows that the set comes with (its validation or test split) for those `wanted`.
+
+    Where evaluation and prediction both want rows and the set has one split, each gets half of it.
+    """
     kinds = [kind for kind in (EVAL, TEST) if (own & (made_for == PARTS.index(kind))).any()]
     if len(wanted) == 1:
         kind = wanted[0] if wanted[0] in kinds else kinds[0]

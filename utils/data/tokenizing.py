@@ -1,4 +1,16 @@
-"""Chats -> token ids and labels within their limits: rendered here, encoded beside on every core, cached."""
+"""Chats -> token ids and labels, within the limits of --source_max_len and --target_max_len.
+
+A chat is rendered to one text by its template, and the text is tokenized as a whole
+(utils/models/encoding.py). Tokens of answers and of the stop behind them are trained, all others are only
+read:
+
+    <|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n
+                                                             ^^^^^^^^^^^ trained
+
+What is too long is split between two exchanges, then cut, and every cut is counted for the data report. This
+process renders while the tokenizer's threads encode the chunk before; the result is kept on disk under a hash
+of the rows, the limits, the tokenizer and the code that made it.
+"""
 
 import sys
 from collections import Counter

@@ -7,8 +7,8 @@ from typing import Any
 from utils.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments, require_choice
 from utils.console import UserError, notice
 from utils.flags.trackers import check_tracker
-from utils.flags.trainer_names import OPTIMIZERS, SCHEDULERS
-from utils.models.folder import CONTEXT_KEYS, check_adapter_fits, read_model_config, resolve_model
+from utils.flags.trainer_names import list_optimizers, list_schedulers
+from utils.models.folder import check_adapter_fits, find_context, read_model_config, resolve_model
 from utils.models.hub import check_login
 from utils.models.weight_files import read_json
 from utils.prompts import read_template
@@ -88,8 +88,8 @@ def read_recorded_data(record: dict[str, Any]) -> dict[str, Any]:
 
 def check_trainer_names(training_args: TrainingArguments) -> None:
     """Raises UserError for a scheduler, an optimizer or a logger that the Trainer does not know."""
-    require_choice(training_args, "lr_scheduler_type", list(SCHEDULERS))
-    require_choice(training_args, "optim", ["auto", *OPTIMIZERS])
+    require_choice(training_args, "lr_scheduler_type", list_schedulers())
+    require_choice(training_args, "optim", ["auto", *list_optimizers()])
     for name in training_args.report_to:
         if name not in ("none", "all"):
             check_tracker(name)
@@ -128,8 +128,7 @@ def check_push(training_args: TrainingArguments) -> None:
 
 def check_lengths(data_args: DataArguments, config: dict[str, Any]) -> None:
     """Raises UserError where a row could be longer than the model's context."""
-    text_config = config.get("text_config", config)
-    context = next((text_config[key] for key in CONTEXT_KEYS if isinstance(text_config.get(key), int)), None)
+    context = find_context(config)
     if context is not None and data_args.max_len > context:
         flag = "--model_max_length" if data_args.model_max_length else "--source_max_len + --target_max_len"
         raise UserError(

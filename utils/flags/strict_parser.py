@@ -27,8 +27,11 @@ class OneNameFormatter(argparse.ArgumentDefaultsHelpFormatter):
         )
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        is_inverted = any(option.startswith("--no_") for option in action.option_strings)
-        return f"Turns --{action.dest} off." if is_inverted else super()._get_help_string(action)
+        if any(option.startswith("--no_") for option in action.option_strings):
+            return f"Turns --{action.dest} off."
+        text = super()._get_help_string(action)
+        # argparse fills in what follows a per cent sign.
+        return re.sub(r"%(?!\(default\)s)", "%%", text) if text else text
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if action.option_strings and action.option_strings[0] != "-h":

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.request import getproxies
 
 from utils.console import UserError
-from utils.flags.trainer_names import LOGGERS
+from utils.flags.trainer_names import list_loggers
 
 PACKAGES = {"azure_ml": "azureml", "dagshub": "dagshub", "flyte": "flytekit", "kubeflow": "kubeflow"}
 # Those that talk to a host as they start; the variable that keeps them offline, and its words for it.
@@ -23,8 +23,8 @@ HOSTS = {
 
 def check_tracker(name: str) -> None:
     """Raises UserError for a --report_to that is unknown or would fail when training starts."""
-    if name not in LOGGERS:
-        raise UserError(f"--report_to {name}: use none or one of {', '.join(LOGGERS)}")
+    if name not in (loggers := list_loggers()):
+        raise UserError(f"--report_to {name}: use none or one of {', '.join(loggers)}")
     package = PACKAGES.get(name, name)
     if importlib.util.find_spec(package) is None:
         raise UserError(f"--report_to {name}: its package is missing (pip install {package})")

@@ -2,12 +2,10 @@
 
 import ast
 from dataclasses import field, make_dataclass
-from pathlib import Path
 from typing import Any
 
-import transformers
-
 from utils.flags.strict_parser import StrictParser
+from utils.flags.trainer_names import find_class
 
 # Set from our own arguments, or without a meaning here.
 OURS = {"bf16", "fp16", "use_cpu", "activation_checkpointing", "use_cache"}
@@ -15,9 +13,7 @@ OURS = {"bf16", "fp16", "use_cpu", "activation_checkpointing", "use_cache"}
 
 def find_trainer_fields() -> set[str]:
     """Field names of transformers.TrainingArguments, read from its source without importing it."""
-    source = Path(transformers.__file__).with_name("training_args.py")
-    classes = (node for node in ast.parse(source.read_text("utf-8")).body if isinstance(node, ast.ClassDef))
-    body = next(node.body for node in classes if node.name == "TrainingArguments")
+    body = find_class("training_args.py", "TrainingArguments")
     return {ast.unparse(node.target) for node in body if isinstance(node, ast.AnnAssign)} - OURS
 
 

@@ -1,21 +1,39 @@
-"""Names that the Trainer knows, known here without the seconds that importing it takes."""
+"""Names that the Trainer knows, read from transformers' source: importing it takes seconds."""
 
-SCHEDULERS = (
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
-    "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
-    "warmup_stable_decay", "greedy",
-)  # fmt: skip
-OPTIMIZERS = (
-    "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor",
-    "adamw_anyprecision", "adamw_torch_4bit", "adamw_torch_8bit", "ademamix", "sgd", "adagrad",
-    "adamw_bnb_8bit", "adamw_8bit", "ademamix_8bit", "lion_8bit", "lion_32bit", "paged_adamw_32bit",
-    "paged_adamw_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "paged_lion_32bit", "paged_lion_8bit",
-    "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "galore_adamw", "galore_adamw_8bit",
-    "galore_adafactor", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise",
-    "lomo", "adalomo", "grokadamw", "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd",
-    "apollo_adamw", "apollo_adamw_layerwise", "stable_adamw",
-)  # fmt: skip
-LOGGERS = (
-    "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow",
-    "neptune", "swanlab", "tensorboard", "trackio", "wandb",
-)  # fmt: skip
+import ast
+import functools
+from pathlib import Path
+
+import transformers
+
+
+def list_schedulers() -> list[str]:
+    return list_values(find_class("trainer_utils.py", "SchedulerType"))
+
+
+def list_optimizers() -> list[str]:
+    return list_values(find_class("training_args.py", "OptimizerNames"))
+
+
+def list_loggers() -> list[str]:
+    source = parse_source("integrations/integration_utils.py")
+    assigned = {ast.unparse(node.targets[0]): node.value for node in source if isinstance(node, ast.Assign)}
+    loggers = assigned["INTEGRATION_TO_CALLBACK"]
+    assert isinstance(loggers, ast.Dict)
+    return sorted(ast.literal_eval(name) for name in loggers.keys if name)
+
+
+def list_values(enumeration: list[ast.stmt]) -> list[str]:
+    return [ast.literal_eval(member.value) for member in enumeration if isinstance(member, ast.Assign)]
+
+
+def find_class(file: str, name: str) -> list[ast.stmt]:
+    """The statements of a class in a module of transformers."""
+    classes = (node for node in parse_source(file) if isinstance(node, ast.ClassDef))
+    return next(node.body for node in classes if node.name == name)
+
+
+@functools.cache
+def parse_source(file: str) -> list[ast.stmt]:
+    path = Path(transformers.__file__).parent / file
+    return ast.parse(path.read_text(encoding="utf-8")).body

@@ -13,10 +13,11 @@ import torch
 from safetensors import safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.modeling_utils import str_to_torch_dtype
 
 from utils.console import UserError
-from utils.flags.checks import read_json
 from utils.models.baichuan import PACKED, cut_rows
+from utils.models.weight_files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,9 +32,8 @@ class Stored:
     rows: slice | None = None
 
     @property
-    def dtype(self) -> str:
-        """In safetensors' spelling."""
-        return self.file.get_slice(self.key).get_dtype()
+    def dtype(self) -> torch.dtype:
+        return str_to_torch_dtype[self.file.get_slice(self.key).get_dtype()]
 
     @property
     def shape(self) -> list[int]:

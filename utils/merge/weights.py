@@ -13,19 +13,19 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from utils.arguments import ModelArguments
 from utils.console import UserError
-from utils.flags.checks import read_json
 from utils.merge.base_tensors import Stored, find_names_on_disk, open_tensors
-from utils.merge.shards import Entry, save_shards
+from utils.merge.shards import save_shards
 from utils.models.adapter import build_without_weights
 from utils.models.baichuan import is_baichuan
 from utils.models.base import build_quantization, choose_compute_dtype
 from utils.models.folder import ADAPTER_FILE
+from utils.models.weight_files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FLOATS = {"F64", "F32", "F16", "BF16"}
-HALVES = {torch.float16: "F16", torch.bfloat16: "BF16"}
+FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+HALVES = {torch.float16, torch.bfloat16}
 WHOLE = "whole"  # stands for the base's tensor: a bias, a layer that was trained itself, a saved base layer
 # What LoRA adds to a layer, by its name behind `.lora_`, and the tensor of the layer that it changes.
 PARTS = {
@@ -54,34 +54,35 @@ def merge_weights(
         if strangers := sorted(quantized - names.keys()):
             raise UserError(f"{base} holds no tensor {strangers[0]}: this architecture cannot be merged here")
         for name, parts in updates.items():
-            check_fits(name, stored.get(names.get(name)), parts, adapter)
+            check_fits(name, stored[names[name]] if name in names else None, parts, adapter)
         kept = {tensor.dtype for tensor in stored.values()}
-        out = dtype if dtype in HALVES else torch.float16 if kept == {"F16"} else torch.bfloat16
+        out = dtype if dtype in HALVES else torch.float16 if kept == {torch.float16} else torch.bfloat16
         in_model = {on_disk: name for name, on_disk in names.items()}
         used: set[str] = set()
 
-        def build(entry: Entry) -> torch.Tensor:
-            name, weight = in_model.get(entry.name), stored[entry.name].read()
+        def build(on_disk: str) -> torch.Tensor:
+            name, weight = in_model.get(on_disk), stored[on_disk].read()
             if name in quantized:
                 weight = dequantize(weight.to(dtype), model_args)
             if name in updates:
                 parts = {part: adapter.get_tensor(key) for part, key in updates[name].items()}
                 weight = update_tensor(weight, parts, find_scale(name, parts, adapter_config))
                 used.update(updates[name].values())
-            return weight.to(out) if entry.dtype == HALVES[out] else weight
+            return weight.to(planned[on_disk].dtype)
 
-        save_shards(list_entries(stored, HALVES[out]), build, folder)
+        planned = plan_tensors(stored, out)
+        save_shards(planned, build, folder)
         check_all_used(adapter.keys(), used)
     config = {"dtype": str(out).removeprefix("torch.")}
     return config | ({"tie_word_embeddings": False} if is_untied else {})
 
 
-def list_entries(stored: dict[str, Stored], half: str) -> list[Entry]:
-    """What is written: every tensor of the base under its name on disk, numbers with a point as `half`."""
-    return [
-        Entry(name, half if tensor.dtype in FLOATS else tensor.dtype, tensor.shape)
+def plan_tensors(stored: dict[str, Stored], half: torch.dtype) -> dict[str, torch.Tensor]:
+    """What is written, on the meta device: the base's tensors under their names on disk, floats as `half`."""
+    return {
+        name: torch.empty(tensor.shape, dtype=half if tensor.dtype in FLOATS else tensor.dtype, device="meta")
         for name, tensor in stored.items()
-    ]
+    }
 
 
 def check_all_used(keys: Iterable[str], used: set[str]) -> None:

@@ -1,4 +1,20 @@
-"""The frozen base in 4, 8, 16 or 32 bits: NF4 with double quantization is QLoRA's (sections 2 and 3)."""
+"""The frozen base, loaded in 4, 8, 16 or 32 bits. NF4 with double quantization is QLoRA's (sections 2 and 3).
+
+A block of 64 weights becomes 64 codes of 4 bits and one scale. With absmax the largest of them by absolute
+value:
+
+    code  = the nearest of 16 values in [-1, 1] to w / absmax       (2 codes a byte)
+    w'    = value[code] * absmax                                     what a product reads
+
+NF4's 16 values are quantiles of a normal distribution, as trained weights are nearly normal: each code is
+used about equally often. FP4's are a float of 4 bits. 64 weights in 4 bits and a float32 scale are 4.5 bits a
+weight; double quantization stores the scales in 8 bits, with one float32 for 256 of them: 4.127 bits a
+weight.
+
+bitsandbytes quantizes while the weights are read, so a model is never whole in 16 bits on the GPU.
+Embeddings, norms and the output layer stay in 16 bits: they are small, and quantizing them costs more than it
+saves.
+"""
 
 import os
 import sys

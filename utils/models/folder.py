@@ -169,6 +169,12 @@ def read_model_config(model_args: ModelArguments) -> dict[str, Any]:
     return config
 
 
+def find_context(config: dict[str, Any]) -> int | None:
+    """The longest row in tokens that the model can read, where its config.json says so."""
+    text_config = config.get("text_config", config)
+    return next((text_config[key] for key in CONTEXT_KEYS if isinstance(text_config.get(key), int)), None)
+
+
 def check_adapter_fits(model_args: ModelArguments, config: dict[str, Any]) -> None:
     """Raises UserError where a file is missing or cut off, or the adapter's shapes are not the base's.
 

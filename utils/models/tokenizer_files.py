@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.utils.hub import cached_file
 
 from utils.console import notice
+from utils.models.weight_files import read_json
 
 # Classes whose tokenizer.model is a sentencepiece BPE model and nothing else.
 SENTENCEPIECE_CLASSES = {"LlamaTokenizer", "LLaMATokenizer", "BaiChuanTokenizer"}
@@ -20,10 +21,10 @@ LLAMA_SPECIALS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 def load_own_tokenizer(name: str, trust_remote_code: bool, **where: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id; `where`: revision and cache_dir."""
-    settings = read_json(find_file(name, "tokenizer_config.json", where))
+    settings = read_settings(name, "tokenizer_config.json", where)
     if str(settings.get("tokenizer_class")).removesuffix("Fast") in SENTENCEPIECE_CLASSES:
-        settings = read_json(find_file(name, "special_tokens_map.json", where)) | settings
-        content = read_json(find_file(name, "tokenizer.json", where))
+        settings = read_settings(name, "special_tokens_map.json", where) | settings
+        content = read_settings(name, "tokenizer.json", where)
         model_file = find_file(name, "tokenizer.model", where)
         if content:
             specials: dict[str, Any] = choose_specials(content, settings)
@@ -44,8 +45,9 @@ def find_file(name: str, file: str, where: dict[str, Any]) -> str | None:
     )  # fmt: skip
 
 
-def read_json(path: str | None) -> dict[str, Any]:
-    return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+def read_settings(name: str, file: str, where: dict[str, Any]) -> dict[str, Any]:
+    path = find_file(name, file, where)
+    return read_json(Path(path)) if path else {}
 
 
 def choose_specials(content: dict[str, Any], settings: dict[str, Any]) -> dict[str, str]:

@@ -3,10 +3,13 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from utils.arguments import ModelArguments
 from utils.console import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 TOKENIZER_FILE = re.compile(r"tokenizer|vocab|spiece|.*\.(model|tiktoken)$")
 OUTPUT_LAYERS = {"lm_head", "embed_out"}
@@ -59,6 +62,16 @@ def find_misfit(adapter: dict[str, list[int]], base: dict[str, list[int]]) -> st
             kind, (rows, columns) = f"lora_{matrix[0]}", expected
             return f"{layer} is {rows} x {columns} and the adapter's {kind} is {shape[0]} x {shape[1]}"
     return None
+
+
+def save_weights(tensors: "dict[str, torch.Tensor]", path: Path) -> None:
+    """A new safetensors file with the rights of any new file: save_file's own only its owner can read."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode  # what the umask leaves
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def read_shapes(files: list[Path]) -> dict[str, list[int]]:

@@ -18,6 +18,8 @@ def run_locked(output_dir: Path) -> Iterator[None]:
     """Hold the folder's lock. Raises UserError where a living process holds it.
 
     A POSIX lock belongs to the process: kill -9 frees it, and forked data workers do not keep it alive.
+    filelock's lock (flock) is also a worker's until that worker has closed its copy: on a busy machine a run
+    that was killed just after a fork, and started again, was refused.
     """
     if not is_main_process():
         yield

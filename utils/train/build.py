@@ -30,23 +30,6 @@ from utils.train.summary import choose_logging_steps, describe_start
 from utils.train.trainer import QLoraTrainer
 
 MAX_STATE_SHARE = 0.1  # of the free GPU memory: activations need the rest
-# Our flags that the Trainer does not have.
-OUR_FLAGS = {
-    "overwrite_output_dir",
-    "force_resume",
-    "predict_with_generate",
-    "sample_generate",
-    "sample_prompts",
-    "do_mmlu_eval",
-    "mmlu_dataset",
-    "mmlu_split",
-    "max_mmlu_samples",
-    "mmlu_source_max_len",
-    "packing",
-    "fast_lora",
-    "offload_checkpoints",
-    "extra",
-}
 
 
 def build_trainer(
@@ -176,8 +159,9 @@ def build_trainer_args(
 
     `packed`: a batch of the dataloader is a whole optimizer step, which training_step accumulates itself.
     """
-    flags = {field.name: getattr(training_args, field.name) for field in dataclasses.fields(training_args)}
-    flags = {name: value for name, value in flags.items() if name not in OUR_FLAGS} | training_args.extra
+    trainers = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    flags = {name: value for name, value in vars(training_args).items() if name in trainers}
+    flags |= training_args.extra
     if packed:
         flags["per_device_train_batch_size"] *= flags["gradient_accumulation_steps"]
         flags["gradient_accumulation_steps"] = 1

@@ -143,12 +143,10 @@ class AnswerScores(TrainerCallback):
 
 def save_training_curve(log_history: list[dict[str, Any]], path: Path) -> None:
     """Loss over steps, with the held-out loss where it was measured."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+    figure = Figure(figsize=(7, 4), dpi=120, layout="tight")
+    axes = figure.subplots()
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "--")):
         points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
         if points:
@@ -158,6 +156,4 @@ def save_training_curve(log_history: list[dict[str, Any]], path: Path) -> None:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    figure.tight_layout()
     figure.savefig(path)
-    pyplot.close(figure)

@@ -5,12 +5,12 @@ compares, and for LLaMA's tokenizer also what the paper's callback did, since it
 """
 
 import inspect
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.arguments import DataArguments, TrainingArguments
 from utils.console import UserError, notice, read_rank_and_size
+from utils.data.readers import read_file
 
 if TYPE_CHECKING:
     import torch
@@ -46,11 +46,7 @@ def find_mmlu_file(training_args: TrainingArguments, data_args: DataArguments) -
 
 
 def read_mmlu_file(path: Path) -> list[Question]:
-    text = path.read_text(encoding="utf-8").strip()
-    try:
-        rows = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is no JSON ({error})") from error
+    rows = list(read_file(path))
     if not rows:
         raise UserError(f"{path} is empty: questions {{subject, input, output}} are needed")
     for number, row in enumerate(rows, 1):

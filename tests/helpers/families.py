@@ -9,8 +9,9 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file, save_file
+
+from helpers import ROOT
 
 SIZES = {
     "hidden_size": 64,

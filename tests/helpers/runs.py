@@ -1,28 +1,72 @@
-"""Runs of a second or two, and what two of them must have in common."""
+"""Runs of a second or two: how tests start them, and what two of them must have in common."""
 
+import gc
+import importlib
 import json
 import os
 import random
+import shutil
 import signal
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers import IDENTITY, ROOT
 from utils.run import checkpoints
 
 FLAGS = """--template vanilla --source_max_len 100 --target_max_len 100 --lora_r 64 --lora_dropout 0.1
     --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --gradient_checkpointing False
     --learning_rate 1e-2 --lr_scheduler_type cosine --num_train_epochs 2 --save_steps 2 --logging_steps 3
     --save_total_limit 3 --disable_tqdm True""".split()
+CHECKPOINT_FILES = [
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "manifest.json",
+    "optimizer.safetensors", "rng_state_0.json", "tokenizer.json", "tokenizer_config.json",
+    "trainer_state.json", "training_state.json",
+]  # fmt: skip
 
 
-def write_rows(path, count=96, poisoned=()):
-    rows = [
-        {"instruction": f"{i} + {i % 7}?", "output": f"{i + i % 7}, said {'abc'[i % 3] * (i % 9 + 1)}"}
-        for i in range(count)
-    ]
-    for i in poisoned:
-        rows[i]["output"] += "~"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+def run_in_process(script, *argv):
+    """A script's main() in this process: no seconds lost on imports."""
+    if not gc.get_freeze_count():  # a Trainer collects garbage: 0.7 s over all that tests have imported
+        importlib.import_module("utils.train.training")
+        gc.freeze()  # once: what is frozen is never freed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", [f"{script}.py", *map(str, argv)])
+        importlib.import_module(script).main()
+
+
+def train(call_main, model, folder, *flags, script="qlora_finetune"):
+    """Train on the identity rows; what the script printed."""
+    argv = ["--model_name_or_path", model, "--dataset_name", IDENTITY, "--output_dir", folder]
+    return call_main(script, *argv, *flags)
+
+
+@contextmanager
+def trainer_kept() -> Iterator[list]:
+    """The Trainers of the runs that end inside, in their order: main() gives none back."""
+    from utils.train.trainer import QLoraTrainer
+
+    kept, save_final = [], QLoraTrainer.save_final
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(QLoraTrainer, "save_final", lambda self: (kept.append(self), save_final(self)))
+        yield kept
+
+
+def read_log(run, name) -> list[float]:
+    log = json.loads((run / "metrics.json").read_text())["log"]
+    return [entry[name] for entry in log if name in entry]
+
+
+def load_weights(run):
+    weights = load_file(run / "adapter_model.safetensors")
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+    return weights
 
 
 def read_last_state(run):
@@ -91,3 +135,11 @@ def check_kills(server, command, tmp_path, optimizer, kills, number=signal.SIGKI
         left, wanted = ({n for n in names if not n.startswith("checkpoint-")} for names in (left, wanted))
     assert left == wanted, left ^ wanted
     return codes
+
+
+def forget_second_step(run):
+    """Leave the run as if it had been killed after its first checkpoint."""
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    shutil.rmtree(run / "checkpoint-2")
+    (run / "adapter_model.safetensors").unlink()

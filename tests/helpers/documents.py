@@ -4,7 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
-from conftest import ROOT
+from helpers import ROOT
 
 READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
 DOCS = sorted((ROOT / "docs").glob("*.md"))

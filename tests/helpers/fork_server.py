@@ -14,8 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-TRAINING = """qlora_finetune qlora_int8_finetune utils.train.training matplotlib.pyplot bitsandbytes peft.tuners.lora.bnb
+ROOT = Path(__file__).parent.parent.parent
+TRAINING = """qlora_finetune qlora_int8_finetune utils.train.training matplotlib.figure bitsandbytes peft.tuners.lora.bnb
     transformers.models.llama.modeling_llama transformers.integrations.bitsandbytes""".split()
 FLAGS = (
     "qlora_finetune cli_demo transformers.hf_argparser".split()
@@ -103,7 +103,7 @@ def run_child(request: dict) -> None:
 
 
 def serve(modules: list[str]) -> None:
-    sys.path.insert(0, str(ROOT))
+    sys.path[0] = str(ROOT)  # in place of this folder, whose names are not the runs'
     for name in modules:
         importlib.import_module(name)
     gc.freeze()  # each child would walk it, and copy the pages by that

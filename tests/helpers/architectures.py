@@ -144,9 +144,3 @@ def run_plain(model, batch: dict[str, torch.Tensor], loss_scale: float) -> torch
 
 def adapter_gradients(model) -> dict[str, torch.Tensor]:
     return {name: p.grad.float().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def relative_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
-    assert first.keys() == second.keys()
-    difference = sum((first[name] - second[name]).double().square().sum() for name in first)
-    return (difference / sum(second[name].double().square().sum() for name in second)).sqrt().item()

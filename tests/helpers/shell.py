@@ -2,12 +2,15 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+
+from helpers import ROOT
 
 
 def find_free_port():
@@ -53,3 +56,28 @@ def check_page(process):
             time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=60)
+
+
+def run_script(
+    script: str, *argv: str, stdin: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A script as a user starts it, in its own process."""
+    return subprocess.run(
+        [sys.executable, script, *map(str, argv)],
+        cwd=ROOT,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=600,
+    )
+
+
+def ignore_outputs(*patterns: str):
+    """For shutil.copytree of this repository: without models/ (utils/models/ stays), runs and hidden files."""
+    left_out = shutil.ignore_patterns(".*", "output", "wandb", "__pycache__", *patterns)
+
+    def ignore(path: str, names: list[str]) -> set[str]:
+        return left_out(path, names) | ({"models"} & set(names) if path == str(ROOT) else set())
+
+    return ignore
