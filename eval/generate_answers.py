@@ -56,7 +56,7 @@ def main() -> None:
     from utils.chat.generation import load_run
 
     chat = load_run(model_args, config, answer_args.template)
-    base = Path(model_args.model_name_or_path).name
+    base = Path(model_args.base).name
     tuned = Path(model_args.checkpoint_dir).resolve().name if model_args.checkpoint_dir else base
     write_answers(chat, questions, tuned, generation_args, answer_args)
     if answer_args.base_too:

@@ -193,7 +193,7 @@ def judge_all(
         # Whatever ends the loop, closing() cancels what waits; the pool then waits for what is under way.
         with (
             ThreadPoolExecutor(judge_args.parallel) as pool,
-            closing(pool.map(judge, comparisons, prompts)) as outcomes,
+            closing(pool.map(judge, comparisons, prompts)) as outcomes,  # type: ignore[type-var]  # a generator
         ):
             for failure in tqdm(outcomes, total=len(prompts), unit="review"):
                 in_a_row = in_a_row + 1 if failure else 0
@@ -225,7 +225,7 @@ def judge_one(
         raise UserError(f"the endpoint refuses (--model {judge_args.model}): {error}") from error
     except (openai.OpenAIError, ValueError) as error:
         return f"question {comparison.question.question_id}: {type(error).__name__}: {error}"
-    save_review(comparison, judge_args.model, text, score)
+    save_review(comparison, str(judge_args.model), text, score)
     return None
 
 

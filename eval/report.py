@@ -10,7 +10,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eval.answers.questions import Question, load_questions
 from eval.measures.differences import Measure, compute_row_losses, measure_answers
@@ -20,6 +20,9 @@ from utils.console import UserError, notice, run_main
 from utils.flags.parser import find_given_flags, name_leading_words, parse_args
 from utils.models.folder import check_adapter_fits, read_model_config, resolve_model
 from utils.run.record import find_run_record, write_json
+
+if TYPE_CHECKING:
+    from utils.data.token_rows import Example
 
 OWN_QUESTIONS = ["eval/prompts/questions_zh.jsonl", "eval/prompts/questions_en.jsonl"]
 
@@ -56,7 +59,7 @@ def main() -> None:
         raise UserError(
             "a full fine-tune has no adapter to switch off: use eval.lm_tasks on it and on its base"
         )
-    run_dir = Path(model_args.checkpoint_dir)
+    run_dir = model_args.adapter_dir
     record = find_run_record(run_dir)
     questions = spread(load_questions(report_args.questions), report_args.max_questions)
 
@@ -122,7 +125,7 @@ def switch_off(chat: Any, off: bool) -> Any:
     return chat.model.disable_adapter() if off else nullcontext()
 
 
-def measure_loss(chat: Any, rows: list[dict[str, list[int]]]) -> list[Measure]:
+def measure_loss(chat: Any, rows: list["Example"]) -> list[Measure]:
     """Held-out loss, weighted by label tokens as in training."""
     if not rows:
         return []
@@ -131,7 +134,8 @@ def measure_loss(chat: Any, rows: list[dict[str, list[int]]]) -> list[Measure]:
         with switch_off(chat, off):
             values, counts = compute_row_losses(chat.model, rows)
             losses.append(values)
-    return [Measure("held-out loss, nats a token", *losses, "lower", counts)]
+    before, after = losses
+    return [Measure("held-out loss, nats a token", before, after, "lower", counts)]
 
 
 def measure_tasks(chat: Any, tasks: list[str], manager: Any, report_args: ReportArguments) -> list[Measure]:
@@ -152,8 +156,8 @@ def measure_tasks(chat: Any, tasks: list[str], manager: Any, report_args: Report
     )
     measures = []
     for task in sorted(name for name, rows in before.items() if "acc" in rows[0]):
-        marks = ([row["acc"] for row in side[task]] for side in (before, after))
-        measures.append(Measure(f"{task}, accuracy", *marks, "higher", percent=True))
+        first, second = ([row["acc"] for row in side[task]] for side in (before, after))
+        measures.append(Measure(f"{task}, accuracy", first, second, "higher", percent=True))
     return measures
 
 
@@ -184,7 +188,8 @@ def measure_rouge(
     for rows in (before, after):
         pairs = zip([row["generation"] for row in rows], references, strict=True)
         sides.append([score_answer(*pair)["rouge-l"] / 100 for pair in pairs])
-    return [Measure("ROUGE-L of held-out answers", *sides, "higher", percent=True)]
+    first, second = sides
+    return [Measure("ROUGE-L of held-out answers", first, second, "higher", percent=True)]
 
 
 def pair_answers(

@@ -8,7 +8,10 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from utils.data.token_rows import Example
 
 CHINESE = re.compile(r"[\u3400-\u9fff]")
 LATIN_WORD = re.compile(r"[A-Za-zÀ-ÿ]+")
@@ -58,7 +61,7 @@ class Measure:
         )
 
 
-def compute_row_losses(model: Any, rows: list[dict[str, list[int]]]) -> tuple[list[float], list[int]]:
+def compute_row_losses(model: Any, rows: list["Example"]) -> tuple[list[float], list[int]]:
     """(mean loss in nats of each row's label tokens, their count), of {input_ids, labels}."""
     import torch
 
@@ -115,11 +118,11 @@ def measure_collapse(questions: Sequence[str], before: Sequence[str], after: Seq
     An interval calls three of 24 unclear. But of 300 draws of 24 rows of Alpaca in Chinese, one has a phrase
     that three answers say; a model that learned its name said it in 9 of 24 (eval/generations/quickstart).
     """
-    sides = [find_collapsed(questions, texts) for texts in (before, after)]
-    gained = sum(sides[1]) - sum(sides[0])
+    first, second = (find_collapsed(questions, texts) for texts in (before, after))
+    gained = sum(second) - sum(first)
     has_collapsed = gained >= max(COLLAPSED_ANSWERS, COLLAPSED_SHARE * len(questions))
     verdict = "worse" if has_collapsed else None
-    return Measure("answers of one phrase", *sides, "lower", percent=True, verdict=verdict)
+    return Measure("answers of one phrase", first, second, "lower", percent=True, verdict=verdict)
 
 
 def detect_language(text: str) -> Literal["zh", "en"] | None:
@@ -140,16 +143,16 @@ def measure_answers(
     def compare(name: str, key: Any, better: Any, chosen: list[int], percent: bool = True) -> list[Measure]:
         if not chosen:
             return []
-        sides = ([key(rows[i]) for i in chosen] for rows in (before, after))
-        return [Measure(name, *sides, better, percent=percent)]
+        first, second = ([key(rows[i]) for i in chosen] for rows in (before, after))
+        return [Measure(name, first, second, better, percent=percent)]
 
     everything = list(range(len(questions)))
     language = [detect_language(question) for question in questions]
     measures = compare("answers that came to an end", lambda row: float(row["stopped"]), "higher", everything)
     measures += compare("length, tokens", lambda row: float(len(row["ids"])), None, everything, False)
     measures += compare("repeated 4-grams", lambda row: measure_repetition(row["ids"]), "lower", everything)
-    shared = (find_shared_openings([row["ids"] for row in rows]) for rows in (before, after))
-    measures.append(Measure("answers that open like another one", *shared, "lower", percent=True))
+    first, second = (find_shared_openings([row["ids"] for row in rows]) for rows in (before, after))
+    measures.append(Measure("answers that open like another one", first, second, "lower", percent=True))
     texts = ([row["generation"] for row in rows] for rows in (before, after))
     measures.append(measure_collapse(questions, *texts))
     for code, name, other in (("zh", "Chinese", "en"), ("en", "English", "zh")):

@@ -8,6 +8,7 @@ from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.chat.generation import ChatModel
 from utils.console import UserError
 from utils.data.rows import count_trained_copies, find_held_out, load_rows
+from utils.data.token_rows import Example
 from utils.data.tokenizing import tokenize_rows
 from utils.flags.checks import read_recorded_data
 from utils.messages import EVAL, TEST, TRAIN
@@ -19,7 +20,7 @@ from utils.train.predictions import find_answered
 class HeldOut:
     """`encoded` rows {input_ids, labels} for the loss; `questions` and their `references`; or why none."""
 
-    encoded: list[dict[str, Any]]
+    encoded: list[Example]
     questions: list[Question]
     references: list[str]
     reason: str | None = None
@@ -54,7 +55,7 @@ def load_held_out(record: dict[str, Any] | None, chat: ChatModel, count: int) ->
         reason = f"{copies:,} rows of the run's data hold the chat of a held-out row: no held-out loss."
         return HeldOut([], [], [], reason)
     parts = tokenize_rows(rows, chat.tokenizer, chat.stop_ids, data_args)
-    found = next((parts[part] for part in (EVAL, TEST) if len(parts[part])), [])
+    found = next((parts[part] for part in (EVAL, TEST) if len(parts[part])), parts[EVAL])
     encoded = [found[i] for i in range(min(count, len(found)))]
     chats = find_answered(rows.read_held_out(EVAL, find_input_marker(chat.tokenizer))[:count])
     told = [chat.messages for chat in chats if not chat.tools]  # a question has no place for tools

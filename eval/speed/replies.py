@@ -39,7 +39,7 @@ class TokenTimes(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def time_reply(model: torch.nn.Module, variant: str, prompt: torch.Tensor, count: int) -> Reply:
+def time_reply(model: Any, variant: str, prompt: torch.Tensor, count: int) -> Reply:
     """The second of two replies: the first one captures and warms up."""
     for _ in range(2):
         if prompt.is_cuda:

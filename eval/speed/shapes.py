@@ -1,6 +1,7 @@
 """Quantized models of known shapes from random weights, to measure on: never whole in 16 bits."""
 
 import copy
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -79,6 +80,8 @@ def quantize_linears(module: nn.Module, bits: int, dtype: torch.dtype) -> None:
         if type(child) is not nn.Linear or bits == 16:
             continue
         sizes = (child.in_features, child.out_features, child.bias is not None)
+        new: Any  # Linear4bit or Linear8bitLt
+        packed: Any  # Params4bit or Int8Params, whose annotations contradict torch's
         with torch.device("meta"):
             if bits == 4:
                 new = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4")

@@ -21,14 +21,14 @@ class Setup:
     """One variant, ready to train."""
 
     prepare: Callable[[Rows], MicroBatches]
-    step: Callable[[MicroBatches], torch.Tensor]  # over the micro-batches of an optimizer step -> its loss
+    step: Callable[[MicroBatches], torch.Tensor | float]  # micro-batches of an optimizer step -> its loss
     optimizer: Any
     graphs: Sized = ()  # CUDA graphs captured so far
 
 
 def build_variant(
     variant: str,
-    model: torch.nn.Module,
+    model: Any,
     lora: LoraConfig,
     dtype: torch.dtype,
     checkpointed: bool,
@@ -60,7 +60,7 @@ def cast_like_original(model: torch.nn.Module, dtype: torch.dtype) -> None:
             module.to(dtype)
 
 
-def build_plain_step(model: torch.nn.Module, dtype: torch.dtype, device: str) -> Setup:
+def build_plain_step(model: Any, dtype: torch.dtype, device: str) -> Setup:
     """Padded micro-batches of four through PEFT and autocast, gradients added up, a paged optimizer."""
     import bitsandbytes as bnb
 
@@ -88,7 +88,7 @@ def build_plain_step(model: torch.nn.Module, dtype: torch.dtype, device: str) ->
     return Setup(prepare, step, optimizer)
 
 
-def build_fast_step(model: torch.nn.Module, dtype: torch.dtype, capacity: int, device: str) -> Setup:
+def build_fast_step(model: Any, dtype: torch.dtype, capacity: int, device: str) -> Setup:
     """Packed micro-batches of fixed sizes, replayed as CUDA graphs where there is a GPU."""
     fast = prepare_fast_model(model, dtype)
     if isinstance(fast, str):
@@ -101,7 +101,7 @@ def build_fast_step(model: torch.nn.Module, dtype: torch.dtype, capacity: int, d
     def prepare(rows: Rows) -> MicroBatches:
         return build_packed(rows, capacity, vocabulary)
 
-    def step(batches: MicroBatches) -> torch.Tensor:
+    def step(batches: MicroBatches) -> torch.Tensor | float:
         labels = sum(len(batch["label_positions"]) for batch in batches)
         loss_scale = scaler.scale(torch.ones((), device=device)) / labels
         loss = sum(run(batch, loss_scale) for batch in batches)

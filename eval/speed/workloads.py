@@ -3,10 +3,12 @@
 import random
 from typing import Any
 
+import numpy as np
 import torch
 
 from utils.console import UserError
 from utils.data.packing import PackingCollator, choose_sizes
+from utils.data.token_rows import Example
 
 Rows = list[int]  # their lengths, tokens
 # 1,999 rows of Alpaca in English and Chinese, in tokens of LLaMA: every 32nd part of their sorted lengths.
@@ -40,7 +42,7 @@ def fill_each_size(capacity: int) -> list[Rows]:
     """Two steps for each size of packed micro-batches, the largest first: nearly all graphs of a run."""
     draw, steps = random.Random(1), []
     for size in reversed(choose_sizes(capacity, fixed=True)):
-        rows = []
+        rows: Rows = []
         while sum(rows) < size:
             rows.append(min(draw_length(draw), size - sum(rows)))
         steps += [rows, rows]
@@ -51,7 +53,9 @@ def build_packed(rows: Rows, capacity: int, vocabulary: int) -> list[dict[str, A
     """Micro-batches of random tokens, packed as a run on a GPU packs them; rows of one length are one."""
     capacity = sum(rows) if len(set(rows)) == 1 else capacity
     ids = [torch.randint(5, vocabulary, (length,)).numpy() for length in rows]
-    examples = [{"input_ids": row, "labels": row, "row": index} for index, row in enumerate(ids)]
+    examples: list[Example] = [
+        {"input_ids": row, "labels": row, "row": np.int64(index)} for index, row in enumerate(ids)
+    ]
     return PackingCollator(pad_token_id=0, capacity=capacity, fixed=True)(examples)["micro_batches"]
 
 

@@ -9,13 +9,13 @@ import gc
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.chat.generation import load_run
 from utils.console import UserError, notice
 from utils.data.rows import Rows, load_rows
+from utils.data.token_rows import Example
 from utils.data.tokenizing import tokenize_rows
 from utils.flags.checks import read_recorded_data
 from utils.messages import EVAL, IGNORE_INDEX, TEST
@@ -27,7 +27,7 @@ REPLIES, REPLY_TOKENS = 8, 48
 # Past these the merged model is another model. A right one of SmolLM2-135M is far below.
 LIMITS = {"loss_difference": 0.02, "top1_disagreement": 0.03, "kl": 0.01}
 
-Examples = list[dict[str, np.ndarray]]
+Examples = list[Example]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ def limit_tokens(examples: Examples) -> Examples:
     return kept
 
 
-def find_answer(example: dict[str, np.ndarray]) -> list[int]:
+def find_answer(example: Example) -> list[int]:
     """Positions of the answer's tokens; a row's first token has none before it to be predicted from."""
     return [i for i, label in enumerate(example["labels"]) if i > 0 and label != IGNORE_INDEX]
 
