@@ -2,8 +2,10 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
+import transformers
 
 from utils.arguments import (
     DataArguments,
@@ -216,3 +218,10 @@ def test_help_shows_a_per_cent_sign_as_it_is_written():
 def test_inverted_flag_has_a_help_of_its_own():
     shown = " ".join(StrictParser(FLAGS, "").format_help().split())
     assert "--no_packing Turns --packing off. --fast_lora" in shown
+
+
+def test_output_dir_in_the_home_is_one_folder_for_the_run_and_the_trainer(monkeypatch, tmp_path):
+    """A shell leaves the ~ of --output_dir=~/runs/a as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    trainers = transformers.TrainingArguments(output_dir="~/runs/a").output_dir
+    assert TrainingArguments(output_dir="~/runs/a").run_dir == Path(trainers) == tmp_path / "runs" / "a"

@@ -1,6 +1,7 @@
 """Every flag of the scripts: one dataclass per concern, each with its default and what is wrong about it."""
 
 import copy
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -249,6 +250,8 @@ class TrainingArguments:
     def __post_init__(self) -> None:
         if not (self.do_train or self.do_eval or self.do_predict):
             self.do_train = True
+        if self.output_dir is not None:
+            self.output_dir = os.path.expanduser(self.output_dir)  # as the Trainer does
         require_positive(
             self,
             "num_train_epochs",
