@@ -22,6 +22,7 @@ all=false
 if [ "${1:-}" = "--all" ]; then all=true; shift; fi
 ruff check .
 ruff format --check .
+mypy
 # Files side by side, one thread each; the slow tests one after another, as several of them measure time.
 workers=$(($(nproc) < 4 ? $(nproc) : 4))
 # They are the CPU's: a GPU there is hidden, and has tests of its own (python -m pytest -m gpu).
