@@ -30,9 +30,7 @@ def load_tokenizer(
             name, model_args.trust_remote_code, revision=revision, cache_dir=model_args.cache_dir
         )
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"the tokenizer of {model_args.base} has no eos token, so no reply could end"
-        )
+        raise UserError(f"the tokenizer of {model_args.base} has no eos token, so no reply could end")
     add_chat_template(tokenizer, data_args)
     add_bos(tokenizer)
     add_pad_token(tokenizer)

@@ -4,7 +4,6 @@ transformers 5 rebuilds every tokenizer of LLaMA's class in one way: one without
 a leading blank is lost, and old conversions with empty special tokens do not load at all.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +132,8 @@ def build_normalizer(spec: Any) -> Any:
     """What sentencepiece does to text before it merges, in its order."""
     from tokenizers import Regex, normalizers
 
-    steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    charsmap = spec.precompiled_charsmap
+    steps: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     steps += [normalizers.Prepend("▁")] if spec.add_dummy_prefix else []
