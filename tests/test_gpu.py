@@ -182,7 +182,7 @@ def measure_bare_steps(trainer, steps=10):
         for parts in batches:
             scale = 1 / sum(len(part["label_positions"]) for part in parts)
             for part in parts:
-                trainer.engine.run_micro_batch(part, scale)
+                trainer.engine.graphed_step(part, scale)
             trainer.engine.fast.flat.clip_gradients(0.3)
             trainer.optimizer.optimizer.step()
             trainer.engine.fast.flat.zero_gradients()

@@ -1,6 +1,6 @@
 """From rows to micro-batches: laid end to end in a few fixed sizes, or padded to the longest.
 
-Padding wastes what the rows differ in length: eight rows of 20 to 400 tokens, padded to 400, are four fifths
+Padding wastes what the rows differ in length: one row of 400 tokens and seven of 50, padded to 400, are 77%
 padding. Packing lays rows end to end and lets attention keep them apart:
 
     padded    [a a a a a a a a]      packed    [a a a a a a a a b b b c c c c d]

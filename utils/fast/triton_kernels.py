@@ -1,6 +1,4 @@
-"""The GPU kernels behind utils.fast.kernels, in Triton.
-
-Python that is compiled for the GPU at its first call.
+"""The GPU kernels behind utils.fast.kernels, in Triton: Python, compiled for the GPU at its first call.
 
 None is limited by arithmetic. What each costs is one pass over memory, where torch would make several: that
 is why they exist. A program (one instance of a kernel) does one row of tokens, or one row of a weight, unless

@@ -1,9 +1,11 @@
 """LoRA on every linear layer: a fresh adapter, or the one of an earlier run.
 
-Beside each frozen W  # [out, in] lie a trained A  # [rank, in] and B  # [out, rank], and the layer computes W
-x + (lora_alpha / rank) B A x. A starts random and B at zero, so training starts at the base model exactly.
-QLoRA adapts all linear layers and not query and value alone: by its section 4 that is what makes 4 bits as
-good as 16.
+Beside each frozen W  # [out, in] lie a trained A  # [rank, in] and B  # [out, rank], and the layer computes
+
+    W x + (lora_alpha / rank) B A x
+
+A starts random and B at zero, so training starts at the base model exactly. QLoRA adapts all linear layers
+and not query and value alone: by its section 4 that is what makes 4 bits as good as 16.
 """
 
 from pathlib import Path

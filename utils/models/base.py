@@ -12,8 +12,7 @@ weight; double quantization stores the scales in 8 bits, with one float32 for 25
 weight.
 
 bitsandbytes quantizes while the weights are read, so a model is never whole in 16 bits on the GPU.
-Embeddings, norms and the output layer stay in 16 bits: they are small, and quantizing them costs more than it
-saves.
+Embeddings, norms and the output layer stay in 16 bits.
 """
 
 import os

@@ -79,7 +79,7 @@ class FastEngine:
     def __init__(self, fast: FastModel):
         self.fast, self.flat, self.keys = fast, fast.flat, fast.keys
         self.flat_weights = fast.flat.weights
-        self.run_micro_batch = GraphedStep(fast)
+        self.graphed_step = GraphedStep(fast)
 
     def join_processes(self, accelerator: Accelerator) -> None:
         """Begin with the same weights; run_step sums the gradients itself.
@@ -103,12 +103,12 @@ class FastEngine:
         accelerator: Accelerator,
         run_micro_batch: Callable[[MicroBatch, torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """As PlainEngine.run_step, with a forward and backward of its own."""
+        """As PlainEngine.run_step; `run_micro_batch` is not used, the graphed step takes its place."""
         model.train()
         scaler, processes = accelerator.scaler, accelerator.num_processes
         one = torch.ones((), device=self.flat.weights.device)
         loss_scale = (scaler.scale(one) if scaler else one) / label_tokens
-        losses = torch.stack([self.run_micro_batch(part, loss_scale) for part in micro_batches])
+        losses = torch.stack([self.graphed_step(part, loss_scale) for part in micro_batches])
         if processes > 1 and accelerator.sync_gradients:
             torch.distributed.all_reduce(self.flat.grads)
         return losses.sum() / label_tokens * processes
