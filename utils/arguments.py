@@ -8,10 +8,17 @@ from typing import Any, Literal
 
 from utils.console import UserError
 
+TRUE_WORDS = {"true", "t", "yes", "y", "1"}
+FALSE_WORDS = {"false", "f", "no", "n", "0"}
 
-def flag(*, help: str, **default: Any) -> Any:
-    """A dataclass's field that is a flag: its default or default_factory, and its line in --help."""
-    return field(metadata={"help": help}, **default)
+
+def flag(*, help: str, bare: str | None = None, **default: Any) -> Any:
+    """A dataclass's field that is a flag: its default or default_factory, and its line in --help.
+
+    `bare`: what the flag means without a value.
+    """
+    without_value = {} if bare is None else {"nargs": "?", "const": bare}
+    return field(metadata={"help": help} | without_value, **default)
 
 
 @dataclass
@@ -30,7 +37,7 @@ class ModelArguments:
     full_finetune: bool = flag(default=False, help="Train every weight; needs bits 16 or 32.")
     use_cpu: bool = flag(default=False, help="Stay on the CPU although a GPU is there.")
     max_memory_MB: int | None = flag(
-        default=None, help="Cap on each GPU's memory, MB, where layers are spread."
+        default=None, help="Cap on each GPU's memory, MB; everything that this process holds there counts."
     )
     trust_remote_code: bool = flag(default=False, help="Run Python code shipped in the model folder.")
     allow_pickle: bool = flag(default=False, help="Read .bin weights too (torch.load, weights only).")
@@ -188,7 +195,12 @@ class TrainingArguments:
     per_device_train_batch_size: int = flag(default=1, help="Rows in a padded micro-batch.")
     per_device_eval_batch_size: int = flag(default=8, help="Rows in an evaluation batch.")
     gradient_accumulation_steps: int = flag(default=16, help="A step holds this many times those rows.")
-    gradient_checkpointing: bool = flag(default=True, help="Recompute activations to save memory.")
+    gradient_checkpointing: str = flag(
+        default="auto",
+        bare="True",
+        help="Recompute activations to save memory: True, False, or auto, as few layers as memory demands.",
+    )
+    dry_run: bool = flag(default=False, help="Only say what memory the run would take; train nothing.")
     offload_checkpoints: bool = flag(
         default=True, help="Recomputed layers' inputs wait in host memory (fast path, wide models)."
     )
@@ -276,6 +288,13 @@ class TrainingArguments:
                 self, name, ["no", "steps", "epoch"] + (["best"] if name == "save_strategy" else [])
             )
         require_choice(self, "train_sampling_strategy", ["random", "sequential", "group_by_length"])
+        word = str(self.gradient_checkpointing).lower()
+        known = {"auto": "auto"} | dict.fromkeys(TRUE_WORDS, "True") | dict.fromkeys(FALSE_WORDS, "False")
+        if word not in known:
+            raise UserError(
+                f"--gradient_checkpointing {self.gradient_checkpointing}: use auto, True or False"
+            )
+        self.gradient_checkpointing = known[word]
 
 
 @dataclass
