@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 NUMBERS = "numbers and booleans written as text"
+LINES = "lists of lines joined to one text"
 
 # Columns about a row, not of it: where it is from, what kind it is.
 METADATA = frozenset(
@@ -43,6 +44,19 @@ def write_cell(value: Any) -> Any:
     return None if is_empty_number(value) else value
 
 
-def note_numbers(values: Iterable[Any]) -> list[str]:
-    """The note of a row where one of these was written as text."""
-    return [NUMBERS] if any(map(is_number, values)) else []
+def note_written(values: Iterable[Any]) -> list[str]:
+    """Notes of a row where one of these was no text and is written as one."""
+    values = list(values)
+    lines = any(isinstance(value, list) and value and isinstance(value[0], str) for value in values)
+    return [NUMBERS] * any(map(is_number, values)) + [LINES] * lines
+
+
+def unpack_list(value: Any) -> Any:
+    """The list of turns (objects or pairs) that a table stores as its JSON; any other value as it is."""
+    if not (isinstance(value, str) and value.startswith(("[{", "[["))):
+        return value
+    try:
+        found = json.loads(value)
+    except json.JSONDecodeError:
+        return value
+    return found if all(isinstance(turn, dict | list) for turn in found) else value

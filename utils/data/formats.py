@@ -2,13 +2,13 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from utils.console import UserError
-from utils.data.cells import is_empty_number, is_given, note_numbers, write_cell
-from utils.data.layouts import INPUTS, find_pair
+from utils.data.cells import is_empty_number, is_given, note_written, write_cell
+from utils.data.layouts import CONVERSATIONS, INPUTS, find_columns, find_pair
 from utils.data.media import check_media
 from utils.data.preferences import CHOSEN, CONTEXTS, REJECTED, check_desirable, is_ranked, read_preferred
 from utils.data.roles import add_system, join_calls, read_history, read_system, wrap_tools
@@ -17,6 +17,7 @@ from utils.data.turns import (
     find_said,
     join_input,
     keep_ordered,
+    name_model,
     names_speaker,
     read_list,
     read_turn,
@@ -26,7 +27,7 @@ from utils.data.turns import (
     tidy_turns,
 )
 from utils.data.unread import WatchedRow, find_unread
-from utils.messages import TEXT_ROLE, UNTRAINED, Chat, Row
+from utils.messages import TEXT_ROLE, UNTRAINED, Chat, Message, Row
 
 
 def read_text(row: Row, column: str) -> str:
@@ -43,11 +44,11 @@ def build_exchange(row: Row, question: str, answer: str, marker: str, extra: str
     for role, text in turns:
         if not text.strip():
             raise UserError(f"column {(question if role == 'user' else answer)!r} is empty")
-    notes = note_numbers(row.get(column) for column in (question, answer, extra) if column)
+    notes = note_written(row.get(column) for column in (question, answer, extra) if column)
     return Chat([{"role": role, "content": text} for role, text in turns], cleaned=tuple(notes))
 
 
-def read_exchange(row: Row, question: str, answer: str, marker: str, inputs: tuple[str, ...] = ()) -> Chat:
+def read_exchange(row: Row, question: str, answer: str, marker: str, inputs: Sequence[str] = ()) -> Chat:
     """build_exchange behind the system message and `history` of the row; `inputs`: names of its extra."""
     extra = next((name for name in inputs if is_given(row.get(name))), None)
     exchange = build_exchange(row, question, answer, marker, extra)
@@ -76,6 +77,11 @@ def read_self_instruct(row: Row, marker: str) -> Chat:
 
 
 def read_input_output(row: Row, marker: str) -> Chat:
+    """input and output, texts or lists of the questions and the answers of a chat (Chinese-Vicuna)."""
+    asked, answers = row.get("input"), row.get("output")
+    if isinstance(asked, list) and isinstance(answers, list) and len(asked) == len(answers):
+        pairs = [[("user", ask), ("assistant", say)] for ask, say in zip(asked, answers, strict=True)]
+        return tidy_turns([turn for pair in pairs for turn in pair])
     return read_exchange(row, "input", "output", marker)
 
 
@@ -114,9 +120,9 @@ def read_sharegpt(row: Row, marker: str) -> Chat:
     """
     from utils.data.html_text import convert_page  # here: its parser takes 0.2 s to import
 
-    turns = read_list(row, "conversations" if "conversations" in row else "conversation")
-    turns = turns if names_speaker(turns[0]) else split_pairs(turns)
-    messages, notes = [], note_numbers(map(find_said, turns))
+    turns = read_list(row, next((name for name in CONVERSATIONS if name in row), CONVERSATIONS[0]))
+    turns, notes = name_model(turns) if names_speaker(turns[0]) else (split_pairs(turns), [])
+    messages, notes = [], [*notes, *note_written(map(find_said, turns))]
     for turn in turns:
         message = read_turn(blank_null(turn))
         if message["role"] == "assistant":
@@ -133,7 +139,7 @@ def read_chat_messages(row: Row, marker: str) -> Chat:
         return read_sharegpt(row | {"conversations": turns}, marker)
     said = list(map(find_said, turns))
     ordered, notes = keep_ordered(join_calls(add_system(row, list(map(read_turn, turns)))))
-    notes += note_numbers(said)
+    notes += note_written(said)
     parts = [part for content in said if isinstance(content, list) for part in content]
     if any(isinstance(part, dict) and part.get("type") == "reasoning" for part in parts):
         notes = [*notes, "reasoning written in <think> tags"]
@@ -147,7 +153,7 @@ def read_question_answer(row: Row, marker: str) -> Chat:
         raise UserError(
             f"no column of {', '.join(map(str, row))} is known as a question and one as its answer"
         )
-    return read_exchange(row, *pair, marker, INPUTS)
+    return read_exchange(row, *pair, marker, find_columns(INPUTS, row))
 
 
 def read_preference(row: Row, marker: str) -> Chat:
@@ -163,8 +169,8 @@ def read_seed_task(row: Row, marker: str) -> Chat:
 
 
 def read_tools(row: Row) -> list[dict[str, Any]] | None:
-    """The functions that a chat may call, a list or its JSON, as tables store it."""
-    tools = row.get("tools") or None
+    """The functions that a chat may call: `tools`, a list or its JSON, or OpenAI's older `functions`."""
+    tools = row.get("tools") or row.get("functions") or None
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) or None
@@ -200,6 +206,21 @@ ALIASES = {
 }
 
 
+# What ended a text in its publisher's file; a template closes answers with the model's own.
+END_MARKS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "</s>")
+
+
+def take_off_end(message: Message) -> bool:
+    """Leave out a mark behind the text, and say whether there was one; `</s>` may close an `<s>` of HTML."""
+    text = message["content"].rstrip()
+    if not text.endswith(END_MARKS) or (text.endswith("</s>") and "<s>" in text):
+        return False
+    message["content"] = text[: text.rindex("<")]
+    if not message["content"].strip():
+        raise UserError(f"an answer is {text!r} alone")
+    return True
+
+
 def find_format(row: Any) -> str | None:
     """The format that a row has the columns of, by its text where several share them."""
     if not isinstance(row, dict):
@@ -212,7 +233,7 @@ def find_format(row: Any) -> str | None:
         return "preference"
     if "messages" in columns:
         return "messages"
-    if "conversations" in columns or isinstance(row.get("conversation"), list):
+    if CONVERSATIONS[0] in columns or any(isinstance(row.get(name), list) for name in CONVERSATIONS):
         return "sharegpt"
     if "instances" in columns:
         return "seed-task"
@@ -259,6 +280,8 @@ def read_row(row: Any, dataset_format: str, marker: str = "\n\n") -> Chat:
     answers = [message for message in chat.messages if message["role"] in ("assistant", TEXT_ROLE)]
     if not any(message.get(UNTRAINED, True) for message in answers):
         raise UserError("has no answer to train on" + (": all are marked as context" if answers else ""))
+    if any([take_off_end(message) for message in answers]):
+        chat = replace(chat, cleaned=(*chat.cleaned, "an end mark behind an answer taken off"))
     try:
         "".join(message["content"] for message in chat.messages).encode()
     except UnicodeEncodeError as error:

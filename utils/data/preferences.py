@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from utils.console import UserError
-from utils.data.cells import is_given, write_cell
+from utils.data.cells import is_given, unpack_list, write_cell
 from utils.data.roles import add_system, read_history
 from utils.data.turns import join_input, read_turn
 from utils.messages import UNTRAINED, Message
@@ -24,9 +24,9 @@ CONTEXTS = (
     "query",
     "input",
 )
-CHOSEN = ("chosen", "chosen_messages")
+CHOSEN = ("chosen", "chosen_messages", "response_chosen")
 FALSE = ("false", "0", "0.0")  # how files and tables write it
-REJECTED = ("rejected_response", "rejected_messages")  # ms-swift's, beside `messages` or `response`
+REJECTED = ("rejected_response", "rejected_messages", "response_rejected")  # beside the preferred answer
 
 
 def check_desirable(row: dict[str, Any]) -> None:
@@ -48,7 +48,7 @@ def read_preferred(row: dict[str, Any], marker: str) -> list[Message]:
     """
     names = ("output",) if is_ranked(row) else (*CHOSEN, "messages", "response")
     name = next((name for name in names if is_given(row.get(name))), CHOSEN[0])
-    chosen = write_cell(row["output"][0] if is_ranked(row) else row.get(name))
+    chosen = unpack_list(write_cell(row["output"][0] if is_ranked(row) else row.get(name)))
     if isinstance(chosen, str):
         chosen = {"role": "assistant", "content": chosen}
     turns = [read_turn(turn) for turn in (chosen if isinstance(chosen, list) else [chosen])]
@@ -62,9 +62,14 @@ def read_preferred(row: dict[str, Any], marker: str) -> list[Message]:
 
 
 def is_ranked(row: dict[str, Any]) -> bool:
-    """LLaMA-Factory's older preferences: `output` [the better answer, the worse one]."""
+    """LLaMA-Factory's older preferences: `output` [the better answer, the worse one].
+
+    Beside a list of questions it is the list of their answers.
+    """
     output = row.get("output")
-    return isinstance(output, list) and len(output) > 1 and all(isinstance(text, str) for text in output)
+    if not isinstance(output, list) or isinstance(row.get("input"), list):
+        return False
+    return len(output) > 1 and all(isinstance(text, str) for text in output)
 
 
 def read_context(row: dict[str, Any], marker: str) -> list[Message]:

@@ -29,6 +29,7 @@ from utils.data.cache import build_key, find_or_build, hash_code
 from utils.data.rows import PARTS, Rows
 from utils.data.scanning import LISTED_ROWS
 from utils.data.token_rows import TokenRows, TokenWriter, open_rows
+from utils.data.unread import find_hidden
 from utils.messages import TEXT_ROLE, Chat, Messages
 from utils.models.encoding import Pieces, encode_rows
 from utils.prompts import RenderedRow, find_inner_stop, find_input_marker, split_chat
@@ -65,6 +66,7 @@ NO_STOP = "rows without a stop token in their labels"
 STOP_INSIDE = "answers that hold a stop token and are trained up to it"
 TOKEN_SPLIT = "rows where a token was split, as it reached from a prompt into its answer"
 TWO_BOS = "rows with two BOS at the front"
+HIDDEN = "rows with a text that the template does not show: "
 LITERAL_NONE = "rows with the literal None as a text"
 
 
@@ -138,6 +140,9 @@ class RowMaker:
             listed = reason in found[part].counts or len(found[part].counts) < LISTED_FINDINGS
             found[part].note(reason if listed else REFUSED, number)
             return []
+        if any(len(message) > 2 for message in chat.messages):
+            for key in find_hidden(chat.messages, "".join(row.text for row in rendered)):
+                found[part].note(HIDDEN + key, number)
         if find_inner_stop(chat.messages, stops):
             found[part].note(STOP_INSIDE, number)
         if not rendered:
