@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from utils.console import UserError
-from utils.data.cells import is_empty_number, is_given, note_written, write_cell
+from utils.data.cells import find_given, is_empty_number, note_written, write_cell
 from utils.data.layouts import CONVERSATIONS, INPUTS, find_columns, find_pair
 from utils.data.media import check_media
 from utils.data.preferences import CHOSEN, CONTEXTS, REJECTED, check_desirable, is_ranked, read_preferred
@@ -26,7 +26,7 @@ from utils.data.turns import (
     tidy_messages,
     tidy_turns,
 )
-from utils.data.unread import WatchedRow, find_unread
+from utils.data.unread import find_unread
 from utils.messages import TEXT_ROLE, UNTRAINED, Chat, Message, Row
 
 
@@ -44,14 +44,13 @@ def build_exchange(row: Row, question: str, answer: str, marker: str, extra: str
     for role, text in turns:
         if not text.strip():
             raise UserError(f"column {(question if role == 'user' else answer)!r} is empty")
-    notes = note_written(row.get(column) for column in (question, answer, extra) if column)
+    notes = note_written([row.get(column) for column in (question, answer, extra) if column])
     return Chat([{"role": role, "content": text} for role, text in turns], cleaned=tuple(notes))
 
 
 def read_exchange(row: Row, question: str, answer: str, marker: str, inputs: Sequence[str] = ()) -> Chat:
     """build_exchange behind the system message and `history` of the row; `inputs`: names of its extra."""
-    extra = next((name for name in inputs if is_given(row.get(name))), None)
-    exchange = build_exchange(row, question, answer, marker, extra)
+    exchange = build_exchange(row, question, answer, marker, find_given(row, inputs))
     earlier = read_system(row) + read_history(row)
     if not earlier:
         return exchange
@@ -122,7 +121,7 @@ def read_sharegpt(row: Row, marker: str) -> Chat:
 
     turns = read_list(row, next((name for name in CONVERSATIONS if name in row), CONVERSATIONS[0]))
     turns, notes = name_model(turns) if names_speaker(turns[0]) else (split_pairs(turns), [])
-    messages, notes = [], [*notes, *note_written(map(find_said, turns))]
+    messages, notes = [], [*notes, *note_written(list(map(find_said, turns)))]
     for turn in turns:
         message = read_turn(blank_null(turn))
         if message["role"] == "assistant":
@@ -227,7 +226,7 @@ def find_format(row: Any) -> str | None:
         return None
     columns = row.keys()
     if "chosen" in columns:
-        alone = isinstance(row["chosen"], str) and not any(is_given(row.get(name)) for name in CONTEXTS)
+        alone = isinstance(row["chosen"], str) and find_given(row, CONTEXTS) is None
         return "hh-rlhf" if alone else "preference"
     if any(name in columns for name in (*CHOSEN, *REJECTED)) or is_ranked(row):
         return "preference"
@@ -266,25 +265,43 @@ def sniff_format(rows: list[Any]) -> str | None:
 
 
 def read_row(row: Any, dataset_format: str, marker: str = "\n\n") -> Chat:
-    """One row as a Chat. `marker` goes between a question and its input. Raises UserError for a bad row."""
+    """One row as a Chat, checked. `marker` goes between a question and its input. UserError for a bad row."""
     if not isinstance(row, dict):
         raise UserError(f"holds {str(row)[:40]!r}: an object with columns is needed")
-    row = {column: None if is_empty_number(value) else value for column, value in row.items()}
+    row = blank_numbers(row)
     check_desirable(row)
+    chat = read_chat(row, dataset_format, marker)
+    contents = [message["content"] for message in chat.messages]
+    check_media(row, contents)
+    answers = list_answers(chat)
+    if not any(message.get(UNTRAINED, True) for message in answers):
+        raise UserError("has no answer to train on" + (": all are marked as context" if answers else ""))
+    said = "\0".join(contents)
+    try:
+        said.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"holds half of a surrogate pair ({error.object[error.start]!r})") from error
+    unread = find_unread(row, said, lambda watched: read_chat(watched, dataset_format, marker))
+    return replace(chat, unread=unread) if unread else chat
+
+
+def read_chat(row: Row, dataset_format: str, marker: str) -> Chat:
+    """read_row of a row that has passed its checks before."""
+    row = blank_numbers(row)
     name = ALIASES.get(dataset_format, dataset_format)
     if is_ranked(row) or (name in ("messages", "sharegpt") and row.get("chosen")):
         name = "preference"  # whatever format is forced: its answer is not in the context
-    watched = WatchedRow(row)
-    chat = FORMATS[name](watched, marker)
-    check_media(row, [message["content"] for message in chat.messages])
-    answers = [message for message in chat.messages if message["role"] in ("assistant", TEXT_ROLE)]
-    if not any(message.get(UNTRAINED, True) for message in answers):
-        raise UserError("has no answer to train on" + (": all are marked as context" if answers else ""))
-    if any([take_off_end(message) for message in answers]):
-        chat = replace(chat, cleaned=(*chat.cleaned, "an end mark behind an answer taken off"))
-    try:
-        "".join(message["content"] for message in chat.messages).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"holds half of a surrogate pair ({error.object[error.start]!r})") from error
-    unread = find_unread(watched, chat)
-    return replace(chat, unread=unread) if unread else chat
+    chat = FORMATS[name](row, marker)
+    if any([take_off_end(message) for message in list_answers(chat)]):
+        return replace(chat, cleaned=(*chat.cleaned, "an end mark behind an answer taken off"))
+    return chat
+
+
+def blank_numbers(row: Row) -> Row:
+    """The row with its empty numbers as nulls."""
+    empty = [column for column, value in row.items() if is_empty_number(value)]
+    return row | dict.fromkeys(empty) if empty else row
+
+
+def list_answers(chat: Chat) -> list[Message]:
+    return [message for message in chat.messages if message["role"] in ("assistant", TEXT_ROLE)]

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from utils.console import UserError
-from utils.data.cells import is_given, unpack_list, write_cell
+from utils.data.cells import find_given, unpack_list, write_cell
 from utils.data.roles import add_system, read_history
 from utils.data.turns import join_input, read_turn
 from utils.messages import UNTRAINED, Message
@@ -25,6 +25,7 @@ CONTEXTS = (
     "input",
 )
 CHOSEN = ("chosen", "chosen_messages", "response_chosen")
+KTO_COLUMNS = ({"messages"}, {"conversations"}, {"prompt", "completion"})  # beside a `label` that is a mark
 FALSE = ("false", "0", "0.0")  # how files and tables write it
 REJECTED = ("rejected_response", "rejected_messages", "response_rejected")  # beside the preferred answer
 
@@ -34,10 +35,9 @@ def check_desirable(row: dict[str, Any]) -> None:
 
     `kto_tag` is KTO's own; a `label` is only beside a chat or a completion: elsewhere it is a class.
     """
-    is_kto = "messages" in row or "conversations" in row or {"prompt", "completion"} <= row.keys()
-    for name in ("kto_tag", *(["label"] if is_kto else [])):
-        mark = str(row.get(name)).strip().lower()
-        if mark in FALSE:
+    for name in ("kto_tag", "label"):
+        mark = str(row[name]).strip().lower() if name in row else ""
+        if mark in FALSE and (name == "kto_tag" or any(names <= row.keys() for names in KTO_COLUMNS)):
             raise UserError(f"{NOT_WANTED}column {name!r} is {mark}, so its answer is undesirable")
 
 
@@ -47,7 +47,7 @@ def read_preferred(row: dict[str, Any], marker: str) -> list[Message]:
     ms-swift's rows have it as the end of `messages`, or as `response`; ranked ones first in `output`.
     """
     names = ("output",) if is_ranked(row) else (*CHOSEN, "messages", "response")
-    name = next((name for name in names if is_given(row.get(name))), CHOSEN[0])
+    name = find_given(row, names) or CHOSEN[0]
     chosen = unpack_list(write_cell(row["output"][0] if is_ranked(row) else row.get(name)))
     if isinstance(chosen, str):
         chosen = {"role": "assistant", "content": chosen}
@@ -73,7 +73,7 @@ def is_ranked(row: dict[str, Any]) -> bool:
 
 
 def read_context(row: dict[str, Any], marker: str) -> list[Message]:
-    name = next((name for name in CONTEXTS if is_given(row.get(name))), None)
+    name = find_given(row, CONTEXTS)
     context = write_cell(row.get(name)) if name else None
     if isinstance(context, str):
         asked = join_input(context, row, "input" if name == "instruction" else None, marker)

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from utils.console import UserError
-from utils.data.cells import is_given, unpack_list, write_cell
+from utils.data.cells import find_given, unpack_list, write_cell
 from utils.data.media import COLUMNS, holds_media
 from utils.messages import UNTRAINED, Message, Messages, Row
 
@@ -109,7 +109,7 @@ def join_calls(messages: Messages) -> Messages:
 
 def read_system(row: Row) -> Messages:
     """The system message that a row has in a column of its own: one message or none."""
-    name = next((name for name in SYSTEMS if is_given(row.get(name))), None)
+    name = find_given(row, SYSTEMS)
     if name is None:
         return []
     text = write_cell(row[name])

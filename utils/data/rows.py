@@ -10,7 +10,7 @@ import numpy as np
 
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.console import UserError, notice
-from utils.data.formats import read_row
+from utils.data.formats import read_chat
 from utils.data.scanning import Scan, scan_source
 from utils.data.sources import Source, find_sources
 from utils.messages import EVAL, TEST, TRAIN, Chat
@@ -38,7 +38,7 @@ class Rows:
             if parts.any():
                 for number, (part, row) in enumerate(zip(parts.tolist(), source.read(), strict=True), 1):
                     if part:
-                        yield PARTS[part], index, number, read_row(row, source.dataset_format, marker)
+                        yield PARTS[part], index, number, read_chat(row, source.dataset_format, marker)
 
     def read_held_out(self, part: str, marker: str) -> list[Chat]:
         """The chats held out for `part`, or those held out for the other purpose where there are none."""

@@ -227,18 +227,20 @@ class RowMaker:
 
     def sign(self, pieces: Pieces) -> np.ndarray:
         """Token ids, complemented where they are not trained  # int32 [tokens]"""
-        signed = np.array([token for ids, _ in pieces for token in ids], np.int32)
-        start = 0
+        signed = []
         for ids, answer in pieces:
-            if not (answer or (self.data_args.train_on_source and answer is not None)):
-                np.invert(signed[start : start + len(ids)], out=signed[start : start + len(ids)])
-            start += len(ids)
-        return signed
+            own, is_label = (
+                np.array(ids, np.int32),
+                answer or (self.data_args.train_on_source and answer is not None),
+            )
+            signed.append(own if is_label else ~own)
+        return np.concatenate(signed)
 
     def check(self, pieces: Pieces, row: RenderedRow, number: int, found: Found) -> None:
         if pieces[-1][0][-1] not in self.stop_ids and row.messages[0]["role"] != TEXT_ROLE:
             found.note(NO_STOP, number)
-        if pieces[0][0][:2] == [self.tokenizer.bos_token_id] * 2:
+        front = pieces[0][0][:2]
+        if front == front[::-1] and front == [self.tokenizer.bos_token_id] * 2:
             found.note(TWO_BOS, number)
         if row.turn_by_turn:
             found.note(TURN_BY_TURN, number)

@@ -1,5 +1,6 @@
 """Which texts of a row are not trained: in columns that no format reads, in keys that no template shows."""
 
+from collections.abc import Callable
 from typing import Any
 
 from utils.data.cells import is_metadata
@@ -27,26 +28,38 @@ class WatchedRow(dict[str, Any]):
         return super().get(name, default)
 
 
-def find_unread(row: WatchedRow, chat: Chat) -> tuple[str, ...]:
-    """Columns with a text that is in no message: not read, and no copy of one or of the whole chat."""
-    left = [
-        (name, text.strip())
+def find_unread(row: Row, said: str, read: Callable[[Row], Chat]) -> tuple[str, ...]:
+    """Columns with a text that was not read, is not in `said` (the whole chat) and no copy of the whole chat.
+
+    `read` makes the chat of a row: once more, of a watched one, where a text is in no message as it stands.
+    """
+    left = {
+        name: value
         for name, value in row.items()
-        if name not in row.read and name not in LEFT_OUT and not is_metadata(name)
-        for text in list_texts(value)
-    ]
+        if name not in LEFT_OUT and not is_said(value, said) and not is_metadata(name)
+    }
     if not left:
         return ()
-    said = [message["content"] for message in chat.messages]
-    own = [row[name] for name in row.read.copy() if isinstance(row.get(name), str)]
-    parts = [text.strip() for text in own if any(text.strip() in content for content in said)] or said
+    watched = WatchedRow(row)
+    contents = [message["content"] for message in read(watched).messages]
+    own = [row[name].strip() for name in watched.read if isinstance(row.get(name), str)]
+    parts = [text for text in own if text in said] or contents
     return tuple(
-        dict.fromkeys(
-            name
-            for name, text in left
-            if not any(text in content for content in said) and not all(part in text for part in parts)
+        name
+        for name, value in left.items()
+        if name not in watched.read
+        and any(
+            text.strip() not in said and not all(part in text for part in parts) for text in list_texts(value)
         )
     )
+
+
+def is_said(value: Any, said: str) -> bool:
+    """Whether `said` holds every text in a value."""
+    if isinstance(value, str):
+        return value in said
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return all(is_said(part, said) for part in inner)
 
 
 def find_hidden(messages: Messages, shown: str) -> list[str]:
