@@ -162,7 +162,7 @@ def find_copies(sources: Sequence[Source], scans: Sequence[Scan]) -> list[np.nda
     ]
 
 
-def mix(hashes: np.ndarray, salt: str, seed: int) -> np.ndarray:
+def rehash_with_seed(hashes: np.ndarray, salt: str, seed: int) -> np.ndarray:
     """`hashes` scrambled by `salt` and `seed`, the same for rows of equal content  # uint64 [rows]
 
     To hold rows out, those with the smallest scrambled hashes are taken. So the choice follows from the
@@ -209,11 +209,11 @@ def assign_parts(
             free = mine & usable & ~np.isin(hashes, hashes[drawn])
             if sample > free.sum():
                 notice(f"{name}#{sample} takes all of the {int(free.sum()):,} rows that are there to draw")
-            chosen = take_smallest(mix(hashes, "sample", data_seed), free, sample)
+            chosen = take_smallest(rehash_with_seed(hashes, "sample", data_seed), free, sample)
             usable &= chosen | ~mine
             drawn |= chosen
     parts = np.where(usable & (made_for == PARTS.index(TRAIN)), PARTS.index(TRAIN), 0).astype(np.uint8)
-    keys = mix(hashes, "split", data_seed)
+    keys = rehash_with_seed(hashes, "split", data_seed)
     own = usable & (made_for > PARTS.index(TRAIN))
     if wanted and own.any():
         split_own(parts, made_for, own, keys, wanted)
