@@ -25,6 +25,7 @@ from utils.run.run import check_overwriting
 # cli_demo.py by a Python that has no packages.
 BARE = 'import runpy, sys; sys.path.insert(0, "."); runpy.run_path("cli_demo.py", run_name="__main__")'
 ROWS = '{"instruction": "Who are you?", "input": "", "output": "I am Guanaco."}\n' * 4
+BEST = ["--load_best_model_at_end", "--early_stopping_patience", "2"]
 
 
 @pytest.fixture
@@ -69,7 +70,22 @@ FLAG_MISTAKES = {
     "misspelt flag inside": (["--lora_aplha", "8"], ["--lora_aplha", "did you mean --lora_alpha?"]),
     "flag of another trainer": (["--batch_size", "4"], ["--batch_size", "--per_device_train_batch_size"]),
     "resuming": (["--resume"], ["unknown flag --resume: the same command resumes"]),
-    "early stopping": (["--early_stopping_patience", "3"], ["no early stopping", "--save_strategy best"]),
+    "early stopping of another trainer": (["--patience", "3"], ["use --early_stopping_patience"]),
+    "early stopping alone": (["--early_stopping_patience", "3"], ["--load_best_model_at_end too"]),
+    "threshold without patience": (
+        ["--early_stopping_threshold", "0.1"],
+        ["--early_stopping_threshold 0.1", "beside --early_stopping_patience"],
+    ),
+    "negative threshold": (
+        [*BEST, "--eval_strategy", "epoch", "--early_stopping_threshold", "-1"],
+        ["--early_stopping_threshold -1.0", "0 or more"],
+    ),
+    "no patience": (["--early_stopping_patience", "0"], ["--early_stopping_patience 0"]),
+    "best of no evaluations": (BEST, ["--load_best_model_at_end", "--eval_strategy is no"]),
+    "best without checkpoints": (
+        ["--load_best_model_at_end", "--eval_strategy", "epoch", "--save_strategy", "no"],
+        ["--save_strategy is no"],
+    ),
     "kind of tuning": (["--finetuning_type", "lora"], ["LoRA is trained by itself"]),
     "alpha by layer": (["--lora_alpha_pattern", "{}"], ["one --lora_alpha holds for every layer"]),
     "length of another trainer": (["--cutoff_len", "512"], ["--source_max_len and --target_max_len"]),

@@ -219,6 +219,11 @@ class TrainingArguments:
     save_strategy: str = flag(default="steps", help="no, steps or epoch.")
     save_steps: float = flag(default=250, help="Steps between checkpoints.")
     save_total_limit: int | None = flag(default=40, help="Checkpoints kept.")
+    load_best_model_at_end: bool = flag(default=False, help="Keep the step whose evaluation was best.")
+    early_stopping_patience: int | None = flag(
+        default=None, help="Stop after so many evaluations in a row that are no better."
+    )
+    early_stopping_threshold: float = flag(default=0.0, help="Better means better by more than this.")
     train_sampling_strategy: str = flag(
         default="random", help="random, sequential, or group_by_length to batch equal lengths."
     )
@@ -263,6 +268,7 @@ class TrainingArguments:
             "logging_steps",
             "save_steps",
             "save_total_limit",
+            "early_stopping_patience",
             "max_mmlu_samples",
             "mmlu_source_max_len",
             "adam_epsilon",

@@ -62,6 +62,7 @@ def check_arguments(
     check_template(data_args)
     check_push(training_args)
     check_trainer_names(training_args)
+    check_best(training_args)
     config = read_model_config(model_args)
     check_lengths(data_args, config)
     check_adapter_fits(model_args, config)
@@ -93,6 +94,37 @@ def check_trainer_names(training_args: TrainingArguments) -> None:
     for name in training_args.report_to:
         if name not in ("none", "all"):
             check_tracker(name)
+
+
+def check_best(training_args: TrainingArguments) -> None:
+    """Raises UserError where --load_best_model_at_end or early stopping has nothing to go by."""
+    patience, threshold = training_args.early_stopping_patience, training_args.early_stopping_threshold
+    wants_best = training_args.load_best_model_at_end
+    if patience and not wants_best:
+        raise UserError(
+            f"--early_stopping_patience {patience} counts evaluations that are no better than the best: give "
+            "--load_best_model_at_end too, which keeps that one"
+        )
+    if threshold < 0 or (threshold and not patience):
+        raise UserError(
+            f"--early_stopping_threshold {threshold}: use 0 or more, beside --early_stopping_patience"
+        )
+    if wants_best and training_args.eval_strategy == "no":
+        raise UserError(
+            "--load_best_model_at_end compares evaluations and --eval_strategy is no: give --eval_strategy "
+            "steps with --eval_steps, or --eval_strategy epoch"
+        )
+    if wants_best and training_args.save_strategy == "no":
+        raise UserError(
+            "--load_best_model_at_end keeps a checkpoint and --save_strategy is no: use steps, epoch or best"
+        )
+    metric = training_args.extra.get("metric_for_best_model", "loss").removeprefix("eval_")
+    scored = [f"rouge-{kind}" for kind in "12l"] + ["bleu-4"]
+    if metric not in ["loss"] + scored * training_args.predict_with_generate:
+        raise UserError(
+            f"--metric_for_best_model {metric}: use loss or, with --predict_with_generate, "
+            f"{', '.join(scored)}"
+        )
 
 
 def resolve_adapter(lora_args: LoraArguments, model_args: ModelArguments, given: set[str]) -> LoraArguments:

@@ -6,7 +6,7 @@ CHECKPOINTING = "use --gradient_checkpointing True or False"
 LENGTHS = "use --source_max_len and --target_max_len, or --model_max_length for their sum"
 BATCH = "use --per_device_train_batch_size (and --gradient_accumulation_steps)"
 RESUME = "the same command resumes by itself; --checkpoint_dir starts from another run's adapter"
-NO_STOPPING = "there is no early stopping yet; --save_strategy best keeps the best checkpoint"
+STOPPING = "use --early_stopping_patience, with --load_best_model_at_end and --eval_strategy steps"
 FORMAT = "use --dataset_format, or nothing: the columns tell the format"
 PRECISION = "use --bf16 or --fp16, or neither for the best the hardware has"
 HINTS = {
@@ -92,8 +92,8 @@ HINTS = {
     "neat_packing": "use --packing, which keeps rows apart",
     "disable_gradient_checkpointing": CHECKPOINTING,
     "use_gradient_checkpointing": CHECKPOINTING,
-    "early_stopping": NO_STOPPING,
-    "early_stopping_patience": NO_STOPPING,
+    "early_stopping": STOPPING,
+    "patience": STOPPING,
     "train_on_inputs": "use --train_on_source",
     "mask_history": "use --train_last_turn_only",
     "device": "use --use_cpu for the CPU; CUDA_VISIBLE_DEVICES chooses a GPU",

@@ -75,7 +75,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def find_fault(folder: Path) -> str | None:
-    """Why `folder` cannot be resumed from, naming the file; None where it is just as it was saved."""
+    """Why `folder` cannot be resumed from, naming the file; None where it can."""
+    damage = find_damage(folder)
+    if damage:
+        return damage
+    files = read_manifest(folder)["files"]
+    absent = [name for name in RESUME_FILES if name not in files]
+    return f"it was saved without {absent[0]} (--save_only_model)" if absent else None
+
+
+def find_damage(folder: Path) -> str | None:
+    """How `folder` differs from what was saved, naming the file; None where it does not."""
     try:
         files = read_manifest(folder)["files"]
         for name, expected in files.items():
@@ -88,18 +98,25 @@ def find_fault(folder: Path) -> str | None:
                 return f"{name} is not what was saved (its sha256 differs)"
     except (ValueError, OSError) as error:
         return str(error)
-    absent = [name for name in RESUME_FILES if name not in files]
-    if absent:
-        return f"it was saved without {absent[0]} (--save_only_model)"
     foreign = (path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.name not in files)
     return next((f"{path.name} was not saved with it" for path in foreign), None)
 
 
-def find_valid_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint that is as it was saved; one line for each newer one that is not."""
+def find_fault_of_best(folder: Path) -> str | None:
+    """Why the best step so far, by the log in `folder`, could not be kept at the end; None where it could."""
+    best = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["best_global_step"]
+    damage = find_damage(folder.with_name(f"checkpoint-{best}")) if best else None
+    return f"the best step before it was {best}, and of checkpoint-{best} {damage}" if damage else None
+
+
+def find_valid_checkpoint(output_dir: Path, needs_best: bool = False) -> Path | None:
+    """The newest checkpoint that is as it was saved; one line for each newer one that is not.
+
+    `needs_best`: so must be the one that was the best by then.
+    """
     checkpoints = list_checkpoints(output_dir)
     for folder in reversed(checkpoints):
-        fault = find_fault(folder)
+        fault = find_fault(folder) or (find_fault_of_best(folder) if needs_best else None)
         if fault is None:
             return folder
         notice(f"{folder} is skipped: {fault}")

@@ -18,6 +18,7 @@ from utils.run.checkpoints import (
     check_adapter_learned,
     check_free_space,
     disk_errors_explained,
+    find_damage,
     flush_to_disk,
     name_beside,
     remove_checkpoint,
@@ -113,6 +114,14 @@ class Keeper:
     def verify(self, folder: Path) -> None:
         if isinstance(self.model, PeftModel):
             verify_adapter(self.model, folder)
+
+    def check_undamaged(self, folder: Path) -> None:
+        """Raises UserError where the checkpoint is not as it was saved."""
+        if damage := find_damage(folder):
+            raise UserError(
+                f"{folder} was to be kept and is damaged ({damage}): the same command again goes on from an "
+                "earlier checkpoint"
+            )
 
     def check_weights(self, when: str) -> None:
         """Raises UserError where a trained weight is not finite."""

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 from utils.arguments import TrainingArguments
 from utils.console import UserError, notice
 from utils.messages import TRAIN
-from utils.run.checkpoints import find_fault, find_valid_checkpoint, read_manifest
+from utils.run.checkpoints import find_fault, find_fault_of_best, find_valid_checkpoint, read_manifest
 from utils.run.record import read_run_record
 
 # May differ between two starts of one run: they change what is printed or kept, not what is learned.
@@ -147,9 +147,11 @@ def find_data_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def choose_checkpoint(
-    output_dir: Path, asked: str | None, fingerprints: dict[str, str], force: bool
+    output_dir: Path, asked: str | None, fingerprints: dict[str, str], force: bool, needs_best: bool = False
 ) -> Path | None:
     """The checkpoint to go on from: the one `asked` for, else the newest valid one.
+
+    `needs_best`: the run keeps its best step, so the best one before must be there too.
 
     Raises UserError where the one asked for is faulty, or where base, rows or arguments are not those it was
     made with (`force`: a line instead).
@@ -159,12 +161,16 @@ def choose_checkpoint(
         folder = Path(asked)
         is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name)
         fault = find_fault(folder) if is_checkpoint else "its name is not checkpoint-N"
+        if needs_best and not fault:
+            is_foreign = folder.resolve().parent != output_dir.resolve()
+            foreign = "with --load_best_model_at_end it must be the run's own"
+            fault = foreign if is_foreign else find_fault_of_best(folder)
         if fault:
             raise UserError(
                 f"--resume_from_checkpoint {asked}: {fault}; leave the flag out for the newest valid one"
             )
     else:
-        folder = find_valid_checkpoint(output_dir)
+        folder = find_valid_checkpoint(output_dir, needs_best)
     if folder is None:
         return None
     recorded = read_manifest(folder)["fingerprints"]

@@ -135,7 +135,8 @@ class Run:
             sweep_leftovers(self.folder)
         wait_for_everyone()
         self.check_again()
-        checkpoint = choose_checkpoint(self.folder, asked, fingerprints, self.force)
+        needs_best = self.arguments.get("load_best_model_at_end", False)
+        checkpoint = choose_checkpoint(self.folder, asked, fingerprints, self.force, needs_best)
         if checkpoint:
             notice(f"going on from {checkpoint}")
         wait_for_everyone()
