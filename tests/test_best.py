@@ -181,6 +181,22 @@ def test_run_whose_best_checkpoint_is_damaged_goes_on_from_the_one_before(
     assert_same_step_kept(copy, run)
 
 
+def test_run_that_stopped_early_goes_on_with_more_patience_as_if_it_had_had_it(
+    server, trained, best_command, tmp_path
+):
+    argv = [*best_command, *STEPS]
+    run, _ = trained("steps", *argv, *PATIENCE)
+    copy = shutil.copytree(run, tmp_path / "copy")
+    log = tmp_path / "log"
+    assert server.run(log, *argv, *PATIENCE, "--num_train_epochs", 3, "--output_dir", copy) == 2
+    assert "the run stopped at step 16 of 24: the last 2 evaluations were no better (--ear" in log.read_text()
+    argv += ["--early_stopping_patience", 3]
+    assert server.run(log, *argv, "--output_dir", copy) == 0
+    expected, _ = trained("patience 3", *argv)
+    assert_same_step_kept(copy, expected)
+    assert read_metrics(copy)[0]["steps"] == read_metrics(run)[0]["steps"] + 2
+
+
 def test_patience_is_counted_by_the_rule_of_transformers_callback_whatever_the_threshold(tmp_path):
     """Against a count made here: better is better by more than the threshold, the best moves all the same."""
     from transformers import TrainingArguments

@@ -148,7 +148,7 @@ def remove_old_checkpoints(output_dir: Path, limit: int | None, keep: set[Path])
     """Keep `limit` checkpoints: those in `keep` (the one just verified among them) and the newest others."""
     others = [folder for folder in list_checkpoints(output_dir) if folder not in keep]
     allowed = max(0, limit - len(keep)) if limit else len(others)
-    for folder in others[: len(others) - allowed]:
+    for folder in others[: max(0, len(others) - allowed)]:
         remove_checkpoint(folder)
 
 

@@ -27,7 +27,7 @@ from utils.run.checkpoints import (
     verify_adapter,
     write_manifest,
 )
-from utils.run.resume import find_fixed_arguments, fingerprint
+from utils.run.resume import find_lasting_arguments, fingerprint
 
 WriteFiles = Callable[[Path], None]
 
@@ -165,7 +165,7 @@ def fingerprint_run(record: dict[str, Any], rows: Any) -> dict[str, str]:
     return {
         "base model": fingerprint(record["base_model"]),
         "training rows": digest.hexdigest(),
-        "arguments": fingerprint(find_fixed_arguments(record["arguments"])),
+        "arguments": fingerprint(find_lasting_arguments(record["arguments"])),
     }
 
 

@@ -53,6 +53,8 @@ MAY_CHANGE_ON_RESUME = {
     "hub_private_repo",
     "hub_strategy",
 }
+# How long a run is. One that is made longer goes on, and its checkpoints stay its own.
+LENGTHS = ("num_train_epochs", "max_steps", "early_stopping_patience")
 BASE_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".py", ".safetensors", ".bin"}
 SAMPLES, SAMPLE_BYTES = 64, 4096
 
@@ -60,6 +62,12 @@ SAMPLES, SAMPLE_BYTES = 64, 4096
 def find_fixed_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """Those that decide what is learned."""
     return {name: value for name, value in arguments.items() if name not in MAY_CHANGE_ON_RESUME}
+
+
+def find_lasting_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Of the fixed ones those that stay when a run is made longer, and that are set."""
+    fixed = find_fixed_arguments(arguments).items()
+    return {name: value for name, value in fixed if name not in LENGTHS and value is not None}
 
 
 def find_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -93,6 +101,33 @@ def find_argument_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]
         for name in sorted(was.keys() | now.keys())
         if was.get(name) != now.get(name)
     ]
+
+
+def find_extension(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """How the arguments `now` ask for a longer run than the record `was`; empty where they do not.
+
+    Raises UserError where it has stopped early and would at once stop again.
+    """
+    then = was["arguments"]
+    changed = [name for name in LENGTHS if then.get(name) != now.get(name)]
+    patience, had = now.get("early_stopping_patience"), then.get("early_stopping_patience")
+    is_patient = had is not None and (patience is None or patience > had)
+    if "early_stopping_patience" in changed and not is_patient:
+        return []
+    if changed not in ([], ["early_stopping_patience"]) and not is_longer(was, now):
+        return []
+    stopped = was["metrics"].get("stopped_early")
+    if changed and stopped and not is_patient:
+        raise UserError(f"the run stopped {stopped}: to go on, raise that too")
+    return [f"--{name} {then.get(name)} -> {now.get(name)}" for name in changed]
+
+
+def is_longer(was: dict[str, Any], now: dict[str, Any]) -> bool:
+    """By steps or by epochs, as `now` counts; where the record did not, by how far the run has come."""
+    then, by_steps = was["arguments"], now["max_steps"] > 0
+    name, come = ("max_steps", "steps") if by_steps else ("num_train_epochs", "epochs")
+    before = then[name] if (then["max_steps"] > 0) == by_steps else was["metrics"].get(come)
+    return before is not None and now[name] > before
 
 
 def find_base_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from utils.run.training_state import (
     save_training_state,
 )
 from utils.train.best import drop_evaluation, name_best
+from utils.train.schedule import follow_schedule, report_extension
 
 
 def write_checkpoint(trainer: Any, folder: Path) -> None:
@@ -74,6 +75,7 @@ def restore_progress(trainer: Any, progress: dict[str, Any]) -> None:
     trainer._total_loss_scalar = progress["loss_logged"]
     trainer._globalstep_last_logged = progress["logged_step"]
     trainer._initial_global_step = progress["initial_step"]
+    trainer.state.compute_steps(trainer.args, trainer.state.max_steps)
     trainer.meter.load_state_dict(progress)
     trainer.guard.load_state_dict(progress)
     if progress["evaluation_due"]:
@@ -102,6 +104,9 @@ def load_state_into(trainer: Any, folder: Path, force: bool) -> dict[str, Any]:
     saved = match_state(state, trainer.optimizer, describe_layout(trainer), str(folder), force)
     load_state(trainer.optimizer, saved)
     trainer.lr_scheduler.load_state_dict(match_schedule(state, len(trainer.optimizer.param_groups)))
+    follow_schedule(trainer.lr_scheduler, trainer.optimizer)
+    planned = TrainerState.load_from_json(str(folder / STATE_FILE)).max_steps
+    report_extension(trainer.args, trainer.state.global_step, planned, trainer.state.max_steps)
     if trainer.accelerator.scaler is not None and state["scaler"] is not None:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
     return state["progress"]
@@ -111,10 +116,11 @@ def save_trainer_state(trainer: Any, folder: Path) -> None:
     """transformers' own trainer_state.json: steps, log, and the state of callbacks that have one."""
     callbacks = [*trainer.callback_handler.callbacks, trainer.control]
     exportable: list[Any] = [callback for callback in callbacks if isinstance(callback, ExportableState)]
-    state = copy.copy(trainer.state)
+    state: Any = copy.copy(trainer.state)
     state.stateful_callbacks = TrainerState(stateful_callbacks=exportable).stateful_callbacks
     # What is logged once training has ended, it logs again when it goes on from here.
     state.log_history = list(
         itertools.takewhile(lambda entry: "train_runtime" not in entry, state.log_history)
     )
+    state.logging_steps = state.eval_steps = state.save_steps = None  # the flags of each start decide
     state.save_to_json(str(folder / STATE_FILE))
