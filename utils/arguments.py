@@ -9,9 +9,9 @@ from typing import Any, Literal
 from utils.console import UserError
 
 
-def flag(*, help: str, **default: Any) -> Any:
+def flag(*, help: str, aliases: tuple[str, ...] = (), **default: Any) -> Any:
     """A dataclass's field that is a flag: its default or default_factory, and its line in --help."""
-    return field(metadata={"help": help}, **default)
+    return field(metadata={"help": help, "aliases": list(aliases)}, **default)
 
 
 @dataclass
@@ -20,7 +20,9 @@ class ModelArguments:
     model_name_or_path: str | None = flag(default=None, help="Folder or hub id of the base model.")
     revision: str | None = flag(default=None, help="Branch, tag or commit of the base on the hub.")
     checkpoint_dir: str | None = flag(
-        default=None, help="A run, a checkpoint-N of it, or an adapter folder to start from."
+        default=None,
+        aliases=("--adapter_name_or_path",),
+        help="A run, a checkpoint-N of it, or an adapter folder to start from (also --adapter_name_or_path).",
     )
     bits: Literal[4, 8, 16, 32] = flag(default=4, help="Bits of the base model's weights.")
     double_quant: bool = flag(default=True, help="Quantize the 4-bit scales too (QLoRA, section 3).")

@@ -4,26 +4,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from utils.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments, require_choice
+from utils.arguments import DataArguments, ModelArguments, TrainingArguments, require_choice
 from utils.console import UserError, notice
 from utils.flags.trackers import check_tracker
 from utils.flags.trainer_names import list_optimizers, list_schedulers
 from utils.models.folder import check_adapter_fits, find_context, read_model_config, resolve_model
 from utils.models.hub import check_login
-from utils.models.weight_files import read_json
 from utils.prompts import read_template
 from utils.run.places import find_data
 from utils.run.record import RUN_FILE, find_run_record
 
-ADAPTER_FIELDS = {  # flag -> its name in adapter_config.json
-    "lora_r": "r",
-    "lora_alpha": "lora_alpha",
-    "lora_dropout": "lora_dropout",
-    "lora_target_modules": "target_modules",
-    "bias": "bias",
-    "use_rslora": "use_rslora",
-    "use_dora": "use_dora",
-}
 RECORDED_DATA_FIELDS = (
     "dataset_name",
     "eval_dataset_name",
@@ -125,31 +115,6 @@ def check_best(training_args: TrainingArguments) -> None:
             f"--metric_for_best_model {metric}: use loss or, with --predict_with_generate, "
             f"{', '.join(scored)}"
         )
-
-
-def resolve_adapter(lora_args: LoraArguments, model_args: ModelArguments, given: set[str]) -> LoraArguments:
-    """The shape of the adapter in --checkpoint_dir, if one is named; UserError where flags `given` differ."""
-    if model_args.checkpoint_dir is None or model_args.full_finetune:
-        return lora_args
-    path = Path(model_args.checkpoint_dir, "adapter_config.json")
-    if not path.is_file():
-        return lora_args
-    adapter = read_json(path)
-    own = {key: adapter[name] for key, name in ADAPTER_FIELDS.items() if name in adapter}
-    layers = own.get("lora_target_modules") or []
-    if isinstance(layers, str):  # a regular expression
-        own["lora_target_modules"] = [layers]
-    else:  # PEFT may list every layer by its path
-        own["lora_target_modules"] = sorted({name.split(".")[-1] for name in layers})
-    for name in sorted(own.keys() & given):
-        mine = getattr(lora_args, name)
-        is_same = set(mine) == set(own[name]) if isinstance(mine, list) else mine == own[name]
-        if not is_same and mine != ["all-linear"]:
-            raise UserError(
-                f"--{name} {mine}: the adapter in {model_args.checkpoint_dir} has {own[name]}; leave the "
-                "flag out to go on with it, or leave --checkpoint_dir out to start another"
-            )
-    return dataclasses.replace(lora_args, **own)
 
 
 def check_push(training_args: TrainingArguments) -> None:

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 CHECKPOINTING = "use --gradient_checkpointing True or False"
 LENGTHS = "use --source_max_len and --target_max_len, or --model_max_length for their sum"
 BATCH = "use --per_device_train_batch_size (and --gradient_accumulation_steps)"
-RESUME = "the same command resumes by itself; --checkpoint_dir starts from another run's adapter"
+RESUME = "the same command resumes by itself; --adapter_name_or_path starts from another run's adapter"
 STOPPING = "use --early_stopping_patience, with --load_best_model_at_end and --eval_strategy steps"
 FORMAT = "use --dataset_format, or nothing: the columns tell the format"
 PRECISION = "use --bf16 or --fp16, or neither for the best the hardware has"
@@ -13,7 +13,6 @@ HINTS = {
     "resume": RESUME,
     "resume_training": RESUME,
     "checkpoint": "use --checkpoint_dir for an adapter to start from; the same command resumes a run",
-    "adapter_name_or_path": "use --checkpoint_dir",
     "lora_weights": "use --checkpoint_dir",
     "peft_path": "use --checkpoint_dir",
     "batch_size": BATCH,

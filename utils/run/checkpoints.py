@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.console import UserError, notice
+from utils.run.record import hash_file
 
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "trainer_state.json"
@@ -233,11 +234,6 @@ def check_adapter_learned(model: Any, steps: int) -> None:
         )
     if unchanged:
         notice(f"lora_B is still zero in {len(unchanged)} of {len(weights)} layers: {unchanged[0]}, ...")
-
-
-def hash_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush_to_disk(path: Path) -> None:

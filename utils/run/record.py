@@ -160,5 +160,22 @@ def next_free_path(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
+def describe_parent(folder: Path) -> dict[str, Any]:
+    """For run.json of a run that starts from the adapter in `folder`: which it was, and what made it."""
+    weights, record = folder / "adapter_model.safetensors", find_run_record(folder) or {}
+    return {
+        "folder": str(folder),
+        "adapter_sha256": hash_file(weights) if weights.is_file() else None,
+        "data": record.get("data", {}).get("sources"),
+        "prompt": record.get("prompt"),
+        "command": record.get("command"),
+    }
+
+
+def hash_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def hash_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()

@@ -88,6 +88,11 @@ def find_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
         prompt, other = was["prompt"], now["prompt"]
         others = (key for key in other if prompt.get(key) != other[key])
         changes += [f"prompt {key} {prompt.get(key)} -> {other[key]}" for key in others]
+    if (
+        "parent" in now
+        and was.get("parent", now["parent"])["adapter_sha256"] != now["parent"]["adapter_sha256"]
+    ):
+        changes.append(f"the adapter in {now['parent']['folder']} has changed")
     if "processes" in now and was.get("processes", 1) != now["processes"]:
         changes.append(f"processes {was.get('processes', 1)} -> {now['processes']}")
     return changes

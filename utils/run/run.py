@@ -25,6 +25,7 @@ from utils.run.record import (
     TOKENIZATION,
     clear_run,
     collect_arguments,
+    describe_parent,
     hash_text,
     list_run_files,
     read_run_record,
@@ -127,6 +128,9 @@ class Run:
             "stop_tokens": tokenizer.convert_ids_to_tokens(stop_ids),
             "pad_token_id": tokenizer.pad_token_id,
         }
+        parents = (self.record.get("parent") or {}).get("prompt") or prompt
+        if parents["template_sha256"] != prompt["template_sha256"]:
+            notice("the prompt format is not the one that the adapter was trained with before")
         self.describe(base_model=base, prompt=prompt, processes=self.record["processes"])
         if places := describe_places(base["name"], self.folder):
             self.record["base_places"] = places
@@ -200,6 +204,8 @@ def open_run(
     run = Run(training_args.run_dir, arguments, base)
     if training_args.do_train:
         run.find_earlier()
+        if model_args.checkpoint_dir:
+            run.describe(parent=describe_parent(Path(model_args.checkpoint_dir)))
     return run
 
 
