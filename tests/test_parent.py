@@ -6,11 +6,10 @@ import shutil
 import pytest
 import torch
 from helpers import IDENTITY
-from helpers.models import relative_difference, save_random_model
+from helpers.models import relative_difference, save_random_model, train_with_plain_peft
 from helpers.rows import alpaca_rows, write_rows
 from helpers.runs import load_weights, trainer_kept
 from safetensors.torch import load_file, save_file
-from torch.nn import functional as F
 
 from utils.console import UserError
 
@@ -61,29 +60,6 @@ def foreign(tiny_model, tmp_path_factory):
 @pytest.fixture
 def rows(tmp_path):
     return write_rows(tmp_path / "rows.jsonl", alpaca_rows(20))
-
-
-def train_with_plain_peft(model, adapter, rows):
-    """Three steps of four rows in their order: AdamW on the mean loss of the label tokens, norm clipped to 0.3."""
-    from peft import PeftModel, get_peft_model_state_dict
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    peft = PeftModel.from_pretrained(base, adapter, is_trainable=True)
-    weights = [weight for weight in peft.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=1e-2, eps=1e-4, weight_decay=0.0)
-    for step in range(3):
-        losses, count = torch.zeros(()), 0
-        for index in range(4 * step, 4 * step + 4):
-            ids, labels = (torch.from_numpy(rows[index][name])[None] for name in ("input_ids", "labels"))
-            logits = peft(input_ids=ids).logits[0, :-1]
-            losses = losses + F.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum")
-            count += int((labels[0, 1:] != -100).sum())
-        (losses / count).backward()
-        torch.nn.utils.clip_grad_norm_(weights, 0.3)
-        optimizer.step()
-        optimizer.zero_grad()
-    return get_peft_model_state_dict(peft)
 
 
 @pytest.mark.parametrize("parent", ["run", "foreign"])

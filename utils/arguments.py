@@ -8,6 +8,12 @@ from typing import Any, Literal
 
 from utils.console import UserError
 
+DatasetFormat = Literal[
+    "alpaca", "belle", "chip2", "dolly", "evol_instruct", "guanaco", "hh-rlhf", "input-output", "longform",
+    "messages", "oasst1", "olcc", "preference", "question-answer", "seed-task", "self-instruct", "sharegpt",
+    "text", "vicuna",
+]  # fmt: skip
+
 
 def flag(*, help: str, aliases: tuple[str, ...] = (), **default: Any) -> Any:
     """A dataclass's field that is a flag: its default or default_factory, and its line in --help."""
@@ -77,30 +83,9 @@ class DataArguments:
     eval_dataset_name: str | None = flag(
         default=None, help="Rows to evaluate on. Without it the set's own, or a part of the rows."
     )
-    dataset_format: (
-        Literal[
-            "alpaca",
-            "belle",
-            "chip2",
-            "dolly",
-            "evol_instruct",
-            "guanaco",
-            "hh-rlhf",
-            "input-output",
-            "longform",
-            "messages",
-            "oasst1",
-            "olcc",
-            "preference",
-            "question-answer",
-            "seed-task",
-            "self-instruct",
-            "sharegpt",
-            "text",
-            "vicuna",
-        ]
-        | None
-    ) = flag(default=None, help="Column layout; found from the columns when left out.")
+    dataset_format: DatasetFormat | None = flag(
+        default=None, help="Column layout; found from the columns when left out."
+    )
     columns: str | None = flag(
         default=None,
         help="Own names of columns: instruction=QUESTION,output=ANSWER; also input, system, history, "
@@ -160,9 +145,13 @@ class LoraArguments:
     bias: Literal["none", "all", "lora_only"] = flag(default="none", help="Which biases are trained.")
     use_rslora: bool = flag(default=False, help="Scale by alpha / sqrt(r) (arXiv 2312.03732).")
     use_dora: bool = flag(default=False, help="Train magnitude apart from direction (2402.09353).")
+    loraplus_lr_ratio: float | None = flag(default=None, help="B learns so much faster than A (2402.12354).")
+    init_lora_weights: Literal["gaussian", "pissa", "olora"] | None = flag(
+        default=None, help="How A and B begin, if not as LoRA's (PiSSA and OLoRA: 16 bits)."
+    )
 
     def __post_init__(self) -> None:
-        require_positive(self, "lora_r", "lora_alpha")
+        require_positive(self, "lora_r", "lora_alpha", "loraplus_lr_ratio")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(
                 f"--lora_dropout {self.lora_dropout} is no probability: use 0 up to, not including, 1"

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from utils.arguments import DataArguments, ModelArguments, TrainingArguments, require_choice
+from utils.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments, require_choice
 from utils.console import UserError, notice
 from utils.flags.trackers import check_tracker
 from utils.flags.trainer_names import list_optimizers, list_schedulers
@@ -14,6 +14,7 @@ from utils.prompts import read_template
 from utils.run.places import find_data
 from utils.run.record import RUN_FILE, find_run_record
 
+TWO_RATES = ("adamw", "paged_adamw", "lion", "paged_lion", "sgd", "rmsprop", "ademamix", "paged_ademamix")
 RECORDED_DATA_FIELDS = (
     "dataset_name",
     "eval_dataset_name",
@@ -84,6 +85,29 @@ def check_trainer_names(training_args: TrainingArguments) -> None:
     for name in training_args.report_to:
         if name not in ("none", "all"):
             check_tracker(name)
+
+
+def check_lora(
+    model_args: ModelArguments, lora_args: LoraArguments, training_args: TrainingArguments
+) -> None:
+    """Raises UserError where a way to begin or to learn A and B does not go with the other flags."""
+    ratio, begin, optim = lora_args.loraplus_lr_ratio, lora_args.init_lora_weights, training_args.optim
+    if ratio and (model_args.full_finetune or not optim.startswith(("auto", *TWO_RATES))):
+        other = "--full_finetune" if model_args.full_finetune else f"--optim {optim}"
+        raise UserError(f"--loraplus_lr_ratio {ratio:g} gives A and B two learning rates; {other} has one")
+    if begin and model_args.checkpoint_dir:
+        raise UserError(f"--init_lora_weights {begin} begins an adapter anew, and one is named to start from")
+    if begin in ("pissa", "olora"):
+        others = {
+            f"--bits {model_args.bits}": model_args.bits in (4, 8),
+            "--use_dora": lora_args.use_dora,
+            f"--bias {lora_args.bias}": lora_args.bias != "none",
+        }
+        for other in (name for name, is_given in others.items() if is_given):
+            raise UserError(
+                f"--init_lora_weights {begin} takes a part of the base into the adapter and does not go with "
+                f"{other}: it needs --bits 16 or 32, no DoRA and no trained biases"
+            )
 
 
 def check_best(training_args: TrainingArguments) -> None:

@@ -13,7 +13,7 @@ from utils.arguments import LoraArguments, ModelArguments
 from utils.console import UserError, notice
 from utils.models.folder import has_adapter
 from utils.models.weight_files import read_json
-from utils.run.record import find_run_record
+from utils.run.record import CHANGING_STARTS, find_run_record
 from utils.run.resume import fingerprint_folder
 
 PARENT = "--adapter_name_or_path"  # --checkpoint_dir, by the name that it has in training
@@ -79,6 +79,11 @@ def check_parent(model_args: ModelArguments) -> None:
     if adapter.get("peft_type", "LORA") != "LORA":
         raise UserError(
             f"{PARENT} {folder} holds an adapter of the kind {adapter['peft_type']}: LoRA is trained here"
+        )
+    if adapter.get("init_lora_weights") in CHANGING_STARTS:
+        raise UserError(
+            f"{PARENT} {folder} belongs to a base that {adapter['init_lora_weights']} has changed: name the "
+            "finished run, whose adapter fits the base as it is"
         )
     check_same_base(folder, model_args.base, adapter.get("base_model_name_or_path"))
 

@@ -53,7 +53,11 @@ def add_adapter(
 
 
 def add_lora(model: "PreTrainedModel", lora_args: LoraArguments) -> PeftModel:
-    """A fresh adapter, float32 whatever the base is: B is zero, so training starts at the base model."""
+    """A fresh adapter, float32 whatever the base is: B is zero, so training starts at the base model.
+
+    --init_lora_weights pissa (arXiv 2404.02948) takes the largest singular vectors of W for A and B, olora
+    (2406.01775) the first of its QR; what they take is subtracted from W, so training starts there as well.
+    """
     targets: list[str] | str = lora_args.lora_target_modules
     if targets == ["all-linear"]:
         targets = "all-linear"
@@ -66,6 +70,7 @@ def add_lora(model: "PreTrainedModel", lora_args: LoraArguments) -> PeftModel:
         bias=lora_args.bias,
         use_rslora=lora_args.use_rslora,
         use_dora=lora_args.use_dora,
+        init_lora_weights=lora_args.init_lora_weights or True,
     )
     try:
         adapted = get_peft_model(model, config)

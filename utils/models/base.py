@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 # What we say ourselves in a line.
 warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+warnings.filterwarnings("ignore", message=r"(PiSSA|OLoRA) changes the base weights")
 if not sys.stderr.isatty():
     logging.disable_progress_bar()
 

@@ -12,7 +12,7 @@ from utils.models.baichuan import is_baichuan, split_shapes
 from utils.models.hub import download_config
 from utils.models.weight_files import check_tokenizer, find_misfit, read_base_shapes, read_json, read_shapes
 from utils.run.places import find_base
-from utils.run.record import find_run_dir, find_run_record
+from utils.run.record import CHANGING_STARTS, find_run_dir, find_run_record
 
 ADAPTER_FILE = "adapter_model.safetensors"
 NATIVE_KINDS = {"baichuan"}  # read without its own Python (utils/models/baichuan.py)
@@ -175,6 +175,19 @@ def find_context(config: dict[str, Any]) -> int | None:
     return next((text_config[key] for key in CONTEXT_KEYS if isinstance(text_config.get(key), int)), None)
 
 
+def check_start(model_args: ModelArguments) -> None:
+    """Raises UserError for an adapter that belongs to a changed base, where the base is to be quantized."""
+    path = model_args.checkpoint_dir and Path(model_args.checkpoint_dir, "adapter_config.json")
+    if not path or not path.is_file() or model_args.bits not in (4, 8):
+        return
+    start = read_json(path).get("init_lora_weights", True)
+    if start in CHANGING_STARTS:
+        raise UserError(
+            f"the adapter in {model_args.checkpoint_dir} belongs to a base that {start} has changed: use "
+            "--bits 16, or name the finished run, whose adapter fits the base as it is"
+        )
+
+
 def check_adapter_fits(model_args: ModelArguments, config: dict[str, Any]) -> None:
     """Raises UserError where a file is missing or cut off, or the adapter's shapes are not the base's.
 
@@ -183,6 +196,7 @@ def check_adapter_fits(model_args: ModelArguments, config: dict[str, Any]) -> No
     A base that is not on this disk as plain safetensors is checked by PEFT while it loads.
     """
     check_tokenizer(model_args)
+    check_start(model_args)
     packed = is_baichuan(config)  # refuses its relatives
     base = read_base_shapes(Path(model_args.base))
     if model_args.checkpoint_dir is None or model_args.full_finetune or "quantization_config" in config:

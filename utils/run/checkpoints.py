@@ -17,6 +17,7 @@ from utils.console import UserError, notice
 from utils.run.record import hash_file
 
 MANIFEST_FILE = "manifest.json"
+ADAPTER_FILE = "adapter_model.safetensors"
 STATE_FILE = "trainer_state.json"
 RESUME_FILES = (STATE_FILE, "training_state.json", "optimizer.safetensors")
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt"}
@@ -202,14 +203,21 @@ def find_errno(error: BaseException | None) -> int | None:
     return int(match[1]) if match else find_errno(error.__cause__)
 
 
-def verify_adapter(model: Any, folder: Path) -> None:
-    """Hold the adapter read back from `folder` against the one in memory; UserError where it differs."""
+def verify_adapter(model: Any, folder: Path, initial: Path | None = None) -> None:
+    """Hold the adapter read back from `folder` against the one in memory; UserError where it differs.
+
+    `initial`: folder of the adapter that is subtracted in it, B A - B0 A0 being [B, -B0] [A; A0].
+    """
     import torch
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
+    from safetensors.torch import load_file
 
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as saved:
+    for name, began in load_file(initial / ADAPTER_FILE).items() if initial else ():
+        is_a = ".lora_A." in name
+        expected[name] = torch.cat([expected[name].cpu(), began if is_a else -began], dim=0 if is_a else 1)
+    with safe_open(folder / ADAPTER_FILE, framework="pt") as saved:
         names = set(saved.keys())
         wrong = sorted(names ^ expected.keys()) or [
             name

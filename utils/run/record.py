@@ -16,6 +16,8 @@ from typing import Any
 from utils.console import UserError
 
 RUN_FILE = "run.json"
+INITIAL = "initial_adapter"  # of a run that began with a part of the base (--init_lora_weights pissa, olora)
+CHANGING_STARTS = ("pissa", "olora")  # PEFT's init_lora_weights that take what they begin with from the base
 TOKENIZATION = "rendered chats as a whole"  # how token ids come about; before it, prompts and answers apart
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 # What a run may leave in its folder; --overwrite_output_dir removes these and nothing else.
@@ -46,6 +48,7 @@ RUN_ARTIFACTS = (
     "merges.txt",
     "checkpoint-*",
     ".checkpoint-*",
+    INITIAL,
     ".final.tmp",
     "runs",
     "wandb",

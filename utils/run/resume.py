@@ -65,9 +65,9 @@ def find_fixed_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_lasting_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Of the fixed ones those that stay when a run is made longer, and that are set."""
+    """Of the fixed ones those that are set and that stay when a run is made longer."""
     fixed = find_fixed_arguments(arguments).items()
-    return {name: value for name, value in fixed if name not in LENGTHS and value is not None}
+    return {name: value for name, value in fixed if name not in LENGTHS and value}
 
 
 def find_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -99,12 +99,12 @@ def find_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def find_argument_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Arguments that change what is learned."""
+    """Arguments that change what is learned. False, 0 and None are one: not set, or of a later version."""
     was, now = find_fixed_arguments(was), find_fixed_arguments(now)
     return [
         f"--{name} {was.get(name)} -> {now.get(name)}"
         for name in sorted(was.keys() | now.keys())
-        if was.get(name) != now.get(name)
+        if (was.get(name) or None) != (now.get(name) or None)
     ]
 
 

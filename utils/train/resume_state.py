@@ -101,9 +101,11 @@ def load_state_into(trainer: Any, folder: Path, force: bool) -> dict[str, Any]:
     Raises UserError where it is the state of another optimizer or of other weights (match_state).
     """
     state = load_training_state(folder)
-    saved = match_state(state, trainer.optimizer, describe_layout(trainer), str(folder), force)
+    layout = describe_layout(trainer)
+    saved = match_state(state, trainer.optimizer, layout, str(folder), force)
+    schedule = match_schedule(state, trainer.optimizer, layout)
     load_state(trainer.optimizer, saved)
-    trainer.lr_scheduler.load_state_dict(match_schedule(state, len(trainer.optimizer.param_groups)))
+    trainer.lr_scheduler.load_state_dict(schedule)
     follow_schedule(trainer.lr_scheduler, trainer.optimizer)
     planned = TrainerState.load_from_json(str(folder / STATE_FILE)).max_steps
     report_extension(trainer.args, trainer.state.global_step, planned, trainer.state.max_steps)

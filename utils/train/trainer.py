@@ -118,11 +118,10 @@ class QLoraTrainer(transformers.Trainer):
         return losses.sum() / num_items_in_batch * self.accelerator.num_processes
 
     def create_optimizer(self, model=None):
-        weights = self.engine.flat_weights
-        if self.optimizer is None and weights is not None:
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            group = {"params": [weights], "weight_decay": self.args.weight_decay}
-            self.optimizer = optimizer_class([group], **options)
+        if self.optimizer is None:
+            choose = functools.partial(self.get_optimizer_cls_and_kwargs, self.args, self.model)
+            decay, ratio = self.args.weight_decay, self.record["arguments"].get("loraplus_lr_ratio")
+            self.optimizer = self.engine.build_optimizer(self.model, choose, decay, ratio)
         return super().create_optimizer(model)
 
     def _clip_grad_norm(self, model):
@@ -289,19 +288,27 @@ class QLoraTrainer(transformers.Trainer):
                 self.args.save_total_limit, Path(best) if best else None, self.state.save_steps == 1
             )
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Adapter, tokenizer and model card."""
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict | None = None, initial: Path | None = None
+    ) -> None:
+        """Adapter, tokenizer and model card. `initial`: an adapter that is subtracted, by PEFT."""
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.keeper.output_dir)
         # No token is ever added, so embeddings need no saving (and no look-up of the base on the hub).
-        options = {"save_embedding_layers": False} if isinstance(self.model, PeftModel) else {}
+        options: dict[str, Any] = (
+            {"save_embedding_layers": False} if isinstance(self.model, PeftModel) else {}
+        )
+        options |= {"path_initial_model_for_weight_conversion": str(initial)} if initial else {}
         self.model.save_pretrained(folder, state_dict=state_dict, **options)
         self.processing_class.save_pretrained(folder)
         (folder / "README.md").write_text(render_model_card(self.record), encoding="utf-8")
 
     def save_final(self) -> None:
-        self.keeper.save_final(self.state.global_step, lambda folder: self._save(str(folder)))
+        initial = self.keeper.initial
+        self.keeper.save_final(
+            self.state.global_step, lambda folder: self._save(str(folder), initial=initial)
+        )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
