@@ -341,6 +341,22 @@ def test_weights_and_biases_without_login_is_one_line(tmp_path, monkeypatch):
         check_tracker("wandb")
 
 
+def test_swanlab_that_the_trainer_cannot_begin_is_one_line(monkeypatch):
+    """Tried with the package: 0.7.20 records offline, 0.8.5, 0.9.8 and 0.10.3 raise as training begins."""
+    find = importlib.util.find_spec  # as if it were installed
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name == "swanlab" else find(name))
+    monkeypatch.setenv("SWANLAB_MODE", "offline")
+    for installed in ("0.10.3", "0.8.0", "1.0.0"):
+        monkeypatch.setattr("utils.flags.trackers.version", lambda name, v=installed: v)
+        with pytest.raises(UserError, match=f"swanlab {installed}: pip install 'swanlab<0.8'"):
+            check_tracker("swanlab")
+    monkeypatch.setattr("utils.flags.trackers.version", lambda name: "0.7.20")
+    check_tracker("swanlab")
+    monkeypatch.setattr("utils.flags.trackers.version", lambda name: "0.10.3")
+    monkeypatch.setattr("utils.flags.trackers.read_source", lambda file: "of a Trainer to come")
+    check_tracker("swanlab")
+
+
 def run_failing(error):
     def main():
         raise error

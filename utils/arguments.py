@@ -23,7 +23,9 @@ def flag(*, help: str, aliases: tuple[str, ...] = (), **default: Any) -> Any:
 @dataclass
 class ModelArguments:
     _argument_group_name = "model"
-    model_name_or_path: str | None = flag(default=None, help="Folder or hub id of the base model.")
+    model_name_or_path: str | None = flag(
+        default=None, help="Folder or hub id of the base, or modelscope:ORG/NAME."
+    )
     revision: str | None = flag(default=None, help="Branch, tag or commit of the base on the hub.")
     checkpoint_dir: str | None = flag(
         default=None,
@@ -77,8 +79,8 @@ class DataArguments:
     _argument_group_name = "data"
     dataset_name: str = flag(
         default="alpaca",
-        help="Named sets, hub ids (org/name:config[split]), files, folders or globs, by commas; "
-        "#500 draws 500 rows.",
+        help="Named sets, hub ids (org/name:config[split]), modelscope:ORG/NAME, files, folders or globs, "
+        "by commas; #500 draws 500 rows.",
     )
     eval_dataset_name: str | None = flag(
         default=None, help="Rows to evaluate on. Without it the set's own, or a part of the rows."

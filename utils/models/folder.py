@@ -10,6 +10,7 @@ from utils.arguments import ModelArguments
 from utils.console import UserError, notice
 from utils.models.baichuan import is_baichuan, split_shapes
 from utils.models.hub import download_config
+from utils.models.model_scope import download_model, is_on_modelscope
 from utils.models.weight_files import check_tokenizer, find_misfit, read_base_shapes, read_json, read_shapes
 from utils.run.places import find_base
 from utils.run.record import CHANGING_STARTS, find_run_dir, find_run_record
@@ -40,7 +41,7 @@ def resolve_model(model_args: ModelArguments, given: set[str]) -> ModelArguments
     Raises UserError where no base model is named, a folder is missing, or the checkpoint holds no adapter.
     """
     if model_args.checkpoint_dir is None:
-        base = check_model_path(model_args.base, model_args.allow_pickle)
+        base = find_model(model_args)
         return dataclasses.replace(model_args, model_name_or_path=base)
     folder = Path(model_args.checkpoint_dir).expanduser()
     if not folder.is_dir():
@@ -55,7 +56,7 @@ def resolve_model(model_args: ModelArguments, given: set[str]) -> ModelArguments
     if {"bf16", "fp16"} & given:  # one dtype flag replaces the recorded pair
         chosen = {name: value for name, value in chosen.items() if name not in ("bf16", "fp16")}
     resolved = dataclasses.replace(model_args, checkpoint_dir=str(folder), **chosen)
-    base = check_model_path(resolved.base, model_args.allow_pickle)
+    base = find_model(resolved)
     return dataclasses.replace(resolved, model_name_or_path=base)
 
 
@@ -127,6 +128,14 @@ def read_recorded_fields(folder: Path, names_base: bool) -> dict[str, Any]:
     named = f"the base {base} is read from adapter_config.json; " if base else ""
     notice(f"{folder} has no run.json: {named}quantization and prompt are the flags' and the tokenizer's")
     return {"model_name_or_path": base} if base else {}
+
+
+def find_model(model_args: ModelArguments) -> str:
+    """The base's folder or hub id; of one on ModelScope the folder that it is downloaded to."""
+    name = model_args.base
+    if is_on_modelscope(name):
+        name = download_model(name, model_args)
+    return check_model_path(name, model_args.allow_pickle)
 
 
 def check_model_path(name: str, allow_pickle: bool) -> str:
