@@ -44,6 +44,7 @@ SMALLER = {  # words of a command -> what takes their place
     "PATH_OR_NAME": "models/small",
     "huggyllama/llama-7b": "models/small",
     "tatsu-lab/alpaca": "YOUR.jsonl",
+    "MORE.jsonl": "YOUR.jsonl",
     "train_speed --model llama-7b": "train_speed --model tiny --workloads 2x32 --steps 1 --dtypes fp32",
     "chat_speed --model llama-7b": "chat_speed --model tiny",
     "--tasks quiz_en,quiz_zh": "--tasks quiz_en,quiz_zh --limit 4",
