@@ -23,14 +23,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging
 
 from utils.arguments import ModelArguments
 from utils.console import UserError, notice
 from utils.fast.frozen_weights import replace_by_dense, unpack_8bit_layers
 from utils.fast.rope import follow_each_batch
-from utils.models.baichuan import is_baichuan, load_baichuan
+from utils.models.baichuan import build_llama_config, is_baichuan, load_baichuan
 from utils.models.cpu import choose_cpu_dtype, keep_weights_unpacked, repacks_weights
 from utils.models.folder import CONVERT, read_model_config
 
@@ -74,6 +74,7 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
     `trainable`: gradients will flow through it; a process that only chats has faster ways on a CPU.
     """
     config = read_model_config(model_args)
+    report_experts(model_args, config)
     options = {
         "revision": model_args.revision,
         "cache_dir": model_args.cache_dir,
@@ -98,6 +99,38 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
     follow_each_batch(model)
     model.requires_grad_(model_args.full_finetune)
     return model
+
+
+def build_without_weights(model_args: ModelArguments) -> "PreTrainedModel":
+    """The model's modules on the meta device."""
+    config, name = read_model_config(model_args), model_args.base
+    with unknown_models_explained(model_args), torch.device("meta"):
+        if is_baichuan(config):
+            return AutoModelForCausalLM.from_config(build_llama_config(config))
+        places = {"revision": model_args.revision, "cache_dir": model_args.cache_dir}
+        trusted = {"trust_remote_code": model_args.trust_remote_code}
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(name, **places, **trusted), **trusted
+        )
+
+
+def report_experts(model_args: ModelArguments, config: dict[str, Any]) -> None:
+    """Say what the experts of a mixture cost: bitsandbytes quantizes linear layers, and they are none.
+
+    transformers keeps the experts of a layer in one tensor  # [experts, out, in]
+    """
+    bits, values = model_args.bits, config.get("text_config", config)
+    is_mixture = any("expert" in name and value for name, value in values.items())
+    if bits not in (4, 8) or not is_mixture or ("auto_map" in config and model_args.trust_remote_code):
+        return
+    weights = list(build_without_weights(model_args).parameters())
+    total, experts = (sum(weight.numel() for weight in weights if weight.ndim > least) for least in (0, 2))
+    if experts:
+        share, memory = experts / total, experts * 2 / 2**30
+        notice(
+            f"a mixture of experts: {share:.0%} of {total:,} weights are theirs, and stay in 16 bits, "
+            f"{memory:,.2f} GiB, {16 // bits} times what layers take at --bits {bits}"
+        )
 
 
 @contextmanager
