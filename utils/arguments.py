@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from utils.console import UserError
 
+TRUE_WORDS = {"true", "t", "yes", "y", "1"}
+FALSE_WORDS = {"false", "f", "no", "n", "0"}
 DatasetFormat = Literal[
     "alpaca", "belle", "chip2", "dolly", "evol_instruct", "guanaco", "hh-rlhf", "input-output", "longform",
     "messages", "oasst1", "olcc", "preference", "question-answer", "seed-task", "self-instruct", "sharegpt",
@@ -15,9 +17,13 @@ DatasetFormat = Literal[
 ]  # fmt: skip
 
 
-def flag(*, help: str, aliases: tuple[str, ...] = (), **default: Any) -> Any:
-    """A dataclass's field that is a flag: its default or default_factory, and its line in --help."""
-    return field(metadata={"help": help, "aliases": list(aliases)}, **default)
+def flag(*, help: str, bare: str | None = None, aliases: tuple[str, ...] = (), **default: Any) -> Any:
+    """A dataclass's field that is a flag: its default or default_factory, and its line in --help.
+
+    `bare`: what the flag means without a value. `aliases`: its other names.
+    """
+    without_value = {} if bare is None else {"nargs": "?", "const": bare}
+    return field(metadata={"help": help, "aliases": list(aliases)} | without_value, **default)
 
 
 @dataclass
@@ -40,7 +46,7 @@ class ModelArguments:
     full_finetune: bool = flag(default=False, help="Train every weight; needs bits 16 or 32.")
     use_cpu: bool = flag(default=False, help="Stay on the CPU although a GPU is there.")
     max_memory_MB: int | None = flag(
-        default=None, help="Cap on each GPU's memory, MB, where layers are spread."
+        default=None, help="Cap on each GPU's memory, MB; everything that this process holds there counts."
     )
     trust_remote_code: bool = flag(default=False, help="Run Python code shipped in the model folder.")
     allow_pickle: bool = flag(default=False, help="Read .bin weights too (torch.load, weights only).")
@@ -181,7 +187,12 @@ class TrainingArguments:
     per_device_train_batch_size: int = flag(default=1, help="Rows in a padded micro-batch.")
     per_device_eval_batch_size: int = flag(default=8, help="Rows in an evaluation batch.")
     gradient_accumulation_steps: int = flag(default=16, help="A step holds this many times those rows.")
-    gradient_checkpointing: bool = flag(default=True, help="Recompute activations to save memory.")
+    gradient_checkpointing: str = flag(
+        default="auto",
+        bare="True",
+        help="Recompute activations to save memory: True, False, or auto, as few layers as memory demands.",
+    )
+    dry_run: bool = flag(default=False, help="Only say what memory the run would take; train nothing.")
     offload_checkpoints: bool = flag(
         default=True, help="Recomputed layers' inputs wait in host memory (fast path, wide models)."
     )
@@ -250,22 +261,13 @@ class TrainingArguments:
             self.do_train = True
         if self.output_dir is not None:
             self.output_dir = os.path.expanduser(self.output_dir)  # as the Trainer does
-        require_positive(
-            self,
-            "num_train_epochs",
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-            "learning_rate",
-            "eval_steps",
-            "logging_steps",
-            "save_steps",
-            "save_total_limit",
-            "early_stopping_patience",
-            "max_mmlu_samples",
-            "mmlu_source_max_len",
-            "adam_epsilon",
-        )
+        positive = """
+            num_train_epochs per_device_train_batch_size per_device_eval_batch_size
+            gradient_accumulation_steps learning_rate eval_steps logging_steps save_steps
+            save_total_limit early_stopping_patience max_mmlu_samples mmlu_source_max_len
+            adam_epsilon
+        """
+        require_positive(self, *positive.split())
         if self.max_steps == 0 or self.max_steps < -1:
             raise UserError(f"--max_steps {self.max_steps}: use a positive number, or -1 to train by epochs")
         if self.warmup_steps < 0:
@@ -275,6 +277,13 @@ class TrainingArguments:
                 self, name, ["no", "steps", "epoch"] + (["best"] if name == "save_strategy" else [])
             )
         require_choice(self, "train_sampling_strategy", ["random", "sequential", "group_by_length"])
+        word = str(self.gradient_checkpointing).lower()
+        known = {"auto": "auto"} | dict.fromkeys(TRUE_WORDS, "True") | dict.fromkeys(FALSE_WORDS, "False")
+        if word not in known:
+            raise UserError(
+                f"--gradient_checkpointing {self.gradient_checkpointing}: use auto, True or False"
+            )
+        self.gradient_checkpointing = known[word]
 
 
 @dataclass

@@ -35,8 +35,10 @@ from utils.models.cpu import choose_cpu_dtype, keep_weights_unpacked, repacks_we
 from utils.models.folder import CONVERT, read_model_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
+
+CUDA_CONTEXT = 820 * 2**20  # bytes that CUDA and its kernels take beside all that is allocated (H100)
 
 # What we say ourselves in a line.
 warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
@@ -101,17 +103,25 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
     return model
 
 
+def load_config(model_args: ModelArguments) -> "PretrainedConfig":
+    """transformers' config of the model that base.py loads."""
+    config = read_model_config(model_args)
+    if is_baichuan(config):
+        return build_llama_config(config)
+    with unknown_models_explained(model_args):
+        return AutoConfig.from_pretrained(
+            model_args.base,
+            revision=model_args.revision,
+            cache_dir=model_args.cache_dir,
+            trust_remote_code=model_args.trust_remote_code,
+        )
+
+
 def build_without_weights(model_args: ModelArguments) -> "PreTrainedModel":
     """The model's modules on the meta device."""
-    config, name = read_model_config(model_args), model_args.base
+    config = load_config(model_args)
     with unknown_models_explained(model_args), torch.device("meta"):
-        if is_baichuan(config):
-            return AutoModelForCausalLM.from_config(build_llama_config(config))
-        places = {"revision": model_args.revision, "cache_dir": model_args.cache_dir}
-        trusted = {"trust_remote_code": model_args.trust_remote_code}
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(name, **places, **trusted), **trusted
-        )
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code)
 
 
 def report_experts(model_args: ModelArguments, config: dict[str, Any]) -> None:
@@ -187,5 +197,20 @@ def choose_placement(model_args: ModelArguments) -> dict[str, Any]:
     else:
         placement = {"device_map": {"": 0}}
     if model_args.max_memory_MB:
-        notice(f"--max_memory_MB {model_args.max_memory_MB} has no effect: one GPU holds the whole model")
+        cap_memory(model_args.max_memory_MB, placement["device_map"][""])
     return placement
+
+
+def cap_memory(megabytes: int, device: int) -> None:
+    """Let this process allocate no more on the GPU `device`, CUDA's own context counted.
+
+    Raises UserError where that leaves nothing, or more than there is.
+    """
+    total = torch.cuda.get_device_properties(device).total_memory
+    allowed = megabytes * 10**6 - CUDA_CONTEXT
+    if allowed <= 0 or allowed > total:
+        raise UserError(
+            f"--max_memory_MB {megabytes}: use more than {CUDA_CONTEXT // 10**6}, which CUDA takes itself, "
+            f"and at most {total // 10**6}, which this GPU has"
+        )
+    torch.cuda.set_per_process_memory_fraction(allowed / total, device)

@@ -5,6 +5,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from transformers.trainer_callback import ExportableState, TrainerState
 
 from utils.run.checkpoints import STATE_FILE
@@ -17,6 +18,7 @@ from utils.run.training_state import (
     save_training_state,
 )
 from utils.train.best import drop_evaluation, name_best
+from utils.train.model_card import render_model_card
 from utils.train.schedule import follow_schedule, report_extension
 
 
@@ -28,10 +30,27 @@ def write_checkpoint(trainer: Any, folder: Path) -> None:
         save_rng(trainer.rng_after_step or read_rng(), folder / name_rng_file(args.process_index))
     if not args.should_save:
         return
-    trainer._save(str(folder))
+    save_model(trainer, folder)
     if not args.save_only_model:
         save_training_state(describe_state(trainer), folder)
     save_trainer_state(trainer, folder)
+
+
+def save_model(
+    trainer: Any, folder: Path, state_dict: dict[str, Any] | None = None, initial: Path | None = None
+) -> None:
+    """Adapter, tokenizer and model card. `initial`: an adapter that PEFT subtracts from the trained one."""
+    if not trainer.args.should_save:
+        return
+    options: dict[str, Any] = {}
+    if isinstance(trainer.model, PeftModel):
+        # No token is ever added, so embeddings need no saving (and no look-up of the base on the hub).
+        options["save_embedding_layers"] = False
+    if initial:
+        options["path_initial_model_for_weight_conversion"] = str(initial)
+    trainer.model.save_pretrained(folder, state_dict=state_dict, **options)
+    trainer.processing_class.save_pretrained(folder)
+    (folder / "README.md").write_text(render_model_card(trainer.record), encoding="utf-8")
 
 
 def describe_state(trainer: Any) -> dict[str, Any]:

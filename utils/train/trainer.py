@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel
 from torch.utils.data import DataLoader
 
 from utils.data.epoch_order import EpochOrder
@@ -35,10 +34,10 @@ from utils.run.training_state import load_rng, name_rng_file, read_rng, restore_
 from utils.train.best import BestStep, load_best, name_best
 from utils.train.engine import Engine
 from utils.train.meter import TokenMeter
-from utils.train.model_card import render_model_card
-from utils.train.resume_state import load_state_into, restore_progress, write_checkpoint
+from utils.train.resume_state import load_state_into, restore_progress, save_model, write_checkpoint
 from utils.train.step_guard import StepGuard
 from utils.train.step_hooks import StepHooks
+from utils.train.step_memory import StepMemory
 from utils.train.token_loss import TokenLoss
 
 
@@ -51,6 +50,7 @@ class QLoraTrainer(transformers.Trainer):
     meter       tokens and seconds (meter.py)
     best        the step that is kept, and early stopping (best.py)
     token_loss  losses of the label tokens, for the plain engine and for evaluations (token_loss.py)
+    step_memory how large micro-batches are, and what is done when memory is too short (step_memory.py)
     record      run.json (utils/run/record.py)
     """
 
@@ -58,6 +58,7 @@ class QLoraTrainer(transformers.Trainer):
     model: Any  # a PreTrainedModel, or the PeftModel around one
     processing_class: Any  # the tokenizer
     train_dataset: Any  # TokenRows
+    data_collator: Any  # PackingCollator or PaddingCollator
 
     def __init__(self, *args: Any, engine: Engine, keeper: Keeper, record: dict[str, Any], **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -66,6 +67,9 @@ class QLoraTrainer(transformers.Trainer):
         self.guard = StepGuard(self.args.world_size, self.accelerator.reduce)
         self.meter = TokenMeter(self.args.device, self.accelerator.reduce)
         self.token_loss = TokenLoss(self.model, self.args.label_smoothing_factor)
+        self.step_memory = StepMemory(
+            self.data_collator, self.train_dataset, engine, self.accelerator.num_processes
+        )
         engine.join_processes(self.accelerator)
         if self.neftune_noise_alpha:
             add_embedding_noise(self.model.get_input_embeddings(), engine.keys, self.neftune_noise_alpha)
@@ -99,16 +103,20 @@ class QLoraTrainer(transformers.Trainer):
         self.guard.begin_step(self._tr_loss)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """All micro-batches of one batch: packed, these are the whole optimizer step."""
-        micro_batches = find_micro_batches(self._prepare_inputs(inputs))
-        self.meter.count(micro_batches)
+        """All micro-batches of one batch, which are the whole optimizer step."""
+        self.meter.count(find_micro_batches(inputs))
         self.engine.keys.choose_step(self.args.seed, self.state.global_step)
         if not self.args.average_tokens_across_devices:  # then the processes' own means are averaged
             num_items_in_batch = num_items_in_batch * self.accelerator.num_processes
         run_micro_batch = functools.partial(super().training_step, model)
-        return self.engine.run_step(
-            model, micro_batches, num_items_in_batch, self.accelerator, run_micro_batch
-        )
+
+        def run_step(batch: dict[str, Any]) -> torch.Tensor:
+            micro_batches = find_micro_batches(self._prepare_inputs(batch))
+            return self.engine.run_step(
+                model, micro_batches, num_items_in_batch, self.accelerator, run_micro_batch
+            )
+
+        return self.step_memory.run_within(model, inputs, run_step)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """A micro-batch's share of the step's mean loss; what the plain engine differentiates."""
@@ -176,7 +184,13 @@ class QLoraTrainer(transformers.Trainer):
         return super()._get_num_items_in_batch(parts, device)
 
     def floating_point_ops(self, inputs):
-        return sum(super(QLoraTrainer, self).floating_point_ops(part) for part in find_micro_batches(inputs))
+        """6 a weight and token; counting the weights walks over thousands of modules, so it is done once."""
+        tokens = sum(part["input_ids"].numel() for part in find_micro_batches(inputs))
+        return 6 * tokens * self.counted_weights
+
+    @functools.cached_property
+    def counted_weights(self) -> int:
+        return self.model.num_parameters(exclude_embeddings=True)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         dataloader = super()._get_dataloader(*args, **kwargs)
@@ -288,27 +302,12 @@ class QLoraTrainer(transformers.Trainer):
                 self.args.save_total_limit, Path(best) if best else None, self.state.save_steps == 1
             )
 
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict | None = None, initial: Path | None = None
-    ) -> None:
-        """Adapter, tokenizer and model card. `initial`: an adapter that is subtracted, by PEFT."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.keeper.output_dir)
-        # No token is ever added, so embeddings need no saving (and no look-up of the base on the hub).
-        options: dict[str, Any] = (
-            {"save_embedding_layers": False} if isinstance(self.model, PeftModel) else {}
-        )
-        options |= {"path_initial_model_for_weight_conversion": str(initial)} if initial else {}
-        self.model.save_pretrained(folder, state_dict=state_dict, **options)
-        self.processing_class.save_pretrained(folder)
-        (folder / "README.md").write_text(render_model_card(self.record), encoding="utf-8")
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        save_model(self, Path(output_dir or self.keeper.output_dir), state_dict)
 
     def save_final(self) -> None:
-        initial = self.keeper.initial
-        self.keeper.save_final(
-            self.state.global_step, lambda folder: self._save(str(folder), initial=initial)
-        )
+        write = functools.partial(save_model, self, initial=self.keeper.initial)
+        self.keeper.save_final(self.state.global_step, write)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
