@@ -10,24 +10,33 @@ from utils.console import UserError
 
 TRUE_WORDS = {"true", "t", "yes", "y", "1"}
 FALSE_WORDS = {"false", "f", "no", "n", "0"}
+DatasetFormat = Literal[
+    "alpaca", "belle", "chip2", "dolly", "evol_instruct", "guanaco", "hh-rlhf", "input-output", "longform",
+    "messages", "oasst1", "olcc", "preference", "question-answer", "seed-task", "self-instruct", "sharegpt",
+    "text", "vicuna",
+]  # fmt: skip
 
 
-def flag(*, help: str, bare: str | None = None, **default: Any) -> Any:
+def flag(*, help: str, bare: str | None = None, aliases: tuple[str, ...] = (), **default: Any) -> Any:
     """A dataclass's field that is a flag: its default or default_factory, and its line in --help.
 
-    `bare`: what the flag means without a value.
+    `bare`: what the flag means without a value. `aliases`: its other names.
     """
     without_value = {} if bare is None else {"nargs": "?", "const": bare}
-    return field(metadata={"help": help} | without_value, **default)
+    return field(metadata={"help": help, "aliases": list(aliases)} | without_value, **default)
 
 
 @dataclass
 class ModelArguments:
     _argument_group_name = "model"
-    model_name_or_path: str | None = flag(default=None, help="Folder or hub id of the base model.")
+    model_name_or_path: str | None = flag(
+        default=None, help="Folder or hub id of the base, or modelscope:ORG/NAME."
+    )
     revision: str | None = flag(default=None, help="Branch, tag or commit of the base on the hub.")
     checkpoint_dir: str | None = flag(
-        default=None, help="A run, a checkpoint-N of it, or an adapter folder to start from."
+        default=None,
+        aliases=("--adapter_name_or_path",),
+        help="A run, a checkpoint-N of it, or an adapter folder to start from (also --adapter_name_or_path).",
     )
     bits: Literal[4, 8, 16, 32] = flag(default=4, help="Bits of the base model's weights.")
     double_quant: bool = flag(default=True, help="Quantize the 4-bit scales too (QLoRA, section 3).")
@@ -76,36 +85,15 @@ class DataArguments:
     _argument_group_name = "data"
     dataset_name: str = flag(
         default="alpaca",
-        help="Named sets, hub ids (org/name:config[split]), files, folders or globs, by commas; "
-        "#500 draws 500 rows.",
+        help="Named sets, hub ids (org/name:config[split]), modelscope:ORG/NAME, files, folders or globs, "
+        "by commas; #500 draws 500 rows.",
     )
     eval_dataset_name: str | None = flag(
         default=None, help="Rows to evaluate on. Without it the set's own, or a part of the rows."
     )
-    dataset_format: (
-        Literal[
-            "alpaca",
-            "belle",
-            "chip2",
-            "dolly",
-            "evol_instruct",
-            "guanaco",
-            "hh-rlhf",
-            "input-output",
-            "longform",
-            "messages",
-            "oasst1",
-            "olcc",
-            "preference",
-            "question-answer",
-            "seed-task",
-            "self-instruct",
-            "sharegpt",
-            "text",
-            "vicuna",
-        ]
-        | None
-    ) = flag(default=None, help="Column layout; found from the columns when left out.")
+    dataset_format: DatasetFormat | None = flag(
+        default=None, help="Column layout; found from the columns when left out."
+    )
     columns: str | None = flag(
         default=None,
         help="Own names of columns: instruction=QUESTION,output=ANSWER; also input, system, history, "
@@ -165,9 +153,13 @@ class LoraArguments:
     bias: Literal["none", "all", "lora_only"] = flag(default="none", help="Which biases are trained.")
     use_rslora: bool = flag(default=False, help="Scale by alpha / sqrt(r) (arXiv 2312.03732).")
     use_dora: bool = flag(default=False, help="Train magnitude apart from direction (2402.09353).")
+    loraplus_lr_ratio: float | None = flag(default=None, help="B learns so much faster than A (2402.12354).")
+    init_lora_weights: Literal["gaussian", "pissa", "olora"] | None = flag(
+        default=None, help="How A and B begin, if not as LoRA's (PiSSA and OLoRA: 16 bits)."
+    )
 
     def __post_init__(self) -> None:
-        require_positive(self, "lora_r", "lora_alpha")
+        require_positive(self, "lora_r", "lora_alpha", "loraplus_lr_ratio")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(
                 f"--lora_dropout {self.lora_dropout} is no probability: use 0 up to, not including, 1"
@@ -231,6 +223,11 @@ class TrainingArguments:
     save_strategy: str = flag(default="steps", help="no, steps or epoch.")
     save_steps: float = flag(default=250, help="Steps between checkpoints.")
     save_total_limit: int | None = flag(default=40, help="Checkpoints kept.")
+    load_best_model_at_end: bool = flag(default=False, help="Keep the step whose evaluation was best.")
+    early_stopping_patience: int | None = flag(
+        default=None, help="Stop after so many evaluations in a row that are no better."
+    )
+    early_stopping_threshold: float = flag(default=0.0, help="Better means better by more than this.")
     train_sampling_strategy: str = flag(
         default="random", help="random, sequential, or group_by_length to batch equal lengths."
     )
@@ -264,21 +261,13 @@ class TrainingArguments:
             self.do_train = True
         if self.output_dir is not None:
             self.output_dir = os.path.expanduser(self.output_dir)  # as the Trainer does
-        require_positive(
-            self,
-            "num_train_epochs",
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-            "learning_rate",
-            "eval_steps",
-            "logging_steps",
-            "save_steps",
-            "save_total_limit",
-            "max_mmlu_samples",
-            "mmlu_source_max_len",
-            "adam_epsilon",
-        )
+        positive = """
+            num_train_epochs per_device_train_batch_size per_device_eval_batch_size
+            gradient_accumulation_steps learning_rate eval_steps logging_steps save_steps
+            save_total_limit early_stopping_patience max_mmlu_samples mmlu_source_max_len
+            adam_epsilon
+        """
+        require_positive(self, *positive.split())
         if self.max_steps == 0 or self.max_steps < -1:
             raise UserError(f"--max_steps {self.max_steps}: use a positive number, or -1 to train by epochs")
         if self.warmup_steps < 0:

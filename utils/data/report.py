@@ -53,6 +53,11 @@ def report_data(
         write_json(report, folder / "data_report.json")
         save_histogram(datasets[TRAIN].lengths, folder / "data_report.png")
         notice(f"the report with row numbers is in {folder}/data_report.json")
+    if rows.count(EVAL) and not len(datasets[EVAL]) and training_args.eval_strategy != "no":
+        raise UserError(
+            f"--eval_strategy {training_args.eval_strategy}: not one of {rows.count(EVAL):,} held-out rows "
+            "has anything to evaluate; see what became of them above"
+        )
     if report["red"] and not data_args.ignore_data_report:
         raise RedReport(f"{'; '.join(report['red'])} (--ignore_data_report trains all the same)")
 

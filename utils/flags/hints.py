@@ -5,15 +5,14 @@ from difflib import get_close_matches
 CHECKPOINTING = "use --gradient_checkpointing True or False"
 LENGTHS = "use --source_max_len and --target_max_len, or --model_max_length for their sum"
 BATCH = "use --per_device_train_batch_size (and --gradient_accumulation_steps)"
-RESUME = "the same command resumes by itself; --checkpoint_dir starts from another run's adapter"
-NO_STOPPING = "there is no early stopping yet; --save_strategy best keeps the best checkpoint"
+RESUME = "the same command resumes by itself; --adapter_name_or_path starts from another run's adapter"
+STOPPING = "use --early_stopping_patience, with --load_best_model_at_end and --eval_strategy steps"
 FORMAT = "use --dataset_format, or nothing: the columns tell the format"
 PRECISION = "use --bf16 or --fp16, or neither for the best the hardware has"
 HINTS = {
     "resume": RESUME,
     "resume_training": RESUME,
     "checkpoint": "use --checkpoint_dir for an adapter to start from; the same command resumes a run",
-    "adapter_name_or_path": "use --checkpoint_dir",
     "lora_weights": "use --checkpoint_dir",
     "peft_path": "use --checkpoint_dir",
     "batch_size": BATCH,
@@ -92,8 +91,8 @@ HINTS = {
     "neat_packing": "use --packing, which keeps rows apart",
     "disable_gradient_checkpointing": CHECKPOINTING,
     "use_gradient_checkpointing": CHECKPOINTING,
-    "early_stopping": NO_STOPPING,
-    "early_stopping_patience": NO_STOPPING,
+    "early_stopping": STOPPING,
+    "patience": STOPPING,
     "train_on_inputs": "use --train_on_source",
     "mask_history": "use --train_last_turn_only",
     "device": "use --use_cpu for the CPU; CUDA_VISIBLE_DEVICES chooses a GPU",

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 from utils.arguments import TrainingArguments
 from utils.console import UserError, notice
 from utils.messages import TRAIN
-from utils.run.checkpoints import find_fault, find_valid_checkpoint, read_manifest
+from utils.run.checkpoints import find_fault, find_fault_of_best, find_valid_checkpoint, read_manifest
 from utils.run.record import read_run_record
 
 # May differ between two starts of one run: they change what is printed or kept, not what is learned.
@@ -56,6 +56,8 @@ MAY_CHANGE_ON_RESUME = {
     "hub_private_repo",
     "hub_strategy",
 }
+# How long a run is. One that is made longer goes on, and its checkpoints stay its own.
+LENGTHS = ("num_train_epochs", "max_steps", "early_stopping_patience")
 BASE_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".py", ".safetensors", ".bin"}
 SAMPLES, SAMPLE_BYTES = 64, 4096
 
@@ -63,6 +65,12 @@ SAMPLES, SAMPLE_BYTES = 64, 4096
 def find_fixed_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """Those that decide what is learned."""
     return {name: value for name, value in arguments.items() if name not in MAY_CHANGE_ON_RESUME}
+
+
+def find_lasting_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Of the fixed ones those that are set and that stay when a run is made longer."""
+    fixed = find_fixed_arguments(arguments).items()
+    return {name: value for name, value in fixed if name not in LENGTHS and value}
 
 
 def find_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -83,19 +91,51 @@ def find_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
         prompt, other = was["prompt"], now["prompt"]
         others = (key for key in other if prompt.get(key) != other[key])
         changes += [f"prompt {key} {prompt.get(key)} -> {other[key]}" for key in others]
+    if (
+        "parent" in now
+        and was.get("parent", now["parent"])["adapter_sha256"] != now["parent"]["adapter_sha256"]
+    ):
+        changes.append(f"the adapter in {now['parent']['folder']} has changed")
     if "processes" in now and was.get("processes", 1) != now["processes"]:
         changes.append(f"processes {was.get('processes', 1)} -> {now['processes']}")
     return changes
 
 
 def find_argument_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Arguments that change what is learned."""
+    """Arguments that change what is learned. False, 0 and None are one: not set, or of a later version."""
     was, now = find_fixed_arguments(was), find_fixed_arguments(now)
     return [
         f"--{name} {was.get(name)} -> {now.get(name)}"
         for name in sorted(was.keys() | now.keys())
-        if was.get(name) != now.get(name)
+        if (was.get(name) or None) != (now.get(name) or None)
     ]
+
+
+def find_extension(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """How the arguments `now` ask for a longer run than the record `was`; empty where they do not.
+
+    Raises UserError where it has stopped early and would at once stop again.
+    """
+    then = was["arguments"]
+    changed = [name for name in LENGTHS if then.get(name) != now.get(name)]
+    patience, had = now.get("early_stopping_patience"), then.get("early_stopping_patience")
+    is_patient = had is not None and (patience is None or patience > had)
+    if "early_stopping_patience" in changed and not is_patient:
+        return []
+    if changed not in ([], ["early_stopping_patience"]) and not is_longer(was, now):
+        return []
+    stopped = was["metrics"].get("stopped_early")
+    if changed and stopped and not is_patient:
+        raise UserError(f"the run stopped {stopped}: to go on, raise that too")
+    return [f"--{name} {then.get(name)} -> {now.get(name)}" for name in changed]
+
+
+def is_longer(was: dict[str, Any], now: dict[str, Any]) -> bool:
+    """By steps or by epochs, as `now` counts; where the record did not, by how far the run has come."""
+    then, by_steps = was["arguments"], now["max_steps"] > 0
+    name, come = ("max_steps", "steps") if by_steps else ("num_train_epochs", "epochs")
+    before = then[name] if (then["max_steps"] > 0) == by_steps else was["metrics"].get(come)
+    return before is not None and now[name] > before
 
 
 def find_base_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -160,9 +200,11 @@ def find_data_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def choose_checkpoint(
-    output_dir: Path, asked: str | None, fingerprints: dict[str, str], force: bool
+    output_dir: Path, asked: str | None, fingerprints: dict[str, str], force: bool, needs_best: bool = False
 ) -> Path | None:
     """The checkpoint to go on from: the one `asked` for, else the newest valid one.
+
+    `needs_best`: the run keeps its best step, so the best one before must be there too.
 
     Raises UserError where the one asked for is faulty, or where base, rows or arguments are not those it was
     made with (`force`: a line instead).
@@ -172,12 +214,16 @@ def choose_checkpoint(
         folder = Path(asked)
         is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name)
         fault = find_fault(folder) if is_checkpoint else "its name is not checkpoint-N"
+        if needs_best and not fault:
+            is_foreign = folder.resolve().parent != output_dir.resolve()
+            foreign = "with --load_best_model_at_end it must be the run's own"
+            fault = foreign if is_foreign else find_fault_of_best(folder)
         if fault:
             raise UserError(
                 f"--resume_from_checkpoint {asked}: {fault}; leave the flag out for the newest valid one"
             )
     else:
-        folder = find_valid_checkpoint(output_dir)
+        folder = find_valid_checkpoint(output_dir, needs_best)
     if folder is None:
         return None
     recorded = read_manifest(folder)["fingerprints"]

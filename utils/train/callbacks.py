@@ -73,7 +73,8 @@ class SampleAnswers(TrainerCallback):
         self.write_answers(state.global_step, model)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        self.write_answers(state.global_step, model)
+        if not args.load_best_model_at_end:  # else what is kept has answered at its evaluation
+            self.write_answers(state.global_step, model)
 
     def write_answers(self, step: int, model: Any) -> None:
         if not is_main_process() or step == self.last_step:

@@ -31,7 +31,15 @@ SHOWN_ARGUMENTS = (
     "seed",
 )
 HERE = 'folder = "."  # this one'  # in the card; on the hub its id
-SHOWN_METRICS = ("steps", "train_loss", "eval_loss", "train_tokens", "train_seconds", "peak_memory_gib")
+SHOWN_METRICS = (
+    "steps",
+    "kept_step",
+    "train_loss",
+    "eval_loss",
+    "train_tokens",
+    "train_seconds",
+    "peak_memory_gib",
+)
 
 
 def share_finished_run(run: Path, training_args: TrainingArguments) -> None:
