@@ -46,7 +46,18 @@ def build_library(source: str) -> ctypes.CDLL:
     if not path.exists():
         code, made = path.with_suffix(".cpp"), path.with_suffix(".tmp")
         code.write_text(source)
-        command = [COMPILER, "-O2", "-std=c++20", "-ffp-contract=off", "-shared", "-fPIC", "-w", code, "-o", made]
+        command = [
+            COMPILER,
+            "-O2",
+            "-std=c++20",
+            "-ffp-contract=off",
+            "-shared",
+            "-fPIC",
+            "-w",
+            code,
+            "-o",
+            made,
+        ]
         subprocess.run(command, check=True)
         made.rename(path)
     return ctypes.CDLL(str(path))

@@ -50,9 +50,7 @@ class Kernel:
         torch.cuda.current_stream()  # which makes the GPU's context this thread's
         torch.cuda.synchronize()
         self.check(self.driver.cuModuleLoadData(ctypes.byref(self.module), cubin))
-        self.check(
-            self.driver.cuModuleGetFunction(ctypes.byref(self.function), self.module, name.encode())
-        )
+        self.check(self.driver.cuModuleGetFunction(ctypes.byref(self.function), self.module, name.encode()))
         self.shared_limit = 48 << 10  # bytes; more must be asked for
 
     def check(self, result: int) -> None:
@@ -96,7 +94,7 @@ def compile_kernel(
     return Kernel(compile_source(source, f"sm_{major}{minor}"), name)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def compile_source(source: str, architecture: str) -> bytes:
     """Machine code; KernelError with the compiler's first complaint."""
     nvrtc, program, size = load_nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()

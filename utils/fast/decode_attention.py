@@ -50,8 +50,8 @@ class DecodeAttention:
         rows = shape.kv_heads * parts
         wanted = BLOCKS_PER_PROCESSOR * kernels.processors // (rows * conversations)
         self.grid = (max(1, min(64, wanted)), rows, conversations)
-        macros = (("HALF", kernels.half), ("HEAD_DIM", shape.size), ("QUERIES", self.queries))
-        self.kernel = kernels.compile("attend", ("attention.cu",), macros)
+        macros = {"HEAD_DIM": shape.size, "QUERIES": self.queries}
+        self.kernel = kernels.compile("attend", "attention.cu", macros)
         cells = conversations * rows * self.queries * self.grid[0] * (shape.size + 2)
         self.partials = torch.empty(cells, dtype=torch.float32, device=device)
         self.arrived = torch.zeros(conversations * rows, dtype=torch.int32, device=device)
@@ -73,9 +73,12 @@ class DecodeAttention:
         out: torch.Tensor,
         norms: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     ) -> None:
-        """Fill `out`  # [tokens, heads * size], and `keys` and `values`  # [conversations, kv_heads, capacity,
-        size] behind `lengths`  # int32 [conversations]; qkv  # [tokens, (heads + 2 kv_heads) * size];
-        `rotations` are cos and sin  # [positions, size]"""
+        """Fill `out`  # [tokens, heads * size]
+
+        `qkv`  # [tokens, (heads + 2 kv_heads) * size]; `keys` and `values`  # [conversations, kv_heads,
+        capacity, size] are written behind `lengths`  # int32 [conversations]; `rotations` are cos and sin  #
+        [positions, size]
+        """
         shape, bytes_each = self.shape, qkv.element_size()
         p = Attention(kv_heads=shape.kv_heads, group=shape.group, fresh=self.fresh, capacity=keys.shape[2])
         p.q = qkv.data_ptr()

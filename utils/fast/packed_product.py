@@ -8,7 +8,6 @@ rounded to 16 bits, as bitsandbytes unpacks them; s B rounded to 16 bits; xa too
 """
 
 import ctypes
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +30,7 @@ Int = ctypes.c_int
 
 class Matrix(ctypes.Structure):
     _fields_ = [
-        (name, Pointer)
-        for name in ("packed", "scales", "outer_scales", "offset", "right", "bias", "y")
+        (name, Pointer) for name in ("packed", "scales", "outer_scales", "offset", "right", "bias", "y")
     ] + [(name, Int) for name in ("rows", "rank", "xa_column", "first_tile")]
 
 
@@ -94,9 +92,7 @@ class PackedGroup:
 
     def __init__(self, layers: Sequence[AdaptedLayer], dtype: torch.dtype):
         self.layers, self.dtype = list(layers), dtype
-        self.bases: list[Any] = [
-            layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer for layer in layers
-        ]
+        self.bases: list[Any] = [read_base(layer) for layer in layers]
         self.width = self.bases[0].in_features
         self.sizes = [base.out_features for base in self.bases]
         self.states: list[Any] = [base.weight.quant_state for base in self.bases]
@@ -151,16 +147,21 @@ class PackedGroup:
         return p
 
 
+def read_base(layer: AdaptedLayer) -> Any:
+    """The layer below the adapter; a layer without one is its own base."""
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+
+
 def address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
 def is_alike(layers: Sequence[AdaptedLayer]) -> bool:
     """Whether layers that read one input can be one launch: quantized alike, all adapted or none."""
-    bases: list[Any] = [layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer for layer in layers]
+    bases = [read_base(layer) for layer in layers]
     states = [base.weight.quant_state for base in bases]
     kinds = {
-        (s.blocksize, s.quant_type, s.nested, s.nested and s.state2.blocksize, base.in_features, layer is base)
+        (s.blocksize, s.quant_type, s.nested and s.state2.blocksize, base.in_features, layer is base)
         for s, base, layer in zip(states, bases, layers, strict=True)
     }
     codes = [state.state2.code for state in states if state.nested]
@@ -170,21 +171,28 @@ def is_alike(layers: Sequence[AdaptedLayer]) -> bool:
 class Kernels:
     """The kernels of one GPU and dtype, each compiled when it is first asked for."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, compile: Callable[..., Kernel] = compile_kernel):
-        self.half, self.compile = int(dtype == torch.float16), functools.cache(
-            lambda name, files, macros, constants="": compile(name, files, dict(macros), constants)
-        )
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, compiler: Callable[..., Kernel] = compile_kernel
+    ):
+        self.half, self.compiler = int(dtype == torch.float16), compiler
+        self.made: dict[Any, Kernel] = {}
         is_gpu = device.type == "cuda"
         self.processors = torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else 2
         self.shape = DEFAULT_SHAPE
 
+    def compile(self, name: str, file: str, macros: dict[str, int], constants: str = "") -> Kernel:
+        macros = {"HALF": self.half} | macros
+        key = (name, constants, *macros.items())
+        if key not in self.made:
+            self.made[key] = self.compiler(name, (file,), macros, constants)
+        return self.made[key]
+
     def compile_product(self, levels: tuple[float, ...], double: bool, tokens: int, shape: Shape) -> Kernel:
-        macros = (
-            ("HALF", self.half), ("DOUBLE", int(double)), ("TOKENS", tokens), ("WARPS", shape.warps),
-            ("TILES", shape.tiles), ("STAGES", shape.stages), ("BLOCKS", shape.blocks),
-            ("REGISTER_ROWS", shape.register_rows),
-        )  # fmt: skip
-        return self.compile("multiply_packed", ("product.cu",), macros, write_levels(levels))
+        macros = {
+            "DOUBLE": int(double), "TOKENS": tokens, "WARPS": shape.warps, "TILES": shape.tiles,
+            "STAGES": shape.stages, "BLOCKS": shape.blocks, "REGISTER_ROWS": shape.register_rows,
+        }  # fmt: skip
+        return self.compile("multiply_packed", "product.cu", macros, write_levels(levels))
 
     def multiply(
         self,
@@ -225,13 +233,13 @@ class Kernels:
         """y = norm(x) W'  # [tokens, rows] of a 16-bit W  # [rows, width]; norm(x) itself into `normed`."""
         rows, tokens = 0 if weight is None else len(weight), 1 if len(x) == 1 else MOST_TOKENS
         chunks = -(-x.shape[1] // (8 * ROW_THREADS))
-        macros = (("HALF", self.half), ("GROUP", rows_at_once), ("CHUNKS", chunks), ("TOKENS", tokens))
+        macros = {"GROUP": rows_at_once, "CHUNKS": chunks, "TOKENS": tokens}
         p = RowsProduct(address(weight), x.data_ptr(), address(norm), address(normed), address(y))
         p.rows, p.width, p.tokens, p.epsilon = rows, x.shape[1], len(x), epsilon
         p.y_stride = 0 if y is None else y.stride(0)
         grid = max(1, min(-(-rows // rows_at_once), blocks or rows))
         shared = ROW_THREADS // 32 * rows_at_once * tokens * 4
-        self.compile("multiply_rows", ("rows.cu",), macros).launch((grid, 1, 1), ROW_THREADS, shared, p)
+        self.compile("multiply_rows", "rows.cu", macros).launch((grid, 1, 1), ROW_THREADS, shared, p)
 
 
 def find_levels(state: Any) -> tuple[float, ...]:
