@@ -93,6 +93,8 @@ static inline char* shared_memory() { return shared_bytes.data(); }
 static inline int same_in_warp(int value) { return value; }
 static inline uint4 load_once(const uint4* from) { return *from; }
 static inline float load_fresh(const float* from) { return *from; }
+static inline void store_release(unsigned* to, unsigned value) { *to = value; }
+static inline unsigned load_acquire(const unsigned* from) { return *from; }
 static inline void wait_for_previous() {}
 static inline void let_next_start() {}
 static inline float power_of_two(float exponent) { return std::exp2(exponent); }

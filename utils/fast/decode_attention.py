@@ -14,6 +14,7 @@ from utils.fast.packed_product import Int, Kernels, Pointer, address
 WARPS, LARGEST_HEAD = 4, 256
 MOST_QUERIES = 8  # of one block
 BLOCKS_PER_PROCESSOR = 2
+MOST_STRETCHES = 64  # of the keys of one head
 
 
 class Attention(ctypes.Structure):
@@ -47,14 +48,18 @@ class DecodeAttention:
         self.shape, self.fresh, self.conversations = shape, fresh, conversations
         self.queries = min(MOST_QUERIES, shape.group * fresh)
         parts = -(-shape.group * fresh // self.queries)
-        rows = shape.kv_heads * parts
-        wanted = BLOCKS_PER_PROCESSOR * kernels.processors // (rows * conversations)
-        self.grid = (max(1, min(64, wanted)), rows, conversations)
+        self.rows, self.device = shape.kv_heads * parts, device
         macros = {"HEAD_DIM": shape.size, "QUERIES": self.queries}
         self.kernel = kernels.compile("attend", "attention.cu", macros)
-        cells = conversations * rows * self.queries * self.grid[0] * (shape.size + 2)
-        self.partials = torch.empty(cells, dtype=torch.float32, device=device)
-        self.arrived = torch.zeros(conversations * rows, dtype=torch.int32, device=device)
+        self.arrived = torch.zeros(conversations * self.rows, dtype=torch.int32, device=device)
+        wanted = BLOCKS_PER_PROCESSOR * kernels.processors // (self.rows * conversations)
+        self.split(max(1, min(MOST_STRETCHES, wanted)))
+
+    def split(self, stretches: int) -> None:
+        """Let so many blocks share the keys of one head."""
+        self.grid = (stretches, self.rows, self.conversations)
+        cells = self.conversations * self.rows * self.queries * stretches * (self.shape.size + 2)
+        self.partials = torch.empty(cells, dtype=torch.float32, device=self.device)
 
     @property
     def shared_bytes(self) -> int:

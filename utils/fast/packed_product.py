@@ -22,6 +22,8 @@ from utils.fast.lora import ADAPTER, AdaptedLayer
 MOST_TOKENS = 8
 MOST_LAYERS = 3
 RANK_UNIT = 8  # columns of s B are filled up with zeros to a multiple
+MOST_BLOCKS = 4  # of a multiprocessor
+MOST_SUMS = 2 * 16 * MOST_TOKENS  # of a tile
 TABLE_BYTES, CODE_BYTES = 65536, 260 * 4
 ROW_THREADS = 256
 Pointer = ctypes.c_void_p
@@ -37,7 +39,7 @@ class Matrix(ctypes.Structure):
 class Product(ctypes.Structure):
     _fields_ = (
         [("matrices", Matrix * MOST_LAYERS)]
-        + [(name, Pointer) for name in ("outer_code", "x", "xa", "residual")]
+        + [(name, Pointer) for name in ("outer_code", "x", "xa", "residual", "handed", "is_handed")]
         + [(name, Int) for name in ("count", "tiles", "width", "xa_width", "tokens", "y_stride", "paired")]
         + [("block_shift", Int), ("outer_shift", Int)]
     )
@@ -177,8 +179,11 @@ class Kernels:
         self.half, self.compiler = int(dtype == torch.float16), compiler
         self.made: dict[Any, Kernel] = {}
         is_gpu = device.type == "cuda"
-        self.processors = torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else 2
+        self.processors = torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else 3
         self.shape = DEFAULT_SHAPE
+        most = MOST_BLOCKS * self.processors  # blocks of a launch
+        self.handed = torch.empty(most * MOST_SUMS, dtype=torch.float32, device=device)
+        self.is_handed = torch.zeros(most, dtype=torch.int32, device=device)
 
     def compile(self, name: str, file: str, macros: dict[str, int], constants: str = "") -> Kernel:
         macros = {"HALF": self.half} | macros
@@ -206,17 +211,19 @@ class Kernels:
     ) -> None:
         """Fill y; with `gated` silu of the first layer times the second  # [tokens, out of one]
 
-        `residual`  # as y, which it may be, is added.
+        `residual`  # as y, which it may be, is added: to a single layer's
         """
         shape = shape or self.shape
         p = group.describe(x, xa, y, shape)
+        assert residual is None or len(group.sizes) == 1
         p.residual = address(residual)
         if gated:
             assert shape.tiles == 2 and len(group.sizes) == 2 and group.sizes[0] == group.sizes[1]
             p.paired, p.tiles = 1, -(-group.sizes[0] // 16)
         tokens = 1 if len(x) == 1 else MOST_TOKENS
         kernel = self.compile_product(find_levels(group.states[0]), group.is_double, tokens, shape)
-        grid = min(p.tiles, self.processors * shape.blocks)
+        p.handed, p.is_handed = self.handed.data_ptr(), self.is_handed.data_ptr()
+        grid = self.processors * shape.blocks
         kernel.launch((grid, 1, 1), shape.warps * 32, shape.count_shared_bytes(tokens), p)
 
     def multiply_rows(

@@ -97,3 +97,14 @@ __device__ __forceinline__ float load_fresh(const float* from) {
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(from));
   return value;
 }
+
+// A flag between blocks: what was written before it is set can be read by who has seen it.
+__device__ __forceinline__ void store_release(unsigned* to, unsigned value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" : : "l"(to), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ unsigned load_acquire(const unsigned* from) {
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}

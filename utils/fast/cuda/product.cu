@@ -9,9 +9,10 @@
 // bytes each, and four lanes hold 128 in a row. A product of 16 columns takes 4 from each lane, whichever they
 // are, as long as x lies the same way: no weight changes lanes. The adapter's B is 32 more columns, or 64.
 //
-// A block does TILES tiles at a time: its warps share out the chunks of 128 columns, and their sums meet in
-// shared memory. The chunks of all tiles of a block form one line that the warps walk along, with STAGES
-// chunks of each under way from memory, also across the end of a tile.
+// TILES tiles are done at a time, in chunks of 128 columns. The chunks of all tiles form one line, of which
+// each block has an equal stretch; its warps walk along it with STAGES chunks of each under way from memory,
+// also across the end of a tile, where their sums meet in shared memory. Where a stretch begins within a tile
+// its sums are handed to the block that has the tile's beginning, and comes to it last.
 
 struct Matrix {
   const uint4* packed;  // [rows, width / 32] of 32 codes; the high half of a byte comes first
@@ -30,6 +31,8 @@ struct Product {
   const bits16* x;          // [tokens, width]
   const bits16* xa;         // [tokens, xa_width]
   const bits16* residual;   // [tokens, y_stride], added to y; or null. May be y
+  float* handed;            // [gridDim.x, OUTS]: sums of tiles that a block has only the end of
+  unsigned* is_handed;      // [gridDim.x], zeros
   int count, tiles, width, xa_width, tokens, y_stride, paired;
   int block_shift, outer_shift;  // 32 codes << block_shift share a scale; as many scales an outer one
 };
@@ -38,13 +41,13 @@ struct Product {
 #define THREADS (WARPS * 32)
 #define ROWS (2 * TILES)  // of W in one lane
 
-struct Place {  // in the line of chunks: the how-manieth tile of this block, and the chunk within
-  int turn, chunk;
+struct Place {  // in the line of chunks
+  int unit, tile, chunk;
 };
 
 __device__ __forceinline__ Place advance(Place at, int chunks) {
-  at.chunk += WARPS;
-  while (at.chunk >= chunks) at.chunk -= chunks, at.turn++;
+  at.unit += WARPS, at.chunk += WARPS;
+  while (at.chunk >= chunks) at.chunk -= chunks, at.tile++;
   return at;
 }
 
@@ -61,15 +64,15 @@ __device__ __forceinline__ int find_matrix(const Product& p, int tile, int part,
 }
 
 struct Rows {  // where a lane reads in the tile at hand
-  int turn, own[TILES], row[ROWS];
+  int tile, own[TILES], row[ROWS];
 };
 
-__device__ __forceinline__ void enter_tile(const Product& p, int turn, Rows& rows) {
-  rows.turn = turn;
+__device__ __forceinline__ void enter_tile(const Product& p, int tile, Rows& rows) {
+  rows.tile = tile;
 #pragma unroll
   for (int part = 0; part < TILES; part++) {
     int first;
-    rows.own[part] = find_matrix(p, blockIdx.x + turn * gridDim.x, part, first);
+    rows.own[part] = find_matrix(p, tile, part, first);
 #pragma unroll
     for (int half = 0; half < 2; half++)
       rows.row[2 * part + half] =
@@ -226,16 +229,28 @@ __device__ __forceinline__ float rounded(float value) { return low_float(round_p
 
 #define OUTS (TILES * 16 * TOKENS)
 
-// y, rounded: the sum over the warps, and the bias.
-__device__ __forceinline__ float finish_sum(const float* sums, const Matrix& m, int row) {
-  float y = 0.f;
+// The beginning of the stretch of the block at this position: the last block has the first one.
+__device__ __forceinline__ int find_start(int position, int units) {
+  return (int)((long long)position * units / gridDim.x);
+}
+
+// The sum over the warps, and over the blocks that have a part of this tile.
+__device__ __forceinline__ float add_up(const Product& p, const float* sums, int place, int position, int helpers) {
+  float sum = 0.f;
 #pragma unroll
-  for (int warp = 0; warp < WARPS; warp++) y += sums[warp * OUTS];
+  for (int warp = 0; warp < WARPS; warp++) sum += sums[warp * OUTS + place];
+#pragma unroll 1
+  for (int i = 1; i <= helpers; i++) sum += load_fresh(p.handed + (position + i) * OUTS + place);
+  return sum;
+}
+
+__device__ __forceinline__ float add_bias(float y, const Matrix& m, int row) {
   return rounded(m.bias ? y + low_float(m.bias[row]) : y);
 }
 
 // This thread's part of y, when the sums of every warp [WARPS, TILES, 16, TOKENS] are there.
-__device__ __forceinline__ void write_tile(const Product& p, int tile, const float* sums) {
+__device__ __forceinline__ void write_tile(
+    const Product& p, int tile, const float* sums, int position, int helpers) {
   for (int place = threadIdx.x; place < (p.paired ? 16 * TOKENS : OUTS); place += THREADS) {
     const int token = place % TOKENS, part = place / TOKENS / 16;
     int row;
@@ -243,14 +258,37 @@ __device__ __forceinline__ void write_tile(const Product& p, int tile, const flo
     row += place / TOKENS % 16;
     if (row >= m.rows || token >= p.tokens) continue;
     const int to = token * p.y_stride + row;
-    float y = finish_sum(sums + place, m, row);
+    float y = add_bias(add_up(p, sums, place, position, helpers), m, row);
     if (p.paired) {  // silu(gate) * up, rounded where training rounds
-      const float up = finish_sum(sums + 16 * TOKENS + place, p.matrices[1], row);
+      const Matrix& other = p.matrices[1];
+      const float up = add_bias(add_up(p, sums, 16 * TOKENS + place, position, helpers), other, row);
       y = rounded(y / (1.f + power_of_two(-1.4426950408889634f * y))) * up;
     }
     if (p.residual) y = rounded(y) + low_float(p.residual[to]);
     m.y[to] = (bits16)round_pair(y, 0.f);
   }
+}
+
+// Leaves the sums of a tile to the block that has its beginning.
+__device__ __forceinline__ void hand_over(const Product& p, const float* sums, int position) {
+  for (int place = threadIdx.x; place < OUTS; place += THREADS)
+    p.handed[position * OUTS + place] = add_up(p, sums, place, position, 0);
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) store_release(p.is_handed + position, 1);
+}
+
+// How many blocks have the rest of a tile that ends at `end`; they are done with it.
+__device__ __forceinline__ int wait_for_helpers(const Product& p, int end, int position, int units) {
+  int helpers = 0;
+  while (position + helpers + 1 < (int)gridDim.x && find_start(position + helpers + 1, units) < end) helpers++;
+  if ((int)threadIdx.x < helpers) {
+    unsigned* flag = p.is_handed + position + 1 + threadIdx.x;
+    while (load_acquire(flag) == 0) continue;
+    *flag = 0;  // for the next launch
+  }
+  __syncthreads();
+  return helpers;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) multiply_packed(const Product p) {
@@ -259,20 +297,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) multiply_packed(co
   float* outer_code = (float*)(shared + TABLE_BYTES);  // and, behind it, the offset of each matrix
   float* all_sums = outer_code + 260;                  // [2, WARPS, OUTS]
   const int lane = threadIdx.x & 31, warp = same_in_warp(threadIdx.x >> 5);
-  const int turns = (p.tiles - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
   const int whole_chunks = (p.width + 127) / 128;
   const int rank = max(p.matrices[0].rank, max(p.matrices[1].rank, p.matrices[2].rank));
-  const int chunks = whole_chunks + (rank + 31) / 32;
+  const int chunks = whole_chunks + (rank + 31) / 32, units = p.tiles * chunks;
+  const int position = gridDim.x - 1 - blockIdx.x;
+  const int start = find_start(position, units), end = find_start(position + 1, units);
 
-  Place at = advance(Place{-1, chunks + warp - WARPS}, chunks), ahead = at;
+  Place at = advance(Place{start + warp - WARPS, start / chunks, start % chunks + warp - WARPS}, chunks);
+  Place ahead = at;
   Rows rows, rows_at;
-  enter_tile(p, ahead.turn, rows);
+  enter_tile(p, ahead.tile, rows);
   rows_at = rows;
   Stage stages[STAGES];
 #pragma unroll
   for (int s = 0; s < STAGES; s++) {
-    if (ahead.turn != rows.turn) enter_tile(p, ahead.turn, rows);
-    if (ahead.turn < turns) load_chunk(p, rows, ahead.chunk, whole_chunks, stages[s]);
+    if (ahead.tile != rows.tile) enter_tile(p, ahead.tile, rows);
+    if (ahead.unit < end) load_chunk(p, rows, ahead.chunk, whole_chunks, stages[s]);
     ahead = advance(ahead, chunks);
   }
   for (int i = threadIdx.x; i < 256 * 32; i += THREADS)
@@ -286,13 +326,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) multiply_packed(co
   __syncthreads();
 
   float sums[TILES][4] = {};
-  int turn = 0;
-  while (turn < turns) {
+  int tile = start / chunks;  // whose sums the warps are at
+  while (tile * chunks < end) {
 #pragma unroll
     for (int s = 0; s < STAGES; s++) {
       // Every warp comes by the end of every tile, also of one that it has no chunk of.
-      for (; turn < min(at.turn, turns); turn++) {
-        float* tile_sums = all_sums + (turn & 1) * WARPS * OUTS;
+      for (; tile < at.tile && tile * chunks < end; tile++) {
+        float* tile_sums = all_sums + (tile & 1) * WARPS * OUTS;
 #pragma unroll
         for (int part = 0; part < TILES; part++) {
 #pragma unroll
@@ -303,16 +343,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) multiply_packed(co
           }
         }
         __syncthreads();
-        write_tile(p, blockIdx.x + turn * gridDim.x, tile_sums);
+        if (tile * chunks < start) {
+          hand_over(p, tile_sums, position);
+        } else {
+          const int tile_end = (tile + 1) * chunks;
+          const int helpers = tile_end > end ? wait_for_helpers(p, tile_end, position, units) : 0;
+          write_tile(p, tile, tile_sums, position, helpers);
+        }
       }
-      if (at.turn >= turns) break;
-      if (at.turn != rows_at.turn) enter_tile(p, at.turn, rows_at);
+      if (at.unit >= end) {
+        at.tile = p.tiles;  // what is left are tiles that other warps have the end of
+        continue;
+      }
+      if (at.tile != rows_at.tile) enter_tile(p, at.tile, rows_at);
       if (at.chunk < whole_chunks)
         multiply_whole_chunk(p, at.chunk, stages[s], rows_at.own, shared, outer_code, sums);
       else
         multiply_low_rank_chunk(p, at.chunk - whole_chunks, stages[s], rows_at.own, sums);
-      if (ahead.turn != rows.turn) enter_tile(p, ahead.turn, rows);
-      if (ahead.turn < turns) load_chunk(p, rows, ahead.chunk, whole_chunks, stages[s]);
+      if (ahead.tile != rows.tile) enter_tile(p, ahead.tile, rows);
+      if (ahead.unit < end) load_chunk(p, rows, ahead.chunk, whole_chunks, stages[s]);
       ahead = advance(ahead, chunks);
       at = advance(at, chunks);
     }
