@@ -77,6 +77,7 @@ CASES = {
     ),
     "large blocks, half the rows from registers": (dict(block=256), [32, 32], 768, 8, Shape(2, 2, 2, 1, 2)),
     "fewer chunks than warps, a cut tile": (dict(double=False), [20], 64, 2, Shape(16, 1, 2, 1, 1)),
+    "one tile that all blocks share": (dict(), [16], 1152, 1, Shape(4, 1, 2)),
     "small blocks": (dict(block=32), [64], 1024, 1, Shape(16, 2, 2, 1, 1)),
 }
 
@@ -222,12 +223,8 @@ def whole(request):
     with torch.no_grad():
         cache = DynamicCache(config=base.config)
         base(input_ids=ids[:, :18], past_key_values=cache, use_cache=True)
-        caches = [
-            tuple(
-                empty(1, *part.shape[1:2], 32, part.shape[3], dtype=part.dtype) for part in (l.keys, l.values)
-            )
-            for l in cache.layers
-        ]
+        heads, size = cache.layers[0].keys.shape[1], cache.layers[0].keys.shape[3]
+        caches = [[empty(1, heads, 32, size, dtype=base.dtype) for _ in "kv"] for _ in cache.layers]
         for layer, (keys, values) in zip(cache.layers, caches, strict=True):
             keys[:, :, :18], values[:, :, :18] = layer.keys, layer.values
         expected = {}

@@ -16,6 +16,7 @@ def describe_llama(
     heads: int,
     kv_heads: int | None = None,
     vocabulary: int = 32000,
+    tied: bool = False,
 ) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=vocabulary,
@@ -25,12 +26,13 @@ def describe_llama(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads or heads,
         max_position_embeddings=8192,
-        tie_word_embeddings=vocabulary > 32000,
+        tie_word_embeddings=tied,
     )
 
 
 SHAPES = {
     "llama-7b": lambda: describe_llama(4096, 11008, 32, 32),
+    "llama3-8b": lambda: describe_llama(4096, 14336, 32, 32, 8, 128256),
     "llama-13b": lambda: describe_llama(5120, 13824, 40, 40),
     "llama-33b": lambda: describe_llama(6656, 17920, 60, 52),
     "llama-65b": lambda: describe_llama(8192, 22016, 80, 64),
@@ -42,7 +44,7 @@ SHAPES = {
         num_attention_heads=28,
         num_key_value_heads=4,
     ),
-    "smollm2-135m": lambda: describe_llama(576, 1536, 30, 9, 3, 49152),
+    "smollm2-135m": lambda: describe_llama(576, 1536, 30, 9, 3, 49152, tied=True),
     "tiny": lambda: describe_llama(64, 128, 2, 4, 2, 512),
 }
 

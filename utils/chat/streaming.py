@@ -185,12 +185,10 @@ def generate_streamed(
     beams = config.num_beams > 1  # final only at the end: nothing to stream before it, no one cache to keep
     cache = restore_cache(chat.model, kept, prompt) if not beams else None
     kept.reused_tokens = 0 if cache is None else cache.get_seq_length()
-    choice = None if cache is None else find_choice(chat, config)
-    if choice is not None:
+    choice, steps = None if cache is None else find_choice(chat, config), chat.steps
+    if choice is not None and steps is not None:
         output = list(prompt)
-        tokens = stream_tokens(
-            chat.steps, prompt, cache, choice, config.max_new_tokens, chat.stop_ids, lookup
-        )
+        tokens = stream_tokens(steps, prompt, cache, choice, config.max_new_tokens, chat.stop_ids, lookup)
         streamer.put(torch.tensor(prompt))
         with closing(tokens):
             for token in tokens:

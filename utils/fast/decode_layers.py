@@ -7,7 +7,7 @@ in two products of the dtype, where PEFT makes seven of it.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -87,11 +87,12 @@ def install_decode_layers(
     groups: dict[nn.Module, PackedGroup] = {}
     for layers in find_packed_groups(model, dtype) if kernels else []:
         group = PackedGroup(layers, dtype)
-        shared = SharedProduct(group, kernels)
+        shared = SharedProduct(group, cast(Kernels, kernels))
         for i, layer in enumerate(layers):
             groups[layer] = group
             layer.forward = partial(shared.forward, i, layer.forward)
-    for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
+    adapted: list[AdaptedLayer] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in adapted:
         if layer not in groups and is_linear(layer) and find_obstacle(layer, dtype) is None:
             A, B = (part[ADAPTER].weight.detach().to(dtype) for part in (layer.lora_A, layer.lora_B))
             layer.forward = partial(forward_adapted, layer, A, B * layer.scaling[ADAPTER], layer.forward)

@@ -9,7 +9,7 @@ before, in the prompt say: where the model itself would have said them, several 
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +25,7 @@ MOST_PROPOSED = 7  # with the newest token 8, which the kernels read at once
 class Steps(Protocol):
     """Computes steps of one conversation after another: GraphDecoder on a GPU, GrowingSteps elsewhere."""
 
+    base: Any  # the model
     runs_ahead: bool  # whether a step is started and not waited for
 
     def find_choice(self, config: GenerationConfig) -> TokenChoice:
@@ -55,7 +56,8 @@ class GrowingSteps:
     runs_ahead = False
 
     def __init__(self, model: Any):
-        self.base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.base = base
         self.token = torch.zeros(1, 1, dtype=torch.long, device=self.base.device)
         self.owner: Callable[[], Any] = lambda: None
 
@@ -113,7 +115,7 @@ def stream_tokens(
     max_new_tokens: int,
     stop_ids: Sequence[int],
     proposed: int = 0,
-) -> Iterator[int]:
+) -> Generator[int]:
     """The reply's tokens, the stop token last where it comes to one. `cache` holds the prompt's first tokens
     already, or none; in the end it holds all but the last token. Between two tokens others may use `steps`.
 

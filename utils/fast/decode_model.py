@@ -99,7 +99,8 @@ class WholeLayer:
             for norm in (layer.input_layernorm, layer.post_attention_layernorm)
         ]
         norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-        self.head_norms = tuple(None if norm is None else norm.weight.detach() for norm in norms)
+        q_norm, k_norm = (None if norm is None else norm.weight.detach() for norm in norms)
+        self.head_norms = q_norm, k_norm
         epsilon = 0.0 if norms[0] is None else norms[0].variance_epsilon
         size = attention.head_dim
         heads, kv_heads = (self.qkv.sizes[i] // size for i in (0, 1))

@@ -95,7 +95,8 @@ class GraphDecoder:
     runs_ahead = True
 
     def __init__(self, base: PreTrainedModel, whole: WholeStep | None = None):
-        self.base, self.plain, self.config = base, base.forward, base.config.get_text_config()
+        self.base: Any = base
+        self.plain, self.config = base.forward, base.config.get_text_config()
         self.whole = whole
         self.adapted = next((module for module in base.modules() if isinstance(module, BaseTunerLayer)), None)
         self.ids = {
@@ -203,7 +204,8 @@ class GraphDecoder:
 
     def has(self, cache: GrowingCache) -> bool:
         """Whether `cache` lies in the buffers: reading a prompt moves it out."""
-        if self.buffers is None or self.owner() is not cache:
+        is_owner: bool = self.owner() is cache
+        if self.buffers is None or not is_owner:
             return False
         return cache.layers[0].keys.data_ptr() == self.buffers.layers[0].keys.data_ptr()
 

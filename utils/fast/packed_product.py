@@ -101,7 +101,8 @@ class PackedGroup:
         self.biases = [None if base.bias is None else base.bias.detach().to(dtype) for base in self.bases]
         adapted = [layer for layer in layers if layer not in self.bases]
         self.ranks = [-(-layer.r[ADAPTER] // RANK_UNIT) * RANK_UNIT for layer in adapted]
-        self.A = self.B = None
+        self.A: Any = None
+        self.B: Any = None
         if adapted:
             self.A = self.bases[0].weight.new_zeros(sum(self.ranks), self.width, dtype=dtype)
             self.B = [self.A.new_zeros(size, rank) for size, rank in zip(self.sizes, self.ranks, strict=True)]
