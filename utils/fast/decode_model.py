@@ -84,8 +84,8 @@ class Workspace:
         self.normed, self.logits = make(first.qkv.width), make(len(step.head))
         self.qkv, self.attended = make(sum(first.qkv.sizes)), make(first.out.width)
         self.gated = make(first.down.width)
-        self.xa = make(max(1, *(group.A.shape[0] for layer in step.layers for group in layer.groups
-                                if group.A is not None), 1))  # fmt: skip
+        groups = [group for layer in step.layers for group in layer.groups]
+        self.xa = make(max(sum(group.ranks) for group in groups))
 
 
 class WholeLayer:
@@ -137,7 +137,9 @@ class WholeStep:
         Keys and values of the new tokens are written behind `lengths`  # int32 [conversations], which grows.
         """
         conversations, fresh = ids.shape
-        space = self.spaces.setdefault(ids.numel(), Workspace(self, ids.numel()))
+        if ids.numel() not in self.spaces:
+            self.spaces[ids.numel()] = Workspace(self, ids.numel())
+        space = self.spaces[ids.numel()]
         if (conversations, fresh) not in self.attentions:
             self.attentions[conversations, fresh] = DecodeAttention(
                 self.kernels, self.layers[0].shape, conversations, fresh, ids.device
