@@ -295,3 +295,23 @@ def test_layers_where_they_stand_give_the_logits_of_the_model(name):
     with model.disable_adapter():
         for got, wanted in zip(run(), off, strict=True):
             assert relative(got, wanted) < 0.03
+
+
+@pytest.mark.parametrize("processors", [1, 5, 13])
+def test_product_is_the_same_by_any_number_of_blocks(processors):
+    """Also where many blocks share one tile, and again with the flags that the launch before has left."""
+    torch.manual_seed(0)
+    dtype, kernels = torch.bfloat16, make_kernels(torch.bfloat16)
+    kernels.processors, kernels.handed = (
+        processors,
+        kernels.handed.new_full((processors * 512,), float("nan")),
+    )
+    kernels.is_handed = kernels.is_handed.new_zeros(processors)
+    for sizes, width, tokens in (([16], 1152, 1), ([96, 32], 640, 8)):
+        layers = [make_layer(rows, width, dtype) for rows in sizes]
+        group, x = PackedGroup(layers, dtype), torch.randn(tokens, width).to(DEVICE, dtype)
+        expected = x.double() @ torch.cat([unpack(layer, dtype) for layer in layers]).double().T
+        for _ in range(2):
+            y = empty(tokens, sum(sizes), dtype=dtype)
+            kernels.multiply(group, x, y, shape=Shape(4, 2, 2))
+            assert relative(y, expected) < TOLERANCE[dtype] and not kernels.is_handed.any()

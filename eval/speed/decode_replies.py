@@ -8,12 +8,13 @@ import torch
 from transformers import DynamicCache, PretrainedConfig
 
 from eval.speed.decode_products import make_kernels
-from eval.speed.gpu_time import DEVICE, DTYPE, relative, say, time_call
+from eval.speed.gpu_time import DEVICE, DTYPE, relative, say, say_failure, time_call
 from eval.speed.replies import build_adapted_model, time_by_generate, time_by_steps
 from utils.fast.cuda_c import Kernel
 from utils.fast.decode_layers import find_kernel_fault, install_decode_layers
 from utils.fast.decode_model import WholeStep, find_whole_obstacle
 from utils.fast.graph_decode import GraphDecoder
+from utils.fast.packed_product import Shape
 
 if TYPE_CHECKING:
     from eval.decode_speed import DecodeSpeedArguments
@@ -84,7 +85,7 @@ def time_all_replies(arguments: "DecodeSpeedArguments") -> None:
     note("whole, proposals", *time_by_steps(decoder, repeated, count, proposed=7))
     compare_steps(decoder, prompt)
     check_same_again(decoder)
-    time_steps(decoder.whole, base.config, arguments)
+    time_steps(decoder.whole, base.config)
     saved["decoder"], saved["prompt"] = decoder, prompt
 
 
@@ -123,39 +124,57 @@ def check_same_again(decoder: GraphDecoder) -> None:
     say(f"the same step again: {sum(results)} of {len(results)} equal bit for bit")
 
 
-def time_steps(whole: WholeStep | None, config: PretrainedConfig, arguments: "DecodeSpeedArguments") -> None:
-    """Milliseconds of the bare step, by conversations, new tokens and tokens before."""
+STEPS = ((1, 1, 512), (1, 1, 4096), (1, 8, 512), (2, 1, 512), (4, 1, 512), (8, 1, 512))
+# Of the products, and of gate and up with their activation.
+STEP_SHAPES = (
+    (Shape(16, 2, 2, 1), Shape(16, 2, 2, 1)),
+    (Shape(8, 2, 2, 2), Shape(8, 2, 2, 2)),
+    (Shape(12, 2, 2, 1), Shape(12, 2, 2, 1)),
+    (Shape(16, 1, 2, 1), Shape(16, 2, 2, 1)),
+    (Shape(12, 1, 2, 2), Shape(8, 2, 2, 2)),
+    (Shape(8, 1, 2, 3), Shape(8, 2, 2, 2)),
+)
+
+
+def time_steps(whole: WholeStep | None, config: PretrainedConfig) -> None:
+    """Milliseconds of the bare step, by conversations, new tokens and tokens before; and by shapes."""
     if whole is None:
         return
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for conversations, fresh, length in (
-        (1, 1, 512),
-        (1, 1, 4096),
-        (1, 8, 512),
-        (2, 1, 512),
-        (4, 1, 512),
-        (8, 1, 512),
-    ):
-        if DEVICE == "cpu":
-            length = 16
-        shape = (conversations, config.num_key_value_heads, length + 64, size)
-        caches = [
-            tuple(torch.zeros(shape, dtype=DTYPE, device=DEVICE).normal_() for _ in "kv")
-            for _ in range(config.num_hidden_layers)
-        ]
-        turns = whole.prepare_rotations(length + 64)
-        lengths = torch.full((conversations,), length, dtype=torch.int32, device=DEVICE)
-        ids = torch.full((conversations, fresh), 7, device=DEVICE)
-
-        def run(ids=ids, caches=caches, turns=turns, lengths=lengths, fresh=fresh) -> None:
-            whole.run(ids, caches, turns, lengths)
-            lengths.sub_(fresh)
-
-        milliseconds = time_call(run)
+    for conversations, fresh, length in STEPS if DEVICE == "cuda" else ((1, 1, 16), (2, 1, 16)):
+        milliseconds = time_step(whole, config, conversations, fresh, length)
         say(
             f"step of {conversations} x {fresh} tokens after {length}: {milliseconds:.3f} ms, "
             f"{1e3 * conversations * fresh / milliseconds:.0f} tokens/s"
         )
+    kernels = whole.kernels
+    before = kernels.shape, kernels.gated_shape
+    for kernels.shape, kernels.gated_shape in STEP_SHAPES if DEVICE == "cuda" else ():
+        try:
+            one, eight = (time_step(whole, config, *step) for step in ((1, 1, 512), (8, 1, 512)))
+            say(f"step {one:.3f} ms, of eight {eight:.3f} ms by {kernels.shape}, {kernels.gated_shape}")
+        except Exception as error:
+            say_failure(f"step by {kernels.shape}", error)
+    kernels.shape, kernels.gated_shape = before
+
+
+def time_step(
+    whole: WholeStep, config: PretrainedConfig, conversations: int, fresh: int, length: int
+) -> float:
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (2, conversations, config.num_key_value_heads, length + 64, size)
+    pairs = [
+        torch.empty(shape, dtype=DTYPE, device=DEVICE).normal_() for _ in range(config.num_hidden_layers)
+    ]
+    caches = [(keys, values) for keys, values in pairs]
+    turns = whole.prepare_rotations(length + 64)
+    lengths = torch.full((conversations,), length, dtype=torch.int32, device=DEVICE)
+    ids = torch.full((conversations, fresh), 7, device=DEVICE)
+
+    def run() -> None:
+        whole.run(ids, caches, turns, lengths)
+        lengths.sub_(fresh)
+
+    return time_call(run)
 
 
 def profile_step(arguments: "DecodeSpeedArguments") -> None:

@@ -181,7 +181,7 @@ class Kernels:
         self.made: dict[Any, Kernel] = {}
         is_gpu = device.type == "cuda"
         self.processors = torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else 3
-        self.shape = DEFAULT_SHAPE
+        self.shape = self.gated_shape = DEFAULT_SHAPE
         most = MOST_BLOCKS * self.processors  # blocks of a launch
         self.handed = torch.empty(most * MOST_SUMS, dtype=torch.float32, device=device)
         self.is_handed = torch.zeros(most, dtype=torch.int32, device=device)
@@ -214,7 +214,7 @@ class Kernels:
 
         `residual`  # as y, which it may be, is added: to a single layer's
         """
-        shape = shape or self.shape
+        shape = shape or (self.gated_shape if gated else self.shape)
         p = group.describe(x, xa, y, shape)
         assert residual is None or len(group.sizes) == 1
         p.residual = address(residual)
@@ -224,7 +224,8 @@ class Kernels:
         tokens = 1 if len(x) == 1 else MOST_TOKENS
         kernel = self.compile_product(find_levels(group.states[0]), group.is_double, tokens, shape)
         p.handed, p.is_handed = self.handed.data_ptr(), self.is_handed.data_ptr()
-        grid = self.processors * shape.blocks
+        chunks = -(-p.width // 128) + max(-(-m.rank // 32) for m in p.matrices)
+        grid = min(self.processors * shape.blocks, p.tiles * chunks)
         kernel.launch((grid, 1, 1), shape.warps * 32, shape.count_shared_bytes(tokens), p)
 
     def multiply_rows(

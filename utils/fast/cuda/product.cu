@@ -282,8 +282,8 @@ __device__ __forceinline__ void hand_over(const Product& p, const float* sums, i
 __device__ __forceinline__ int wait_for_helpers(const Product& p, int end, int position, int units) {
   int helpers = 0;
   while (position + helpers + 1 < (int)gridDim.x && find_start(position + helpers + 1, units) < end) helpers++;
-  if ((int)threadIdx.x < helpers) {
-    unsigned* flag = p.is_handed + position + 1 + threadIdx.x;
+  for (int i = threadIdx.x; i < helpers; i += THREADS) {
+    unsigned* flag = p.is_handed + position + 1 + i;
     while (load_acquire(flag) == 0) continue;
     *flag = 0;  // for the next launch
   }
