@@ -300,8 +300,13 @@ class GenerationArguments:
     repetition_penalty: float = flag(default=1.0, help="Above 1 discourages repetition.")
     length_penalty: float = flag(default=1.0, help="Above 0 favours longer beams.")
     no_repeat_ngram_size: int = flag(default=0, help="No n-gram of this size appears twice; 0: off.")
+    prompt_lookup: int = flag(
+        default=0, help="Guess up to so many tokens (7 at most) from the prompt; the reply stays the same."
+    )
 
     def __post_init__(self) -> None:
+        if not 0 <= self.prompt_lookup <= 7:
+            raise UserError(f"--prompt_lookup {self.prompt_lookup}: use 1 to 7 tokens, or 0 for none")
         require_positive(
             self,
             "max_new_tokens",

@@ -17,7 +17,8 @@ from transformers import GenerationConfig
 from utils.arguments import GenerationArguments, ModelArguments
 from utils.chat.model_lock import ModelLock
 from utils.console import UserError, notice
-from utils.fast.graph_decode import install_graph_decode
+from utils.fast.decode_loop import GrowingSteps, Steps
+from utils.fast.decode_setup import install_graph_decode
 from utils.messages import Chat, Messages
 from utils.models.adapter import load_adapter
 from utils.models.base import choose_compute_dtype, load_base
@@ -39,6 +40,7 @@ class ChatModel:
     context: int | None  # tokens
     lock: ModelLock
     keeps_blank: bool = False  # prompts end in the blanks of their template: a run of an older version
+    steps: Steps | None = None  # tokens one at a time, faster than by generate; None where generate must do
 
 
 def load_run(model_args: ModelArguments, config: dict[str, Any], template: str | None = None) -> ChatModel:
@@ -51,10 +53,9 @@ def load_run(model_args: ModelArguments, config: dict[str, Any], template: str |
     if model_args.checkpoint_dir and not model_args.full_finetune:
         model = load_adapter(model, model_args.checkpoint_dir)
     model.eval()
-    if model.device.type == "cuda":
-        install_graph_decode(model)
-    context = find_context(config)
-    return ChatModel(model, tokenizer, stop_ids, context, ModelLock(model), was_tokenized_apart(model_args))
+    steps = install_graph_decode(model) if model.device.type == "cuda" else GrowingSteps(model)
+    apart = was_tokenized_apart(model_args)
+    return ChatModel(model, tokenizer, stop_ids, find_context(config), ModelLock(model), apart, steps)
 
 
 def was_tokenized_apart(model_args: ModelArguments) -> bool:
@@ -82,6 +83,8 @@ def build_generation_config(
 ) -> GenerationConfig:
     """transformers' GenerationConfig; sampling flags count only with --do_sample."""
     flags = {name: value for name, value in vars(generation_args).items() if value is not None}
+    if flags.pop("prompt_lookup") and (generation_args.do_sample or generation_args.repetition_penalty != 1):
+        notice("--prompt_lookup guesses the likeliest tokens: with sampling or penalties it has no effect")
     if not generation_args.do_sample:
         changed = [name for name, default in SAMPLING_DEFAULTS.items() if flags[name] != default]
         if changed:
