@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from types import NoneType
 from typing import Any
 
+from utils.console import UserError
 from utils.messages import Row
 
 NUMBERS = "numbers and booleans written as text"
@@ -39,7 +40,9 @@ def is_number(value: Any) -> bool:
 
 def is_given(value: Any) -> bool:
     """Whether a cell holds anything: 0 and false do; NaN, null, an empty text and an empty list do not."""
-    return bool(value) if isinstance(value, str) else is_number(value) or bool(value)
+    if isinstance(value, str):
+        return value != ""
+    return is_number(value) or (bool(value) and not isinstance(value, float))
 
 
 def find_given(row: Row, columns: Iterable[str]) -> str | None:
@@ -57,6 +60,14 @@ def write_cell(value: Any) -> Any:
     if is_number(value):
         return json.dumps(value)
     return None if is_empty_number(value) else value
+
+
+def need_text(value: Any, where: str) -> str:
+    """write_cell of a value that must be text, `where` it stands. Raises UserError for another."""
+    text = write_cell(value)
+    if not isinstance(text, str):
+        raise UserError(f"{where} holds {str(text)[:40]!r}: text is needed")
+    return text
 
 
 def note_written(values: list[Any]) -> list[str]:

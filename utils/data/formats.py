@@ -1,4 +1,13 @@
-"""A row of any known format -> messages. Its columns tell the format; --dataset_format forces one."""
+"""A row of any known format becomes a Chat, messages of a role and a content.
+
+    {"instruction": "Add.", "input": "3 + 4", "output": "7"}
+    ->  user: "Add.\\n\\n3 + 4", assistant: "7"
+
+The columns of a row tell its format; --dataset_format forces one. All that follows (templates, labels,
+splits, limits) knows messages alone, so a new format is one function here and its line in FORMATS. Each
+reader raises UserError for a row that it cannot read; the row is then left out and counted with that
+reason. data/README.md has a row of each layout.
+"""
 
 import json
 from collections import Counter
@@ -7,12 +16,13 @@ from dataclasses import replace
 from typing import Any
 
 from utils.console import UserError
-from utils.data.cells import find_given, is_empty_number, note_written, write_cell
+from utils.data.cells import find_given, is_empty_number, need_text, note_written
 from utils.data.layouts import CONVERSATIONS, INPUTS, find_columns, find_pair
 from utils.data.media import check_media
 from utils.data.preferences import CHOSEN, CONTEXTS, REJECTED, check_desirable, is_ranked, read_preferred
 from utils.data.roles import add_system, join_calls, read_history, read_system, wrap_tools
 from utils.data.turns import (
+    HUMAN_OR_ASSISTANT,
     blank_null,
     find_said,
     join_input,
@@ -31,10 +41,7 @@ from utils.messages import TEXT_ROLE, UNTRAINED, Chat, Message, Row
 
 
 def read_text(row: Row, column: str) -> str:
-    value = write_cell(row.get(column))
-    if not isinstance(value, str):
-        raise UserError(f"column {column!r} holds {str(value)[:40]!r}: text is needed")
-    return value
+    return need_text(row.get(column), f"column {column!r}")
 
 
 def build_exchange(row: Row, question: str, answer: str, marker: str, extra: str | None = None) -> Chat:
@@ -102,7 +109,7 @@ def read_chip2(row: Row, marker: str) -> Chat:
 
 def read_hh_rlhf(row: Row, marker: str) -> Chat:
     """The preferred conversation; the rejected one is not trained."""
-    return tidy_turns(split_turns(read_text(row, "chosen"), r"(?:^|\n\n)(Human|Assistant):"))
+    return tidy_turns(split_turns(read_text(row, "chosen"), HUMAN_OR_ASSISTANT))
 
 
 def read_plain_text(row: Row, marker: str) -> Chat:

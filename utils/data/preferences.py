@@ -4,26 +4,16 @@ That is supervised tuning on the good answers; the rejected ones teach nothing h
 chat are the context that both share, so they are not trained either.
 """
 
-import re
 from typing import Any
 
 from utils.console import UserError
 from utils.data.cells import find_given, unpack_list, write_cell
 from utils.data.roles import add_system, read_history
-from utils.data.turns import join_input, read_turn
+from utils.data.turns import HUMAN_OR_ASSISTANT, join_input, read_turn, split_turns
 from utils.messages import UNTRAINED, Message
 
 NOT_WANTED = "not to be learned: "  # begins the reason of a row that is left out because its data says so
-CONTEXTS = (
-    "conversations",
-    "messages",
-    "conversation",
-    "prompt",
-    "instruction",
-    "question",
-    "query",
-    "input",
-)
+CONTEXTS = "conversations messages conversation prompt instruction question query input".split()
 CHOSEN = ("chosen", "chosen_messages", "response_chosen")
 KTO_COLUMNS = ({"messages"}, {"conversations"}, {"prompt", "completion"})  # beside a `label` that is a mark
 FALSE = ("false", "0", "0.0")  # how files and tables write it
@@ -85,11 +75,8 @@ def read_context(row: dict[str, Any], marker: str) -> list[Message]:
 
 def split_prompt(text: str) -> list[Message]:
     """A question, or the turns of a prompt written as Human: and Assistant: lines (hh-rlhf)."""
-    parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
-    if len(parts) < 3 or parts[0].strip():
-        return [{"role": "user", "content": text}]
-    turns = [
-        {"role": "user" if who == "Human" else "assistant", "content": said.strip()}
-        for who, said in zip(parts[1::2], parts[2::2], strict=True)
-    ]
-    return turns if turns[-1]["content"] else turns[:-1]
+    try:
+        turns = split_turns(text, HUMAN_OR_ASSISTANT)
+    except UserError:
+        turns = [("user", text)]
+    return [{"role": role, "content": said} for role, said in (turns if turns[-1][1] else turns[:-1])]

@@ -1,4 +1,10 @@
-"""A file -> its rows, one at a time: JSON, JSON lines, CSV, TSV, parquet and text, each also packed."""
+"""A file gives its rows one at a time: JSON, JSON lines, CSV, TSV, parquet and text, each also packed.
+
+Files of several gigabytes are common, so none is held whole: a JSON array is decoded from a window that
+holds a million characters of it, CSV and JSON lines are read by the line, parquet by 1,000 rows. A row
+comes as the file has it; what its columns mean is told in formats.py. What is wrong with a file is one
+line with its place, as in `rows.json: line 12 is no JSON (... after row 11)`.
+"""
 
 import csv
 import gzip
@@ -111,6 +117,7 @@ def read_json_values(path: Path) -> Iterator[Any]:
 
 
 def read_json_lines(path: Path) -> Iterator[Any]:
+    """One row a line; empty lines are none."""
     for number, line in enumerate(read_lines(path), 1):
         if line.strip(SPACE):
             try:
@@ -181,6 +188,7 @@ class Window:
 
 
 def read_csv(path: Path) -> Iterator[dict[str, str]]:
+    """One row a record, by the columns that the first line names."""
     csv.field_size_limit(1 << 30)
     lines = (line + "\n" for line in read_lines(path))
     table = csv.reader(lines, delimiter="\t" if find_kind(path) == ".tsv" else ",", strict=True)

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from utils.console import UserError
-from utils.data.cells import find_given, unpack_list, write_cell
+from utils.data.cells import find_given, need_text, unpack_list, write_cell
 from utils.data.media import COLUMNS, holds_media
 from utils.messages import UNTRAINED, Message, Messages, Row
 
@@ -112,9 +112,7 @@ def read_system(row: Row) -> Messages:
     name = find_given(row, SYSTEMS)
     if name is None:
         return []
-    text = write_cell(row[name])
-    if not isinstance(text, str):
-        raise UserError(f"a system turn holds {str(text)[:40]!r}: text is needed")
+    text = need_text(row[name], "a system turn")
     return [{"role": "system", "content": text}] if text.strip() else []
 
 
@@ -132,10 +130,8 @@ def read_history(row: Row) -> Messages:
         raise UserError(f"column 'history' holds {str(history)[:40]!r}: [[question, answer], ...] is needed")
     messages: Messages = []
     for i, text in enumerate(text for pair in history for text in pair):
-        role, text = "assistant" if i % 2 else "user", "" if text is None else write_cell(text)
-        if not isinstance(text, str):
-            raise UserError(f"a {role} turn holds {str(text)[:40]!r}: text is needed")
-        messages.append({"role": role, "content": text})
+        role = "assistant" if i % 2 else "user"
+        messages.append({"role": role, "content": need_text("" if text is None else text, f"a {role} turn")})
     return messages
 
 

@@ -1,4 +1,11 @@
-"""Sources -> which rows are trained on, evaluated on and predicted: checked, and split by their content."""
+"""Each row of the sources gets its part of the run: trained on, evaluated on, predicted, or not used.
+
+One pass over a source checks every row and keeps 8 bytes of hash of its messages. The part of a row, one
+more byte, follows from these hashes and --data_seed: the rows with the smallest scrambled hashes are held
+out. So it is the same at every start and in any order of the file, and all copies of a row are on one
+side: a model is never measured on what it was trained on. The rows stay on disk; a million of them take 9
+MB here.
+"""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -133,15 +140,15 @@ def report_sources(sources: list[Source], scans: list[Scan], wanted: list[str]) 
         line = f"{source.name}: {len(scan.hashes):,} rows, format {source.dataset_format}"
         if source.dataset_format == "preference":
             line += " (the chosen answers are trained, the rejected left out)"
-        for reason, numbers in list(scan.bad.items())[:3]:
-            line += f"\n  {scan.counts[reason]:,} left out, row {numbers[0]} first: {reason}"
+        for reason, (count, numbers) in list(scan.bad.items())[:3]:
+            line += f"\n  {count:,} left out, row {numbers[0]} first: {reason}"
         if len(scan.bad) > 3:
             line += f"\n  {bad:,} left out in all"
         if scan.unread:
-            columns = ", ".join(f"{column} ({scan.counts[column]:,} rows)" for column in scan.unread)
+            columns = ", ".join(f"{column} ({count:,} rows)" for column, (count, _) in scan.unread.items())
             line += f"\n  texts that are not trained: {columns}; --columns says which column is what"
         if bad == len(scan.hashes) and (source.part == TRAIN or wanted):
-            reason, numbers = next(iter(scan.bad.items()), ("it is empty", [1]))
+            reason, (_, numbers) = next(iter(scan.bad.items()), ("it is empty", (0, [1])))
             raise UserError(f"{source.name}: no row can be used; row {numbers[0]}: {reason}")
         notice(line)
 

@@ -4,12 +4,15 @@ import re
 from typing import Any
 
 from utils.console import UserError
-from utils.data.cells import is_given, unpack_list, write_cell
+from utils.data.cells import is_given, need_text, unpack_list, write_cell
 from utils.data.roles import MARKS, ROLES, build_message
 from utils.messages import Chat, Message, Messages, Row
 
 # Of a question and its answer in one turn.
 PAIR_ROLES = ROLES | {"input": "user", "output": "assistant", "q": "user", "a": "assistant"}
+
+
+HUMAN_OR_ASSISTANT = r"(?:^|\n\n)(Human|Assistant):"  # before the turns of hh-rlhf
 
 
 def read_list(row: Row, column: str) -> list[Row]:
@@ -81,10 +84,8 @@ def split_pairs(turns: list[Row]) -> list[Row]:
 
 def join_input(asked: str, row: Row, extra: str | None, marker: str) -> str:
     """The question, and behind `marker` what the column `extra` holds."""
-    added = write_cell(row.get(extra)) if extra else None
-    if added is not None and not isinstance(added, str):
-        raise UserError(f"column {extra!r} holds {str(added)[:40]!r}: text is needed")
-    if added is None or not added.strip():
+    added = need_text(row[extra], f"column {extra!r}") if extra and is_given(row.get(extra)) else ""
+    if not added.strip():
         return asked
     return f"{asked}{marker}{added}" if asked.strip() else added
 
@@ -99,10 +100,10 @@ def split_turns(text: str, speaker: str) -> list[tuple[str, str]]:
 
 def tidy_turns(turns: list[tuple[str, Any]], notes: list[str] | None = None) -> Chat:
     """tidy_messages of (role, text)."""
-    for role, text in turns:
-        if not isinstance(text, str):
-            raise UserError(f"a {role} turn holds {str(text)[:40]!r}: text is needed")
-    return tidy_messages([{"role": role, "content": text} for role, text in turns], notes or [])
+    messages: Messages = [
+        {"role": role, "content": need_text(text, f"a {role} turn")} for role, text in turns
+    ]
+    return tidy_messages(messages, notes or [])
 
 
 def tidy_messages(messages: Messages, notes: list[str], tools: list[Any] | None = None) -> Chat:

@@ -1,4 +1,4 @@
-"""What a model's replies are put together from: kernels for its 4-bit layers, whole steps, captured graphs."""
+"""What a model replies by, put together: kernels for its 4-bit layers, whole steps, captured graphs."""
 
 import functools
 from typing import Any
