@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from utils.console import UserError
-from utils.data.cells import is_given, write_cell
+from utils.data.cells import find_given, unpack_list, write_cell
 from utils.data.roles import add_system, read_history
 from utils.data.turns import join_input, read_turn
 from utils.messages import UNTRAINED, Message
@@ -24,9 +24,10 @@ CONTEXTS = (
     "query",
     "input",
 )
-CHOSEN = ("chosen", "chosen_messages")
+CHOSEN = ("chosen", "chosen_messages", "response_chosen")
+KTO_COLUMNS = ({"messages"}, {"conversations"}, {"prompt", "completion"})  # beside a `label` that is a mark
 FALSE = ("false", "0", "0.0")  # how files and tables write it
-REJECTED = ("rejected_response", "rejected_messages")  # ms-swift's, beside `messages` or `response`
+REJECTED = ("rejected_response", "rejected_messages", "response_rejected")  # beside the preferred answer
 
 
 def check_desirable(row: dict[str, Any]) -> None:
@@ -34,10 +35,9 @@ def check_desirable(row: dict[str, Any]) -> None:
 
     `kto_tag` is KTO's own; a `label` is only beside a chat or a completion: elsewhere it is a class.
     """
-    is_kto = "messages" in row or "conversations" in row or {"prompt", "completion"} <= row.keys()
-    for name in ("kto_tag", *(["label"] if is_kto else [])):
-        mark = str(row.get(name)).strip().lower()
-        if mark in FALSE:
+    for name in ("kto_tag", "label"):
+        mark = str(row[name]).strip().lower() if name in row else ""
+        if mark in FALSE and (name == "kto_tag" or any(names <= row.keys() for names in KTO_COLUMNS)):
             raise UserError(f"{NOT_WANTED}column {name!r} is {mark}, so its answer is undesirable")
 
 
@@ -47,8 +47,8 @@ def read_preferred(row: dict[str, Any], marker: str) -> list[Message]:
     ms-swift's rows have it as the end of `messages`, or as `response`; ranked ones first in `output`.
     """
     names = ("output",) if is_ranked(row) else (*CHOSEN, "messages", "response")
-    name = next((name for name in names if is_given(row.get(name))), CHOSEN[0])
-    chosen = write_cell(row["output"][0] if is_ranked(row) else row.get(name))
+    name = find_given(row, names) or CHOSEN[0]
+    chosen = unpack_list(write_cell(row["output"][0] if is_ranked(row) else row.get(name)))
     if isinstance(chosen, str):
         chosen = {"role": "assistant", "content": chosen}
     turns = [read_turn(turn) for turn in (chosen if isinstance(chosen, list) else [chosen])]
@@ -62,13 +62,18 @@ def read_preferred(row: dict[str, Any], marker: str) -> list[Message]:
 
 
 def is_ranked(row: dict[str, Any]) -> bool:
-    """LLaMA-Factory's older preferences: `output` [the better answer, the worse one]."""
+    """LLaMA-Factory's older preferences: `output` [the better answer, the worse one].
+
+    Beside a list of questions it is the list of their answers.
+    """
     output = row.get("output")
-    return isinstance(output, list) and len(output) > 1 and all(isinstance(text, str) for text in output)
+    if not isinstance(output, list) or isinstance(row.get("input"), list):
+        return False
+    return len(output) > 1 and all(isinstance(text, str) for text in output)
 
 
 def read_context(row: dict[str, Any], marker: str) -> list[Message]:
-    name = next((name for name in CONTEXTS if is_given(row.get(name))), None)
+    name = find_given(row, CONTEXTS)
     context = write_cell(row.get(name)) if name else None
     if isinstance(context, str):
         asked = join_input(context, row, "input" if name == "instruction" else None, marker)

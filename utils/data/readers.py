@@ -13,11 +13,13 @@ from typing import IO, Any
 
 from utils.console import UserError, notice_once
 from utils.data.file_text import measure_size, open_binary, open_text
+from utils.data.layouts import NO_TEXTS, TURNS
 
 ROW_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 WORKBOOKS = (".xlsx", ".xls", ".ods", ".numbers", ".et")
 JSON_CHUNK = 1 << 20  # characters read at once from a JSON array
 SPACE = " \t\r\n"
+ROW_LISTS = {*TURNS, *NO_TEXTS}  # columns with the turns of one row
 
 
 def find_kind(path: Path) -> str | None:
@@ -83,16 +85,19 @@ def goes_on(line: str) -> bool:
 def find_inner_rows(path: Path, value: Any) -> list[Any]:
     """The rows of a file that holds this value alone: {"data": [...]} has them in its one list of objects.
 
-    Objects with a speaker are the turns of a chat, which is a row itself.
+    Objects with a speaker, or in a column of turns, are those of a chat, which is a row itself.
     """
     lists = [
         (name, own)
         for name, own in (value.items() if isinstance(value, dict) else ())
         if isinstance(own, list) and own and all(isinstance(row, dict) for row in own)
     ]
-    if len(lists) != 1 or any(key in row for row in lists[0][1] for key in ("role", "from")):
+    if len(lists) != 1:
         return [value]
     name, rows = lists[0]
+    inner = {key for row in rows for key in row}
+    if inner & {"role", "from"} or "instruction" in value or (name in ROW_LISTS and not inner & ROW_LISTS):
+        return [value]
     notice_once(f"{path}: the rows are those of {name!r}, the one list in the file")
     return rows
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.console import UserError, notice
-from utils.data.formats import read_row
+from utils.data.formats import read_chat
 from utils.data.scanning import Scan, scan_source
 from utils.data.sources import Source, find_sources
 from utils.messages import EVAL, TEST, TRAIN, Chat
@@ -38,7 +38,7 @@ class Rows:
             if parts.any():
                 for number, (part, row) in enumerate(zip(parts.tolist(), source.read(), strict=True), 1):
                     if part:
-                        yield PARTS[part], index, number, read_row(row, source.dataset_format, marker)
+                        yield PARTS[part], index, number, read_chat(row, source.dataset_format, marker)
 
     def read_held_out(self, part: str, marker: str) -> list[Chat]:
         """The chats held out for `part`, or those held out for the other purpose where there are none."""
@@ -162,7 +162,7 @@ def find_copies(sources: Sequence[Source], scans: Sequence[Scan]) -> list[np.nda
     ]
 
 
-def mix(hashes: np.ndarray, salt: str, seed: int) -> np.ndarray:
+def rehash_with_seed(hashes: np.ndarray, salt: str, seed: int) -> np.ndarray:
     """`hashes` scrambled by `salt` and `seed`, the same for rows of equal content  # uint64 [rows]
 
     To hold rows out, those with the smallest scrambled hashes are taken. So the choice follows from the
@@ -209,11 +209,11 @@ def assign_parts(
             free = mine & usable & ~np.isin(hashes, hashes[drawn])
             if sample > free.sum():
                 notice(f"{name}#{sample} takes all of the {int(free.sum()):,} rows that are there to draw")
-            chosen = take_smallest(mix(hashes, "sample", data_seed), free, sample)
+            chosen = take_smallest(rehash_with_seed(hashes, "sample", data_seed), free, sample)
             usable &= chosen | ~mine
             drawn |= chosen
     parts = np.where(usable & (made_for == PARTS.index(TRAIN)), PARTS.index(TRAIN), 0).astype(np.uint8)
-    keys = mix(hashes, "split", data_seed)
+    keys = rehash_with_seed(hashes, "split", data_seed)
     own = usable & (made_for > PARTS.index(TRAIN))
     if wanted and own.any():
         split_own(parts, made_for, own, keys, wanted)

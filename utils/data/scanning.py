@@ -61,6 +61,7 @@ def scan_source(source: Source) -> Scan:
 
 def scan_rows(source: Source) -> Scan:
     scan, hashes = Scan(np.zeros(0, np.uint64)), array("Q")
+    write_json = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str).encode
     own_names = dict(source.layout.columns) if source.layout else {}
     for number, row in enumerate(source.read(), 1):
         try:
@@ -73,7 +74,7 @@ def scan_rows(source: Source) -> Scan:
             scan.note(scan.cleaned, note, number)
         for column in chat.unread:
             scan.note(scan.unread, own_names.get(column, column), number)
-        content = json.dumps([chat.messages, chat.tools], sort_keys=True, ensure_ascii=False, default=str)
+        content = write_json([chat.messages, chat.tools])
         digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
         hashes.append(int.from_bytes(digest, "little") or 1)
     scan.hashes = np.array(hashes, np.uint64)

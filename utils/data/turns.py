@@ -4,15 +4,16 @@ import re
 from typing import Any
 
 from utils.console import UserError
-from utils.data.cells import is_given, write_cell
+from utils.data.cells import is_given, unpack_list, write_cell
 from utils.data.roles import MARKS, ROLES, build_message
 from utils.messages import Chat, Message, Messages, Row
 
-PAIR_ROLES = ROLES | {"input": "user", "output": "assistant"}  # of a question and its answer in one turn
+# Of a question and its answer in one turn.
+PAIR_ROLES = ROLES | {"input": "user", "output": "assistant", "q": "user", "a": "assistant"}
 
 
 def read_list(row: Row, column: str) -> list[Row]:
-    turns = row.get(column)
+    turns = unpack_list(row.get(column))
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise UserError(f"column {column!r} holds {str(turns)[:40]!r}: a list of turns is needed")
     return turns
@@ -41,6 +42,18 @@ def blank_null(turn: Row) -> Row:
     """The turn with an empty text where its text is null: it is taken out, as an empty one is."""
     key = find_keys(turn)[1]
     return turn | {key: ""} if key in turn and write_cell(turn[key]) is None else turn
+
+
+def name_model(turns: list[Row]) -> tuple[list[Row], list[str]]:
+    """(turns, notes): a speaker of unknown name, as `yayi`, is the model where it alone answers a user."""
+    who = find_keys(turns[0])[0]
+    names = {turn[who] for turn in turns if isinstance(turn.get(who), str)}
+    unknown = [name for name in names if name.lower() not in ROLES]
+    known = {ROLES.get(name.lower()) for name in names if name not in unknown}
+    if len(unknown) != 1 or not {"user"} <= known <= {"user", "system"}:
+        return turns, []
+    named = [turn | {who: "assistant"} if turn.get(who) == unknown[0] else turn for turn in turns]
+    return named, [f"{unknown[0]!r} taken for the model's name"]
 
 
 def names_speaker(turn: Row) -> bool:

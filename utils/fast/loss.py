@@ -55,6 +55,11 @@ class OutputLayer:
             getattr(config, "logits_scaling", None) or 1
         )
 
+    def find_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The model's real logits  # [..., vocabulary], from hidden states  # [..., hidden_size]"""
+        logits = self.linear(hidden.to(self.linear.weight.dtype)).float() * self.scale
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
     def sum_losses(self, hidden: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Cross entropy of the label after each of `positions`, summed  # []
 
@@ -82,9 +87,7 @@ def find_loss_obstacle(causal_model: PreTrainedModel, head: OutputLayer) -> str 
     ids = torch.randint(head.linear.out_features, (1, 8), generator=generator).to(head.linear.weight.device)
     expected = causal_model(input_ids=ids, use_cache=False).logits.float()
     hidden = causal_model.base_model(input_ids=ids, use_cache=False)[0]
-    logits = head.linear(hidden.to(head.linear.weight.dtype)).float() * head.scale
-    if head.softcap:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
+    logits = head.find_logits(hidden)
     causal_model.train(was_training)
     is_same = expected.shape == logits.shape and is_near(logits, expected, 0.02)
     return None if is_same else "its logits are more than the output layer's"

@@ -117,7 +117,8 @@ def make_packed_batch(tokens: int) -> MicroBatch:
 
 
 def make_padded_batch(rows: int, width: int) -> MicroBatch:
-    names = ("input_ids", "labels", "token_keys", "attention_mask")
+    """A batch of full rows: models look into an attention mask, and there is nothing in one here."""
+    names = ("input_ids", "labels", "token_keys")
     with torch.device("meta"):
         batch: MicroBatch = {name: torch.zeros(rows, width, dtype=torch.int64) for name in names}
         batch["label_positions"] = torch.zeros(width, dtype=torch.int64)

@@ -34,14 +34,9 @@ def build_rehearsed(
     dtype: torch.dtype,
 ) -> Any:
     """The PeftModel of base.py and adapter.py with `layers` layers, without data."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(cut_layers(config, layers))
-            quantize_linears(model, model_args, dtype)
-    finally:
-        torch.set_default_dtype(default)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(cut_layers(config, layers), dtype=dtype)
+        quantize_linears(model, model_args, dtype)
     model.requires_grad_(False)
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = model_args.bits == 4, model_args.bits == 8
     with torch.device("meta"):

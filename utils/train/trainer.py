@@ -260,7 +260,8 @@ class QLoraTrainer(transformers.Trainer):
         loss_sum, token_count, row_count = 0.0, 0, 0
         for batch in dataloader:
             parts = find_micro_batches(self._prepare_inputs(batch))
-            losses = torch.cat([self.token_loss(model, part).sum(1) for part in parts])  # [rows]
+            with self.accelerator.autocast():
+                losses = torch.cat([self.token_loss(model, part).sum(1) for part in parts])  # [rows]
             counts = torch.cat([(part["labels"][:, 1:] != IGNORE_INDEX).sum(1) for part in parts])  # [rows]
             losses, counts = self.accelerator.gather_for_metrics((losses, counts))
             loss_sum, token_count = loss_sum + losses.double().sum().item(), token_count + counts.sum().item()
