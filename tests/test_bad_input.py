@@ -82,6 +82,10 @@ FLAG_MISTAKES = {
     ),
     "no patience": (["--early_stopping_patience", "0"], ["--early_stopping_patience 0"]),
     "best of no evaluations": (BEST, ["--load_best_model_at_end", "--eval_strategy is no"]),
+    "best of no training": (
+        [*BEST, "--eval_strategy", "epoch", "--do_eval"],
+        ["--load_best_model_at_end", "add --do_train"],
+    ),
     "best without checkpoints": (
         ["--load_best_model_at_end", "--eval_strategy", "epoch", "--save_strategy", "no"],
         ["--save_strategy is no"],

@@ -11,9 +11,7 @@ from helpers.rows import write_rows, write_sums
 from utils.console import UserError
 from utils.run.checkpoints import list_checkpoints, read_step
 
-FLAGS = (
-    "--learning_rate 3e-3 --lr_scheduler_type constant --load_best_model_at_end --do_train --do_eval".split()
-)
+FLAGS = "--learning_rate 3e-3 --lr_scheduler_type constant --load_best_model_at_end".split()
 STEPS = "--eval_strategy steps --eval_steps 2 --save_steps 3 --save_total_limit 40".split()
 PATIENCE = ["--early_stopping_patience", 2]
 

@@ -259,6 +259,7 @@ class TrainingArguments:
     def __post_init__(self) -> None:
         if not (self.do_train or self.do_eval or self.do_predict):
             self.do_train = True
+        self.do_eval |= self.do_train and self.eval_strategy != "no"
         if self.output_dir is not None:
             self.output_dir = os.path.expanduser(self.output_dir)  # as the Trainer does
         positive = """

@@ -123,6 +123,11 @@ def check_best(training_args: TrainingArguments) -> None:
         raise UserError(
             f"--early_stopping_threshold {threshold}: use 0 or more, beside --early_stopping_patience"
         )
+    if wants_best and not training_args.do_train:
+        raise UserError(
+            "--load_best_model_at_end is of a training, and --do_eval or --do_predict alone trains nothing: "
+            "leave them out, or add --do_train"
+        )
     if wants_best and training_args.eval_strategy == "no":
         raise UserError(
             "--load_best_model_at_end compares evaluations and --eval_strategy is no: give --eval_strategy "
