@@ -32,22 +32,21 @@ def main() -> None:
     from utils.data.report import report_data
     from utils.data.tokenizing import tokenize_rows
     from utils.models.adapter import check_target_modules, load_model
-    from utils.models.tokenizer import load_stop_ids, load_tokenizer
+    from utils.models.tokenizer import load_chat_tokenizer
     from utils.train.build import build_trainer
     from utils.train.training import run_trainer
 
     check_target_modules(model_args, lora_args)
-    tokenizer = load_tokenizer(model_args, data_args)
-    stop_ids = load_stop_ids(model_args, tokenizer)
-    datasets = tokenize_rows(rows, tokenizer, stop_ids, data_args)
+    tokenizer = load_chat_tokenizer(model_args, data_args)
+    datasets = tokenize_rows(rows, tokenizer, data_args)
     report_data(rows, datasets, tokenizer, model_args, data_args, training_args)
     if data_args.data_report:
         return
 
     model, dtype = load_model(model_args, lora_args, training_args)
-    run.describe_model(model.config, tokenizer, stop_ids)
+    run.describe_model(model.config, tokenizer.describe())
     trainer = build_trainer(model, tokenizer, datasets, run, model_args, data_args, training_args, dtype)
-    run_trainer(trainer, run, rows, probes, stop_ids, training_args, generation_args)
+    run_trainer(trainer, run, rows, probes, tokenizer, training_args, generation_args)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from eval.answers.questions import Question, load_questions
 from utils.arguments import GenerationArguments, ModelArguments, flag, require_positive
 from utils.console import UserError, notice, run_main
 from utils.flags.parser import find_given_flags, name_leading_words, parse_args
-from utils.models.folder import check_adapter_fits, read_model_config, resolve_model
+from utils.models.folder import resolve_model
 from utils.run.record import next_free_path
 
 
@@ -38,16 +38,12 @@ class AnswerArguments:
 
 
 def main() -> None:
+    argv = name_leading_words(sys.argv[1:], "--checkpoint_dir")
     model_args, generation_args, answer_args = parse_args(
-        name_leading_words(sys.argv[1:], "--checkpoint_dir"),
-        [ModelArguments, GenerationArguments, AnswerArguments],
-        __doc__,
+        argv, [ModelArguments, GenerationArguments, AnswerArguments], __doc__
     )
-    given = find_given_flags(name_leading_words(sys.argv[1:], "--checkpoint_dir"))
-    model_args = resolve_model(model_args, given)
-    config = read_model_config(model_args)
-    check_adapter_fits(model_args, config)
-    if answer_args.base_too and (model_args.checkpoint_dir is None or model_args.full_finetune):
+    resolved = resolve_model(model_args, find_given_flags(argv), answer_args.template)
+    if answer_args.base_too and not resolved.has_adapter:
         raise UserError(
             "--base_too switches an adapter off, and there is none: answer with the base by itself"
         )
@@ -55,9 +51,9 @@ def main() -> None:
 
     from utils.chat.generation import load_run
 
-    chat = load_run(model_args, config, answer_args.template)
-    base = Path(model_args.base).name
-    tuned = Path(model_args.checkpoint_dir).resolve().name if model_args.checkpoint_dir else base
+    chat, args = load_run(resolved), resolved.args
+    base = Path(args.base).name
+    tuned = Path(args.checkpoint_dir).resolve().name if args.checkpoint_dir else base
     write_answers(chat, questions, tuned, generation_args, answer_args)
     if answer_args.base_too:
         with chat.model.disable_adapter():

@@ -14,7 +14,7 @@ from typing import Any
 from utils.arguments import ModelArguments, flag, require_positive
 from utils.console import UserError, notice, run_main
 from utils.flags.parser import find_given_flags, name_leading_words, parse_args
-from utils.models.folder import check_adapter_fits, read_model_config, resolve_model
+from utils.models.folder import resolve_model
 from utils.run.record import next_free_path, write_json
 
 
@@ -39,10 +39,8 @@ class TaskArguments:
 def main() -> None:
     argv = name_leading_words(sys.argv[1:], "--checkpoint_dir")
     model_args, task_args = parse_args(argv, [ModelArguments, TaskArguments], __doc__)
-    model_args = resolve_model(model_args, find_given_flags(argv))
-    config = read_model_config(model_args)
-    check_adapter_fits(model_args, config)
-    if task_args.base_too and (model_args.checkpoint_dir is None or model_args.full_finetune):
+    resolved = resolve_model(model_args, find_given_flags(argv), task_args.template)
+    if task_args.base_too and not resolved.has_adapter:
         raise UserError("--base_too switches an adapter off, and there is none: measure the base by itself")
 
     from eval.measures.harness import load_task_manager, read_scores, run_tasks
@@ -50,7 +48,7 @@ def main() -> None:
 
     tasks = task_args.tasks.split(",")
     manager = load_task_manager(tasks, task_args.include_path)
-    chat = load_run(model_args, config, task_args.template)
+    chat = load_run(resolved)
     options = {
         "batch_size": task_args.batch_size,
         "num_fewshot": task_args.num_fewshot,
@@ -62,9 +60,9 @@ def main() -> None:
     if task_args.base_too:
         scores["base"] = read_scores(run_tasks(chat, tasks, manager, **options, adapter_off=True))
     print(render_scores(scores))
-    folder = Path(task_args.output_dir or model_args.checkpoint_dir or "output/lm_tasks")
+    folder = Path(task_args.output_dir or resolved.args.checkpoint_dir or "output/lm_tasks")
     path = next_free_path(folder / "lm_tasks.json")
-    write_json({"model": vars(model_args), "tasks": tasks, "options": options} | scores, path)
+    write_json({"model": vars(resolved.args), "tasks": tasks, "options": options} | scores, path)
     notice(f"saved in {path}")
 
 

@@ -18,8 +18,8 @@ from eval.measures.rendering import draw_measures, render_report
 from utils.arguments import GenerationArguments, ModelArguments, flag, require_positive
 from utils.console import UserError, notice, run_main
 from utils.flags.parser import find_given_flags, name_leading_words, parse_args
-from utils.models.folder import check_adapter_fits, read_model_config, resolve_model
-from utils.run.record import find_run_record, write_json
+from utils.models.folder import resolve_model
+from utils.run.record import write_json
 
 if TYPE_CHECKING:
     from utils.data.token_rows import Example
@@ -52,15 +52,11 @@ def main() -> None:
     )
     if model_args.checkpoint_dir is None:
         raise UserError("no run is named: python -m eval.report RUN")
-    model_args = resolve_model(model_args, find_given_flags(argv))
-    config = read_model_config(model_args)
-    check_adapter_fits(model_args, config)
-    if model_args.full_finetune:
+    resolved = resolve_model(model_args, find_given_flags(argv))
+    if not resolved.has_adapter:
         raise UserError(
             "a full fine-tune has no adapter to switch off: use eval.lm_tasks on it and on its base"
         )
-    run_dir = model_args.adapter_dir
-    record = find_run_record(run_dir)
     questions = spread(load_questions(report_args.questions), report_args.max_questions)
 
     from eval.measures.harness import load_task_manager
@@ -68,9 +64,9 @@ def main() -> None:
 
     tasks = [] if report_args.tasks == "none" else report_args.tasks.split(",")
     manager = load_task_manager(tasks, report_args.include_path) if tasks else None
-    chat = load_run(model_args, config)
+    chat, run_dir = load_run(resolved), resolved.args.adapter_dir
     measures = measure_tasks(chat, tasks, manager, report_args) if tasks else []
-    content = measure_run(chat, record, questions, measures, generation_args, report_args)
+    content = measure_run(chat, resolved.record, questions, measures, generation_args, report_args)
     save_report(content | {"run": str(run_dir)}, Path(report_args.output_dir or run_dir))
 
 

@@ -15,10 +15,10 @@ from helpers import ROOT
 from helpers.shell import run_script
 
 import cli_demo
-from utils.chat.generation import decode_reply
 from utils.chat.side_by_side import measure_width, stream_rows, wrap_text
 from utils.chat.streaming import ConversationCache, ReplyStreamer
 from utils.console import UserError
+from utils.models.tokenizer import ChatTokenizer
 
 PASTE = "\x1b[200~{}\x1b[201~"
 
@@ -203,16 +203,17 @@ def test_cut_reply_ends_with_a_whole_character(smol_tokenizer):
     """A reply cut by --max_new_tokens may end amid the bytes of a Chinese character."""
     stop, text = smol_tokenizer.eos_token_id, "我是原驼🦙"
     ids = smol_tokenizer(text).input_ids
+    tokenizer = ChatTokenizer(smol_tokenizer, [stop])
     for length in range(1, len(ids) + 1):
-        streamer = ReplyStreamer(smol_tokenizer, [stop], ConversationCache())
+        streamer = ReplyStreamer(tokenizer, ConversationCache())
         streamer.put(torch.tensor([1]))  # the prompt
         for token in ids[:length]:
             streamer.put(torch.tensor([token]))
         streamer.end()
-        shown = decode_reply(smol_tokenizer, ids[:length], [stop])
+        shown = tokenizer.decode_reply(ids[:length])
         assert "".join(streamer) == shown and text.startswith(shown)
     assert shown == text
-    assert decode_reply(smol_tokenizer, [*smol_tokenizer("a�").input_ids, stop], [stop]) == "a�"  # its own
+    assert tokenizer.decode_reply([*smol_tokenizer("a�").input_ids, stop]) == "a�"  # its own
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from eval.lm_tasks import render_scores
 from eval.measures.harness import load_task_manager, read_scores, run_tasks
 from utils.arguments import ModelArguments
 from utils.console import UserError
-from utils.models.folder import read_model_config, resolve_model
+from utils.models.folder import resolve_model
 
 PROMPTS = ROOT / "eval" / "prompts"
 TASK = """task: sums
@@ -51,8 +51,7 @@ def run(tmp_path_factory, tiny_model):
 def open_model(**flags):
     from utils.chat.generation import load_run
 
-    model_args = resolve_model(ModelArguments(bits=16, **flags), {"bits"})
-    return load_run(model_args, read_model_config(model_args))
+    return load_run(resolve_model(ModelArguments(bits=16, **flags), {"bits"}))
 
 
 def read_lines(path):

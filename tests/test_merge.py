@@ -28,7 +28,7 @@ from utils.console import UserError
 from utils.merge.shards import save_shards
 from utils.merge.weights import check_all_used
 from utils.models.base import load_base
-from utils.models.folder import read_model_config, resolve_model
+from utils.models.folder import resolve_model
 from utils.models.tokenizer_files import load_own_tokenizer
 
 FLAGS = """--model_max_length 200 --lora_r 4 --gradient_checkpointing False --gradient_accumulation_steps 1
@@ -82,9 +82,8 @@ def test_merged_model_keeps_template_and_every_stop_token(call_main, tiny_model,
     assert config["eos_token_id"] == stop_ids and set(stop_ids) == {2, 0}
     assert config["temperature"] == 0.7
     assert "USER: " in (tmp_path / "merged" / "chat_template.jinja").read_text()
-    args = ModelArguments(str(tmp_path / "merged"), bits=16)
-    merged = load_run(args, read_model_config(args))
-    assert merged.stop_ids == stop_ids
+    merged = load_run(resolve_model(ModelArguments(str(tmp_path / "merged"), bits=16), set()))
+    assert merged.tokenizer.stop_ids == stop_ids
     assert merged.model.generation_config.eos_token_id == stop_ids
 
 
@@ -92,8 +91,7 @@ def test_merged_model_keeps_template_and_every_stop_token(call_main, tiny_model,
 def test_transformers_serve_says_what_the_chat_says(call_main, run, tmp_path):
     """The same words, by OpenAI's API, with no flag about prompt or stop tokens."""
     merge(call_main, run, tmp_path / "merged", "--no_parity")
-    args = ModelArguments(str(tmp_path / "merged"), bits=32)
-    chat = load_run(args, read_model_config(args))
+    chat = load_run(resolve_model(ModelArguments(str(tmp_path / "merged"), bits=32), set()))
     port = find_free_port()
     command = [Path(sys.executable).with_name("transformers"), "serve", tmp_path / "merged"]
     server = subprocess.Popen([*command, "--port", str(port), "--dtype", "float32", "--device", "cpu"])
@@ -117,8 +115,8 @@ def test_merge_into_16_bits_equals_pefts_own(call_main, tiny_model, tmp_path, fl
     run = tmp_path / "run"
     train(call_main, tiny_model, run, *FLAGS, "--bits", "16", *flags)
     merge(call_main, run, tmp_path / "merged", "--no_parity")
-    args = resolve_model(ModelArguments(checkpoint_dir=str(run), bits=32), {"bits"})
-    expected = load_run(args, read_model_config(args)).model.merge_and_unload().state_dict()
+    resolved = resolve_model(ModelArguments(checkpoint_dir=str(run), bits=32), {"bits"})
+    expected = load_run(resolved).model.merge_and_unload().state_dict()
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     base = load_file(tiny_model / "model.safetensors")
     assert merged.keys() == base.keys()

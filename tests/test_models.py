@@ -18,7 +18,7 @@ from utils.arguments import ModelArguments
 from utils.console import UserError
 from utils.fast.graph_decode import install_graph_decode
 from utils.models.base import load_base
-from utils.models.folder import check_adapter_fits, read_model_config, resolve_model
+from utils.models.folder import resolve_model
 from utils.models.tokenizer_files import load_own_tokenizer
 
 FLAGS = [
@@ -58,10 +58,7 @@ def find_plain_linears(model):
 def load_chat(run):
     from utils.chat.generation import load_run
 
-    model_args = resolve_model(ModelArguments(checkpoint_dir=str(run)), set())
-    config = read_model_config(model_args)
-    check_adapter_fits(model_args, config)
-    return load_run(model_args, config)
+    return load_run(resolve_model(ModelArguments(checkpoint_dir=str(run)), set()))
 
 
 def ask(call_main, monkeypatch, run, question):

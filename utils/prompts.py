@@ -158,14 +158,6 @@ def split_prompt(render: Render, messages: Messages, stops: list[str]) -> tuple[
     return prompt, answers
 
 
-def render_prompt(tokenizer: Any, asked: Messages | Chat, stop_ids: list[int]) -> tuple[str, list[Span]]:
-    """split_prompt of messages or a Chat that wait for a reply."""
-    chat = asked if isinstance(asked, Chat) else Chat(asked)
-    return split_prompt(
-        bind_render(tokenizer, chat), chat.messages, tokenizer.convert_ids_to_tokens(stop_ids)
-    )
-
-
 def split_chat(tokenizer: Any, chat: Chat, stops: list[str], last_only: bool = False) -> list[RenderedRow]:
     """The training rows of one chat: one, or one for each answer where the template rewrites earlier ones.
 

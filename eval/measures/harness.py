@@ -47,8 +47,11 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of being given a loaded model
-    chat.model.generation_config.eos_token_id = chat.stop_ids  # a template's stop need not be the eos
-    lm = HFLM(pretrained=chat.model, tokenizer=chat.tokenizer, batch_size=batch_size, max_length=chat.context)
+    chat.model.generation_config.eos_token_id = (
+        chat.tokenizer.stop_ids
+    )  # a template's stop need not be the eos
+    raw = chat.tokenizer.raw
+    lm = HFLM(pretrained=chat.model, tokenizer=raw, batch_size=batch_size, max_length=chat.context)
     if not sys.stderr.isatty():
         silence_bars(lm)
     switch = chat.model.disable_adapter() if adapter_off else nullcontext()

@@ -18,10 +18,10 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from utils.arguments import GenerationArguments
-from utils.chat.generation import ChatModel, build_generation_config, decode_reply, drop_cut_character
+from utils.chat.generation import ChatModel, build_generation_config
 from utils.chat.model_lock import ModelLock
 from utils.messages import Messages
-from utils.models.encoding import encode_prompt
+from utils.models.tokenizer import ChatTokenizer, drop_cut_character
 
 
 @dataclass
@@ -70,9 +70,9 @@ class ConversationCaches:
 class ReplyStreamer(TextIteratorStreamer):
     """Text of the reply only: without the prompt and without the stop token, special or not."""
 
-    def __init__(self, tokenizer: Any, stop_ids: list[int], kept: ConversationCache):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.stop_ids, self.kept, self.start = stop_ids, kept, time.perf_counter()
+    def __init__(self, tokenizer: ChatTokenizer, kept: ConversationCache):
+        super().__init__(tokenizer.raw, skip_prompt=True, skip_special_tokens=True)
+        self.stop_ids, self.kept, self.start = tokenizer.stop_ids, kept, time.perf_counter()
         self.came_to_stop = False
 
     def put(self, value: torch.Tensor) -> None:
@@ -126,10 +126,10 @@ def stream_reply(
     `kept` saves reading again what the last turn read. `tuned` False: the base without its adapter.
     """
     kept = ConversationCache() if kept is None else kept
-    prompt = encode_prompt(chat.tokenizer, messages, chat.stop_ids, chat.keeps_blank)
-    config = build_generation_config(generation_args, chat.tokenizer, chat.stop_ids)
+    prompt = chat.tokenizer.encode_prompt(messages)
+    config = build_generation_config(generation_args, chat.tokenizer)
     kept.prompt_tokens, kept.new_tokens, kept.first_token_seconds, kept.seconds = len(prompt), 0, 0.0, 0.0
-    streamer = ReplyStreamer(chat.tokenizer, chat.stop_ids, kept)
+    streamer = ReplyStreamer(chat.tokenizer, kept)
     between, failures = StopOrYield(chat.lock, tuned, max_seconds), []
 
     def generate() -> None:
@@ -187,12 +187,12 @@ def generate_streamed(
         **({} if cache is None else {"past_key_values": cache}),
     )[0].tolist()
     if beams:
-        streamer.on_finalized_text(decode_reply(chat.tokenizer, output[len(prompt) :], chat.stop_ids))
+        streamer.on_finalized_text(chat.tokenizer.decode_reply(output[len(prompt) :]))
         kept.new_tokens, kept.seconds = len(output) - len(prompt), time.perf_counter() - streamer.start
     elif cache is not None:
         kept.ids, kept.cache = output[: cache.get_seq_length()], cache
     kept.ended = "interrupted" if between.stopped.is_set() else "time" if between.late else "length"
-    if output[-1] in chat.stop_ids:
+    if output[-1] in chat.tokenizer.stop_ids:
         kept.ended = "stop"
 
 

@@ -31,6 +31,7 @@ from utils.data.scanning import LISTED_ROWS
 from utils.data.token_rows import TokenRows, TokenWriter, open_rows
 from utils.messages import TEXT_ROLE, Chat, Messages
 from utils.models.encoding import Pieces, encode_rows
+from utils.models.tokenizer import ChatTokenizer
 from utils.prompts import RenderedRow, find_inner_stop, find_input_marker, split_chat
 
 LENGTH_STEP = 64
@@ -68,21 +69,20 @@ TWO_BOS = "rows with two BOS at the front"
 LITERAL_NONE = "rows with the literal None as a text"
 
 
-def tokenize_rows(
-    rows: Rows, tokenizer: Any, stop_ids: list[int], data_args: DataArguments
-) -> dict[str, TokenRows]:
+def tokenize_rows(rows: Rows, tokenizer: ChatTokenizer, data_args: DataArguments) -> dict[str, TokenRows]:
     """TokenRows of every part of the run, from the cache where the same work was done before."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    raw = tokenizer.raw
+    backend = getattr(raw, "backend_tokenizer", None)
     key = build_key(
         rows=rows.describe(),
-        tokenizer=backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items())),
-        template=tokenizer.chat_template,
-        special=[str(tokenizer.special_tokens_map), stop_ids],
+        tokenizer=backend.to_str() if backend else repr(sorted(raw.get_vocab().items())),
+        template=raw.chat_template,
+        special=[str(raw.special_tokens_map), tokenizer.stop_ids],
         limits=[data_args.source_max_len, data_args.target_max_len, data_args.model_max_length],
         how=[data_args.truncation, data_args.train_on_source, data_args.train_last_turn_only],
         code=hash_code(__name__),
     )
-    maker = RowMaker(tokenizer, stop_ids, data_args)
+    maker = RowMaker(tokenizer, data_args)
     folder, cached = find_or_build("tokens", key, lambda beside: write_parts(beside, rows, maker))
     if cached:
         notice(f"tokenized rows are read from {folder}")
@@ -97,7 +97,7 @@ def write_parts(folder: Path, rows: Rows, maker: "RowMaker") -> None:
         total=total, unit="row", desc="tokenizing", disable=not (is_main_process() and sys.stderr.isatty())
     )
     with bar:
-        chats = rows.read(find_input_marker(maker.tokenizer))
+        chats = rows.read(find_input_marker(maker.tokenizer.raw))
         for part, source, number, signed in maker.make_rows(chats, found, bar):
             writers[part].append(signed, source, number)
     for part, writer in writers.items():
@@ -108,8 +108,7 @@ def write_parts(folder: Path, rows: Rows, maker: "RowMaker") -> None:
 class RowMaker:
     """Makes rows of signed token ids (see TokenRows) from chats."""
 
-    tokenizer: Any
-    stop_ids: list[int]
+    tokenizer: ChatTokenizer
     data_args: DataArguments
 
     def make_rows(
@@ -121,7 +120,7 @@ class RowMaker:
             for chunk in cut_chunks(chats):
                 rendered = [self.render(part, number, chat, found) for part, _, number, chat in chunk]
                 encoding = beside.submit(
-                    encode_rows, self.tokenizer, [row for rows in rendered for row in rows]
+                    encode_rows, self.tokenizer.raw, [row for rows in rendered for row in rows]
                 )
                 if waiting:
                     yield from self.finish(*waiting, found, bar)
@@ -130,9 +129,9 @@ class RowMaker:
                 yield from self.finish(*waiting, found, bar)
 
     def render(self, part: str, number: int, chat: Chat, found: dict[str, Found]) -> list[RenderedRow]:
-        stops = self.tokenizer.convert_ids_to_tokens(self.stop_ids)
+        stops = self.tokenizer.stops
         try:
-            rendered = split_chat(self.tokenizer, chat, stops, self.data_args.train_last_turn_only)
+            rendered = split_chat(self.tokenizer.raw, chat, stops, self.data_args.train_last_turn_only)
         except UserError as error:  # with the template's own reason
             reason = f"dropped: {error}".splitlines()[0]
             listed = reason in found[part].counts or len(found[part].counts) < LISTED_FINDINGS
@@ -193,7 +192,7 @@ class RowMaker:
         else:
             system, exchanges = split_exchanges(row.messages)
             if len(exchanges) == 1:
-                yield cut_exchange(pieces, self.choose_room(sizes, single), self.tokenizer, number, found)
+                yield cut_exchange(pieces, self.choose_room(sizes, single), self.tokenizer.raw, number, found)
                 return
             newest_only = row.turn_by_turn or data_args.train_last_turn_only
             kept = [exchanges[-count_fitting(exchanges[::-1], limit / sum(sizes)) :]]
@@ -207,9 +206,8 @@ class RowMaker:
                 yield from self.refit(Chat(messages, chat.tools), newest_only, number, found)
 
     def refit(self, chat: Chat, last_only: bool, number: int, found: Found) -> Iterator[Pieces]:
-        stops = self.tokenizer.convert_ids_to_tokens(self.stop_ids)
-        rows = split_chat(self.tokenizer, chat, stops, last_only)
-        for row, (pieces, _) in zip(rows, encode_rows(self.tokenizer, rows), strict=True):
+        rows = split_chat(self.tokenizer.raw, chat, self.tokenizer.stops, last_only)
+        for row, (pieces, _) in zip(rows, encode_rows(self.tokenizer.raw, rows), strict=True):
             yield from self.fit(pieces, row, chat, number, found, noted=True)
 
     def choose_room(self, sizes: list[int], single: bool) -> tuple[int, int]:
@@ -231,9 +229,9 @@ class RowMaker:
         return signed
 
     def check(self, pieces: Pieces, row: RenderedRow, number: int, found: Found) -> None:
-        if pieces[-1][0][-1] not in self.stop_ids and row.messages[0]["role"] != TEXT_ROLE:
+        if pieces[-1][0][-1] not in self.tokenizer.stop_ids and row.messages[0]["role"] != TEXT_ROLE:
             found.note(NO_STOP, number)
-        if pieces[0][0][:2] == [self.tokenizer.bos_token_id] * 2:
+        if pieces[0][0][:2] == [self.tokenizer.raw.bos_token_id] * 2:
             found.note(TWO_BOS, number)
         if row.turn_by_turn:
             found.note(TURN_BY_TURN, number)

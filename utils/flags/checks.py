@@ -8,10 +8,9 @@ from utils.arguments import DataArguments, LoraArguments, ModelArguments, Traini
 from utils.console import UserError, notice
 from utils.flags.trackers import check_tracker
 from utils.flags.trainer_names import list_optimizers, list_schedulers
-from utils.models.folder import check_adapter_fits, find_context, read_model_config, resolve_model
+from utils.models.folder import find_context, resolve_model
 from utils.models.hub import check_login
 from utils.models.weight_files import read_json
-from utils.prompts import read_template
 from utils.run.places import find_data
 from utils.run.record import RUN_FILE, find_run_record
 
@@ -58,13 +57,11 @@ def check_arguments(
         data_args = dataclasses.replace(data_args, **{k: v for k, v in recorded.items() if k not in given})
         if "data_seed" in record["arguments"] and "data_seed" not in given:
             training_args = training_args.with_values(data_seed=record["arguments"]["data_seed"])
-    model_args = resolve_model(model_args, given)
-    check_template(data_args)
     check_push(training_args)
     check_trainer_names(training_args)
-    config = read_model_config(model_args)
-    check_lengths(data_args, config)
-    check_adapter_fits(model_args, config)
+    resolved = resolve_model(model_args, given, data_args.template)
+    model_args = resolved.args
+    check_lengths(data_args, resolved.config)
     if training_args.output_dir is None:
         data, model = Path(data_args.dataset_name).stem, Path(model_args.base).name
         output_dir = f"output/{data}-{model}"
@@ -134,8 +131,3 @@ def check_lengths(data_args: DataArguments, config: dict[str, Any]) -> None:
         raise UserError(
             f"{flag} is {data_args.max_len} tokens and the model's context is {context}: lower it"
         )
-
-
-def check_template(data_args: DataArguments) -> None:
-    if data_args.template is not None:
-        read_template(data_args.template)

@@ -10,8 +10,7 @@ is split there and tokenized apart: the prompt of a chat must not depend on the 
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from utils.messages import IGNORE_INDEX
-from utils.prompts import RenderedRow, find_border, render_prompt
+from utils.prompts import RenderedRow
 
 # (token ids, whether they are trained); None: never, whatever --train_on_source says
 Pieces = list[tuple[list[int], bool | None]]
@@ -32,27 +31,6 @@ def encode_rows(tokenizer: Any, rows: list[RenderedRow]) -> list[tuple[Pieces, i
         kinds |= {start: True for start, _ in row.trained}
         encoded.append(([(own, kinds.get(at, False)) for own, at in zip(ids, bounds, strict=False)], splits))
     return encoded
-
-
-def encode_row(tokenizer: Any, row: RenderedRow, train_on_source: bool = False) -> dict[str, list[int]]:
-    """{input_ids, labels} of one row; what is not trained is labelled IGNORE_INDEX."""
-    input_ids, labels = [], []
-    for ids, is_trained in encode_rows(tokenizer, [row])[0][0]:
-        input_ids += ids
-        is_label = is_trained or (train_on_source and is_trained is not None)
-        labels += ids if is_label else [IGNORE_INDEX] * len(ids)
-    return {"input_ids": input_ids, "labels": labels}
-
-
-def encode_prompt(tokenizer: Any, asked: Any, stop_ids: list[int], keeps_blank: bool = False) -> list[int]:
-    """Token ids from which a reply to `asked` (messages or a Chat) is generated.
-
-    Those of a training row up to that answer. `keeps_blank`: with the blanks that end the prompt, as runs
-    were trained before answers began with them.
-    """
-    text, answers = render_prompt(tokenizer, asked, stop_ids)
-    end = len(text) if keeps_blank else find_border(text)
-    return encode_row(tokenizer, RenderedRow([], text[:end], answers, []))["input_ids"]
 
 
 def find_own_bos(tokenizer: Any) -> list[int]:

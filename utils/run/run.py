@@ -25,7 +25,6 @@ from utils.run.record import (
     TOKENIZATION,
     clear_run,
     collect_arguments,
-    hash_text,
     list_run_files,
     read_run_record,
     save_run_record,
@@ -96,17 +95,11 @@ class Run:
         self.record |= parts
         self.check(parts)
 
-    def describe_model(self, config: Any, tokenizer: Any, stop_ids: list[int]) -> None:
-        """As describe: of the base, by its `config`, and of the prompts that it is given."""
+    def describe_model(self, config: Any, prompt: dict[str, Any]) -> None:
+        """As describe: of the base, by its `config`, and of the `prompt` that it is given."""
         base = self.known["base_model"] | {
             "revision": getattr(config, "_commit_hash", None),
             "type": config.model_type,
-        }
-        prompt = {
-            "template_sha256": hash_text(tokenizer.chat_template),
-            "stop_ids": stop_ids,
-            "stop_tokens": tokenizer.convert_ids_to_tokens(stop_ids),
-            "pad_token_id": tokenizer.pad_token_id,
         }
         self.describe(base_model=base, prompt=prompt, processes=self.record["processes"])
         if places := describe_places(base["name"], self.folder):

@@ -20,6 +20,7 @@ from utils.fast.rope import find_shared_length
 from utils.fast.trials import find_packing_obstacle
 from utils.messages import EVAL, TEST, TRAIN
 from utils.models.base import has_gpu
+from utils.models.tokenizer import ChatTokenizer
 from utils.run.keeper import Keeper, fingerprint_run
 from utils.run.record import hide_secrets
 from utils.run.resume import read_resolved
@@ -34,7 +35,7 @@ MAX_STATE_SHARE = 0.1  # of the free GPU memory: activations need the rest
 
 def build_trainer(
     model: PreTrainedModel | PeftModel,
-    tokenizer: Any,
+    tokenizer: ChatTokenizer,
     datasets: dict[str, TokenRows],
     run: Run,
     model_args: ModelArguments,
@@ -44,13 +45,13 @@ def build_trainer(
 ) -> QLoraTrainer:
     """The Trainer with this run's model and rows, and what it chose for them in the run's record."""
     lengths = datasets[TRAIN].lengths
-    collator = choose_collator(model, tokenizer, lengths, model_args, data_args, training_args)
+    collator = choose_collator(model, tokenizer.raw, lengths, model_args, data_args, training_args)
     earlier = read_resolved(training_args)
     training_args = choose_optimizer(model, training_args, earlier.get("optim"))
     logging_steps = choose_logging_steps(len(lengths), training_args)
     engine = choose_engine(model, training_args, dtype, earlier.get("path"))
     run.record["resolved"] = {"optim": training_args.optim, "path": engine.name}
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.raw.pad_token_id
     args = build_trainer_args(
         training_args.with_values(logging_steps=logging_steps),
         model_args,
@@ -60,7 +61,7 @@ def build_trainer(
     train_rows = datasets[TRAIN] if training_args.do_train else None
     trainer = QLoraTrainer(
         model=model,
-        processing_class=tokenizer,
+        processing_class=tokenizer.raw,
         args=args,
         train_dataset=train_rows,
         eval_dataset=next((datasets[part] for part in (EVAL, TEST) if len(datasets[part])), None),

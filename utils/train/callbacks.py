@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from utils.arguments import GenerationArguments, TrainingArguments
 from utils.console import is_main_process, notice
 from utils.messages import Chat, Messages
+from utils.models.tokenizer import ChatTokenizer
 from utils.train.mmlu import Question, evaluate_mmlu, find_letter_tokens
 
 FEW_POINTS = 30  # of a curve whose points are marked
@@ -54,14 +55,13 @@ class SampleAnswers(TrainerCallback):
 
     def __init__(
         self,
-        tokenizer: Any,
-        stop_ids: list[int],
+        tokenizer: ChatTokenizer,
         chats: list[Messages],
         output_dir: Path,
         generation_args: GenerationArguments,
         seed: int,
     ):
-        self.tokenizer, self.stop_ids, self.chats, self.output_dir = tokenizer, stop_ids, chats, output_dir
+        self.tokenizer, self.chats, self.output_dir = tokenizer, chats, output_dir
         self.generation_args, self.seed = generation_args, seed
         self.last_step = -1
 
@@ -81,9 +81,7 @@ class SampleAnswers(TrainerCallback):
         from utils.chat.generation import generate_replies
 
         self.last_step = step
-        replies = generate_replies(
-            model, self.tokenizer, self.chats, self.stop_ids, self.generation_args, self.seed
-        )
+        replies = generate_replies(model, self.tokenizer, self.chats, self.generation_args, self.seed)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         with open(self.output_dir / "samples.jsonl", "a", encoding="utf-8") as file:
             for chat, reply in zip(self.chats, replies, strict=True):
@@ -117,11 +115,8 @@ class MmluEvaluation(TrainerCallback):
 class AnswerScores(TrainerCallback):
     """ROUGE and BLEU of answers to the held-out rows at each evaluation, logged with it."""
 
-    def __init__(
-        self, tokenizer: Any, stop_ids: list[int], chats: list[Chat], generation_args: GenerationArguments
-    ):
-        self.tokenizer, self.stop_ids, self.chats = tokenizer, stop_ids, chats
-        self.generation_args = generation_args
+    def __init__(self, tokenizer: ChatTokenizer, chats: list[Chat], generation_args: GenerationArguments):
+        self.tokenizer, self.chats, self.generation_args = tokenizer, chats, generation_args
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
         from utils.train.predictions import answer_chats, score_predictions
@@ -130,7 +125,6 @@ class AnswerScores(TrainerCallback):
             model,
             self.tokenizer,
             self.chats,
-            self.stop_ids,
             self.generation_args,
             args.seed,
             args.per_device_eval_batch_size,

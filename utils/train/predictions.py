@@ -10,6 +10,7 @@ from utils.arguments import GenerationArguments
 from utils.chat.generation import generate_replies
 from utils.console import is_main_process, notice, read_rank_and_size
 from utils.messages import UNTRAINED, Chat
+from utils.models.tokenizer import ChatTokenizer
 from utils.run.record import next_free_path
 from utils.train.metrics import score_answers
 
@@ -22,9 +23,8 @@ def find_answered(chats: list[Chat]) -> list[Chat]:
 
 def answer_chats(
     model: Any,
-    tokenizer: Any,
+    tokenizer: ChatTokenizer,
     chats: list[Chat],
-    stop_ids: list[int],
     generation_args: GenerationArguments,
     seed: int,
     batch_size: int,
@@ -33,7 +33,7 @@ def answer_chats(
     rank, size = read_rank_and_size()
     mine = list(range(rank, len(chats), size))
     asked = [Chat(chats[i].messages[:-1], chats[i].tools) for i in mine]
-    replies = generate_replies(model, tokenizer, asked, stop_ids, generation_args, seed, batch_size)
+    replies = generate_replies(model, tokenizer, asked, generation_args, seed, batch_size)
     answered = dict(gather_object(list(zip(mine, replies, strict=True))))
     return [
         {
@@ -55,18 +55,15 @@ def score_predictions(rows: list[dict[str, str]], prefix: str) -> dict[str, floa
 
 def predict_rows(
     model: Any,
-    tokenizer: Any,
+    tokenizer: ChatTokenizer,
     chats: list[Chat],
-    stop_ids: list[int],
     generation_args: GenerationArguments,
     seed: int,
     batch_size: int,
     output_dir: Path,
 ) -> dict[str, float]:
     """Write {prompt, reference, prediction} of each row's last answer to predictions.jsonl; score them."""
-    answered = answer_chats(
-        model, tokenizer, find_answered(chats), stop_ids, generation_args, seed, batch_size
-    )
+    answered = answer_chats(model, tokenizer, find_answered(chats), generation_args, seed, batch_size)
     if is_main_process():
         output_dir.mkdir(parents=True, exist_ok=True)
         path = next_free_path(output_dir / "predictions.jsonl")

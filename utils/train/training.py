@@ -15,6 +15,7 @@ from utils.arguments import GenerationArguments, TrainingArguments
 from utils.console import UserError, is_main_process, notice
 from utils.data.rows import Rows
 from utils.messages import EVAL, TEST
+from utils.models.tokenizer import ChatTokenizer
 from utils.prompts import find_input_marker
 from utils.run.checkpoints import disk_errors_explained
 from utils.run.lock import run_locked
@@ -72,13 +73,13 @@ def run_trainer(
     run: Run,
     rows: Rows,
     probes: Probes,
-    stop_ids: list[int],
+    tokenizer: ChatTokenizer,
     training_args: TrainingArguments,
     generation_args: GenerationArguments,
 ) -> None:
     """Train, evaluate, predict, as asked; leave the results in the run's folder."""
     metrics: dict[str, Any] = {}
-    add_probes(trainer, rows, probes, stop_ids, training_args, generation_args)
+    add_probes(trainer, rows, probes, tokenizer, training_args, generation_args)
     if training_args.do_train:
         with run_locked(run.folder), saved_when_stopped(trainer):
             checkpoint = run.begin(
@@ -87,12 +88,12 @@ def run_trainer(
                 trainer.accelerator.wait_for_everyone,
             )
             metrics |= train(trainer, str(checkpoint) if checkpoint else None)
-            metrics |= evaluate(trainer, rows, stop_ids, training_args, generation_args)
+            metrics |= evaluate(trainer, rows, tokenizer, training_args, generation_args)
             save_results(trainer, run, metrics)
         notice(describe_end(metrics, trainer.state.log_history, run.folder))
         share_finished_run(run.folder, training_args)
         return
-    metrics |= evaluate(trainer, rows, stop_ids, training_args, generation_args)
+    metrics |= evaluate(trainer, rows, tokenizer, training_args, generation_args)
     if is_main_process():
         path = next_free_path(run.folder / "eval_metrics.json")
         write_json({"command": run.record["command"], "data": run.record["data"]} | metrics, path)
@@ -103,20 +104,19 @@ def add_probes(
     trainer: QLoraTrainer,
     rows: Rows,
     probes: Probes,
-    stop_ids: list[int],
+    tokenizer: ChatTokenizer,
     training_args: TrainingArguments,
     generation_args: GenerationArguments,
 ) -> None:
     """Let the Trainer ask, at each evaluation, what the flags want asked."""
-    tokenizer, folder = trainer.processing_class, trainer.keeper.output_dir
     if probes.chats:
-        seed = training_args.seed
-        trainer.add_callback(SampleAnswers(tokenizer, stop_ids, probes.chats, folder, generation_args, seed))
+        folder, seed = trainer.keeper.output_dir, training_args.seed
+        trainer.add_callback(SampleAnswers(tokenizer, probes.chats, folder, generation_args, seed))
     if probes.questions:
-        trainer.add_callback(MmluEvaluation(tokenizer, probes.questions, training_args))
+        trainer.add_callback(MmluEvaluation(tokenizer.raw, probes.questions, training_args))
     if training_args.predict_with_generate and (rows.count(EVAL) or rows.count(TEST)):
-        chats = find_answered(rows.read_held_out(EVAL, find_input_marker(tokenizer)))
-        trainer.add_callback(AnswerScores(tokenizer, stop_ids, chats, generation_args))
+        chats = find_answered(rows.read_held_out(EVAL, find_input_marker(tokenizer.raw)))
+        trainer.add_callback(AnswerScores(tokenizer, chats, generation_args))
 
 
 @contextmanager
@@ -147,7 +147,7 @@ def save_stopped(trainer: QLoraTrainer) -> None:
 def evaluate(
     trainer: QLoraTrainer,
     rows: Rows,
-    stop_ids: list[int],
+    tokenizer: ChatTokenizer,
     training_args: TrainingArguments,
     generation_args: GenerationArguments,
 ) -> dict[str, float]:
@@ -159,24 +159,13 @@ def evaluate(
         metrics = trainer.evaluate()
     metrics = dict(metrics)
     if training_args.do_predict:
-        metrics |= predict(trainer, rows, stop_ids, training_args, generation_args)
+        metrics |= predict_rows(
+            trainer.model,
+            tokenizer,
+            rows.read_held_out(TEST, find_input_marker(tokenizer.raw)),
+            generation_args,
+            training_args.seed,
+            training_args.per_device_eval_batch_size,
+            trainer.keeper.output_dir,
+        )
     return metrics
-
-
-def predict(
-    trainer: QLoraTrainer,
-    rows: Rows,
-    stop_ids: list[int],
-    training_args: TrainingArguments,
-    generation_args: GenerationArguments,
-) -> dict[str, float]:
-    return predict_rows(
-        trainer.model,
-        trainer.processing_class,
-        rows.read_held_out(TEST, find_input_marker(trainer.processing_class)),
-        stop_ids,
-        generation_args,
-        training_args.seed,
-        training_args.per_device_eval_batch_size,
-        trainer.keeper.output_dir,
-    )
