@@ -216,16 +216,18 @@ def find_context(config: dict[str, Any]) -> int | None:
 def check_adapter_fits(model_args: ModelArguments, config: dict[str, Any]) -> None:
     """Raises UserError where a file is missing or cut off, or the adapter's shapes are not the base's.
 
-    Reads safetensors headers only.
-
-    A base that is not on this disk as plain safetensors is checked by PEFT while it loads.
+    Reads safetensors headers only. A base that is not on this disk as plain safetensors is checked by PEFT
+    while it loads.
     """
     check_tokenizer(model_args)
     packed = is_baichuan(config)  # refuses its relatives
     base = read_base_shapes(Path(model_args.base))
     if model_args.checkpoint_dir is None or model_args.full_finetune or "quantization_config" in config:
         return
-    adapter = read_shapes(list(Path(model_args.checkpoint_dir).glob(ADAPTER_FILE)))
+    adapter = read_shapes(list(model_args.adapter_dir.glob(ADAPTER_FILE)))
+    path = model_args.adapter_dir / "adapter_config.json"
+    if path.is_file() and read_json(path).get("layer_replication"):
+        return  # on layers that PEFT will make
     if packed:
         base = split_shapes(base)
     misfit = find_misfit(adapter, base) if base else None
