@@ -10,7 +10,7 @@ from helpers import ROOT
 from helpers.chats import encode_row
 
 from utils.arguments import GenerationArguments, ModelArguments
-from utils.chat.generation import build_generation_config, generate_replies, load_run, trim_history
+from utils.chat.generation import BatchAnswerer, build_generation_config, load_run, trim_history
 from utils.chat.streaming import ConversationCache, ReplyStreamer, drop_leading_blanks, stream_reply
 from utils.console import UserError
 from utils.fast.frozen_weights import read_weight
@@ -178,7 +178,7 @@ def test_streamed_pieces_are_the_generated_reply(smollm2):
     question = [{"role": "user", "content": "What is the capital of France?"}]
     flags = GenerationArguments(max_new_tokens=24)
     pieces = list(stream_reply(chat, question, flags))
-    (reply,) = generate_replies(chat.model, chat.tokenizer, [question], flags, seed=0)
+    (reply,) = BatchAnswerer(chat.model, chat.tokenizer, flags, seed=0).answer([question])
     assert len(pieces) > 3 and "".join(pieces).strip() == reply
     assert "Paris" in reply and "<|im_end|>" not in reply
 
@@ -215,9 +215,9 @@ def test_batched_replies_equal_single_ones_and_leave_the_rng_alone(smollm2, floa
         [{"role": "user", "content": "Name the three primary colours, please, and nothing else."}],
     ]
     state = torch.random.get_rng_state()
-    arguments = (GenerationArguments(max_new_tokens=12), 0)
-    together = generate_replies(chat.model, chat.tokenizer, chats, *arguments)
-    alone = [generate_replies(chat.model, chat.tokenizer, [one], *arguments)[0] for one in chats]
+    answerer = BatchAnswerer(chat.model, chat.tokenizer, GenerationArguments(max_new_tokens=12), seed=0)
+    together = answerer.answer(chats)
+    alone = [answerer.answer([one])[0] for one in chats]
     assert together == alone
     assert torch.equal(state, torch.random.get_rng_state())
 

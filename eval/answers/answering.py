@@ -4,7 +4,7 @@ from typing import Any
 
 from eval.answers.questions import Question, name_answer
 from utils.arguments import GenerationArguments
-from utils.chat.generation import ChatModel, generate_ids, trim_history
+from utils.chat.generation import BatchAnswerer, ChatModel, trim_history
 from utils.prompts import render_chat
 
 
@@ -24,9 +24,9 @@ def answer_batch(
         trim_history(chat, question.messages, generation_args.max_new_tokens)[0] for question in questions
     ]
     prompts = [chat.tokenizer.encode_prompt(messages) for messages in chats]
-    replies = generate_ids(chat.model, chat.tokenizer, prompts, generation_args, seed, batch_size)
+    answerer = BatchAnswerer(chat.model, chat.tokenizer, generation_args, seed, batch_size)
     rows = []
-    for question, messages, ids in zip(questions, chats, replies, strict=True):
+    for question, messages, ids in zip(questions, chats, answerer.generate(prompts), strict=True):
         text = chat.tokenizer.decode_reply(ids)
         rows.append(
             {

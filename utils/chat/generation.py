@@ -69,49 +69,44 @@ def build_generation_config(
     return GenerationConfig(**flags, **ids)
 
 
-def generate_replies(
-    model: Any,
-    tokenizer: ChatTokenizer,
-    chats: Sequence[Messages | Chat],
-    generation_args: GenerationArguments,
-    seed: int,
-    batch_size: int = 8,
-) -> list[str]:
-    """One reply to each chat, in batches padded on the left. Leaves training mode and RNG as they were."""
-    prompts = [tokenizer.encode_prompt(chat) for chat in chats]
-    replies = generate_ids(model, tokenizer, prompts, generation_args, seed, batch_size)
-    return [tokenizer.decode_reply(ids) for ids in replies]
+@dataclass(frozen=True)
+class BatchAnswerer:
+    """Replies of `model` to many prompts, in batches padded on the left. Training mode and RNG stay."""
 
+    model: Any
+    tokenizer: ChatTokenizer
+    generation_args: GenerationArguments
+    seed: int
+    batch_size: int = 8
 
-def generate_ids(
-    model: Any,
-    tokenizer: ChatTokenizer,
-    prompts: list[list[int]],
-    generation_args: GenerationArguments,
-    seed: int,
-    batch_size: int = 8,
-) -> list[list[int]]:
-    """Token ids of one reply to each prompt (token ids), its stop token last where it came to one."""
-    config = build_generation_config(generation_args, tokenizer)
-    pad, replies, was_training = tokenizer.raw.pad_token_id, [], model.training
-    model.eval()
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(seed)
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            width = max(len(prompt) for prompt in batch)
-            input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in batch])
-            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
-            output = model.generate(
-                input_ids=input_ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                generation_config=config,
-            )
-            written = [ids[width:] for ids in output.tolist()]
-            replies += [ids[: tokenizer.find_stop(ids) + 1] for ids in written]
-    model.train(was_training)
-    return replies
+    def answer(self, chats: Sequence[Messages | Chat]) -> list[str]:
+        """One reply to each chat."""
+        replies = self.generate([self.tokenizer.encode_prompt(chat) for chat in chats])
+        return [self.tokenizer.decode_reply(ids) for ids in replies]
+
+    def generate(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Token ids of one reply to each prompt (token ids), its stop token last where it came to one."""
+        model, pad = self.model, self.tokenizer.raw.pad_token_id
+        config = build_generation_config(self.generation_args, self.tokenizer)
+        replies, was_training = [], model.training
+        model.eval()
+        devices = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            torch.manual_seed(self.seed)
+            for start in range(0, len(prompts), self.batch_size):
+                batch = prompts[start : start + self.batch_size]
+                width = max(len(prompt) for prompt in batch)
+                input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in batch])
+                mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
+                output = model.generate(
+                    input_ids=input_ids.to(model.device),
+                    attention_mask=mask.to(model.device),
+                    generation_config=config,
+                )
+                written = [ids[width:] for ids in output.tolist()]
+                replies += [ids[: self.tokenizer.find_stop(ids) + 1] for ids in written]
+        model.train(was_training)
+        return replies
 
 
 def trim_history(chat: ChatModel, messages: Messages, max_new_tokens: int) -> tuple[Messages, int]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from utils.arguments import GenerationArguments, TrainingArguments
+from utils.chat.generation import BatchAnswerer
 from utils.console import UserError, is_main_process, notice
 from utils.data.rows import Rows
 from utils.messages import EVAL, TEST
@@ -79,7 +80,14 @@ def run_trainer(
 ) -> None:
     """Train, evaluate, predict, as asked; leave the results in the run's folder."""
     metrics: dict[str, Any] = {}
-    add_probes(trainer, rows, probes, tokenizer, training_args, generation_args)
+    answerer = BatchAnswerer(
+        trainer.model,
+        tokenizer,
+        generation_args,
+        training_args.seed,
+        training_args.per_device_eval_batch_size,
+    )
+    add_probes(trainer, rows, probes, answerer, training_args)
     if training_args.do_train:
         with run_locked(run.folder), saved_when_stopped(trainer):
             checkpoint = run.begin(
@@ -88,12 +96,12 @@ def run_trainer(
                 trainer.accelerator.wait_for_everyone,
             )
             metrics |= train(trainer, str(checkpoint) if checkpoint else None)
-            metrics |= evaluate(trainer, rows, tokenizer, training_args, generation_args)
+            metrics |= evaluate(trainer, rows, answerer, training_args)
             save_results(trainer, run, metrics)
         notice(describe_end(metrics, trainer.state.log_history, run.folder))
         share_finished_run(run.folder, training_args)
         return
-    metrics |= evaluate(trainer, rows, tokenizer, training_args, generation_args)
+    metrics |= evaluate(trainer, rows, answerer, training_args)
     if is_main_process():
         path = next_free_path(run.folder / "eval_metrics.json")
         write_json({"command": run.record["command"], "data": run.record["data"]} | metrics, path)
@@ -104,19 +112,18 @@ def add_probes(
     trainer: QLoraTrainer,
     rows: Rows,
     probes: Probes,
-    tokenizer: ChatTokenizer,
+    answerer: BatchAnswerer,
     training_args: TrainingArguments,
-    generation_args: GenerationArguments,
 ) -> None:
     """Let the Trainer ask, at each evaluation, what the flags want asked."""
+    raw = answerer.tokenizer.raw
     if probes.chats:
-        folder, seed = trainer.keeper.output_dir, training_args.seed
-        trainer.add_callback(SampleAnswers(tokenizer, probes.chats, folder, generation_args, seed))
+        trainer.add_callback(SampleAnswers(answerer, probes.chats, trainer.keeper.output_dir))
     if probes.questions:
-        trainer.add_callback(MmluEvaluation(tokenizer.raw, probes.questions, training_args))
+        trainer.add_callback(MmluEvaluation(raw, probes.questions, training_args))
     if training_args.predict_with_generate and (rows.count(EVAL) or rows.count(TEST)):
-        chats = find_answered(rows.read_held_out(EVAL, find_input_marker(tokenizer.raw)))
-        trainer.add_callback(AnswerScores(tokenizer, chats, generation_args))
+        chats = find_answered(rows.read_held_out(EVAL, find_input_marker(raw)))
+        trainer.add_callback(AnswerScores(answerer, chats))
 
 
 @contextmanager
@@ -145,11 +152,7 @@ def save_stopped(trainer: QLoraTrainer) -> None:
 
 
 def evaluate(
-    trainer: QLoraTrainer,
-    rows: Rows,
-    tokenizer: ChatTokenizer,
-    training_args: TrainingArguments,
-    generation_args: GenerationArguments,
+    trainer: QLoraTrainer, rows: Rows, answerer: BatchAnswerer, training_args: TrainingArguments
 ) -> dict[str, float]:
     """--do_eval and --do_predict. An evaluation of these very weights, just made, is not made again."""
     step, metrics = trainer.last_evaluation or (None, {})
@@ -159,13 +162,6 @@ def evaluate(
         metrics = trainer.evaluate()
     metrics = dict(metrics)
     if training_args.do_predict:
-        metrics |= predict_rows(
-            trainer.model,
-            tokenizer,
-            rows.read_held_out(TEST, find_input_marker(tokenizer.raw)),
-            generation_args,
-            training_args.seed,
-            training_args.per_device_eval_batch_size,
-            trainer.keeper.output_dir,
-        )
+        chats = rows.read_held_out(TEST, find_input_marker(answerer.tokenizer.raw))
+        metrics |= predict_rows(answerer, chats, trainer.keeper.output_dir)
     return metrics
