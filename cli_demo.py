@@ -43,10 +43,10 @@ BARE_COMMANDS = {"clear", "exit", "quit", "stop"}
 @dataclass
 class ChatArguments:
     _argument_group_name = "chat"
-    system: str | None = flag(default=None, help="System message at the start of each conversation.")
-    compare: bool = flag(default=False, help="Each question to the base too: its reply on the left.")
-    template: str | None = flag(default=None, help="A name in utils/templates, instead of the run's own.")
-    seed: int = flag(default=42, help="Seed of --do_sample.")
+    system: str | None = flag(None, "System message at the start of each conversation.")
+    compare: bool = flag(False, "Each question to the base too: its reply on the left.")
+    template: str | None = flag(None, "A name in utils/templates, instead of the run's own.")
+    seed: int = flag(42, "Seed of --do_sample.")
 
 
 @dataclass

@@ -30,11 +30,9 @@ Losses = tuple[float, float]  # nats per token of the held-out rows, before and 
 @dataclass
 class CompareArguments:
     _argument_group_name = "comparison"
-    runs: str = flag(default="output/quality", help="Folder of the runs, SETTING-SEED.")
-    settings: list[str] = flag(
-        default_factory=lambda: list(PAIR), help="Others than these two are held against the first of them."
-    )
-    seeds: list[int] = flag(default_factory=lambda: [0, 1, 2], help="Two or more.")
+    runs: str = flag("output/quality", "Folder of the runs, SETTING-SEED.")
+    settings: list[str] = flag(PAIR, "Others than these two are held against the first of them.")
+    seeds: list[int] = flag([0, 1, 2], "Two or more.")
 
     def __post_init__(self):
         if len(set(self.seeds)) < 2:

@@ -29,10 +29,10 @@ START, K = 1000.0, 32.0  # the paper's
 @dataclass
 class EloArguments:
     _argument_group_name = "tournament"
-    reviews: list[str] = flag(default_factory=list, help="Review files, A against B and B against A.")
-    output_dir: str = flag(default="output/elo", help="Folder of elo.md, elo.json and elo.png.")
-    orderings: int = flag(default=10_000, help="Random orders of the matches.")
-    seed: int = flag(default=42, help="Seed of the orders.")
+    reviews: list[str] = flag([], "Review files, A against B and B against A.")
+    output_dir: str = flag("output/elo", "Folder of elo.md, elo.json and elo.png.")
+    orderings: int = flag(10_000, "Random orders of the matches.")
+    seed: int = flag(42, "Seed of the orders.")
 
     def __post_init__(self):
         require_positive(self, "orderings")

@@ -23,13 +23,13 @@ from utils.run.record import next_free_path
 @dataclass
 class AnswerArguments:
     _argument_group_name = "answers"
-    questions: list[str] = flag(default_factory=list, help="Question files: ours, Vicuna's, OASST's.")
-    output_dir: str = flag(default="output/answers", help="Folder of the answer files.")
-    base_too: bool = flag(default=False, help="Answer with the adapter off too, into a second file.")
-    max_questions: int | None = flag(default=None, help="Answer this many questions at most.")
-    batch_size: int = flag(default=8, help="Questions answered at once.")
-    template: str | None = flag(default=None, help="A name in utils/templates, instead of the run's own.")
-    seed: int = flag(default=42, help="Seed of --do_sample.")
+    questions: list[str] = flag([], "Question files: ours, Vicuna's, OASST's.")
+    output_dir: str = flag("output/answers", "Folder of the answer files.")
+    base_too: bool = flag(False, "Answer with the adapter off too, into a second file.")
+    max_questions: int | None = flag(None, "Answer this many questions at most.")
+    batch_size: int = flag(8, "Questions answered at once.")
+    template: str | None = flag(None, "A name in utils/templates, instead of the run's own.")
+    seed: int = flag(42, "Seed of --do_sample.")
 
     def __post_init__(self):
         require_positive(self, "max_questions", "batch_size")

@@ -21,16 +21,16 @@ from utils.run.record import next_free_path, write_json
 @dataclass
 class TaskArguments:
     _argument_group_name = "tasks"
-    tasks: str = flag(default="quiz_en,quiz_zh", help="Tasks or groups of lm_eval, with commas.")
-    include_path: str | None = flag(default=None, help="Folder of task files of your own.")
-    base_too: bool = flag(default=False, help="Measure the base, the adapter off, in the same process.")
-    chat_template: bool = flag(default=False, help="Ask through the run's chat template.")
-    template: str | None = flag(default=None, help="A name in utils/templates, instead of the run's own.")
-    num_fewshot: int | None = flag(default=None, help="Examples before a question; default: the task's.")
-    limit: int | None = flag(default=None, help="This many questions of each task at most.")
-    batch_size: int = flag(default=8, help="Sequences in a batch.")
-    output_dir: str | None = flag(default=None, help="Folder of lm_tasks.json; default: the run's.")
-    seed: int = flag(default=42, help="Seed of the few-shot examples.")
+    tasks: str = flag("quiz_en,quiz_zh", "Tasks or groups of lm_eval, with commas.")
+    include_path: str | None = flag(None, "Folder of task files of your own.")
+    base_too: bool = flag(False, "Measure the base, the adapter off, in the same process.")
+    chat_template: bool = flag(False, "Ask through the run's chat template.")
+    template: str | None = flag(None, "A name in utils/templates, instead of the run's own.")
+    num_fewshot: int | None = flag(None, "Examples before a question; default: the task's.")
+    limit: int | None = flag(None, "This many questions of each task at most.")
+    batch_size: int = flag(8, "Sequences in a batch.")
+    output_dir: str | None = flag(None, "Folder of lm_tasks.json; default: the run's.")
+    seed: int = flag(42, "Seed of the few-shot examples.")
 
     def __post_init__(self):
         require_positive(self, "limit", "batch_size")

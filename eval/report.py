@@ -30,16 +30,16 @@ OWN_QUESTIONS = ["eval/prompts/questions_zh.jsonl", "eval/prompts/questions_en.j
 @dataclass
 class ReportArguments:
     _argument_group_name = "report"
-    questions: list[str] = flag(default_factory=lambda: list(OWN_QUESTIONS), help="Question files.")
-    max_questions: int = flag(default=24, help="Questions asked, spread evenly over the files.")
-    max_held_out: int = flag(default=256, help="Held-out rows whose loss is measured, at most.")
-    max_held_out_answers: int = flag(default=12, help="Held-out rows that are answered, at most.")
-    tasks: str = flag(default="quiz_en,quiz_zh", help="Benchmarks of lm_eval, or none.")
-    include_path: str | None = flag(default=None, help="Folder of task files of your own.")
-    limit: int | None = flag(default=None, help="This many questions of each benchmark at most.")
-    batch_size: int = flag(default=8, help="Sequences in a batch.")
-    output_dir: str | None = flag(default=None, help="Folder of the report; default: the run's.")
-    seed: int = flag(default=42, help="Seed of --do_sample and of few-shot examples.")
+    questions: list[str] = flag(OWN_QUESTIONS, "Question files.")
+    max_questions: int = flag(24, "Questions asked, spread evenly over the files.")
+    max_held_out: int = flag(256, "Held-out rows whose loss is measured, at most.")
+    max_held_out_answers: int = flag(12, "Held-out rows that are answered, at most.")
+    tasks: str = flag("quiz_en,quiz_zh", "Benchmarks of lm_eval, or none.")
+    include_path: str | None = flag(None, "Folder of task files of your own.")
+    limit: int | None = flag(None, "This many questions of each benchmark at most.")
+    batch_size: int = flag(8, "Sequences in a batch.")
+    output_dir: str | None = flag(None, "Folder of the report; default: the run's.")
+    seed: int = flag(42, "Seed of --do_sample and of few-shot examples.")
 
     def __post_init__(self):
         require_positive(self, "max_questions", "max_held_out", "max_held_out_answers", "limit", "batch_size")

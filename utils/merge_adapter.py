@@ -61,15 +61,13 @@ KEEPING_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 @dataclass
 class MergeArguments:
     _argument_group_name = "merge"
-    output_dir: str | None = flag(default=None, help="New folder of the merged model.")
+    output_dir: str | None = flag(None, "New folder of the merged model.")
     merge_base: Literal["dequantized", "original"] = flag(
-        default="dequantized", help="Add the adapter to the weights it was trained on, or the 16-bit ones."
+        "dequantized", "Add the adapter to the weights it was trained on, or the 16-bit ones."
     )
-    parity: bool = flag(default=True, help="Compare the result with the adapter on its base: parity.json.")
-    eval_dataset_name: str | None = flag(
-        default=None, help="Rows to compare on; default: the run's own held-out rows."
-    )
-    max_eval_samples: int = flag(default=32, help="Compare on this many rows at most.")
+    parity: bool = flag(True, "Compare the result with the adapter on its base: parity.json.")
+    eval_dataset_name: str | None = flag(None, "Rows to compare on; default: the run's own held-out rows.")
+    max_eval_samples: int = flag(32, "Compare on this many rows at most.")
 
     def __post_init__(self) -> None:
         require_positive(self, "max_eval_samples")
