@@ -58,6 +58,11 @@ class ModelArguments:
         return self.model_name_or_path
 
     @property
+    def where(self) -> dict[str, Any]:
+        """At which revision the base is taken from the hub, and where it is kept: from_pretrained's words."""
+        return {"revision": self.revision, "cache_dir": self.cache_dir}
+
+    @property
     def adapter_dir(self) -> Path:
         """--checkpoint_dir, for commands that have made sure that it is given."""
         assert self.checkpoint_dir is not None

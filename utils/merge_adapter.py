@@ -166,10 +166,11 @@ def find_base_folder(model_args: ModelArguments) -> Path:
         return Path(model_args.base)
     from huggingface_hub import constants, snapshot_download
 
-    files = ["*.json", "*.safetensors", "*.py"]
-    where: dict[str, Any] = {"revision": model_args.revision, "cache_dir": model_args.cache_dir}
-    offline = constants.is_offline_mode()
-    return Path(snapshot_download(model_args.base, allow_patterns=files, local_files_only=offline, **where))
+    files, offline = ["*.json", "*.safetensors", "*.py"], constants.is_offline_mode()
+    folder = snapshot_download(
+        model_args.base, allow_patterns=files, local_files_only=offline, **model_args.where
+    )
+    return Path(folder)
 
 
 def save_companions(resolved: ResolvedModel, base: Path, config: dict[str, Any], folder: Path) -> None:

@@ -12,7 +12,7 @@ from utils.models.folder import find_context, resolve_model
 from utils.models.hub import check_login
 from utils.models.weight_files import read_json
 from utils.run.places import find_data
-from utils.run.record import RUN_FILE, find_run_record
+from utils.run.record import RUN_FILE
 
 ADAPTER_FIELDS = {  # flag -> its name in adapter_config.json
     "lora_r": "r",
@@ -51,16 +51,15 @@ def check_arguments(
         if Path(training_args.output_dir, RUN_FILE).is_file():
             notice(f"evaluating the run in {training_args.output_dir}")
             model_args = dataclasses.replace(model_args, checkpoint_dir=training_args.output_dir)
-    if not training_args.do_train and model_args.checkpoint_dir:
-        record = find_run_record(Path(model_args.checkpoint_dir)) or {"arguments": {}}
-        recorded = read_recorded_data(record)
-        data_args = dataclasses.replace(data_args, **{k: v for k, v in recorded.items() if k not in given})
-        if "data_seed" in record["arguments"] and "data_seed" not in given:
-            training_args = training_args.with_values(data_seed=record["arguments"]["data_seed"])
     check_push(training_args)
     check_trainer_names(training_args)
     resolved = resolve_model(model_args, given, data_args.template)
     model_args = resolved.args
+    if not training_args.do_train and resolved.record:
+        recorded = read_recorded_data(resolved.record)
+        data_args = dataclasses.replace(data_args, **{k: v for k, v in recorded.items() if k not in given})
+        if "data_seed" not in given:
+            training_args = training_args.with_values(data_seed=resolved.record["arguments"]["data_seed"])
     check_lengths(data_args, resolved.config)
     if training_args.output_dir is None:
         data, model = Path(data_args.dataset_name).stem, Path(model_args.base).name

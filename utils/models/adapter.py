@@ -9,7 +9,7 @@ and not query and value alone: by its section 4 that is what makes 4 bits as goo
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
@@ -99,15 +99,13 @@ def check_target_modules(model_args: ModelArguments, lora_args: LoraArguments) -
 
 def build_without_weights(model_args: ModelArguments) -> "PreTrainedModel":
     """The model's modules on the meta device."""
-    config, name = read_model_config(model_args), model_args.base
+    config: Any = read_model_config(model_args)
     with unknown_models_explained(model_args), torch.device("meta"):
         if is_baichuan(config):
             return AutoModelForCausalLM.from_config(build_llama_config(config))
-        places = {"revision": model_args.revision, "cache_dir": model_args.cache_dir}
         trusted = {"trust_remote_code": model_args.trust_remote_code}
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(name, **places, **trusted), **trusted
-        )
+        config = AutoConfig.from_pretrained(model_args.base, **model_args.where, **trusted)
+        return AutoModelForCausalLM.from_config(config, **trusted)
 
 
 def load_adapter(model: "PreTrainedModel", checkpoint_dir: str, trainable: bool = False) -> PeftModel:

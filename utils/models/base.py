@@ -74,12 +74,11 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
     """
     config = read_model_config(model_args)
     options = {
-        "revision": model_args.revision,
-        "cache_dir": model_args.cache_dir,
         "dtype": choose_weight_dtype(model_args, dtype),
         "quantization_config": build_quantization(model_args, dtype),
         "use_safetensors": None if model_args.allow_pickle else True,
-    } | choose_placement(model_args)
+    }
+    options |= model_args.where | choose_placement(model_args)
     name = model_args.base
     with unknown_models_explained(model_args):
         if is_baichuan(config):

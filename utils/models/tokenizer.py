@@ -175,9 +175,8 @@ def add_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def load_stop_ids(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end a reply: the template's closing token, eos, and what the base's generation_config adds."""
-    where: dict[str, Any] = {"revision": model_args.revision, "cache_dir": model_args.cache_dir}
     try:
-        config = GenerationConfig.from_pretrained(model_args.base, **where)
+        config = GenerationConfig.from_pretrained(model_args.base, **model_args.where)
     except OSError:  # many models ship none
         config = GenerationConfig()
     eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]

@@ -106,10 +106,6 @@ def read_git_commit() -> str | None:
     return commit + ("+" if changed else "")
 
 
-def save_run_record(record: dict[str, Any], run_dir: Path) -> None:
-    write_json(record, run_dir / RUN_FILE)
-
-
 def write_json(content: Any, path: Path) -> None:
     """Write beside, fsync and rename: no reader, and no crash, ever sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)

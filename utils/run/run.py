@@ -27,8 +27,8 @@ from utils.run.record import (
     collect_arguments,
     list_run_files,
     read_run_record,
-    save_run_record,
     start_record,
+    write_json,
 )
 from utils.run.resume import (
     choose_checkpoint,
@@ -147,7 +147,7 @@ class Run:
             notice(f"going on with other versions ({', '.join(others)}): results may differ in rounding")
 
     def save(self, **parts: Any) -> None:
-        save_run_record(self.record | parts, self.folder)
+        write_json(self.record | parts, self.folder / RUN_FILE)
 
     def print_finished(self) -> None:
         """Say that there is nothing left to train."""

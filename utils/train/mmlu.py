@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 LETTERS = "ABCD"
 # The original's files, looked for in --data_dir, its mmlu/ folder, and data/mmlu/; else Hendrycks' set.
 FILES = {"mmlu-zs": "zero_shot_mmlu_{split}.json", "mmlu-fs": "five_shot_mmlu_{split}.json"}
+FILE_SPLITS = {"eval": "val", "test": "test"}
 HUB_ID, HUB_SPLITS = "cais/mmlu", {"eval": "validation", "test": "test"}
 SHOTS = {"mmlu-zs": 0, "mmlu-fs": 5}
 Question = dict[str, str]  # subject, input, output
@@ -38,7 +39,7 @@ def find_mmlu_file(training_args: TrainingArguments, data_args: DataArguments) -
                 f"--mmlu_dataset {name}: no such file; use a json/jsonl file, or {' or '.join(FILES)}"
             )
         return Path(name)
-    file = FILES[name].format(split={"eval": "val", "test": "test"}[training_args.mmlu_split])
+    file = FILES[name].format(split=FILE_SPLITS[training_args.mmlu_split])
     folders = [Path("data/mmlu")]
     if data_args.data_dir:
         folders = [Path(data_args.data_dir), Path(data_args.data_dir, "mmlu"), *folders]
@@ -61,7 +62,7 @@ def download_mmlu(training_args: TrainingArguments) -> list[Question]:
     from utils.models.hub import reach_hub
 
     name, split = training_args.mmlu_dataset, training_args.mmlu_split
-    file = FILES[name].format(split={"eval": "val", "test": "test"}[split])
+    file = FILES[name].format(split=FILE_SPLITS[split])
     reach_hub(
         f"--mmlu_dataset {name}: {file} (data/mmlu of the QLoRA paper's repository) is neither in data/mmlu "
         f"nor in --data_dir, and for {HUB_ID}"
