@@ -58,7 +58,8 @@ def main() -> None:
     }
     scores = {"run": read_scores(run_tasks(chat, tasks, manager, **options))}
     if task_args.base_too:
-        scores["base"] = read_scores(run_tasks(chat, tasks, manager, **options, adapter_off=True))
+        with chat.model.disable_adapter():
+            scores["base"] = read_scores(run_tasks(chat, tasks, manager, **options))
     print(render_scores(scores))
     folder = Path(task_args.output_dir or resolved.args.checkpoint_dir or "output/lm_tasks")
     path = next_free_path(folder / "lm_tasks.json")

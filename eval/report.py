@@ -7,7 +7,7 @@ The adapter is switched off for "before". Writes report.md, report.json and repo
 
 import dataclasses
 import sys
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,12 +79,14 @@ def measure_run(
     report_args: ReportArguments,
 ) -> dict[str, Any]:
     """What report.json holds: every measure compared, the benchmarks' `measures` too, and answers."""
+    from eval.answers.answering import answer_batch
     from eval.measures.held_out import load_held_out
 
     held_out = load_held_out(record, chat, report_args.max_held_out)
     asked = held_out.questions[: report_args.max_held_out_answers]
-    answers = answer_both(chat, questions, generation_args, report_args)
-    held_out_answers = answer_both(chat, asked, generation_args, report_args)
+    how = (generation_args, report_args.seed, report_args.batch_size)
+    answers = ask_both(chat, lambda: answer_batch(chat, questions, *how))
+    held_out_answers = ask_both(chat, lambda: answer_batch(chat, asked, *how))
     measures = [
         *measure_loss(chat, held_out.encoded),
         *measures,
@@ -117,20 +119,18 @@ def spread(questions: list[Question], count: int) -> list[Question]:
     return [questions[i * len(questions) // count] for i in range(count)]
 
 
-def switch_off(chat: Any, off: bool) -> Any:
-    return chat.model.disable_adapter() if off else nullcontext()
+def ask_both(chat: Any, ask: Callable[[], Any]) -> tuple[Any, Any]:
+    """What `ask` gives without the adapter, and with it."""
+    with chat.model.disable_adapter():
+        before = ask()
+    return before, ask()
 
 
 def measure_loss(chat: Any, rows: list["Example"]) -> list[Measure]:
     """Held-out loss, weighted by label tokens as in training."""
     if not rows:
         return []
-    losses = []
-    for off in (True, False):
-        with switch_off(chat, off):
-            values, counts = compute_row_losses(chat.model, rows)
-            losses.append(values)
-    before, after = losses
+    (before, counts), (after, _) = ask_both(chat, lambda: compute_row_losses(chat.model, rows))
     return [Measure("held-out loss, nats a token", before, after, "lower", counts)]
 
 
@@ -138,38 +138,17 @@ def measure_tasks(chat: Any, tasks: list[str], manager: Any, report_args: Report
     """Accuracy of each task, question by question."""
     from eval.measures.harness import run_tasks
 
-    before, after = (
-        run_tasks(
-            chat,
-            tasks,
-            manager,
-            report_args.batch_size,
-            limit=report_args.limit,
-            seed=report_args.seed,
-            adapter_off=off,
-        )["samples"]
-        for off in (True, False)
-    )
+    options: dict[str, Any] = {
+        "batch_size": report_args.batch_size,
+        "limit": report_args.limit,
+        "seed": report_args.seed,
+    }
+    sides = ask_both(chat, lambda: run_tasks(chat, tasks, manager, **options)["samples"])
     measures = []
-    for task in sorted(name for name, rows in before.items() if "acc" in rows[0]):
-        first, second = ([row["acc"] for row in side[task]] for side in (before, after))
+    for task in sorted(name for name, rows in sides[0].items() if "acc" in rows[0]):
+        first, second = ([row["acc"] for row in side[task]] for side in sides)
         measures.append(Measure(f"{task}, accuracy", first, second, "higher", percent=True))
     return measures
-
-
-def answer_both(
-    chat: Any, questions: list[Question], generation_args: GenerationArguments, report_args: ReportArguments
-) -> list[list[dict[str, Any]]]:
-    """[answers without the adapter, answers with it]."""
-    from eval.answers.answering import answer_batch
-
-    sides = []
-    for off in (True, False):
-        with switch_off(chat, off):
-            sides.append(
-                answer_batch(chat, questions, generation_args, report_args.seed, report_args.batch_size)
-            )
-    return sides
 
 
 def measure_rouge(

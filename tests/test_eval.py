@@ -115,10 +115,10 @@ def test_local_task_file_works_offline_and_the_base_is_the_base(run, tiny_model,
     assert saved["run"][0]["task"] == "sums" and saved["run"][0]["stderr"] > 0
     assert "| sums | acc |" in printed and " ± " in printed
     manager = load_task_manager(["sums"], str(tmp_path))
-    with_adapter, off = (
-        run_tasks(open_model(checkpoint_dir=str(run)), ["sums"], manager, 4, adapter_off=off)
-        for off in (False, True)
-    )
+    chat = open_model(checkpoint_dir=str(run))
+    with_adapter = run_tasks(chat, ["sums"], manager, 4)
+    with chat.model.disable_adapter():
+        off = run_tasks(chat, ["sums"], manager, 4)
     alone = run_tasks(open_model(model_name_or_path=str(tiny_model)), ["sums"], manager, 4)
 
     def read_logprobs(results):
