@@ -1,6 +1,7 @@
 """A reply as it is generated, piece by piece, from what the conversation's last turn left in the cache."""
 
 import math
+import os
 import threading
 import time
 from collections.abc import Generator, Hashable, Iterable, Iterator
@@ -207,7 +208,6 @@ def restore_cache(model: Any, kept: ConversationCache, prompt: list[int]) -> Dyn
     if cache is None:
         cache = DynamicCache(config=model.config.get_text_config())
         return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
-    pairs = zip(kept.ids, prompt[:-1], strict=False)
-    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(kept.ids), len(prompt) - 1))
+    shared = len(os.path.commonprefix([kept.ids, prompt[:-1]]))
     cache.crop(shared - cache.get_seq_length())
     return cache

@@ -6,13 +6,14 @@ tokens) and both write replies, greedily; one model is in memory at a time.
 
 import dataclasses
 import gc
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from utils.arguments import DataArguments, ModelArguments, TrainingArguments
-from utils.chat.generation import ChatModel, load_run
+from utils.arguments import DataArguments, GenerationArguments, ModelArguments, TrainingArguments
+from utils.chat.generation import BatchAnswerer, ChatModel, load_run
 from utils.console import UserError, notice
 from utils.data.rows import Rows, load_rows
 from utils.data.token_rows import Example
@@ -105,26 +106,15 @@ def find_answer(example: Example) -> list[int]:
 
 @torch.no_grad()
 def read_examples(chat: ChatModel, examples: Examples) -> Reading:
-    model, stop_ids = chat.model, chat.tokenizer.stop_ids
-    log_probs: list[torch.Tensor] = []
-    replies: list[list[int]] = []
+    log_probs = []
     for example in examples:
-        input_ids = torch.from_numpy(example["input_ids"])[None].to(model.device)
-        answer = find_answer(example)
-        logits = model(input_ids=input_ids).logits[0, [i - 1 for i in answer]]
+        input_ids = torch.from_numpy(example["input_ids"])[None].to(chat.model.device)
+        logits = chat.model(input_ids=input_ids).logits[0, [i - 1 for i in find_answer(example)]]
         log_probs.append(logits.float().log_softmax(-1).cpu())
-        if len(replies) < REPLIES:
-            prompt = input_ids[:, : answer[0]]
-            output = model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=REPLY_TOKENS,
-                do_sample=False,
-                eos_token_id=stop_ids,
-                pad_token_id=stop_ids[0],
-            )
-            replies.append(output[0, prompt.shape[1] :].tolist())
-    return Reading(torch.cat(log_probs), replies)
+    prompts = [example["input_ids"][: find_answer(example)[0]].tolist() for example in examples[:REPLIES]]
+    flags = GenerationArguments(max_new_tokens=REPLY_TOKENS)
+    answerer = BatchAnswerer(chat.model, chat.tokenizer, flags, seed=0, batch_size=1)
+    return Reading(torch.cat(log_probs), answerer.generate(prompts))
 
 
 def compare(
@@ -155,8 +145,7 @@ def find_first_difference(pairs: list[tuple[list[int], list[int]]], tokenizer: A
     """Where the first two unequal replies part, and what each says from there."""
     for number, (ours, theirs) in enumerate(pairs):
         if ours != theirs:
-            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-            at = min(len(ours), len(theirs)) if at is None else at
+            at = len(os.path.commonprefix([ours, theirs]))
             rest = {"adapter": tokenizer.decode(ours[at:]), "merged": tokenizer.decode(theirs[at:])}
             return {"reply": number, "token": at, "before": tokenizer.decode(ours[:at])} | rest
     return None
