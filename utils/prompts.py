@@ -47,22 +47,18 @@ def render_chat(
     tokenizer: Any, messages: Messages, add_generation_prompt: bool = False, tools: list[Any] | None = None
 ) -> str:
     """The chat as text. Every prompt of training, samples, chat and evaluation comes from here."""
-    apply = functools.partial(apply_template, tokenizer, tools)
     try:
-        return apply(messages, add_generation_prompt=add_generation_prompt)
+        return apply_template(tokenizer, messages, add_generation_prompt, tools)
     except (TemplateError, TypeError) as error:  # TypeError: a template that adds what is no text
-        if not (messages[0]["role"] == "system" and len(messages) > 1 and messages[1]["role"] == "user"):
+        if [message["role"] for message in messages[:2]] != ["system", "user"]:
             raise UserError(f"the chat template refuses these messages: {error}") from error
     notice_once("the chat template takes no system message: it goes before the first user text")
     merged = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-    try:
-        return apply([merged, *messages[2:]], add_generation_prompt=add_generation_prompt)
-    except (TemplateError, TypeError) as error:
-        raise UserError(f"the chat template refuses these messages: {error}") from error
+    return render_chat(tokenizer, [merged, *messages[2:]], add_generation_prompt, tools)
 
 
 def apply_template(
-    tokenizer: Any, tools: list[Any] | None, messages: Messages, add_generation_prompt: bool
+    tokenizer: Any, messages: Messages, add_generation_prompt: bool, tools: list[Any] | None
 ) -> str:
     """tokenizer.apply_chat_template. Plain messages skip its copies and checks: a third of the time.
 
