@@ -16,7 +16,7 @@ from utils.chat.streaming import ConversationCache
 from utils.console import UserError
 from utils.messages import Messages
 
-CODE = re.compile(  # page_scripts.TIDY has it too
+CODE = re.compile(  # page.js has it too
     r"(^ {0,3}```[^`\n]*$.*?(?:^ {0,3}```|\Z)|(?<![\\`])`[^`\n]+`(?!`))", re.DOTALL | re.MULTILINE
 )
 DOLLARS = re.compile(r"(?<![\\$\w])\$(?=[^\s$])([^$\n]*?[^\s$\\])\$(?![\d$])")  # pandoc's rule: $5 is a price
