@@ -6,11 +6,13 @@ once are made here, a reply that streams in streaming.py; on a GPU both replay a
 (utils/fast/graph_decode.py).
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from utils.arguments import GenerationArguments
@@ -86,8 +88,8 @@ class BatchAnswerer:
 
     def generate(self, prompts: list[list[int]]) -> list[list[int]]:
         """Token ids of one reply to each prompt (token ids), its stop token last where it came to one."""
-        model, pad = self.model, self.tokenizer.raw.pad_token_id
-        config = build_generation_config(self.generation_args, self.tokenizer)
+        model, tokenizer = self.model, self.tokenizer
+        config = build_generation_config(self.generation_args, tokenizer)
         replies, was_training = [], model.training
         model.eval()
         devices = [model.device] if model.device.type == "cuda" else []
@@ -95,18 +97,22 @@ class BatchAnswerer:
             torch.manual_seed(self.seed)
             for start in range(0, len(prompts), self.batch_size):
                 batch = prompts[start : start + self.batch_size]
-                width = max(len(prompt) for prompt in batch)
-                input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in batch])
-                mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
-                output = model.generate(
-                    input_ids=input_ids.to(model.device),
-                    attention_mask=mask.to(model.device),
-                    generation_config=config,
-                )
-                written = [ids[width:] for ids in output.tolist()]
-                replies += [ids[: self.tokenizer.find_stop(ids) + 1] for ids in written]
+                inputs = pad_rows(batch, tokenizer.raw.pad_token_id, "left", model.device)
+                output = model.generate(**inputs, generation_config=config)
+                written = [ids[inputs["input_ids"].shape[1] :] for ids in output.tolist()]
+                replies += [ids[: tokenizer.find_stop(ids) + 1] for ids in written]
         model.train(was_training)
         return replies
+
+
+def pad_rows(
+    rows: list[list[int]], pad_token_id: int, side: str, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """{input_ids, attention_mask} of rows of token ids, each as long as the longest  # [rows, tokens]"""
+    ids = [torch.tensor(row, device=device) for row in rows]
+    pad = functools.partial(pad_sequence, batch_first=True, padding_side=side)
+    mask = pad([torch.ones_like(row) for row in ids])
+    return {"input_ids": pad(ids, padding_value=pad_token_id), "attention_mask": mask}
 
 
 def trim_history(chat: ChatModel, messages: Messages, max_new_tokens: int) -> tuple[Messages, int]:

@@ -4,7 +4,6 @@ The letters are the tokens that follow `Answer:` in running text, " A" to " D": 
 compares, and for LLaMA's tokenizer also what the paper's callback did, since it reads "A" as "▁A".
 """
 
-import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,15 +152,14 @@ def read_last_logits(model: Any, rows: list[list[int]], pad_token_id: int) -> "t
     """The logits behind the last token of each row  # [rows, vocabulary]"""
     import torch
 
+    from utils.chat.generation import pad_rows
+    from utils.train.token_loss import takes_positions
+
+    inputs = pad_rows(rows, pad_token_id, "right", model.device)  # where positions stay as they are
     lengths = torch.tensor([len(row) for row in rows])
-    width = int(lengths.max())
-    input_ids = torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows])
-    mask = (torch.arange(width) < lengths[:, None]).long()  # padded on the right: positions stay as they are
-    inputs = {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device)}
     ends, column = torch.unique(lengths - 1, return_inverse=True)
     ends = ends.numpy()  # the hidden state may lie on another device than the rows: no hook moves an array
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "logits_to_keep" in inspect.signature(base.forward).parameters:
+    if takes_positions(model):
         logits = model(**inputs, use_cache=False, logits_to_keep=ends).logits
     else:
         logits = model(**inputs, use_cache=False).logits[:, ends]

@@ -22,10 +22,10 @@ class TokenLoss:
 
     def __init__(self, model: Any, label_smoothing: float = 0.0):
         self.label_smoothing = label_smoothing
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        takes_positions = "logits_to_keep" in inspect.signature(base.forward).parameters
         # An adapted head sees all tokens, as their keys are those of its dropout.
-        self.keeps_logits = takes_positions and not isinstance(model.get_output_embeddings(), LoraLayer)
+        self.keeps_logits = takes_positions(model) and not isinstance(
+            model.get_output_embeddings(), LoraLayer
+        )
 
     def __call__(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """Losses of a micro-batch; zero where a row has no label  # float32 [rows, positions]"""
@@ -47,3 +47,9 @@ class TokenLoss:
             label_smoothing=self.label_smoothing,
         )
         return losses.view_as(targets)
+
+
+def takes_positions(model: Any) -> bool:
+    """Whether the model's forward can make logits at chosen positions alone."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
