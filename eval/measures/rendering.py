@@ -9,15 +9,6 @@ import jinja2
 TEMPLATE = Path(__file__).with_name("report.md.jinja")
 SHOWN_ANSWERS = 10
 SHOWN_CHARACTERS = 700  # of an answer on the page; report.json has all of it
-COST_ROWS = (
-    ("steps", "optimizer steps", "{:,}"),
-    ("train_tokens", "tokens trained on", "{:,.0f}"),
-    ("train_seconds", "seconds", "{:,.0f}"),
-    ("tokens_per_second", "tokens a second", "{:,.0f}"),
-    ("peak_memory_gib", "peak memory, GiB", "{:.2f}"),
-    ("train_loss", "mean training loss", "{:.3f}"),
-    ("eval_loss", "held-out loss as the run logged it", "{:.4f}"),
-)
 
 
 def render_report(content: dict[str, Any], folder: Path) -> str:
@@ -28,7 +19,6 @@ def render_report(content: dict[str, Any], folder: Path) -> str:
         content,
         title=Path(content["run"]).name,
         base=(content["record"]["base_model"] or {}).get("name", "its base"),
-        cost_rows=COST_ROWS,
         has_curve=(folder / "training_curve.png").is_file(),
         shown_answers=choose_answers(content),
         show=format_value,

@@ -1,6 +1,5 @@
 """A run for others: its model card, made from run.json, and its upload to the hub."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import jinja2
 
 from utils.arguments import TrainingArguments
 from utils.console import UserError, is_main_process, notice
-from utils.run.record import RUN_FILE
+from utils.run.record import RUN_FILE, read_run_record
 
 CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -18,23 +17,7 @@ SHARED_FILES = (
     "generation_config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*",
     "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
 )  # fmt: skip
-SHOWN_ARGUMENTS = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "bits",
-    "quant_type",
-    "double_quant",
-    "seed",
-)
 HERE = 'folder = "."  # this one'  # in the card; on the hub its id
-SHOWN_METRICS = ("steps", "train_loss", "eval_loss", "train_tokens", "train_seconds", "peak_memory_gib")
 
 
 def share_finished_run(run: Path, training_args: TrainingArguments) -> None:
@@ -65,11 +48,11 @@ def read_hub_card(run: Path, repo_id: str) -> bytes:
 
 def list_shared_files(run: Path) -> list[str]:
     """Names of the files that are uploaded."""
-    if not (run / RUN_FILE).is_file():
+    record = read_run_record(run)
+    if record is None:
         raise UserError(f"{run} holds no {RUN_FILE}: name the folder of a run")
-    status = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["status"]
-    if status != "finished":
-        raise UserError(f"{run} is {status}: only a finished run is shared")
+    if record["status"] != "finished":
+        raise UserError(f"{run} is {record['status']}: only a finished run is shared")
     return sorted({path.name for pattern in SHARED_FILES for path in run.glob(pattern) if path.is_file()})
 
 
@@ -86,8 +69,6 @@ def render_model_card(record: dict[str, Any]) -> str:
         full=arguments["full_finetune"],
         quantized=arguments["bits"] in (4, 8),
         datasets=[source["name"] for source in record["data"]["sources"] if is_hub_id(source["name"])],
-        shown_arguments=SHOWN_ARGUMENTS,
-        shown_metrics=SHOWN_METRICS,
         is_hub_id=is_hub_id,
         show=lambda value: f"{value:.4g}" if isinstance(value, float) else value,
         here=HERE,
