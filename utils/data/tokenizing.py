@@ -32,7 +32,7 @@ from utils.data.token_rows import TokenRows, TokenWriter, open_rows
 from utils.messages import TEXT_ROLE, Chat, Messages
 from utils.models.encoding import Pieces, encode_rows
 from utils.models.tokenizer import ChatTokenizer
-from utils.prompts import RenderedRow, find_inner_stop, find_input_marker, split_chat
+from utils.prompts import RenderedRow, find_input_marker, has_inner_stop, split_chat
 
 LENGTH_STEP = 64
 LISTED_FINDINGS = 30  # a template may name each row in its reason
@@ -137,7 +137,7 @@ class RowMaker:
             listed = reason in found[part].counts or len(found[part].counts) < LISTED_FINDINGS
             found[part].note(reason if listed else REFUSED, number)
             return []
-        if find_inner_stop(chat.messages, stops):
+        if has_inner_stop(chat.messages, stops):
             found[part].note(STOP_INSIDE, number)
         if not rendered:
             found[part].note(NO_LABELS, number)

@@ -22,7 +22,6 @@ from utils.models.folder import ResolvedModel
 from utils.models.tokenizer_files import load_own_tokenizer
 from utils.prompts import (
     RenderedRow,
-    bind_render,
     find_border,
     find_stop_tokens,
     read_template,
@@ -49,7 +48,8 @@ class ChatTokenizer:
     def encode_prompt(self, asked: Messages | Chat) -> list[int]:
         """Token ids from which a reply to `asked` is generated: those of a training row up to that answer."""
         chat = asked if isinstance(asked, Chat) else Chat(asked)
-        text, answers = split_prompt(bind_render(self.raw, chat), chat.messages, self.stops)
+        render = functools.partial(render_chat, self.raw, tools=chat.tools)
+        text, answers = split_prompt(render, chat.messages, self.stops)
         end = len(text) if self.keeps_blank else find_border(text)
         ((pieces, _),) = encode_rows(self.raw, [RenderedRow([], text[:end], answers, [])])
         return [token for ids, _ in pieces for token in ids]
