@@ -7,14 +7,13 @@ Where a token would reach across that border (a newline of the prompt merges wit
 is split there and tokenized apart: the prompt of a chat must not depend on the reply that follows it.
 """
 
+import functools
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from utils.prompts import RenderedRow
 
 # (token ids, whether they are trained); None: never, whatever --train_on_source says
 Pieces = list[tuple[list[int], bool | None]]
-UNTRIMMED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # tokenizer -> its backend, offsets untrimmed
 GLUES = ("\n", "\x01")  # characters that hardly any vocabulary merges with what follows
 
 
@@ -45,16 +44,20 @@ def encode_batch(tokenizer: Any, texts: list[str]) -> list[Any]:
         return []
     if not getattr(tokenizer, "is_fast", False):
         return tokenizer(texts, add_special_tokens=False).input_ids
-    if tokenizer not in UNTRIMMED:
-        from tokenizers import Tokenizer
+    return copy_backend(tokenizer).encode_batch(texts, add_special_tokens=False)
 
-        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        backend.no_padding()
-        backend.no_truncation()
-        # It adds special tokens, and that of byte-level BPE takes blanks out of the offsets of their tokens.
-        backend.post_processor = None
-        UNTRIMMED[tokenizer] = backend
-    return UNTRIMMED[tokenizer].encode_batch(texts, add_special_tokens=False)
+
+@functools.cache
+def copy_backend(tokenizer: Any) -> Any:
+    """The tokenizers.Tokenizer behind a fast tokenizer, whose offsets tell where each token lies."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    # It adds special tokens, and that of byte-level BPE takes blanks out of the offsets of their tokens.
+    backend.post_processor = None
+    return backend
 
 
 def cut_at_borders(
