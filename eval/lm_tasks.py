@@ -49,13 +49,8 @@ def main() -> None:
     tasks = task_args.tasks.split(",")
     manager = load_task_manager(tasks, task_args.include_path)
     chat = load_run(resolved)
-    options = {
-        "batch_size": task_args.batch_size,
-        "num_fewshot": task_args.num_fewshot,
-        "limit": task_args.limit,
-        "chat_template": task_args.chat_template,
-        "seed": task_args.seed,
-    }
+    asked = ("batch_size", "num_fewshot", "limit", "chat_template", "seed")
+    options = {name: getattr(task_args, name) for name in asked}
     scores = {"run": read_scores(run_tasks(chat, tasks, manager, **options))}
     if task_args.base_too:
         with chat.model.disable_adapter():
