@@ -24,9 +24,9 @@ def main() -> None:
     run = open_run(model_args, data_args, lora_args, training_args)  # a new one, or that of --output_dir
     if run.is_finished:
         return run.print_finished()
-    rows = load_rows(model_args, data_args, training_args)
-    run.describe(data=rows.describe())
-    probes = load_probes(training_args, data_args)
+    rows = load_rows(model_args, data_args, training_args)  # checked and split, still on disk
+    run.describe(data=rows.describe())  # into run.json; an earlier start must have had the same
+    probes = load_probes(training_args, data_args)  # sample prompts and MMLU, asked at each evaluation
 
     # From here on torch is imported (seconds) and weights are loaded (minutes).
     from utils.data.report import report_data
@@ -37,9 +37,9 @@ def main() -> None:
     from utils.train.training import run_trainer
 
     check_target_modules(model_args, lora_args)
-    tokenizer = load_chat_tokenizer(model_args, data_args)
+    tokenizer = load_chat_tokenizer(model_args, data_args)  # with its template and stop tokens
     datasets = tokenize_rows(rows, tokenizer, data_args)
-    report_data(rows, datasets, tokenizer, model_args, data_args, training_args)
+    report_data(rows, datasets, tokenizer, model_args, data_args, training_args)  # a red one ends here
     if data_args.data_report:
         return
 

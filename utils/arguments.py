@@ -1,4 +1,12 @@
-"""Every flag of the scripts: one dataclass per concern, each with its default and what is wrong about it."""
+"""Every flag of the scripts: a dataclass for each concern, in it a field for each flag.
+
+    --lora_r 16 --max_steps 100    becomes    LoraArguments(lora_r=16), TrainingArguments(max_steps=100)
+
+A script names the dataclasses that it takes, and HfArgumentParser fills them (utils/flags/parser.py). So a
+flag, its default and its line in --help are written once. What is wrong with a value by itself is said here,
+as the dataclass is made; what only files can show (is this folder a model?) is said in utils/flags/checks.py.
+Once checked, arguments are not changed: who needs another value makes a copy.
+"""
 
 import copy
 import os

@@ -1,7 +1,15 @@
 """Messages -> text, and where the answers stand in it. The one place where text becomes a prompt.
 
+A chat template is a small program that the tokenizer brings along. The one named vicuna makes of
+
+    [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4."}]
+
+    A chat between a curious user and ... questions. USER: 2 + 2? ASSISTANT: 4.</s>
+                                                                            ^^^^^^^ learned
+
 Labels come from rendering, never from searching for token ids: the prompt of assistant turn i is the chat
-before it, rendered with the generation prompt, and what rendering the turn appends is what is learned.
+before it, rendered with the generation prompt ("ASSISTANT:"), and what rendering the turn appends to that is
+what is learned. So the same code tells training what to learn and chat where to begin, for every template.
 """
 
 import functools

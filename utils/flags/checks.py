@@ -1,4 +1,9 @@
-"""Mistakes found from config.json, safetensors headers and run.json alone, before any weight is read."""
+"""Arguments completed and checked by what lies on disk, before any weight is read.
+
+A 7B takes a minute to load, and a mistake should not take that long to show. config.json tells the context,
+the headers of safetensors the shape of every matrix, run.json what a run was made with: kilobytes of some 14
+GB, read in milliseconds, and without torch.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -40,12 +45,12 @@ RECORDED_DATA_FIELDS = (
 )
 
 
-def check_arguments(
+def resolve_arguments(
     model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments, given: set[str]
 ) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """The arguments with what they leave open filled in: from the run they name, and the default output_dir.
 
-    Raises UserError for everything about model, adapter and lengths that is wrong before weights load.
+    Raises UserError for all that is wrong about model, adapter, lengths and the Trainer's names.
     """
     if not training_args.do_train and model_args.checkpoint_dir is None and training_args.output_dir:
         if Path(training_args.output_dir, RUN_FILE).is_file():

@@ -9,7 +9,7 @@ from utils.arguments import (
     ModelArguments,
     TrainingArguments,
 )
-from utils.flags.checks import check_arguments, resolve_adapter
+from utils.flags.checks import resolve_adapter, resolve_arguments
 from utils.flags.parser import find_given_flags, parse_args
 
 FLAGS = [ModelArguments, DataArguments, LoraArguments, TrainingArguments, GenerationArguments]
@@ -26,6 +26,6 @@ def parse_finetune_flags(
         argv, FLAGS, usage, **defaults
     )
     given = find_given_flags(argv)
-    model_args, data_args, training_args = check_arguments(model_args, data_args, training_args, given)
+    model_args, data_args, training_args = resolve_arguments(model_args, data_args, training_args, given)
     lora_args = resolve_adapter(lora_args, model_args, given)
     return model_args, data_args, lora_args, training_args, generation_args

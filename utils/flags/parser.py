@@ -1,4 +1,12 @@
-"""The command line -> the argument dataclasses, strictly: nothing is swallowed, abbreviated or guessed."""
+"""The command line -> the argument dataclasses, strictly: nothing is swallowed, abbreviated or guessed.
+
+The original took any flag: five of its scripts pin --lora_modules, which nothing read. Here a word goes
+
+    1. through legacy.py       --evaluation_strategy no  ->  --eval_strategy no, with a line
+    2. to our dataclasses      HfArgumentParser, without abbreviations (strict_parser.py)
+    3. to the Trainer's flags  any that we do not list, looked up in transformers (trainer_flags.py)
+    4. to hints.py             --lr 1e-4  ->  error: unknown flag --lr: use --learning_rate
+"""
 
 import re
 from typing import Any

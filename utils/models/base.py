@@ -88,12 +88,14 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
                 name, trust_remote_code=model_args.trust_remote_code, **options
             )
     if model_args.bits == 8:
-        unpack_8bit_layers(model)
+        unpack_8bit_layers(model)  # bitsandbytes' own product rounds the input to 8 bits, too
+    # On a CPU bitsandbytes may repack 4-bit weights, which no gradient survives; a chat without that layout
+    # unpacks them once and not for each token (cpu.py).
     if trainable or not repacks_weights(model, dtype):
         keep_weights_unpacked(model)
         if not trainable and not has_gpu(model_args):
             replace_by_dense(model, dtype)
-    follow_each_batch(model)
+    follow_each_batch(model)  # rotary frequencies by the rows at hand (fast/rope.py)
     model.requires_grad_(model_args.full_finetune)
     return model
 

@@ -22,6 +22,7 @@ def encode_rows(tokenizer: Any, rows: list[RenderedRow]) -> list[tuple[Pieces, i
     bos = find_own_bos(tokenizer)
     encoded = []
     for row, encoding in zip(rows, encode_batch(tokenizer, [row.text for row in rows]), strict=True):
+        # Cut at both ends of each answer; what a piece is follows from the character that it begins with.
         bounds = sorted({0, len(row.text), *(bound for answer in row.answers for bound in answer)})
         ids, splits = cut_at_borders(tokenizer, row.text, bounds[1:-1], encoding)
         if bos and ids[0][:1] != bos:

@@ -1,4 +1,11 @@
-"""Going on from an earlier start of a run: what must not have changed, which checkpoint is used."""
+"""Going on from an earlier start of a run: what must not have changed, which checkpoint is used.
+
+The same command goes on where it was. Another one in the same folder would make a run that is neither: so
+each argument either may change (--save_steps: what is learned stays the same) or may not (--learning_rate),
+and base, rows and prompt may not. A change is a line that says what was and what is:
+
+    --output_dir output/mine holds a run that differs (--learning_rate 0.0002 -> 0.0001): name a new ...
+"""
 
 import hashlib
 import json

@@ -42,7 +42,10 @@ REPORT_FILES = {LOCK_FILE, "data_report.json", "data_report.png"}  # may be ther
 
 
 class Run:
-    """`folder`, the `record` that run.json is made of, and `earlier`: the record found there, if any."""
+    """`folder`, the `record` that run.json is made of, and `earlier`: the record found there, if any.
+
+    `known` is what is known before the model is loaded: arguments, and the base by name and fingerprint.
+    """
 
     def __init__(self, folder: Path, arguments: dict[str, Any], base_fingerprint: str | None):
         self.folder, self.arguments = folder, arguments

@@ -1,4 +1,12 @@
-"""A run from its first step to what it leaves behind: train, evaluate, predict, record."""
+"""A run from its first step to what it leaves behind: train, evaluate, predict, record.
+
+    run.begin         under the folder's lock: run.json is written, the checkpoint to go on from is chosen
+    trainer.train     the steps (trainer.py); probes are asked at each evaluation, checkpoints saved
+    evaluate          --do_eval, --do_predict, with the finished adapter
+    save_results      the adapter, metrics.json, the curve and, last of all, `finished` in run.json
+
+A signal on the way saves the last whole step and ends with exit code 75: the same command goes on.
+"""
 
 import json
 import re
