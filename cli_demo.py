@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from utils.arguments import GenerationArguments, ModelArguments, flag
-from utils.chat.side_by_side import stream_rows
+from utils.chat.side_by_side import stream_side_by_side
 from utils.console import UserError, run_main
 from utils.flags.parser import find_given_flags, parse_args
 from utils.messages import Messages
@@ -195,7 +195,7 @@ def print_replies(streams: list[Generator[str]]) -> list[str]:
         else:
             width = shutil.get_terminal_size().columns
             pieces = itertools.chain([["base\n", "tuned\n"]], read_pieces())
-            shown = (f"{row}\n" for row in stream_rows(pieces, width))
+            shown = (f"{row}\n" for row in stream_side_by_side(pieces, width))
         while True:
             try:
                 for text in shown:

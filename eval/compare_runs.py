@@ -21,7 +21,7 @@ from pathlib import Path
 
 from utils.arguments import flag
 from utils.console import UserError, notice, run_main
-from utils.flags.parser import name_leading_words, parse_args
+from utils.flags.parser import parse_args, prepend_flag
 
 PAIR = ["plain", "fast"]
 Losses = tuple[float, float]  # nats per token of the held-out rows, before and after training
@@ -40,7 +40,7 @@ class CompareArguments:
 
 
 def main() -> None:
-    (arguments,) = parse_args(name_leading_words(sys.argv[1:], "--runs"), [CompareArguments], __doc__)
+    (arguments,) = parse_args(prepend_flag(sys.argv[1:], "--runs"), [CompareArguments], __doc__)
     losses = {
         setting: [read_losses(Path(arguments.runs, f"{setting}-{seed}")) for seed in arguments.seeds]
         for setting in arguments.settings

@@ -20,7 +20,7 @@ from eval.answers.reviews import (
 )
 from utils.arguments import flag, require_positive
 from utils.console import notice, run_main
-from utils.flags.parser import name_leading_words, parse_args
+from utils.flags.parser import parse_args, prepend_flag
 from utils.run.record import write_json
 
 START, K = 1000.0, 32.0  # the paper's
@@ -39,7 +39,7 @@ class EloArguments:
 
 
 def main() -> None:
-    (elo_args,) = parse_args(name_leading_words(sys.argv[1:], "--reviews"), [EloArguments], __doc__)
+    (elo_args,) = parse_args(prepend_flag(sys.argv[1:], "--reviews"), [EloArguments], __doc__)
     matches = load_matches(elo_args.reviews)
     rows = rate_players(matches, elo_args.orderings, elo_args.seed)
     page = render_tournament(matches, rows, elo_args.orderings)

@@ -15,7 +15,7 @@ from typing import Any
 from eval.answers.questions import Question, load_questions
 from utils.arguments import GenerationArguments, ModelArguments, flag, require_positive
 from utils.console import UserError, notice, run_main
-from utils.flags.parser import find_given_flags, name_leading_words, parse_args
+from utils.flags.parser import find_given_flags, parse_args, prepend_flag
 from utils.models.folder import resolve_model
 from utils.run.record import next_free_path
 
@@ -38,7 +38,7 @@ class AnswerArguments:
 
 
 def main() -> None:
-    argv = name_leading_words(sys.argv[1:], "--checkpoint_dir")
+    argv = prepend_flag(sys.argv[1:], "--checkpoint_dir")
     model_args, generation_args, answer_args = parse_args(
         argv, [ModelArguments, GenerationArguments, AnswerArguments], __doc__
     )

@@ -24,7 +24,7 @@ from eval.answers.questions import Answer, Question, load_answers, load_question
 from eval.answers.reviews import shorten_name
 from utils.arguments import flag, require_positive
 from utils.console import UserError, notice, run_main
-from utils.flags.parser import name_leading_words, parse_args
+from utils.flags.parser import parse_args, prepend_flag
 
 PROMPTS_DIR = Path(__file__).parent / "prompts"
 ASK_AGAIN = {
@@ -81,7 +81,7 @@ class Comparison:
 
 
 def main() -> None:
-    (judge_args,) = parse_args(name_leading_words(sys.argv[1:], "--answers"), [JudgeArguments], __doc__)
+    (judge_args,) = parse_args(prepend_flag(sys.argv[1:], "--answers"), [JudgeArguments], __doc__)
     comparisons = list_comparisons(judge_args)
     reviewed = {path: load_reviewed(path) for path in {comparison.path for comparison in comparisons}}
     open_ones = [one for one in comparisons if one.key not in reviewed[one.path]]

@@ -13,7 +13,7 @@ from typing import Any
 
 from utils.arguments import ModelArguments, flag, require_positive
 from utils.console import UserError, notice, run_main
-from utils.flags.parser import find_given_flags, name_leading_words, parse_args
+from utils.flags.parser import find_given_flags, parse_args, prepend_flag
 from utils.models.folder import resolve_model
 from utils.run.record import next_free_path, write_json
 
@@ -37,7 +37,7 @@ class TaskArguments:
 
 
 def main() -> None:
-    argv = name_leading_words(sys.argv[1:], "--checkpoint_dir")
+    argv = prepend_flag(sys.argv[1:], "--checkpoint_dir")
     model_args, task_args = parse_args(argv, [ModelArguments, TaskArguments], __doc__)
     resolved = resolve_model(model_args, find_given_flags(argv), task_args.template)
     if task_args.base_too and not resolved.has_adapter:

@@ -17,7 +17,7 @@ from eval.measures.differences import Measure, compute_row_losses, measure_answe
 from eval.measures.rendering import draw_measures, render_report
 from utils.arguments import GenerationArguments, ModelArguments, flag, require_positive
 from utils.console import UserError, notice, run_main
-from utils.flags.parser import find_given_flags, name_leading_words, parse_args
+from utils.flags.parser import find_given_flags, parse_args, prepend_flag
 from utils.models.folder import resolve_model
 from utils.run.record import write_json
 
@@ -46,7 +46,7 @@ class ReportArguments:
 
 
 def main() -> None:
-    argv = name_leading_words(sys.argv[1:], "--checkpoint_dir")
+    argv = prepend_flag(sys.argv[1:], "--checkpoint_dir")
     model_args, generation_args, report_args = parse_args(
         argv, [ModelArguments, GenerationArguments, ReportArguments], __doc__, max_new_tokens=128
     )

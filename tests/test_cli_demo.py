@@ -15,7 +15,7 @@ from helpers import ROOT
 from helpers.shell import run_script
 
 import cli_demo
-from utils.chat.side_by_side import measure_width, stream_rows, wrap_text
+from utils.chat.side_by_side import measure_width, stream_side_by_side, wrap_text
 from utils.chat.streaming import ConversationCache, ReplyStreamer
 from utils.console import UserError
 from utils.models.tokenizer import ChatTokenizer
@@ -257,6 +257,6 @@ def test_columns_keep_their_width_with_chinese_text():
     lines = wrap_text(text, 20)
     assert max(measure_width(line) for line in lines) <= 20
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
-    rows = list(stream_rows([("你好", "a"), ("世界" * 20, " b"), ("", " c")], 43))
+    rows = list(stream_side_by_side([("你好", "a"), ("世界" * 20, " b"), ("", " c")], 43))
     assert "".join(split_row(row)[0] for row in rows) == "你好" + "世界" * 20
     assert [split_row(row)[1] for row in rows if split_row(row)[1]] == ["a b c"]

@@ -25,7 +25,7 @@ from utils.arguments import GenerationArguments, ModelArguments
 from utils.chat.generation import load_run
 from utils.chat.streaming import stream_reply
 from utils.console import UserError
-from utils.merge.shards import save_shards
+from utils.merge.shards import save_sharded
 from utils.merge.weights import check_all_used
 from utils.models.base import load_base
 from utils.models.folder import resolve_model
@@ -358,7 +358,7 @@ def test_shards_stay_under_their_limit_and_load(tmp_path):
     tensors = {"one": one, "same": one, "other": other, "turned": other.t(), "third": third}
     tensors["big"] = torch.randn(1000).bfloat16()
     planned = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    save_shards(planned, tensors.get, tmp_path, limit=1000)
+    save_sharded(planned, tensors.get, tmp_path, limit=1000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     shards = [load_file(path) for path in sorted(tmp_path.glob("*.safetensors"))]
     assert sorted(len(shard) for shard in shards) == [1, 1, 2, 2]
@@ -415,7 +415,7 @@ def save_7b_shape(smollm2, folder):
     kind = {"dtype": torch.bfloat16, "device": "meta"}
     planned = {name: torch.empty(shape, **kind) for name, shape in shapes.items()}
     block = torch.randn(2**22).bfloat16()  # repeated: random numbers for 7B weights take minutes
-    save_shards(planned, lambda name: block.repeat(32)[: math.prod(shapes[name])].view(shapes[name]), base)
+    save_sharded(planned, lambda name: block.repeat(32)[: math.prod(shapes[name])].view(shapes[name]), base)
     save_file(lora, adapter / "adapter_model.safetensors")
     about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 16}
     about |= {"base_model_name_or_path": str(base), "target_modules": "all-linear"}

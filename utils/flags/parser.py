@@ -55,7 +55,7 @@ def parse_args(
     return tuple(parsed)
 
 
-def name_leading_words(argv: list[str], flag: str) -> list[str]:
+def prepend_flag(argv: list[str], flag: str) -> list[str]:
     """`argv` with the words before its first flag given to `flag`: `RUN --bits 4` names a checkpoint_dir."""
     return [flag, *argv] if argv and not argv[0].startswith("-") else argv
 
