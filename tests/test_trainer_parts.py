@@ -14,6 +14,7 @@ from utils.console import UserError
 from utils.fast.model import prepare_fast_model
 from utils.run.checkpoints import find_fault, find_valid_checkpoint, list_checkpoints
 from utils.run.keeper import Keeper
+from utils.train import token_loss as token_loss_module
 from utils.train.engine import FastEngine, PlainEngine
 from utils.train.meter import TokenMeter
 from utils.train.step_guard import ROWS_FILE, StepGuard
@@ -174,3 +175,23 @@ def test_process_that_does_not_write_waits_three_times_and_makes_nothing(tmp_pat
     other = Keeper(tmp_path, keeper.model, {}, False, lambda: waits.append(1))
     other.save_checkpoint(3, lambda folder: None)
     assert len(waits) == 3 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma2 with caps", "cohere with scaled logits", "granite with divided logits"]
+)
+def test_evaluation_reads_logits_in_chunks_and_finds_the_models_own_losses(name, monkeypatch):
+    monkeypatch.setattr(
+        token_loss_module, "CHUNK_ELEMENTS", 96 * 3 * 4
+    )  # three rows, four positions at a time
+    model, batch = build_model(name, 0.0).eval(), build_batch(packed=False)
+    token_loss = TokenLoss(model)
+    expected = token_loss(model, batch)  # with gradients: the model's own logits, whole
+    with torch.no_grad():
+        seen = []
+        monkeypatch.setattr(
+            token_loss, "compare", lambda *pair: seen.append(pair[0]) or TokenLoss.compare(token_loss, *pair)
+        )
+        found = token_loss(model, batch)
+    assert len(seen) > 2 and all(logits.shape[1] <= 4 for logits in seen)
+    assert torch.allclose(found, expected, atol=1e-5)

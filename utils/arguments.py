@@ -16,12 +16,19 @@ from typing import Any, Literal
 
 from utils.console import UserError
 
+TRUE_WORDS = {"true", "t", "yes", "y", "1"}
+FALSE_WORDS = {"false", "f", "no", "n", "0"}
 
-def flag(default: Any, help: str) -> Any:
-    """A dataclass's field that is a flag: its default, and its line in --help."""
+
+def flag(default: Any, help: str, bare: str | None = None) -> Any:
+    """A dataclass's field that is a flag: its default, and its line in --help.
+
+    `bare`: what the flag means without a value.
+    """
+    metadata = {"help": help} | ({} if bare is None else {"nargs": "?", "const": bare})
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -39,7 +46,9 @@ class ModelArguments:
     fp16: bool = flag(False, "Compute in float16, with a loss scale.")
     full_finetune: bool = flag(False, "Train every weight; needs bits 16 or 32.")
     use_cpu: bool = flag(False, "Stay on the CPU although a GPU is there.")
-    max_memory_MB: int | None = flag(None, "Cap on each GPU's memory, MB, where layers are spread.")
+    max_memory_MB: int | None = flag(
+        None, "Cap on each GPU's memory, MB; everything that this process holds there counts."
+    )
     trust_remote_code: bool = flag(False, "Run Python code shipped in the model folder.")
     allow_pickle: bool = flag(False, "Read .bin weights too (torch.load, weights only).")
     cache_dir: str | None = flag(None, "Where downloads from the hub are kept.")
@@ -199,7 +208,12 @@ class TrainingArguments:
     per_device_train_batch_size: int = flag(1, "Rows in a padded micro-batch.")
     per_device_eval_batch_size: int = flag(8, "Rows in an evaluation batch.")
     gradient_accumulation_steps: int = flag(16, "A step holds this many times those rows.")
-    gradient_checkpointing: bool = flag(True, "Recompute activations to save memory.")
+    gradient_checkpointing: str = flag(
+        "auto",
+        "Recompute activations to save memory: True, False, or auto, as few layers as memory demands.",
+        bare="True",
+    )
+    dry_run: bool = flag(False, "Only say what memory the run would take; train nothing.")
     offload_checkpoints: bool = flag(
         True, "Recomputed layers' inputs wait in host memory (fast path, wide models)."
     )
@@ -282,6 +296,13 @@ class TrainingArguments:
                 self, name, ["no", "steps", "epoch"] + (["best"] if name == "save_strategy" else [])
             )
         require_choice(self, "train_sampling_strategy", ["random", "sequential", "group_by_length"])
+        word = str(self.gradient_checkpointing).lower()
+        known = {"auto": "auto"} | dict.fromkeys(TRUE_WORDS, "True") | dict.fromkeys(FALSE_WORDS, "False")
+        if word not in known:
+            raise UserError(
+                f"--gradient_checkpointing {self.gradient_checkpointing}: use auto, True or False"
+            )
+        self.gradient_checkpointing = known[word]
 
 
 @dataclass

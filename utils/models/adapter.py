@@ -9,7 +9,7 @@ and not query and value alone: by its section 4 that is what makes 4 bits as goo
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
@@ -24,7 +24,7 @@ from utils.models.folder import ADAPTER_FILE, has_adapter, read_model_config
 from utils.models.trained_biases import keep_biases_in_float32
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 ADAPTABLE = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, Conv1D)  # of what PEFT adapts
@@ -97,15 +97,22 @@ def check_target_modules(model_args: ModelArguments, lora_args: LoraArguments) -
         )
 
 
+def load_config(model_args: ModelArguments) -> "PretrainedConfig":
+    """transformers' config of the model that base.py loads."""
+    config = read_model_config(model_args)
+    if is_baichuan(config):
+        return build_llama_config(config)
+    with unknown_models_explained(model_args):
+        return AutoConfig.from_pretrained(
+            model_args.base, trust_remote_code=model_args.trust_remote_code, **model_args.where
+        )
+
+
 def build_without_weights(model_args: ModelArguments) -> "PreTrainedModel":
     """The model's modules on the meta device."""
-    config: Any = read_model_config(model_args)
+    config = load_config(model_args)
     with unknown_models_explained(model_args), torch.device("meta"):
-        if is_baichuan(config):
-            return AutoModelForCausalLM.from_config(build_llama_config(config))
-        trusted = {"trust_remote_code": model_args.trust_remote_code}
-        config = AutoConfig.from_pretrained(model_args.base, **model_args.where, **trusted)
-        return AutoModelForCausalLM.from_config(config, **trusted)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code)
 
 
 def load_adapter(model: "PreTrainedModel", checkpoint_dir: str, trainable: bool = False) -> PeftModel:

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+CUDA_CONTEXT = 820 * 2**20  # bytes that CUDA and its kernels take beside all that is allocated (H100)
+
 # What we say ourselves in a line.
 warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
 if not sys.stderr.isatty():
@@ -154,5 +156,20 @@ def choose_placement(model_args: ModelArguments) -> dict[str, Any]:
     else:
         placement = {"device_map": {"": 0}}
     if model_args.max_memory_MB:
-        notice(f"--max_memory_MB {model_args.max_memory_MB} has no effect: one GPU holds the whole model")
+        cap_memory(model_args.max_memory_MB, placement["device_map"][""])
     return placement
+
+
+def cap_memory(megabytes: int, device: int) -> None:
+    """Let this process allocate no more on the GPU `device`, CUDA's own context counted.
+
+    Raises UserError where that leaves nothing, or more than there is.
+    """
+    total = torch.cuda.get_device_properties(device).total_memory
+    allowed = megabytes * 10**6 - CUDA_CONTEXT
+    if allowed <= 0 or allowed > total:
+        raise UserError(
+            f"--max_memory_MB {megabytes}: use more than {CUDA_CONTEXT // 10**6}, which CUDA takes itself, "
+            f"and at most {total // 10**6}, which this GPU has"
+        )
+    torch.cuda.set_per_process_memory_fraction(allowed / total, device)

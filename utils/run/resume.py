@@ -48,6 +48,8 @@ MAY_CHANGE_ON_RESUME = {
     "max_eval_samples",
     "cache_dir",
     "max_memory_MB",
+    "gradient_checkpointing",
+    "offload_checkpoints",
     "remove_unused_columns",
     "ddp_find_unused_parameters",
     "resume_from_checkpoint",
@@ -55,6 +57,7 @@ MAY_CHANGE_ON_RESUME = {
     "force_resume",
     "allow_pickle",
     "data_report",
+    "dry_run",
     "ignore_data_report",
     "push_to_hub",
     "hub_model_id",
@@ -109,17 +112,27 @@ def find_other_versions(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return list_differences("", was["versions"], now["versions"], now["versions"])
 
 
-def read_resolved(training_args: TrainingArguments) -> dict[str, str]:
-    """What the run that goes on chose when it began: `optim`, and `path` where --fast_lora is the same."""
+def read_resolved(training_args: TrainingArguments) -> dict[str, Any]:
+    """What the run that goes on chose when it began: `optim`, and what its flags still ask for alike.
+
+    `path` goes by --fast_lora; `capacity` and `recomputed_layers` by --gradient_checkpointing.
+    """
     output_dir, asked = training_args.run_dir, training_args.extra.get("resume_from_checkpoint")
     run = Path(asked).parent if names_checkpoint(asked) else output_dir
     is_removed = training_args.overwrite_output_dir and run.resolve() == output_dir.resolve()
     record = read_run_record(run) if training_args.do_train and not is_removed else None
     if record is None:
         return {}
-    is_asked_alike = record["arguments"].get("fast_lora") == training_args.fast_lora
+    decided_by = {
+        "path": "fast_lora",
+        "capacity": "gradient_checkpointing",
+        "recomputed_layers": "gradient_checkpointing",
+    }
     return {
-        name: value for name, value in record.get("resolved", {}).items() if name != "path" or is_asked_alike
+        name: value
+        for name, value in record.get("resolved", {}).items()
+        if name not in decided_by
+        or record["arguments"].get(decided_by[name]) == getattr(training_args, decided_by[name])
     }
 
 

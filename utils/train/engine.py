@@ -11,6 +11,9 @@ Both answer the same five questions, so the Trainer holds one and does not know 
     run_step         loss of a step, its gradient left where the optimizer finds it
     clip_gradients   the gradient's norm, scaled down to --max_grad_norm
     list_pieces      which weights lie where in an optimizer's parameter, for the checkpoint
+    run_probe        the largest micro-batch, once before training, for its memory alone
+    forget_step      nothing is left of the step under way, which memory was too short for
+    recompute_all    less memory for a step; False where that is done already
 """
 
 import contextlib
@@ -70,6 +73,15 @@ class PlainEngine:
     def list_pieces(self, parameter: nn.Parameter, names: dict[nn.Parameter, str]) -> list[Piece]:
         return [[names[parameter], 0, list(parameter.shape)]]
 
+    def run_probe(self, model: nn.Module, micro_batch: MicroBatch) -> None:
+        """Nothing: without graphs every step allocates anew."""
+
+    def forget_step(self, model: nn.Module) -> None:
+        model.zero_grad()
+
+    def recompute_all(self) -> bool:
+        return False  # as --gradient_checkpointing has it
+
 
 class FastEngine:
     """The fused path (utils/fast/model.py): the same rows, loss and adapter as the plain one, faster."""
@@ -82,11 +94,14 @@ class FastEngine:
         self.graphed_step = GraphedStep(fast)
 
     def join_processes(self, accelerator: Accelerator) -> None:
-        """Begin with the same weights; run_step sums the gradients itself.
+        """Begin with the same weights; run_step sums the gradients itself, in a buffer that stays.
 
-        So no DistributedDataParallel is wanted. And the model is in its place: moving it again ("cpu" to
-        "cpu:0" copies) would take the weights out of the flat buffer.
+        So no DistributedDataParallel is wanted, and the Trainer's zero_grad, which walks over every module,
+        is one launch. And the model is in its place: moving it again ("cpu" to "cpu:0" copies) would take the
+        weights out of the flat buffer.
         """
+        model: Any = self.fast.model
+        model.zero_grad = lambda set_to_none=True: self.flat.zero_gradients()
         if accelerator.num_processes == 1:
             return
         prepare = accelerator.prepare_model
@@ -121,6 +136,22 @@ class FastEngine:
 
     def list_pieces(self, parameter: nn.Parameter, names: dict[nn.Parameter, str]) -> list[Piece]:
         return [[names[weight], start, list(weight.shape)] for weight, start in self.flat.starts.items()]
+
+    def run_probe(self, model: nn.Module, micro_batch: MicroBatch) -> None:
+        """A micro-batch forward and backward for the memory it takes; nothing is learned."""
+        model.train()
+        self.graphed_step(micro_batch, 0.0)
+        self.flat.zero_gradients()
+
+    def forget_step(self, model: nn.Module) -> None:
+        self.graphed_step.forget_graphs()
+        self.flat.attach_gradients()
+        self.flat.zero_gradients()
+
+    def recompute_all(self) -> bool:
+        layers, recomputed = len(self.fast.layers), self.fast.recomputed_layers
+        self.fast.recomputed_layers = layers
+        return recomputed is not None and recomputed < layers
 
 
 Engine = PlainEngine | FastEngine

@@ -153,13 +153,13 @@ def read_last_logits(model: Any, rows: list[list[int]], pad_token_id: int) -> "t
     import torch
 
     from utils.chat.generation import pad_rows
-    from utils.train.token_loss import takes_positions
+    from utils.train.token_loss import has_logits_to_keep
 
     inputs = pad_rows(rows, pad_token_id, "right", model.device)  # where positions stay as they are
     lengths = torch.tensor([len(row) for row in rows])
     ends, column = torch.unique(lengths - 1, return_inverse=True)
     ends = ends.numpy()  # the hidden state may lie on another device than the rows: no hook moves an array
-    if takes_positions(model):
+    if has_logits_to_keep(model):
         logits = model(**inputs, use_cache=False, logits_to_keep=ends).logits
     else:
         logits = model(**inputs, use_cache=False).logits[:, ends]

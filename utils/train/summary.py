@@ -63,6 +63,10 @@ def describe_end(metrics: dict[str, Any], log: list[dict[str, Any]], output_dir:
         f"{metrics['tokens_per_second']:,.0f} tokens/s",
         f"{metrics['peak_memory_gib']:.2f} GiB",
     ]
+    if "planned_memory_gib" in metrics:
+        figures[-1] = (
+            f"{metrics['taken_memory_gib']:.2f} GiB taken, {metrics['planned_memory_gib']:.2f} planned"
+        )
     if losses:
         figures.append(f"training loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     held_out = [entry["eval_loss"] for entry in log if "eval_loss" in entry]

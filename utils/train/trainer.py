@@ -46,6 +46,7 @@ from utils.train.model_card import render_model_card
 from utils.train.resume_state import describe_state, load_state_into, save_trainer_state
 from utils.train.step_guard import StepGuard
 from utils.train.step_hooks import StepHooks
+from utils.train.step_memory import StepMemory
 from utils.train.token_loss import TokenLoss
 
 
@@ -57,6 +58,7 @@ class QLoraTrainer(transformers.Trainer):
     guard       steps that are not finite, and signals (step_guard.py)
     meter       tokens and seconds (meter.py)
     token_loss  losses of the label tokens, for the plain engine and for evaluations (token_loss.py)
+    step_memory how large micro-batches are, and what is done when memory is too short (step_memory.py)
     record      run.json (utils/run/record.py)
     """
 
@@ -64,6 +66,7 @@ class QLoraTrainer(transformers.Trainer):
     model: Any  # a PreTrainedModel, or the PeftModel around one
     processing_class: Any  # the tokenizer
     train_dataset: Any  # TokenRows
+    data_collator: Any  # PackingCollator or PaddingCollator
 
     def __init__(self, *args: Any, engine: Engine, keeper: Keeper, record: dict[str, Any], **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -71,6 +74,9 @@ class QLoraTrainer(transformers.Trainer):
         self.guard = StepGuard(self.args.world_size, self.accelerator.reduce)
         self.meter = TokenMeter(self.args.device, self.accelerator.reduce)
         self.token_loss = TokenLoss(self.model, self.args.label_smoothing_factor)
+        self.step_memory = StepMemory(
+            self.data_collator, self.train_dataset, engine, self.accelerator.num_processes
+        )
         engine.join_processes(self.accelerator)
         if self.neftune_noise_alpha:
             add_embedding_noise(self.model.get_input_embeddings(), engine.keys, self.neftune_noise_alpha)
@@ -101,16 +107,20 @@ class QLoraTrainer(transformers.Trainer):
         self.guard.begin_step(self._tr_loss)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """All micro-batches of one batch: packed, these are the whole optimizer step."""
-        micro_batches = find_micro_batches(self._prepare_inputs(inputs))
-        self.meter.count(micro_batches)
+        """All micro-batches of one batch, which are the whole optimizer step."""
+        self.meter.count(find_micro_batches(inputs))
         self.engine.keys.choose_step(self.args.seed, self.state.global_step)
         if not self.args.average_tokens_across_devices:  # then the processes' own means are averaged
             num_items_in_batch = num_items_in_batch * self.accelerator.num_processes
         run_micro_batch = functools.partial(super().training_step, model)
-        return self.engine.run_step(
-            model, micro_batches, num_items_in_batch, self.accelerator, run_micro_batch
-        )
+
+        def run_step(batch: dict[str, Any]) -> torch.Tensor:
+            micro_batches = find_micro_batches(self._prepare_inputs(batch))
+            return self.engine.run_step(
+                model, micro_batches, num_items_in_batch, self.accelerator, run_micro_batch
+            )
+
+        return self.step_memory.run_within(model, inputs, run_step)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """A micro-batch's share of the step's mean loss; what the plain engine differentiates."""
@@ -179,7 +189,13 @@ class QLoraTrainer(transformers.Trainer):
         return super()._get_num_items_in_batch(parts, device)
 
     def floating_point_ops(self, inputs):
-        return sum(super(QLoraTrainer, self).floating_point_ops(part) for part in find_micro_batches(inputs))
+        """6 a weight and token; counting the weights walks over thousands of modules, so it is done once."""
+        tokens = sum(part["input_ids"].numel() for part in find_micro_batches(inputs))
+        return 6 * tokens * self.counted_weights
+
+    @functools.cached_property
+    def counted_weights(self) -> int:
+        return self.model.num_parameters(exclude_embeddings=True)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         dataloader = super()._get_dataloader(*args, **kwargs)
@@ -245,7 +261,8 @@ class QLoraTrainer(transformers.Trainer):
         loss_sum, token_count, row_count = 0.0, 0, 0
         for batch in dataloader:
             parts = find_micro_batches(self._prepare_inputs(batch))
-            losses = torch.cat([self.token_loss(model, part).sum(1) for part in parts])  # [rows]
+            with self.accelerator.autocast():
+                losses = torch.cat([self.token_loss(model, part).sum(1) for part in parts])  # [rows]
             counts = torch.cat([(part["labels"][:, 1:] != IGNORE_INDEX).sum(1) for part in parts])  # [rows]
             losses, counts = self.accelerator.gather_for_metrics((losses, counts))
             loss_sum, token_count = loss_sum + losses.double().sum().item(), token_count + counts.sum().item()

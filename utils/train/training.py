@@ -35,6 +35,7 @@ from utils.train.callbacks import AnswerScores, MmluEvaluation, SampleAnswers, s
 from utils.train.model_card import share_finished_run
 from utils.train.predictions import find_answered, predict_rows
 from utils.train.probes import Probes
+from utils.train.step_memory import OutOfRoom
 from utils.train.summary import describe_end
 from utils.train.trainer import QLoraTrainer
 
@@ -52,7 +53,16 @@ def train(trainer: QLoraTrainer, checkpoint: str | None) -> dict[str, float]:
         "tokens_per_second": round(tokens / seconds, 1),
         "peak_memory_gib": measure_peak_memory(),
         "skipped_steps": trainer.guard.skipped,
-    }
+    } | compare_with_plan(trainer.record["memory"]["needs"])
+
+
+def compare_with_plan(needs: dict[str, int] | None) -> dict[str, float]:
+    """GiB of GPU memory that were planned and taken: reserved, and a paged optimizer's; no CUDA context."""
+    if needs is None or not torch.cuda.is_available() or not torch.cuda.max_memory_reserved():
+        return {}
+    taken = torch.cuda.max_memory_reserved() + needs["paged_optimizer"]
+    planned = {"planned_memory_gib": round(needs["total"] / 2**30, 2)}
+    return planned | {"taken_memory_gib": round(taken / 2**30, 2), "plan_error": needs["total"] / taken - 1}
 
 
 def measure_peak_memory(status: Path = Path("/proc/self/status")) -> float:
@@ -136,11 +146,14 @@ def add_probes(
 
 @contextmanager
 def saved_when_stopped(trainer: QLoraTrainer) -> Iterator[None]:
-    """A signal inside leaves a checkpoint of the last whole step, and exit code 75."""
+    """A signal inside leaves a checkpoint of the last whole step, and exit code 75; so does memory's end."""
     try:
         yield
     except (StopRequested, Exception) as error:
         hold_stop()
+        if isinstance(error, OutOfRoom) and trainer.rng_after_step is not None:
+            trainer._save_checkpoint(trainer.model)
+            notice(f"the last whole step is in {trainer.keeper.last_checkpoint}")
         if find_stop_signal() is None or isinstance(error, UserError):
             raise
         if not isinstance(error, StopRequested):  # a broken graph capture, for one
