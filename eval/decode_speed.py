@@ -20,11 +20,11 @@ PARTS = ("machine", "weights", "shapes", "probes", "small", "replies", "profile"
 @dataclass
 class DecodeSpeedArguments:
     _argument_group_name = "decode speed"
-    model: str = flag(default="llama-7b", help=f"Shape: {', '.join(SHAPE_NAMES)}.")
-    lora_r: int = flag(default=64, help="Rank of the adapter, on all linear layers.")
-    prompt_tokens: int = flag(default=512, help="Length of the prompt.")
-    max_new_tokens: int = flag(default=128, help="Tokens of each reply that is timed.")
-    parts: list[str] = flag(default_factory=lambda: list(PARTS), help=f"Of {', '.join(PARTS)}.")
+    model: str = flag("llama-7b", f"Shape: {', '.join(SHAPE_NAMES)}.")
+    lora_r: int = flag(64, "Rank of the adapter, on all linear layers.")
+    prompt_tokens: int = flag(512, "Length of the prompt.")
+    max_new_tokens: int = flag(128, "Tokens of each reply that is timed.")
+    parts: list[str] = flag(list(PARTS), f"Of {', '.join(PARTS)}.")
 
     def __post_init__(self):
         require_positive(self, "lora_r", "prompt_tokens", "max_new_tokens")

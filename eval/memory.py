@@ -37,8 +37,8 @@ CASES = [
 @dataclass
 class MemoryArguments:
     _argument_group_name = "memory"
-    cases: list[str] = flag(default_factory=lambda: list(CASES), help="SHAPE:RANK:TOKENS:MODE each.")
-    output_dir: str = flag(default="output/memory", help="Where the table is saved as json.")
+    cases: list[str] = flag(list(CASES), "SHAPE:RANK:TOKENS:MODE each.")
+    output_dir: str = flag("output/memory", "Where the table is saved as json.")
 
     def __post_init__(self):
         for case in self.cases:

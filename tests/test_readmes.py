@@ -242,7 +242,7 @@ SAID = {
     "a held-out row holds the same chat": "utils/data/report.py",
     "would hold 99% of the rows": "utils/data/report.py",
     "RED: ": "utils/data/report.py",
-    "No clear difference": "eval/measures/rendering.py",
+    "No clear difference": "eval/measures/report.md.jinja",
     "unclear": "eval/measures/differences.py",
     "better": "eval/measures/differences.py",
     "worse": "eval/measures/differences.py",

@@ -1,6 +1,5 @@
 """Times the replies that eval.chat_speed asks for."""
 
-import json
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from utils.fast.decode_loop import GrowingSteps, Steps, stream_tokens
 from utils.fast.decode_setup import install_graph_decode
 from utils.fast.frozen_weights import unpack_8bit_layers
 from utils.fast.graph_decode import GraphDecoder
+from utils.run.record import write_json
 
 if TYPE_CHECKING:
     from eval.chat_speed import ChatSpeedArguments
@@ -124,6 +124,5 @@ def time_replies(arguments: "ChatSpeedArguments") -> None:
         )
         replies.append(reply)
     path = Path(arguments.output_dir, f"{arguments.model}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"device": name, "replies": [asdict(reply) for reply in replies]}, indent=2))
+    write_json({"device": name, "replies": [asdict(reply) for reply in replies]}, path)
     notice(f"saved to {path}")

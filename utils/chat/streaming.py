@@ -1,6 +1,7 @@
 """A reply as it is generated, piece by piece, from what the conversation's last turn left in the cache."""
 
 import math
+import os
 import threading
 import time
 from collections.abc import Generator, Hashable, Iterable, Iterator
@@ -19,12 +20,12 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from utils.arguments import GenerationArguments
-from utils.chat.generation import ChatModel, build_generation_config, decode_reply, drop_cut_character
+from utils.chat.generation import ChatModel, build_generation_config
 from utils.chat.model_lock import ModelLock
 from utils.fast.decode_loop import stream_tokens
 from utils.fast.token_choice import NotCovered, TokenChoice
 from utils.messages import Messages
-from utils.models.encoding import encode_prompt
+from utils.models.tokenizer import ChatTokenizer, drop_cut_character
 
 
 @dataclass
@@ -73,9 +74,9 @@ class ConversationCaches:
 class ReplyStreamer(TextIteratorStreamer):
     """Text of the reply only: without the prompt and without the stop token, special or not."""
 
-    def __init__(self, tokenizer: Any, stop_ids: list[int], kept: ConversationCache):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.stop_ids, self.kept, self.start = stop_ids, kept, time.perf_counter()
+    def __init__(self, tokenizer: ChatTokenizer, kept: ConversationCache):
+        super().__init__(tokenizer.raw, skip_prompt=True, skip_special_tokens=True)
+        self.stop_ids, self.kept, self.start = tokenizer.stop_ids, kept, time.perf_counter()
         self.came_to_stop = False
 
     def put(self, value: torch.Tensor) -> None:
@@ -132,10 +133,10 @@ def stream_reply(
     `kept` saves reading again what the last turn read. `tuned` False: the base without its adapter.
     """
     kept = ConversationCache() if kept is None else kept
-    prompt = encode_prompt(chat.tokenizer, messages, chat.stop_ids, chat.keeps_blank)
-    config = build_generation_config(generation_args, chat.tokenizer, chat.stop_ids)
+    prompt = chat.tokenizer.encode_prompt(messages)
+    config = build_generation_config(generation_args, chat.tokenizer)
     kept.prompt_tokens, kept.new_tokens, kept.first_token_seconds, kept.seconds = len(prompt), 0, 0.0, 0.0
-    streamer = ReplyStreamer(chat.tokenizer, chat.stop_ids, kept)
+    streamer = ReplyStreamer(chat.tokenizer, kept)
     between, failures = StopOrYield(chat.lock, tuned, max_seconds), []
 
     def generate() -> None:
@@ -188,7 +189,8 @@ def generate_streamed(
     choice, steps = None if cache is None else find_choice(chat, config), chat.steps
     if choice is not None and steps is not None:
         output = list(prompt)
-        tokens = stream_tokens(steps, prompt, cache, choice, config.max_new_tokens, chat.stop_ids, lookup)
+        stop_ids = chat.tokenizer.stop_ids
+        tokens = stream_tokens(steps, prompt, cache, choice, config.max_new_tokens, stop_ids, lookup)
         streamer.put(torch.tensor(prompt))
         with closing(tokens):
             for token in tokens:
@@ -199,12 +201,12 @@ def generate_streamed(
     else:
         output = generate_plainly(chat, prompt, config, streamer, between, cache)
     if beams:
-        streamer.on_finalized_text(decode_reply(chat.tokenizer, output[len(prompt) :], chat.stop_ids))
+        streamer.on_finalized_text(chat.tokenizer.decode_reply(output[len(prompt) :]))
         kept.new_tokens, kept.seconds = len(output) - len(prompt), time.perf_counter() - streamer.start
     elif cache is not None and kept.reuse:
         kept.ids, kept.cache = output[: cache.get_seq_length()], cache
     kept.ended = "interrupted" if between.stopped.is_set() else "time" if between.late else "length"
-    if output[-1] in chat.stop_ids:
+    if output[-1] in chat.tokenizer.stop_ids:
         kept.ended = "stop"
 
 
@@ -247,7 +249,6 @@ def restore_cache(model: Any, kept: ConversationCache, prompt: list[int]) -> Dyn
     if cache is None:
         cache = DynamicCache(config=model.config.get_text_config())
         return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
-    pairs = zip(kept.ids, prompt[:-1], strict=False)
-    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(kept.ids), len(prompt) - 1))
+    shared = len(os.path.commonprefix([kept.ids, prompt[:-1]]))
     cache.crop(shared - cache.get_seq_length())
     return cache

@@ -78,12 +78,11 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
     config = read_model_config(model_args)
     report_experts(model_args, config)
     options = {
-        "revision": model_args.revision,
-        "cache_dir": model_args.cache_dir,
         "dtype": choose_weight_dtype(model_args, dtype),
         "quantization_config": build_quantization(model_args, dtype),
         "use_safetensors": None if model_args.allow_pickle else True,
-    } | choose_placement(model_args)
+    }
+    options |= model_args.where | choose_placement(model_args)
     if options["device_map"] != "auto":  # else accelerate keeps to the cap, layer by layer
         cap_memory(model_args, options["device_map"][""])
     name = model_args.base
@@ -95,12 +94,14 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
                 name, trust_remote_code=model_args.trust_remote_code, **options
             )
     if model_args.bits == 8:
-        unpack_8bit_layers(model)
+        unpack_8bit_layers(model)  # bitsandbytes' own product rounds the input to 8 bits, too
+    # On a CPU bitsandbytes may repack 4-bit weights, which no gradient survives; a chat without that layout
+    # unpacks them once and not for each token (cpu.py).
     if trainable or not repacks_weights(model, dtype):
         keep_weights_unpacked(model)
         if not trainable and not has_gpu(model_args):
             replace_by_dense(model, dtype)
-    follow_each_batch(model)
+    follow_each_batch(model)  # rotary frequencies by the rows at hand (fast/rope.py)
     model.requires_grad_(model_args.full_finetune)
     return model
 
@@ -112,10 +113,7 @@ def load_config(model_args: ModelArguments) -> "PretrainedConfig":
         return build_llama_config(config)
     with unknown_models_explained(model_args):
         return AutoConfig.from_pretrained(
-            model_args.base,
-            revision=model_args.revision,
-            cache_dir=model_args.cache_dir,
-            trust_remote_code=model_args.trust_remote_code,
+            model_args.base, trust_remote_code=model_args.trust_remote_code, **model_args.where
         )
 
 

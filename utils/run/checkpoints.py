@@ -1,6 +1,13 @@
 """Checkpoints that are whole or not there: written beside, read back, hashed, fsynced, renamed.
 
-manifest.json, written last, names every file with its size and sha256. Nothing is resumed from that differs.
+A process may be killed between any two bytes, and a disk may give back others than it got. So a save is
+
+    .checkpoint-40.tmp/   every file is written here; a kill leaves this hidden folder, which is swept away
+    manifest.json         last of all: the size and sha256 of each file, and what the run was made of
+    checkpoint-40/        the same folder after one rename, which happens or does not
+
+and nothing is resumed from that is not, byte for byte, what its manifest says: the next older checkpoint is
+taken instead, with a line that names the file.
 """
 
 import hashlib

@@ -1,4 +1,13 @@
-"""run.json: what made an adapter. Written when training starts, completed when it ends."""
+"""run.json: what made an adapter. Written when training starts, completed when it ends.
+
+    base_model   name, revision, kind and a fingerprint of its files       -> chat loads this one
+    prompt       a hash of the template, and the stop tokens               -> chat stops where training did
+    arguments    every flag, given or not                                  -> bits and quantization, for chat
+    data         each source with its sha256, rows trained and held out    -> evaluation holds out the same
+    and the command, versions, git commit, metrics, and `status`: running, then finished
+
+Whoever opens the run later asks this file, and needs no flag that could be set otherwise by mistake.
+"""
 
 import dataclasses
 import hashlib
@@ -107,10 +116,6 @@ def read_git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+" if changed else "")
-
-
-def save_run_record(record: dict[str, Any], run_dir: Path) -> None:
-    write_json(record, run_dir / RUN_FILE)
 
 
 def write_json(content: Any, path: Path) -> None:

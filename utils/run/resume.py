@@ -1,8 +1,16 @@
-"""Going on from an earlier start of a run: what must not have changed, which checkpoint is used."""
+"""Going on from an earlier start of a run: what must not have changed, which checkpoint is used.
+
+The same command goes on where it was. Another one in the same folder would make a run that is neither: so
+each argument either may change (--save_steps: what is learned stays the same) or may not (--learning_rate),
+and base, rows and prompt may not. A change is a line that says what was and what is:
+
+    --output_dir output/mine holds a run that differs (--learning_rate 0.0002 -> 0.0001): name a new ...
+"""
 
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -77,7 +85,10 @@ def find_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between two records (run.json) in the parts that `now` has: `what was -> now`."""
     changes: list[str] = []
     if "arguments" in now:
-        changes += find_argument_changes(was["arguments"], now["arguments"])
+        old, new = find_fixed_arguments(was["arguments"]), find_fixed_arguments(now["arguments"])
+        # False, 0 and None are one: not set, or of a later version.
+        is_set = (name for name in old.keys() | new.keys() if old.get(name) or new.get(name))
+        changes += list_differences("--", old, new, sorted(is_set))
     if "base_model" in now:
         # With another name the flag says it all, and a folder under another name is compared by its files.
         changes += find_base_changes(was["base_model"], now["base_model"]) if not changes else []
@@ -88,27 +99,20 @@ def find_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if "data" in now:
         changes += find_data_changes(was["data"], now["data"])
     if "prompt" in now:
-        prompt, other = was["prompt"], now["prompt"]
-        others = (key for key in other if prompt.get(key) != other[key])
-        changes += [f"prompt {key} {prompt.get(key)} -> {other[key]}" for key in others]
-    if (
-        "parent" in now
-        and was.get("parent", now["parent"])["adapter_sha256"] != now["parent"]["adapter_sha256"]
-    ):
-        changes.append(f"the adapter in {now['parent']['folder']} has changed")
-    if "processes" in now and was.get("processes", 1) != now["processes"]:
-        changes.append(f"processes {was.get('processes', 1)} -> {now['processes']}")
+        changes += list_differences("prompt ", was["prompt"], now["prompt"], now["prompt"])
+    if "parent" in now:
+        parent = now["parent"]
+        if was.get("parent", parent)["adapter_sha256"] != parent["adapter_sha256"]:
+            changes.append(f"the adapter in {parent['folder']} has changed")
+    if "processes" in now:
+        changes += list_differences("", {"processes": 1} | was, now, ["processes"])
     return changes
 
 
-def find_argument_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Arguments that change what is learned. False, 0 and None are one: not set, or of a later version."""
-    was, now = find_fixed_arguments(was), find_fixed_arguments(now)
-    return [
-        f"--{name} {was.get(name)} -> {now.get(name)}"
-        for name in sorted(was.keys() | now.keys())
-        if (was.get(name) or None) != (now.get(name) or None)
-    ]
+def list_differences(what: str, was: dict[str, Any], now: dict[str, Any], keys: Iterable[str]) -> list[str]:
+    """`what key was -> now` for each of the `keys` that differs."""
+    changed = (key for key in keys if was.get(key) != now.get(key))
+    return [f"{what}{key} {was.get(key)} -> {now.get(key)}" for key in changed]
 
 
 def find_extension(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -139,22 +143,14 @@ def is_longer(was: dict[str, Any], now: dict[str, Any]) -> bool:
 
 
 def find_base_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    changes = [
-        f"base_model {key} {was.get(key)} -> {now[key]}"
-        for key in now.keys() - {"fingerprint"}
-        if was.get(key) != now[key]
-    ]
+    changes = list_differences("base_model ", was, now, sorted(now.keys() - {"fingerprint"}))
     if was.get("fingerprint") != now["fingerprint"]:
         changes.append(f"the files in --model_name_or_path {now['name']} have changed")
     return changes
 
 
 def find_other_versions(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return [
-        f"{name} {was['versions'].get(name)} -> {version}"
-        for name, version in now["versions"].items()
-        if was["versions"].get(name) != version
-    ]
+    return list_differences("", was["versions"], now["versions"], now["versions"])
 
 
 def read_resolved(training_args: TrainingArguments) -> dict[str, Any]:
@@ -188,12 +184,9 @@ def find_data_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for data in (was, now)
     )
     changes = [f"{name} is {'gone' if name in old else 'new'}" for name in sorted(old.keys() ^ new.keys())]
-    changes += [
-        f"{name}: {key} {old[name].get(key)} -> {new[name].get(key)}"
-        for name in sorted(old.keys() & new.keys())
-        for key in ("sha256", "format", "sample", "columns")
-        if old[name].get(key) != new[name].get(key)
-    ]
+    for name in sorted(old.keys() & new.keys()):
+        keys = ("sha256", "format", "sample", "columns")
+        changes += list_differences(f"{name}: ", old[name], new[name], keys)
     if was["rows"][TRAIN] != now["rows"][TRAIN]:
         changes.append(f"training rows {was['rows'][TRAIN]} -> {now['rows'][TRAIN]}")
     return changes

@@ -26,11 +26,10 @@ from utils.run.record import (
     clear_run,
     collect_arguments,
     describe_parent,
-    hash_text,
     list_run_files,
     read_run_record,
-    save_run_record,
     start_record,
+    write_json,
 )
 from utils.run.resume import (
     LENGTHS,
@@ -46,7 +45,10 @@ REPORT_FILES = {LOCK_FILE, "data_report.json", "data_report.png"}  # may be ther
 
 
 class Run:
-    """`folder`, the `record` that run.json is made of, and `earlier`: the record found there, if any."""
+    """`folder`, the `record` that run.json is made of, and `earlier`: the record found there, if any.
+
+    `known` is what is known before the model is loaded: arguments, and the base by name and fingerprint.
+    """
 
     def __init__(self, folder: Path, arguments: dict[str, Any], base_fingerprint: str | None):
         self.folder, self.arguments = folder, arguments
@@ -116,17 +118,11 @@ class Run:
         self.record |= parts
         self.check(parts)
 
-    def describe_model(self, config: Any, tokenizer: Any, stop_ids: list[int]) -> None:
-        """As describe: of the base, by its `config`, and of the prompts that it is given."""
+    def describe_model(self, config: Any, prompt: dict[str, Any]) -> None:
+        """As describe: of the base, by its `config`, and of the `prompt` that it is given."""
         base = self.known["base_model"] | {
             "revision": getattr(config, "_commit_hash", None),
             "type": config.model_type,
-        }
-        prompt = {
-            "template_sha256": hash_text(tokenizer.chat_template),
-            "stop_ids": stop_ids,
-            "stop_tokens": tokenizer.convert_ids_to_tokens(stop_ids),
-            "pad_token_id": tokenizer.pad_token_id,
         }
         parents = (self.record.get("parent") or {}).get("prompt") or prompt
         if parents["template_sha256"] != prompt["template_sha256"]:
@@ -179,7 +175,7 @@ class Run:
             notice(f"going on with other versions ({', '.join(others)}): results may differ in rounding")
 
     def save(self, **parts: Any) -> None:
-        save_run_record(self.record | parts, self.folder)
+        write_json(self.record | parts, self.folder / RUN_FILE)
 
     def print_finished(self) -> None:
         """Say that there is nothing left to train."""

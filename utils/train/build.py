@@ -19,6 +19,7 @@ from utils.fast.rope import find_shared_length
 from utils.fast.trials import find_packing_obstacle
 from utils.messages import EVAL, TEST, TRAIN
 from utils.models.base import has_gpu
+from utils.models.tokenizer import ChatTokenizer
 from utils.run.keeper import Keeper, fingerprint_run
 from utils.run.record import hide_secrets
 from utils.run.resume import read_resolved
@@ -33,7 +34,7 @@ from utils.train.trainer import QLoraTrainer
 
 def build_trainer(
     model: PreTrainedModel | PeftModel,
-    tokenizer: Any,
+    tokenizer: ChatTokenizer,
     datasets: dict[str, TokenRows],
     run: Run,
     model_args: ModelArguments,
@@ -50,7 +51,7 @@ def build_trainer(
     plan = make_plan(model.config, arguments, find_machine(model_args, dtype), lengths, packs, earlier)
     if plan.needs and training_args.do_train:
         notice(describe_plan(plan))
-    collator = choose_collator(model, tokenizer, packs, plan, model_args, training_args)
+    collator = choose_collator(model, tokenizer.raw, packs, plan, model_args, training_args)
     training_args = choose_optimizer(model, training_args, plan, earlier.get("optim"))
     logging_steps = choose_logging_steps(len(lengths), training_args)
     engine = choose_engine(model, training_args, dtype, plan, earlier.get("path"))
@@ -61,12 +62,12 @@ def build_trainer(
         "recomputed_layers": plan.recomputed_layers,
     }
     run.record["memory"] = plan.describe()
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.raw.pad_token_id
     args = build_trainer_args(training_args.with_values(logging_steps=logging_steps), model_args, dtype, plan)
     train_rows = datasets[TRAIN] if training_args.do_train else None
     trainer = QLoraTrainer(
         model=model,
-        processing_class=tokenizer,
+        processing_class=tokenizer.raw,
         args=args,
         train_dataset=train_rows,
         eval_dataset=next((datasets[part] for part in (EVAL, TEST) if len(datasets[part])), None),

@@ -27,9 +27,10 @@ class TokenLoss:
         self.label_smoothing = label_smoothing
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.base, self.head = base, OutputLayer(base)
-        takes_positions = "logits_to_keep" in inspect.signature(base.forward).parameters
         # An adapted head sees all tokens, as their keys are those of its dropout.
-        self.keeps_logits = takes_positions and not isinstance(model.get_output_embeddings(), LoraLayer)
+        self.keeps_logits = has_logits_to_keep(model) and not isinstance(
+            model.get_output_embeddings(), LoraLayer
+        )
 
     def __call__(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """Losses of a micro-batch; zero where a row has no label  # float32 [rows, positions]"""
@@ -69,3 +70,9 @@ class TokenLoss:
             label_smoothing=self.label_smoothing,
         )
         return losses.view_as(targets)
+
+
+def has_logits_to_keep(model: Any) -> bool:
+    """Whether the model's forward can make logits at chosen positions alone."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters

@@ -1,4 +1,12 @@
-"""A run from its first step to what it leaves behind: train, evaluate, predict, record."""
+"""A run from its first step to what it leaves behind: train, evaluate, predict, record.
+
+    run.begin         under the folder's lock: run.json is written, the checkpoint to go on from is chosen
+    trainer.train     the steps (trainer.py); probes are asked at each evaluation, checkpoints saved
+    evaluate          --do_eval, --do_predict, with the finished adapter
+    save_results      the adapter, metrics.json, the curve and, last of all, `finished` in run.json
+
+A signal on the way saves the last whole step and ends with exit code 75: the same command goes on.
+"""
 
 import json
 import re
@@ -12,9 +20,11 @@ from typing import Any
 import torch
 
 from utils.arguments import GenerationArguments, TrainingArguments
+from utils.chat.generation import BatchAnswerer
 from utils.console import UserError, is_main_process, notice
 from utils.data.rows import Rows
 from utils.messages import EVAL, TEST
+from utils.models.tokenizer import ChatTokenizer
 from utils.prompts import find_input_marker
 from utils.run.checkpoints import disk_errors_explained
 from utils.run.lock import run_locked
@@ -86,13 +96,20 @@ def run_trainer(
     run: Run,
     rows: Rows,
     probes: Probes,
-    stop_ids: list[int],
+    tokenizer: ChatTokenizer,
     training_args: TrainingArguments,
     generation_args: GenerationArguments,
 ) -> None:
     """Train, evaluate, predict, as asked; leave the results in the run's folder."""
     metrics: dict[str, Any] = {}
-    add_probes(trainer, rows, probes, stop_ids, training_args, generation_args)
+    answerer = BatchAnswerer(
+        trainer.model,
+        tokenizer,
+        generation_args,
+        training_args.seed,
+        training_args.per_device_eval_batch_size,
+    )
+    add_probes(trainer, rows, probes, answerer, training_args)
     if training_args.do_train:
         with run_locked(run.folder), saved_when_stopped(trainer):
             checkpoint = run.begin(
@@ -101,12 +118,12 @@ def run_trainer(
                 trainer.accelerator.wait_for_everyone,
             )
             metrics |= train(trainer, str(checkpoint) if checkpoint else None)
-            metrics |= evaluate(trainer, rows, stop_ids, training_args, generation_args)
+            metrics |= evaluate(trainer, rows, answerer, training_args)
             save_results(trainer, run, metrics)
         notice(describe_end(metrics, trainer.state.log_history, run.folder))
         share_finished_run(run.folder, training_args)
         return
-    metrics |= evaluate(trainer, rows, stop_ids, training_args, generation_args)
+    metrics |= evaluate(trainer, rows, answerer, training_args)
     if is_main_process():
         path = next_free_path(run.folder / "eval_metrics.json")
         write_json({"command": run.record["command"], "data": run.record["data"]} | metrics, path)
@@ -117,20 +134,18 @@ def add_probes(
     trainer: QLoraTrainer,
     rows: Rows,
     probes: Probes,
-    stop_ids: list[int],
+    answerer: BatchAnswerer,
     training_args: TrainingArguments,
-    generation_args: GenerationArguments,
 ) -> None:
     """Let the Trainer ask, at each evaluation, what the flags want asked."""
-    tokenizer, folder = trainer.processing_class, trainer.keeper.output_dir
+    raw = answerer.tokenizer.raw
     if probes.chats:
-        seed = training_args.seed
-        trainer.add_callback(SampleAnswers(tokenizer, stop_ids, probes.chats, folder, generation_args, seed))
+        trainer.add_callback(SampleAnswers(answerer, probes.chats, trainer.keeper.output_dir))
     if probes.questions:
-        trainer.add_callback(MmluEvaluation(tokenizer, probes.questions, training_args))
+        trainer.add_callback(MmluEvaluation(raw, probes.questions, training_args))
     if training_args.predict_with_generate and (rows.count(EVAL) or rows.count(TEST)):
-        chats = find_answered(rows.read_held_out(EVAL, find_input_marker(tokenizer)))
-        trainer.add_callback(AnswerScores(tokenizer, stop_ids, chats, generation_args))
+        chats = find_answered(rows.read_held_out(EVAL, find_input_marker(raw)))
+        trainer.add_callback(AnswerScores(answerer, chats))
 
 
 @contextmanager
@@ -162,11 +177,7 @@ def save_stopped(trainer: QLoraTrainer) -> None:
 
 
 def evaluate(
-    trainer: QLoraTrainer,
-    rows: Rows,
-    stop_ids: list[int],
-    training_args: TrainingArguments,
-    generation_args: GenerationArguments,
+    trainer: QLoraTrainer, rows: Rows, answerer: BatchAnswerer, training_args: TrainingArguments
 ) -> dict[str, float]:
     """--do_eval and --do_predict. An evaluation of these very weights, just made, is not made again."""
     step, metrics = trainer.last_evaluation or (None, {})
@@ -178,24 +189,6 @@ def evaluate(
         metrics = trainer.evaluate()
     metrics = dict(metrics)
     if training_args.do_predict:
-        metrics |= predict(trainer, rows, stop_ids, training_args, generation_args)
+        chats = rows.read_held_out(TEST, find_input_marker(answerer.tokenizer.raw))
+        metrics |= predict_rows(answerer, chats, trainer.keeper.output_dir)
     return metrics
-
-
-def predict(
-    trainer: QLoraTrainer,
-    rows: Rows,
-    stop_ids: list[int],
-    training_args: TrainingArguments,
-    generation_args: GenerationArguments,
-) -> dict[str, float]:
-    return predict_rows(
-        trainer.model,
-        trainer.processing_class,
-        rows.read_held_out(TEST, find_input_marker(trainer.processing_class)),
-        stop_ids,
-        generation_args,
-        training_args.seed,
-        training_args.per_device_eval_batch_size,
-        trainer.keeper.output_dir,
-    )
