@@ -77,7 +77,7 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
     """
     config = read_model_config(model_args)
     report_experts(model_args, config)
-    options = {
+    options: dict[str, Any] = {
         "dtype": choose_weight_dtype(model_args, dtype),
         "quantization_config": build_quantization(model_args, dtype),
         "use_safetensors": None if model_args.allow_pickle else True,
