@@ -500,7 +500,8 @@ def test_markup_in_a_reply_is_shown_and_not_executed(open_tab):
     assert '<img src=x onerror="window.ran=1"><script>window.ran=1</script>' in shown
     assert tab.page.locator("#chat .bot strong").inner_text() == "bold"
     assert tab.page.locator("#chat .bot code").inner_text() == "<b>code</b>"
-    assert tab.page.locator("#chat .bot .katex").count() == 1 and "$5 or $6" in shown
+    tab.wait(lambda: tab.page.locator("#chat .bot .katex").count() == 1)  # set after the text is there
+    assert "$5 or $6" in shown
     tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
     tab.press("Copy message")
     tab.wait(
