@@ -77,12 +77,14 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
     """
     config = read_model_config(model_args)
     report_experts(model_args, config)
-    options = {
+    options: dict[str, Any] = {
         "dtype": choose_weight_dtype(model_args, dtype),
         "quantization_config": build_quantization(model_args, dtype),
         "use_safetensors": None if model_args.allow_pickle else True,
     }
     options |= model_args.where | choose_placement(model_args)
+    if options["device_map"] != "auto":  # else accelerate keeps to the cap, layer by layer
+        cap_memory(model_args, options["device_map"][""])
     name = model_args.base
     with unknown_models_explained(model_args):
         if is_baichuan(config):
@@ -194,16 +196,17 @@ def choose_placement(model_args: ModelArguments) -> dict[str, Any]:
         return {"device_map": "auto"} | (caps if model_args.max_memory_MB else {})
     else:
         placement = {"device_map": {"": 0}}
-    if model_args.max_memory_MB:
-        cap_memory(model_args.max_memory_MB, placement["device_map"][""])
     return placement
 
 
-def cap_memory(megabytes: int, device: int) -> None:
-    """Let this process allocate no more on the GPU `device`, CUDA's own context counted.
+def cap_memory(model_args: ModelArguments, device: int | str) -> None:
+    """Let this process take no more than --max_memory_MB on the GPU `device`, CUDA's own context counted.
 
     Raises UserError where that leaves nothing, or more than there is.
     """
+    megabytes = model_args.max_memory_MB
+    if megabytes is None or device == "cpu":
+        return
     total = torch.cuda.get_device_properties(device).total_memory
     allowed = megabytes * 10**6 - CUDA_CONTEXT
     if allowed <= 0 or allowed > total:

@@ -7,6 +7,7 @@ are recomputed. If even that does not fit, the run ends with a checkpoint of its
 """
 
 import gc
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -49,7 +50,8 @@ class StepMemory:
             except torch.OutOfMemoryError as error:
                 if not self.may_repeat:
                     raise
-                failure = str(error).splitlines()[0]
+                asked = re.search(r"allocate [\d.]+ \w+", str(error))
+                failure = asked.group() if asked else str(error).splitlines()[0]
             self.shrink(model, failure)
 
     def cut(self, batch: dict[str, Any]) -> dict[str, Any]:
