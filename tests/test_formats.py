@@ -1,8 +1,10 @@
 """Every format's real shape becomes the right messages; whatever else comes is refused with a reason."""
 
 import json
+import re
 
 import pytest
+from helpers import ROOT
 from helpers.formats import COLUMNS, GOLDEN, JUNK, LETTERS, list_turns
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -33,6 +35,16 @@ def test_row_of_each_format_is_recognised_and_read(name):
     row, turns = GOLDEN[name]
     assert find_format(row) == name
     assert list_turns(read_row(row, name)) == turns
+
+
+def test_rows_of_the_readme_are_of_the_format_beside_them_and_trained():
+    page = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `([\w-]+)` \| `(\{.+?\})` \| .+ \|$", page, re.MULTILINE)
+    assert {name for name, _ in table} == set(FORMATS) and len(table) > 25
+    for name, row in table:
+        row = json.loads(row.replace("\\|", "|"))
+        *_, answer = read_row(row, name).messages
+        assert find_format(row) == name and answer["role"] in ("assistant", "text")
 
 
 def test_tools_may_be_json_as_tables_store_them():

@@ -13,8 +13,8 @@ from utils.arguments import GenerationArguments, ModelArguments
 from utils.chat.generation import BatchAnswerer, build_generation_config, load_run, trim_history
 from utils.chat.streaming import ConversationCache, ReplyStreamer, drop_leading_blanks, stream_reply
 from utils.console import UserError
+from utils.fast.decode_setup import install_graph_decode
 from utils.fast.frozen_weights import read_weight
-from utils.fast.graph_decode import install_graph_decode
 from utils.messages import IGNORE_INDEX, Chat
 from utils.models.folder import resolve_model
 from utils.models.tokenizer import ChatTokenizer
@@ -165,10 +165,8 @@ def test_chat_prompt_is_the_training_prompt_token_for_token(run, monkeypatch):
     row = encode_row(chat.tokenizer.raw, draft)
     trained_prompt = row["input_ids"][: row["labels"].count(IGNORE_INDEX)]
     sent = []
-    generate = chat.model.generate
-    monkeypatch.setattr(
-        chat.model, "generate", lambda **kw: (sent.append(kw["input_ids"]), generate(**kw))[1]
-    )
+    read = chat.steps.read
+    monkeypatch.setattr(chat.steps, "read", lambda ids, cache: (sent.append(ids), read(ids, cache))[1])
     list(stream_reply(chat, QUESTION, SHORT))
     assert sent[0].tolist() == [trained_prompt]
 
@@ -195,10 +193,10 @@ def test_closing_the_stream_stops_the_generation(run):
 def test_failure_while_generating_reaches_the_reader(run, monkeypatch):
     _, chat = open_run(run)
 
-    def fail(**kwargs):
+    def fail(*args):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(chat.model, "generate", fail)
+    monkeypatch.setattr(chat.steps, "read", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(stream_reply(chat, QUESTION, SHORT))
 

@@ -88,6 +88,17 @@ PAIRS = [
     ({"conversation": [{"system": "s", "input": "q", "output": "a"}, {"system": "s", "input": "Q", "output": "A"}]}, ["a", "A"]),
     ({"conversation": [{"input": "q", "output": "a", "output_with_loss": False}, {"input": "Q", "output": "A"}]}, ["A"]),
     ({"instruction": "Q?", "input": "more", "output": ["Good.", "Bad."]}, ["Good."]),
+    ({"conversation": [{"human": "q", "assistant": "a"}]}, ["a"]),
+    ({"paragraph": [{"q": "Q one?", "a": ["One.", "", "Two."]}, {"q": "Q?", "a": "A."}]}, ["One.\n\nTwo.", "A."]),
+    ({"conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": ["One.", "Two."]}]}, ["One.\nTwo."]),
+    ({"input": ["Q one?", "Q two?"], "output": ["A one.", "A two."]}, ["A one.", "A two."]),
+    ({"Question": "Q?", "ANSWER": "A.", "Context": "c"}, ["A."]),
+    ({"article": "A long text.", "question": "Q?", "answer": "A."}, ["A."]),
+    ({"question": "Q?", "response_chosen": "Good.", "response_rejected": "Bad.", "history": [["q", "a"]], "system": "s"}, ["Good."]),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "content": "q"}]}, {"role": "assistant", "content": "a"}]}, ["a"]),
+    ({"messages": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'}, ["a"]),
+    ({"prompt": "Q?", "chosen": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'}, ["a"]),
+    ({"query": "Q?", "response": "[[1, 2]]", "history": '[["q", "a"]]'}, ["a", "[[1, 2]]"]),
     ({"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, ["a"]),
     ({"messages": [{"role": "user", "value": "q"}, {"role": "assistant", "value": "a"}]}, ["a"]),
     (
@@ -107,6 +118,71 @@ PAIRS = [
 )
 def test_row_of_a_known_layout_is_trained_on_its_answers(learn, row, answers):
     assert learn([row])[0] == ends(*answers)
+
+
+@pytest.mark.parametrize("name", ["yayi", "Mimi 2"])
+def test_speaker_of_any_name_who_alone_answers_the_user_is_the_model_and_said(learn, name):
+    said = [("human", "q"), (name, "a"), ("human", "Q"), (name, "A")]
+    row = {"conversations": [{"from": who, "value": text} for who, text in said]}
+    assert learn([row])[0] == ends("a", "A")
+    assert read_row(row, "sharegpt").cleaned == (f"{name!r} taken for the model's name",)
+    third = {"from": "narrator", "value": "n"}
+    for turns in ([*row["conversations"], third], [third], [{"from": "gpt", "value": "a"}, third]):
+        with pytest.raises(UserError, match="a turn is spoken by"):
+            read_row({"conversations": turns}, "sharegpt")
+
+
+MARKED = [
+    ({"prompt": "Q?", "completion": "A.<|endoftext|>"}, "A."),
+    ({"instruction": "Q?", "output": "A.</s>\n"}, "A."),
+    ({"instruction": "Q?", "output": "Write <s>old</s>"}, "Write <s>old</s>"),
+    ({"instruction": "Q?", "output": "<|endoftext|> ends it."}, "<|endoftext|> ends it."),
+    ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a <|eot_id|>"}]}, "a "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row, answer", MARKED, ids=[answer for _, answer in MARKED])
+def test_end_mark_that_a_publisher_put_behind_an_answer_is_taken_off_and_said(learn, row, answer):
+    assert learn([row])[0] == ends(answer)
+    given = row.get("completion") or row.get("output") or row["conversations"][1]["value"]
+    notes = ("an end mark behind an answer taken off",)
+    assert read_row(row, find_format(row)).cleaned == (notes if answer != given else ())
+    with pytest.raises(UserError, match="an answer is '</s>' alone"):
+        read_row({"instruction": "Q?", "output": "</s> "}, "alpaca")
+
+
+PIECES = [
+    {"content": [{"type": "text", "text": "Think.", "train": False}, {"type": "text", "text": "A.", "train": True}]},
+    {"content": [{"type": "text", "text": "Think.", "weight": 0}, {"type": "text", "text": "A."}]},
+    {"content": "Think. A.", "train_detail": [{"begin_offset": 0, "end_offset": 5, "train": False}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", PIECES, ids=["train", "weight", "train_detail"])
+def test_answer_of_which_a_piece_is_context_is_refused(answer):
+    asked = {"role": "user", "content": [{"type": "text", "text": "Q?", "train": False}]}
+    with pytest.raises(UserError, match="marks a piece of an answer as not learned"):
+        read_row({"messages": [asked, answer | {"role": "assistant"}]}, "messages")
+    whole = {"role": "assistant", "content": [{"type": "text", "text": "A.", "train": True}]}
+    assert read_row({"messages": [asked, whole]}, "messages").messages[1]["content"] == "A."
+
+
+def test_text_of_a_turn_that_the_template_does_not_show_is_counted_by_its_key(learn, smol_tokenizer):
+    thought = {"role": "assistant", "content": "A.", "reasoning_content": "Let me think."}
+    listed = {"role": "assistant", "content": "A.", "steps": [{"type": "text", "text": "One by one."}]}
+    marked = {"role": "assistant", "content": "A.", "id": "x1", "kind": "reply"}
+    rows = [{"messages": [{"role": "user", "content": "q"}, answer]} for answer in (thought, listed, marked)]
+    assert learn(rows)[0] == ends("A.") * 3
+    hidden = "rows with a text that the template does not show: "
+    assert learn.report["parts"]["train"]["findings"] == {
+        f"{hidden}reasoning_content": 1,
+        f"{hidden}steps": 1,
+    }
+    smol_tokenizer.chat_template = QWEN.replace(
+        "message.content -}}", "(message.reasoning_content or '') + message.content -}}", 2
+    )
+    assert learn(rows[:1])[0] == ends("Let me think.A.")
+    assert learn.report["parts"]["train"]["findings"] == {}
 
 
 def test_what_is_written_as_text_is_said_and_the_question_stays_whole():
@@ -164,6 +240,8 @@ UNREAD = [
     ({"system": "Be kind.", "messages": [("system", "No."), ("user", "q"), ("assistant", "a")]}, ["system"]),
     ({"问题": "在吗？", "回答": "在。", "解释": "因为今天是工作日，所以我在。"}, ["解释"]),
     ({"text": "A whole text.", "summary": "In short."}, ["summary"]),
+    ({"question": "Which one?", "choices": ["a cat", "a dog"], "answer": "The third."}, ["choices"]),
+    ({"question": "Q?", "answer": "A.", "more": {"note": ["A long text."]}}, ["more"]),
     ({"instruction": "Q?", "output": "A.", "source": "From the web.", "id": "row 1", "kind": "closed_qa", "page_url": "a b"}, []),
     ({"instruction": "Say it.", "input": "Hello you.", "output": "Hi.", "text": "Below: Say it. Input: Hello you. Reply: Hi."}, []),
     ({"prompt": "Who are you?", "messages": [("user", "Who are you?"), ("assistant", "a")]}, []),
@@ -219,6 +297,24 @@ def test_calls_of_sharegpt_are_trained_as_calls(learn):
     named = [{"role": turn["from"], "content": turn["value"]} for turn in CALLED]
     named[1]["role"], named[2]["role"] = "tool_call", "tool_response"
     assert read_row({"messages": named, "tools": [TOOL]}, "messages") == chat
+
+
+@pytest.mark.parametrize("key", ["arguments", "parameters"])
+def test_function_call_of_a_turn_and_functions_of_a_row_are_a_call_and_tools(learn, key):
+    """As OpenAI's files had them before there were tool_calls and tools."""
+    called = {
+        "name": "look_up",
+        key: json.dumps(CALL["arguments"]) if key == "arguments" else CALL["arguments"],
+    }
+    messages = [
+        {"role": "user", "content": "Weather in Lima?"},
+        {"role": "assistant", "content": None, "function_call": called},
+        {"role": "function", "name": "look_up", "content": "sunny"},
+        {"role": "assistant", "content": "It is sunny.", "function_call": None},
+    ]
+    row = {"messages": messages, "functions": [TOOL]}
+    assert learn([row])[0] == ends(CALL_TEXT, "It is sunny.")
+    assert read_row(row, "messages").tools == [{"type": "function", "function": TOOL}]
 
 
 def test_call_that_is_no_json_is_a_bad_row():
@@ -311,6 +407,25 @@ def test_bad_entry_of_a_dataset_info_is_one_line(learn, tmp_path, spec, reason):
         learn(path)
 
 
+def test_entry_of_a_dataset_info_may_mark_undesirable_rows_in_any_column(learn, tmp_path):
+    info, path = tmp_path / "dataset_info.json", tmp_path / "rows.json"
+    columns = {"prompt": "instruction", "response": "output", "kto_tag": "good"}
+    info.write_text(json.dumps({"mine": {"file_name": "rows.json", "columns": columns}}))
+    rows = [{"instruction": f"q{i}", "output": f"a{i}", "good": i % 2 == 1} for i in range(4)]
+    path.write_text(json.dumps(rows))
+    assert learn(path)[0] == ends("a1", "a3")
+
+
+def test_entry_of_a_dataset_info_with_a_prompt_alone_is_text_to_continue(learn, tmp_path):
+    info = {"lines": {"file_name": "lines.txt", "columns": {"prompt": "text"}}}
+    info["pages"] = {"file_name": "pages.json", "columns": {"prompt": "page"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    (tmp_path / "lines.txt").write_text("One line.\nAnother one.\n")
+    (tmp_path / "pages.json").write_text(json.dumps([{"page": "A page."}]))
+    assert learn(tmp_path / "lines.txt")[0] == ends("One line.", "Another one.")
+    assert learn(tmp_path / "pages.json")[0] == ends("A page.")
+
+
 def test_entries_of_a_dataset_info_that_fit_no_row_or_one_file_are_said(learn, tmp_path):
     info, path = tmp_path / "dataset_info.json", tmp_path / "rows.json"
     path.write_text(json.dumps([{"ask": "Q?", "say": "A.", "note": "x"}]))
@@ -391,12 +506,15 @@ def test_columns_of_no_format_are_answered_with_the_flag_filled_in(learn, row, g
         learn([{name: None for name in row}, row])
 
 
-def test_texts_without_a_template_are_refused_by_name(learn):
-    rows = [{"segments": [{"label": False, "text": "<s>Q?"}, {"label": True, "text": "A.</s>"}]}]
+@pytest.mark.parametrize("count", [1, 2])
+def test_texts_without_a_template_and_tokens_are_refused_by_name(learn, count):
+    rows = [{"segments": [{"label": False, "text": "<s>Q?"}, {"label": True, "text": "A.</s>"}]}] * count
     with pytest.raises(
         UserError, match="column 'segments' holds axolotl's texts without a template.*as messages"
     ):
         learn(rows)
+    with pytest.raises(UserError, match="column 'input_ids' holds tokens of some tokenizer"):
+        learn([{"input_ids": [1, 2], "labels": [-100, 2]}] * count)
 
 
 CONTEXT = [

@@ -16,7 +16,7 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 from utils.arguments import ModelArguments
 from utils.console import UserError
-from utils.fast.graph_decode import install_graph_decode
+from utils.fast.decode_setup import install_graph_decode
 from utils.models.base import load_base
 from utils.models.folder import resolve_model
 from utils.models.tokenizer_files import load_own_tokenizer

@@ -140,6 +140,7 @@ def test_gbk_far_behind_the_start_of_a_file_is_found(tmp_path):
 
 INNER = [{"instruction": f"q{i}", "output": "a"} for i in range(3)]
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "id": 1}
+PAIR = {"human": "q", "assistant": "a"}
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -154,6 +155,11 @@ CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "co
             {"conversations": [{"from": "human", "value": "q"}]},
             [{"conversations": [{"from": "human", "value": "q"}]}],
         ),
+        ({"id": 1, "conversation": [PAIR]}, [{"id": 1, "conversation": [PAIR]}]),
+        ({"segments": [{"text": "a"}]}, [{"segments": [{"text": "a"}]}]),
+        ({"instruction": "q", "instances": [PAIR]}, [{"instruction": "q", "instances": [PAIR]}]),
+        ({"type": "text2text", "instances": INNER}, INNER),
+        ({"conversations": [CHAT, CHAT]}, [CHAT, CHAT]),
         ({"train": INNER, "test": INNER}, [{"train": INNER, "test": INNER}]),
         ({"data": []}, [{"data": []}]),
     ],

@@ -232,7 +232,7 @@ def test_example_row_alone_is_a_data_set(number, tmp_path):
 
 
 def test_docs_are_those_that_the_house_has():
-    names = "architecture commands lab_log reliability results serving several_gpus"
+    names = "architecture commands lab_log memory reliability results serving several_gpus training"
     assert [path.stem for path in DOCS] == names.split()
 
 

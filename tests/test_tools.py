@@ -176,11 +176,12 @@ def test_stop_tokens_of_a_template_that_closes_its_calls_are_no_others(smol_toke
 
 def test_reasons_that_name_each_row_are_counted_together(smol_tokenizer):
     smol_tokenizer.chat_template = "{{ raise_exception('no ' + messages[0].content) }}"
-    maker = tokenizing.RowMaker(ChatTokenizer(smol_tokenizer, [smol_tokenizer.eos_token_id]), DataArguments())
-    found = {TRAIN: tokenizing.Found()}
-    for number in range(100):
-        asked = {"role": "user", "content": f"q{number}"}
-        assert maker.render(TRAIN, number, Chat([asked, CALLED[3]]), found) == []
-    counts = found[TRAIN].counts
+    encoder = tokenizing.ChatEncoder(
+        ChatTokenizer(smol_tokenizer, [smol_tokenizer.eos_token_id]), DataArguments()
+    )
+    chats = [Chat([{"role": "user", "content": f"q{number}"}, CALLED[3]]) for number in range(100)]
+    numbered = [(TRAIN, 0, number, chat) for number, chat in enumerate(chats, 1)]
+    assert list(encoder.encode(numbered)) == []
+    counts = encoder.counts[TRAIN].counts
     assert "dropped: the chat template refuses these messages: no q0" in counts
     assert len(counts) < 40 and sum(counts.values()) == 100 and counts[tokenizing.REFUSED] == 70

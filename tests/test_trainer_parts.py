@@ -56,16 +56,22 @@ def test_both_engines_give_one_loss_and_one_gradient_for_a_step_of_several_micro
     assert fast.flat.grads.norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_flat_weights_are_listed_piece_by_piece():
+@pytest.mark.parametrize("ratio", [None, 16.0])
+def test_weights_that_the_optimizer_has_are_listed_piece_by_piece(ratio):
     model = build_model(NAME, 0.0)
     engine = FastEngine(prepare_fast_model(model, torch.float32))
     names = {weight: name for name, weight in model.named_parameters()}
-    pieces = engine.list_pieces(engine.flat_weights, names)
-    for name, start, shape in pieces:
-        weight = model.get_parameter(name)
-        assert list(weight.shape) == shape
-        assert torch.equal(engine.flat_weights[start : start + weight.numel()].view(shape), weight)
-    assert {name for name, *_ in pieces} == {name for name, w in model.named_parameters() if w.requires_grad}
+    optimizer = engine.build_optimizer(model, lambda: (torch.optim.SGD, {"lr": 0.5}), 0.0, ratio)
+    listed = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for name, start, shape in engine.list_pieces(parameter, names):
+                weight = model.get_parameter(name)
+                assert list(weight.shape) == shape
+                assert torch.equal(parameter[start : start + weight.numel()].view(shape), weight)
+                listed[name] = group["lr"]
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert listed == {name: 8.0 if ratio and ".lora_B." in name else 0.5 for name in trained}
 
 
 @pytest.mark.parametrize(

@@ -18,14 +18,20 @@ from utils.console import UserError
 
 TRUE_WORDS = {"true", "t", "yes", "y", "1"}
 FALSE_WORDS = {"false", "f", "no", "n", "0"}
+DatasetFormat = Literal[
+    "alpaca", "belle", "chip2", "dolly", "evol_instruct", "guanaco", "hh-rlhf", "input-output", "longform",
+    "messages", "oasst1", "olcc", "preference", "question-answer", "seed-task", "self-instruct", "sharegpt",
+    "text", "vicuna",
+]  # fmt: skip
 
 
-def flag(default: Any, help: str, bare: str | None = None) -> Any:
+def flag(default: Any, help: str, bare: str | None = None, aliases: tuple[str, ...] = ()) -> Any:
     """A dataclass's field that is a flag: its default, and its line in --help.
 
-    `bare`: what the flag means without a value.
+    `bare`: what the flag means without a value. `aliases`: its other names.
     """
-    metadata = {"help": help} | ({} if bare is None else {"nargs": "?", "const": bare})
+    without_value = {} if bare is None else {"nargs": "?", "const": bare}
+    metadata = {"help": help, "aliases": list(aliases)} | without_value
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -34,10 +40,12 @@ def flag(default: Any, help: str, bare: str | None = None) -> Any:
 @dataclass
 class ModelArguments:
     _argument_group_name = "model"
-    model_name_or_path: str | None = flag(None, "Folder or hub id of the base model.")
+    model_name_or_path: str | None = flag(None, "Folder or hub id of the base, or modelscope:ORG/NAME.")
     revision: str | None = flag(None, "Branch, tag or commit of the base on the hub.")
     checkpoint_dir: str | None = flag(
-        None, "A run, a checkpoint-N of it, or an adapter folder to start from."
+        None,
+        "A run, a checkpoint-N of it, or an adapter folder to start from (also --adapter_name_or_path).",
+        aliases=("--adapter_name_or_path",),
     )
     bits: Literal[4, 8, 16, 32] = flag(4, "Bits of the base model's weights.")
     double_quant: bool = flag(True, "Quantize the 4-bit scales too (QLoRA, section 3).")
@@ -91,36 +99,13 @@ class DataArguments:
     _argument_group_name = "data"
     dataset_name: str = flag(
         "alpaca",
-        "Named sets, hub ids (org/name:config[split]), files, folders or globs, by commas; "
-        "#500 draws 500 rows.",
+        "Named sets, hub ids (org/name:config[split]), modelscope:ORG/NAME, files, folders or globs, "
+        "by commas; #500 draws 500 rows.",
     )
     eval_dataset_name: str | None = flag(
         None, "Rows to evaluate on. Without it the set's own, or a part of the rows."
     )
-    dataset_format: (
-        Literal[
-            "alpaca",
-            "belle",
-            "chip2",
-            "dolly",
-            "evol_instruct",
-            "guanaco",
-            "hh-rlhf",
-            "input-output",
-            "longform",
-            "messages",
-            "oasst1",
-            "olcc",
-            "preference",
-            "question-answer",
-            "seed-task",
-            "self-instruct",
-            "sharegpt",
-            "text",
-            "vicuna",
-        ]
-        | None
-    ) = flag(None, "Column layout; found from the columns when left out.")
+    dataset_format: DatasetFormat | None = flag(None, "Column layout; found from the columns when left out.")
     columns: str | None = flag(
         None,
         "Own names of columns: instruction=QUESTION,output=ANSWER; also input, system, history, "
@@ -178,9 +163,13 @@ class LoraArguments:
     bias: Literal["none", "all", "lora_only"] = flag("none", "Which biases are trained.")
     use_rslora: bool = flag(False, "Scale by alpha / sqrt(r) (arXiv 2312.03732).")
     use_dora: bool = flag(False, "Train magnitude apart from direction (2402.09353).")
+    loraplus_lr_ratio: float | None = flag(None, "B learns so much faster than A (2402.12354).")
+    init_lora_weights: Literal["gaussian", "pissa", "olora"] | None = flag(
+        None, "How A and B begin, if not as LoRA's (PiSSA and OLoRA: 16 bits)."
+    )
 
     def __post_init__(self) -> None:
-        require_positive(self, "lora_r", "lora_alpha")
+        require_positive(self, "lora_r", "lora_alpha", "loraplus_lr_ratio")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(
                 f"--lora_dropout {self.lora_dropout} is no probability: use 0 up to, not including, 1"
@@ -239,6 +228,11 @@ class TrainingArguments:
     save_strategy: str = flag("steps", "no, steps or epoch.")
     save_steps: float = flag(250, "Steps between checkpoints.")
     save_total_limit: int | None = flag(40, "Checkpoints kept.")
+    load_best_model_at_end: bool = flag(False, "Keep the step whose evaluation was best.")
+    early_stopping_patience: int | None = flag(
+        None, "Stop after so many evaluations in a row that are no better."
+    )
+    early_stopping_threshold: float = flag(0.0, "Better means better by more than this.")
     train_sampling_strategy: str = flag(
         "random", "random, sequential, or group_by_length to batch equal lengths."
     )
@@ -270,23 +264,16 @@ class TrainingArguments:
     def __post_init__(self) -> None:
         if not (self.do_train or self.do_eval or self.do_predict):
             self.do_train = True
+        self.do_eval |= self.do_train and self.eval_strategy != "no"
         if self.output_dir is not None:
             self.output_dir = os.path.expanduser(self.output_dir)  # as the Trainer does
-        require_positive(
-            self,
-            "num_train_epochs",
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-            "learning_rate",
-            "eval_steps",
-            "logging_steps",
-            "save_steps",
-            "save_total_limit",
-            "max_mmlu_samples",
-            "mmlu_source_max_len",
-            "adam_epsilon",
-        )
+        positive = """
+            num_train_epochs per_device_train_batch_size per_device_eval_batch_size
+            gradient_accumulation_steps learning_rate eval_steps logging_steps save_steps
+            save_total_limit early_stopping_patience max_mmlu_samples mmlu_source_max_len
+            adam_epsilon
+        """
+        require_positive(self, *positive.split())
         if self.max_steps == 0 or self.max_steps < -1:
             raise UserError(f"--max_steps {self.max_steps}: use a positive number, or -1 to train by epochs")
         if self.warmup_steps < 0:
@@ -319,8 +306,13 @@ class GenerationArguments:
     repetition_penalty: float = flag(1.0, "Above 1 discourages repetition.")
     length_penalty: float = flag(1.0, "Above 0 favours longer beams.")
     no_repeat_ngram_size: int = flag(0, "No n-gram of this size appears twice; 0: off.")
+    prompt_lookup: int = flag(
+        0, "Guess up to so many tokens (7 at most) from the prompt; the reply stays the same."
+    )
 
     def __post_init__(self) -> None:
+        if not 0 <= self.prompt_lookup <= 7:
+            raise UserError(f"--prompt_lookup {self.prompt_lookup}: use 1 to 7 tokens, or 0 for none")
         require_positive(
             self,
             "max_new_tokens",

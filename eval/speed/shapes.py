@@ -42,10 +42,10 @@ def describe_llama(
 
 SHAPES = {
     "llama-7b": lambda: describe_llama(4096, 11008, 32, 32),
+    "llama3-8b": lambda: describe_llama(4096, 14336, 32, 32, 8, 128256),
     "llama-13b": lambda: describe_llama(5120, 13824, 40, 40),
     "llama-33b": lambda: describe_llama(6656, 17920, 60, 52),
     "llama-65b": lambda: describe_llama(8192, 22016, 80, 64),
-    "llama3-8b": lambda: describe_llama(4096, 14336, 32, 32, 8, 128256),
     "mistral-7b": lambda: MistralConfig(),
     "qwen2.5-7b": lambda: Qwen2Config(
         vocab_size=152064,

@@ -4,7 +4,7 @@ import numpy as np
 
 from helpers.rows import load, write_rows
 from utils.arguments import DataArguments
-from utils.data.tokenizing import RowMaker, tokenize_rows
+from utils.data.tokenizing import ChatEncoder, tokenize_rows
 from utils.messages import IGNORE_INDEX, TRAIN, Chat
 from utils.models.encoding import encode_rows
 from utils.models.tokenizer import ChatTokenizer
@@ -36,7 +36,7 @@ def encode_prompt(tokenizer, asked, stop_ids):
 def encode_row(tokenizer, row, **flags):
     """{input_ids, labels} of a rendered row, as training marks them."""
     ((pieces, _),) = encode_rows(tokenizer, [row])
-    signed = RowMaker(ChatTokenizer(tokenizer, []), DataArguments(**flags)).sign(pieces)
+    signed = ChatEncoder(ChatTokenizer(tokenizer, []), DataArguments(**flags)).mark_untrained(pieces)
     labels = np.where(signed >= 0, signed, IGNORE_INDEX)
     return {"input_ids": np.where(signed >= 0, signed, ~signed).tolist(), "labels": labels.tolist()}
 

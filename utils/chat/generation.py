@@ -18,7 +18,8 @@ from transformers import GenerationConfig
 from utils.arguments import GenerationArguments
 from utils.chat.model_lock import ModelLock
 from utils.console import UserError, notice
-from utils.fast.graph_decode import install_graph_decode
+from utils.fast.decode_loop import GrowingSteps, Steps
+from utils.fast.decode_setup import install_graph_decode
 from utils.messages import Chat, Messages
 from utils.models.adapter import load_adapter
 from utils.models.base import choose_compute_dtype, load_base
@@ -36,6 +37,7 @@ class ChatModel:
     tokenizer: ChatTokenizer
     context: int | None  # tokens
     lock: ModelLock
+    steps: Steps | None = None  # tokens one at a time, faster than by generate; None where generate must do
 
 
 def load_run(resolved: ResolvedModel) -> ChatModel:
@@ -45,14 +47,13 @@ def load_run(resolved: ResolvedModel) -> ChatModel:
     if resolved.has_adapter:
         model = load_adapter(model, str(args.checkpoint_dir))
     model.eval()
-    if model.device.type == "cuda":
-        install_graph_decode(model)
+    steps = install_graph_decode(model) if model.device.type == "cuda" else GrowingSteps(model)
     if tokenizer.keeps_blank:
         notice(
             f"{args.checkpoint_dir} was trained by an older version, which tokenized prompts and answers "
             "apart: it is asked as it was trained, and training anew gives better answers"
         )
-    return ChatModel(model, tokenizer, find_context(resolved.config), ModelLock(model))
+    return ChatModel(model, tokenizer, find_context(resolved.config), ModelLock(model), steps)
 
 
 def build_generation_config(
@@ -60,6 +61,8 @@ def build_generation_config(
 ) -> GenerationConfig:
     """transformers' GenerationConfig; sampling flags count only with --do_sample."""
     flags = {name: value for name, value in vars(generation_args).items() if value is not None}
+    if flags.pop("prompt_lookup") and (generation_args.do_sample or generation_args.repetition_penalty != 1):
+        notice("--prompt_lookup guesses the likeliest tokens: with sampling or penalties it has no effect")
     if not generation_args.do_sample:
         changed = [name for name, default in SAMPLING_DEFAULTS.items() if flags[name] != default]
         if changed:

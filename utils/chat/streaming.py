@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Generator, Hashable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,8 @@ from transformers.cache_utils import DynamicLayer
 from utils.arguments import GenerationArguments
 from utils.chat.generation import ChatModel, build_generation_config
 from utils.chat.model_lock import ModelLock
+from utils.fast.decode_loop import stream_tokens
+from utils.fast.token_choice import NotCovered, TokenChoice
 from utils.messages import Messages
 from utils.models.tokenizer import ChatTokenizer, drop_cut_character
 
@@ -108,10 +111,13 @@ class StopOrYield(StoppingCriteria):
         return time.monotonic() > self.deadline
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.ends(), device=input_ids.device)
+
+    def ends(self) -> bool:
         done = self.stopped.is_set() or self.late
         if not done:
             self.lock.pass_on(self.tuned)
-        return torch.full((input_ids.shape[0],), done, device=input_ids.device)
+        return done
 
 
 def stream_reply(
@@ -137,7 +143,8 @@ def stream_reply(
         try:
             with chat.lock.hold(tuned), torch.no_grad():
                 if not between.stopped.is_set():
-                    generate_streamed(chat, prompt, config, kept, streamer, between)
+                    lookup = generation_args.prompt_lookup
+                    generate_streamed(chat, prompt, config, kept, streamer, between, lookup)
         except Exception as error:  # raised again where the reply is read
             failures.append(error)
             kept.ids, kept.cache = [], None
@@ -173,28 +180,61 @@ def generate_streamed(
     kept: ConversationCache,
     streamer: ReplyStreamer,
     between: StopOrYield,
+    lookup: int = 0,
 ) -> None:
     """Generate into `streamer`, from the keys and values in `kept` on; leaves there those of this turn."""
-    input_ids = torch.tensor([prompt], device=chat.model.device)
     beams = config.num_beams > 1  # final only at the end: nothing to stream before it, no one cache to keep
-    cache = restore_cache(chat.model, kept, prompt) if kept.reuse and not beams else None
+    cache = restore_cache(chat.model, kept, prompt) if not beams else None
     kept.reused_tokens = 0 if cache is None else cache.get_seq_length()
-    output = chat.model.generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        generation_config=config,
-        stopping_criteria=StoppingCriteriaList([between]),
-        **({} if beams else {"streamer": streamer}),
-        **({} if cache is None else {"past_key_values": cache}),
-    )[0].tolist()
+    choice, steps = None if cache is None else find_choice(chat, config), chat.steps
+    if choice is not None and steps is not None:
+        output, stop_ids = list(prompt), chat.tokenizer.stop_ids
+        tokens = stream_tokens(steps, prompt, cache, choice, config.max_new_tokens, stop_ids, lookup)
+        streamer.put(torch.tensor(prompt))
+        with closing(tokens):
+            for token in tokens:
+                output.append(token)
+                streamer.put(torch.tensor([token]))
+                if between.ends():
+                    break
+    else:
+        output = generate_plainly(chat, prompt, config, streamer, between, cache)
     if beams:
         streamer.on_finalized_text(chat.tokenizer.decode_reply(output[len(prompt) :]))
         kept.new_tokens, kept.seconds = len(output) - len(prompt), time.perf_counter() - streamer.start
-    elif cache is not None:
+    elif cache is not None and kept.reuse:
         kept.ids, kept.cache = output[: cache.get_seq_length()], cache
     kept.ended = "interrupted" if between.stopped.is_set() else "time" if between.late else "length"
     if output[-1] in chat.tokenizer.stop_ids:
         kept.ended = "stop"
+
+
+def find_choice(chat: ChatModel, config: GenerationConfig) -> TokenChoice | None:
+    """How `config` chooses a token; None where transformers' generate does it."""
+    try:
+        return None if chat.steps is None else chat.steps.find_choice(config)
+    except NotCovered:
+        return None
+
+
+def generate_plainly(
+    chat: ChatModel,
+    prompt: list[int],
+    config: GenerationConfig,
+    streamer: ReplyStreamer,
+    between: StopOrYield,
+    cache: DynamicCache | None,
+) -> list[int]:
+    """Prompt and reply by transformers' generate: beams, n-grams, models that keep a window of the tokens."""
+    input_ids = torch.tensor([prompt], device=chat.model.device)
+    return chat.model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        generation_config=config,
+        stopping_criteria=StoppingCriteriaList([between]),
+        **({} if config.num_beams > 1 else {"streamer": streamer}),
+        **({} if cache is None else {"past_key_values": cache}),
+    )[0].tolist()
 
 
 def restore_cache(model: Any, kept: ConversationCache, prompt: list[int]) -> DynamicCache | None:
@@ -204,7 +244,7 @@ def restore_cache(model: Any, kept: ConversationCache, prompt: list[int]) -> Dyn
     """
     if not model._supports_default_dynamic_cache():
         return None
-    cache, kept.cache = kept.cache, None
+    cache, kept.cache = kept.cache if kept.reuse else None, None
     if cache is None:
         cache = DynamicCache(config=model.config.get_text_config())
         return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None

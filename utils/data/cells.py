@@ -1,11 +1,17 @@
 """What a cell of a row holds: text, a number that is text there too, or nothing."""
 
+import functools
 import json
 import math
 from collections.abc import Iterable
+from types import NoneType
 from typing import Any
 
+from utils.console import UserError
+from utils.messages import Row
+
 NUMBERS = "numbers and booleans written as text"
+LINES = "lists of lines joined to one text"
 
 # Columns about a row, not of it: where it is from, what kind it is.
 METADATA = frozenset(
@@ -15,6 +21,7 @@ METADATA = frozenset(
 )
 
 
+@functools.cache
 def is_metadata(column: str) -> bool:
     """Whether a column is known to tell about the row, by its name."""
     name = column.lower()
@@ -33,16 +40,50 @@ def is_number(value: Any) -> bool:
 
 def is_given(value: Any) -> bool:
     """Whether a cell holds anything: 0 and false do; NaN, null, an empty text and an empty list do not."""
+    if isinstance(value, str):
+        return value != ""
     return is_number(value) or (bool(value) and not isinstance(value, float))
+
+
+def find_given(row: Row, columns: Iterable[str]) -> str | None:
+    """The first of these columns that holds anything."""
+    for column in columns:
+        if is_given(row.get(column)):
+            return column
+    return None
 
 
 def write_cell(value: Any) -> Any:
     """A number or boolean (a label, a score) as its text, NaN as null, any other value as it is."""
+    if isinstance(value, str):
+        return value
     if is_number(value):
         return json.dumps(value)
     return None if is_empty_number(value) else value
 
 
-def note_numbers(values: Iterable[Any]) -> list[str]:
-    """The note of a row where one of these was written as text."""
-    return [NUMBERS] if any(map(is_number, values)) else []
+def need_text(value: Any, where: str) -> str:
+    """write_cell of a value that must be text, `where` it stands. Raises UserError for another."""
+    text = write_cell(value)
+    if not isinstance(text, str):
+        raise UserError(f"{where} holds {str(text)[:40]!r}: text is needed")
+    return text
+
+
+def note_written(values: list[Any]) -> list[str]:
+    """Notes of a row where one of these was no text and is written as one."""
+    if set(map(type, values)) <= {str, NoneType}:
+        return []
+    lines = any(isinstance(value, list) and value and isinstance(value[0], str) for value in values)
+    return [NUMBERS] * any(map(is_number, values)) + [LINES] * lines
+
+
+def unpack_list(value: Any) -> Any:
+    """The list of turns (objects or pairs) that a table stores as its JSON; any other value as it is."""
+    if not (isinstance(value, str) and value.startswith(("[{", "[["))):
+        return value
+    try:
+        found = json.loads(value)
+    except json.JSONDecodeError:
+        return value
+    return found if all(isinstance(turn, dict | list) for turn in found) else value

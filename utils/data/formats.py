@@ -1,22 +1,33 @@
-"""A row of any known format -> messages. Its columns tell the format; --dataset_format forces one."""
+"""A row of any known format becomes a Chat, messages of a role and a content.
+
+    {"instruction": "Add.", "input": "3 + 4", "output": "7"}
+    ->  user: "Add.\\n\\n3 + 4", assistant: "7"
+
+The columns of a row tell its format; --dataset_format forces one. All that follows (templates, labels,
+splits, limits) knows messages alone, so a new format is one function here and its line in FORMATS. Each
+reader raises UserError for a row that it cannot read; the row is then left out and counted with that
+reason. data/README.md has a row of each layout.
+"""
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from utils.console import UserError
-from utils.data.cells import is_empty_number, is_given, note_numbers, write_cell
-from utils.data.layouts import INPUTS, find_pair
+from utils.data.cells import find_given, is_empty_number, need_text, note_written
+from utils.data.layouts import CONVERSATIONS, INPUTS, find_columns, find_pair
 from utils.data.media import check_media
 from utils.data.preferences import CHOSEN, CONTEXTS, REJECTED, check_desirable, is_ranked, read_preferred
 from utils.data.roles import add_system, join_calls, read_history, read_system, wrap_tools
 from utils.data.turns import (
+    HUMAN_OR_ASSISTANT,
     blank_null,
     find_said,
     join_input,
     keep_ordered,
+    name_model,
     names_speaker,
     read_list,
     read_turn,
@@ -25,15 +36,12 @@ from utils.data.turns import (
     tidy_messages,
     tidy_turns,
 )
-from utils.data.unread import WatchedRow, find_unread
-from utils.messages import TEXT_ROLE, UNTRAINED, Chat, Row
+from utils.data.unread import find_unread
+from utils.messages import TEXT_ROLE, UNTRAINED, Chat, Message, Row
 
 
 def read_text(row: Row, column: str) -> str:
-    value = write_cell(row.get(column))
-    if not isinstance(value, str):
-        raise UserError(f"column {column!r} holds {str(value)[:40]!r}: text is needed")
-    return value
+    return need_text(row.get(column), f"column {column!r}")
 
 
 def build_exchange(row: Row, question: str, answer: str, marker: str, extra: str | None = None) -> Chat:
@@ -43,14 +51,13 @@ def build_exchange(row: Row, question: str, answer: str, marker: str, extra: str
     for role, text in turns:
         if not text.strip():
             raise UserError(f"column {(question if role == 'user' else answer)!r} is empty")
-    notes = note_numbers(row.get(column) for column in (question, answer, extra) if column)
+    notes = note_written([row.get(column) for column in (question, answer, extra) if column])
     return Chat([{"role": role, "content": text} for role, text in turns], cleaned=tuple(notes))
 
 
-def read_exchange(row: Row, question: str, answer: str, marker: str, inputs: tuple[str, ...] = ()) -> Chat:
+def read_exchange(row: Row, question: str, answer: str, marker: str, inputs: Sequence[str] = ()) -> Chat:
     """build_exchange behind the system message and `history` of the row; `inputs`: names of its extra."""
-    extra = next((name for name in inputs if is_given(row.get(name))), None)
-    exchange = build_exchange(row, question, answer, marker, extra)
+    exchange = build_exchange(row, question, answer, marker, find_given(row, inputs))
     earlier = read_system(row) + read_history(row)
     if not earlier:
         return exchange
@@ -76,6 +83,11 @@ def read_self_instruct(row: Row, marker: str) -> Chat:
 
 
 def read_input_output(row: Row, marker: str) -> Chat:
+    """input and output, texts or lists of the questions and the answers of a chat (Chinese-Vicuna)."""
+    asked, answers = row.get("input"), row.get("output")
+    if isinstance(asked, list) and isinstance(answers, list) and len(asked) == len(answers):
+        pairs = [[("user", ask), ("assistant", say)] for ask, say in zip(asked, answers, strict=True)]
+        return tidy_turns([turn for pair in pairs for turn in pair])
     return read_exchange(row, "input", "output", marker)
 
 
@@ -97,7 +109,7 @@ def read_chip2(row: Row, marker: str) -> Chat:
 
 def read_hh_rlhf(row: Row, marker: str) -> Chat:
     """The preferred conversation; the rejected one is not trained."""
-    return tidy_turns(split_turns(read_text(row, "chosen"), r"(?:^|\n\n)(Human|Assistant):"))
+    return tidy_turns(split_turns(read_text(row, "chosen"), HUMAN_OR_ASSISTANT))
 
 
 def read_plain_text(row: Row, marker: str) -> Chat:
@@ -114,9 +126,9 @@ def read_sharegpt(row: Row, marker: str) -> Chat:
     """
     from utils.data.html_text import convert_page  # here: its parser takes 0.2 s to import
 
-    turns = read_list(row, "conversations" if "conversations" in row else "conversation")
-    turns = turns if names_speaker(turns[0]) else split_pairs(turns)
-    messages, notes = [], note_numbers(map(find_said, turns))
+    turns = read_list(row, next((name for name in CONVERSATIONS if name in row), CONVERSATIONS[0]))
+    turns, notes = name_model(turns) if names_speaker(turns[0]) else (split_pairs(turns), [])
+    messages, notes = [], [*notes, *note_written(list(map(find_said, turns)))]
     for turn in turns:
         message = read_turn(blank_null(turn))
         if message["role"] == "assistant":
@@ -133,7 +145,7 @@ def read_chat_messages(row: Row, marker: str) -> Chat:
         return read_sharegpt(row | {"conversations": turns}, marker)
     said = list(map(find_said, turns))
     ordered, notes = keep_ordered(join_calls(add_system(row, list(map(read_turn, turns)))))
-    notes += note_numbers(said)
+    notes += note_written(said)
     parts = [part for content in said if isinstance(content, list) for part in content]
     if any(isinstance(part, dict) and part.get("type") == "reasoning" for part in parts):
         notes = [*notes, "reasoning written in <think> tags"]
@@ -147,7 +159,7 @@ def read_question_answer(row: Row, marker: str) -> Chat:
         raise UserError(
             f"no column of {', '.join(map(str, row))} is known as a question and one as its answer"
         )
-    return read_exchange(row, *pair, marker, INPUTS)
+    return read_exchange(row, *pair, marker, find_columns(INPUTS, row))
 
 
 def read_preference(row: Row, marker: str) -> Chat:
@@ -163,8 +175,8 @@ def read_seed_task(row: Row, marker: str) -> Chat:
 
 
 def read_tools(row: Row) -> list[dict[str, Any]] | None:
-    """The functions that a chat may call, a list or its JSON, as tables store it."""
-    tools = row.get("tools") or None
+    """The functions that a chat may call: `tools`, a list or its JSON, or OpenAI's older `functions`."""
+    tools = row.get("tools") or row.get("functions") or None
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) or None
@@ -200,19 +212,34 @@ ALIASES = {
 }
 
 
+# What ended a text in its publisher's file; a template closes answers with the model's own.
+END_MARKS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "</s>")
+
+
+def take_off_end(message: Message) -> bool:
+    """Leave out a mark behind the text, and say whether there was one; `</s>` may close an `<s>` of HTML."""
+    text = message["content"].rstrip()
+    if not text.endswith(END_MARKS) or (text.endswith("</s>") and "<s>" in text):
+        return False
+    message["content"] = text[: text.rindex("<")]
+    if not message["content"].strip():
+        raise UserError(f"an answer is {text!r} alone")
+    return True
+
+
 def find_format(row: Any) -> str | None:
     """The format that a row has the columns of, by its text where several share them."""
     if not isinstance(row, dict):
         return None
     columns = row.keys()
     if "chosen" in columns:
-        alone = isinstance(row["chosen"], str) and not any(is_given(row.get(name)) for name in CONTEXTS)
+        alone = isinstance(row["chosen"], str) and find_given(row, CONTEXTS) is None
         return "hh-rlhf" if alone else "preference"
     if any(name in columns for name in (*CHOSEN, *REJECTED)) or is_ranked(row):
         return "preference"
     if "messages" in columns:
         return "messages"
-    if "conversations" in columns or isinstance(row.get("conversation"), list):
+    if CONVERSATIONS[0] in columns or any(isinstance(row.get(name), list) for name in CONVERSATIONS):
         return "sharegpt"
     if "instances" in columns:
         return "seed-task"
@@ -245,23 +272,43 @@ def sniff_format(rows: list[Any]) -> str | None:
 
 
 def read_row(row: Any, dataset_format: str, marker: str = "\n\n") -> Chat:
-    """One row as a Chat. `marker` goes between a question and its input. Raises UserError for a bad row."""
+    """One row as a Chat, checked. `marker` goes between a question and its input. UserError for a bad row."""
     if not isinstance(row, dict):
         raise UserError(f"holds {str(row)[:40]!r}: an object with columns is needed")
-    row = {column: None if is_empty_number(value) else value for column, value in row.items()}
+    row = blank_numbers(row)
     check_desirable(row)
+    chat = read_chat(row, dataset_format, marker)
+    contents = [message["content"] for message in chat.messages]
+    check_media(row, contents)
+    answers = list_answers(chat)
+    if not any(message.get(UNTRAINED, True) for message in answers):
+        raise UserError("has no answer to train on" + (": all are marked as context" if answers else ""))
+    said = "\0".join(contents)
+    try:
+        said.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"holds half of a surrogate pair ({error.object[error.start]!r})") from error
+    unread = find_unread(row, said, lambda watched: read_chat(watched, dataset_format, marker))
+    return replace(chat, unread=unread) if unread else chat
+
+
+def read_chat(row: Row, dataset_format: str, marker: str) -> Chat:
+    """read_row of a row that has passed its checks before."""
+    row = blank_numbers(row)
     name = ALIASES.get(dataset_format, dataset_format)
     if is_ranked(row) or (name in ("messages", "sharegpt") and row.get("chosen")):
         name = "preference"  # whatever format is forced: its answer is not in the context
-    watched = WatchedRow(row)
-    chat = FORMATS[name](watched, marker)
-    check_media(row, [message["content"] for message in chat.messages])
-    answers = [message for message in chat.messages if message["role"] in ("assistant", TEXT_ROLE)]
-    if not any(message.get(UNTRAINED, True) for message in answers):
-        raise UserError("has no answer to train on" + (": all are marked as context" if answers else ""))
-    try:
-        "".join(message["content"] for message in chat.messages).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"holds half of a surrogate pair ({error.object[error.start]!r})") from error
-    unread = find_unread(watched, chat)
-    return replace(chat, unread=unread) if unread else chat
+    chat = FORMATS[name](row, marker)
+    if any([take_off_end(message) for message in list_answers(chat)]):
+        return replace(chat, cleaned=(*chat.cleaned, "an end mark behind an answer taken off"))
+    return chat
+
+
+def blank_numbers(row: Row) -> Row:
+    """The row with its empty numbers as nulls."""
+    empty = [column for column, value in row.items() if is_empty_number(value)]
+    return row | dict.fromkeys(empty) if empty else row
+
+
+def list_answers(chat: Chat) -> list[Message]:
+    return [message for message in chat.messages if message["role"] in ("assistant", TEXT_ROLE)]

@@ -5,6 +5,7 @@ the file, or said with --columns instruction=QUESTION,output=ANSWER. Rows are re
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,23 @@ from utils.console import UserError
 from utils.data.cells import is_given, is_metadata, write_cell
 from utils.data.roles import ROLES
 
-QUESTIONS = "instruction question query problem 问题 指令 提问 题目 prompt Question".split()
-ANSWERS = "output answer response completion 回答 答案 输出 回复 solution target Answer".split()
-INPUTS = ("input", "输入", "context")
+QUESTIONS = "instruction question query problem 问题 指令 提问 题目 prompt".split()
+ANSWERS = "output answer response completion 回答 答案 输出 回复 solution target".split()
+INPUTS = "input 输入 context article".split()
 CANONICAL = ("instruction", "input", "output", "system", "history", "messages", "tools", "text")
 TURN_KEYS = ("role", "content")
-TURNS = ("messages", "conversations", "conversation", "chosen")  # columns of turns that formats know
+CONVERSATIONS = ("conversations", "conversation", "paragraph")  # ShareGPT's and those like it
+TURNS = ("messages", *CONVERSATIONS, "chosen")  # columns of turns that formats know
 UNSPOKEN = ("tools",)  # objects that are no turns
+# Columns of files that are no texts of chats -> what they are.
+NO_TEXTS = {
+    "segments": "axolotl's texts without a template, with their own marks of turns: "
+    'write the rows as messages, answers that are not learned with "train": false',
+    "input_ids": "tokens of some tokenizer: give the file of texts that they were made from",
+}
 INFO_FILE = "dataset_info.json"
 # Column names of LLaMA-Factory's dataset_info.json -> ours.
-INFO_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "kto_tag": "label"}
+INFO_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
 INFO_DEFAULTS: dict[str, dict[str, str | None]] = {  # by its `formatting`
     "alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
     "sharegpt": {"messages": "conversations"},
@@ -138,6 +146,8 @@ def read_info(spec: dict[str, Any], where: str) -> Layout:
         raise UserError(f"{where}: formatting {formatting!r} is none of {known}: mend it or move it away")
     named = {key: own for key, own in (INFO_DEFAULTS[formatting] | asked).items() if own}
     columns = tuple((INFO_COLUMNS.get(key, key), own) for key, own in named.items())
+    if set(asked) == {"prompt"} and formatting == "alpaca":  # without an answer it is text to continue
+        columns = (("text", named["prompt"]),)
     turn: Pairs = ()
     roles: Pairs = ()
     if formatting != "alpaca":
@@ -155,11 +165,16 @@ def read_names(spec: dict[str, Any], key: str, where: str) -> dict[str, str | No
     return names
 
 
-def find_pair(columns: Any) -> tuple[str, str] | None:
+def find_columns(known: list[str], columns: Iterable[Any]) -> list[str]:
+    """The columns of these names, in the order of `known`, in capitals or not."""
+    own = {str(name).lower(): name for name in columns}
+    return [own[name] for name in known if name in own]
+
+
+def find_pair(columns: Iterable[Any]) -> tuple[str, str] | None:
     """(question's, answer's) column, known by their names."""
-    question = next((name for name in QUESTIONS if name in columns), None)
-    answer = next((name for name in ANSWERS if name in columns), None)
-    return (question, answer) if question and answer else None
+    question, answer = find_columns(QUESTIONS, columns)[:1], find_columns(ANSWERS, columns)[:1]
+    return (question[0], answer[0]) if question and answer else None
 
 
 def list_keys(value: Any) -> set[str]:
@@ -170,11 +185,8 @@ def list_keys(value: Any) -> set[str]:
 def explain_unknown(rows: list[dict[str, Any]]) -> str:
     """Why no format reads these rows, and what to do: the flag is filled in by their own columns."""
     seen = dict.fromkeys(str(name) for row in rows for name in row)
-    if "segments" in seen:
-        return (
-            "column 'segments' holds axolotl's texts without a template, with their own marks of turns: "
-            'write the rows as messages, answers that are not learned with "train": false'
-        )
+    if name := next((name for name in NO_TEXTS if name in seen), None):
+        return f"column {name!r} holds {NO_TEXTS[name]}"
     return (
         f"no known format has the columns {', '.join(seen)}: say which is which, as in "
         f"{suggest_flag(rows)} (data/README.md has the known layouts)"

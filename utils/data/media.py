@@ -23,9 +23,9 @@ def holds_media(value: Any) -> bool:
 
 def check_media(row: dict[str, Any], texts: list[str]) -> None:
     """Raises UserError for a row that names media, or whose `texts` stand around their tags."""
-    column = next((name for name in COLUMNS if holds_media(row.get(name))), None)
-    if column is not None:
-        raise UserError(f"column {column!r} names media: only text is trained")
+    for column in COLUMNS:
+        if column in row and holds_media(row[column]):
+            raise UserError(f"column {column!r} names media: only text is trained")
     for text in texts:
         tag = find_tag(text) if "<" in text else None
         if tag is not None:

@@ -34,7 +34,7 @@ NAMED_SETS = {
         "vicuna",
         files="ShareGPT_V3_unfiltered_cleaned_split.json",
     ),
-    "evol_instruct": NamedSet("WizardLM/WizardLM_evol_instruct_V2_196k", "evol_instruct"),
+    "evol_instruct": NamedSet("WizardLMTeam/WizardLM_evol_instruct_V2_196k", "evol_instruct"),
     "dolly-15k": NamedSet("databricks/databricks-dolly-15k", "dolly"),
     "olcc": NamedSet(None, "olcc", about="OL-CC, Openlabel Chinese Conversations, by BAAI (data.baai.ac.cn)"),
 }

@@ -4,29 +4,20 @@ That is supervised tuning on the good answers; the rejected ones teach nothing h
 chat are the context that both share, so they are not trained either.
 """
 
-import re
 from typing import Any
 
 from utils.console import UserError
-from utils.data.cells import is_given, write_cell
+from utils.data.cells import find_given, unpack_list, write_cell
 from utils.data.roles import add_system, read_history
-from utils.data.turns import join_input, read_turn
+from utils.data.turns import HUMAN_OR_ASSISTANT, join_input, read_turn, split_turns
 from utils.messages import UNTRAINED, Message
 
 NOT_WANTED = "not to be learned: "  # begins the reason of a row that is left out because its data says so
-CONTEXTS = (
-    "conversations",
-    "messages",
-    "conversation",
-    "prompt",
-    "instruction",
-    "question",
-    "query",
-    "input",
-)
-CHOSEN = ("chosen", "chosen_messages")
+CONTEXTS = "conversations messages conversation prompt instruction question query input".split()
+CHOSEN = ("chosen", "chosen_messages", "response_chosen")
+KTO_COLUMNS = ({"messages"}, {"conversations"}, {"prompt", "completion"})  # beside a `label` that is a mark
 FALSE = ("false", "0", "0.0")  # how files and tables write it
-REJECTED = ("rejected_response", "rejected_messages")  # ms-swift's, beside `messages` or `response`
+REJECTED = ("rejected_response", "rejected_messages", "response_rejected")  # beside the preferred answer
 
 
 def check_desirable(row: dict[str, Any]) -> None:
@@ -34,10 +25,9 @@ def check_desirable(row: dict[str, Any]) -> None:
 
     `kto_tag` is KTO's own; a `label` is only beside a chat or a completion: elsewhere it is a class.
     """
-    is_kto = "messages" in row or "conversations" in row or {"prompt", "completion"} <= row.keys()
-    for name in ("kto_tag", *(["label"] if is_kto else [])):
-        mark = str(row.get(name)).strip().lower()
-        if mark in FALSE:
+    for name in ("kto_tag", "label"):
+        mark = str(row[name]).strip().lower() if name in row else ""
+        if mark in FALSE and (name == "kto_tag" or any(names <= row.keys() for names in KTO_COLUMNS)):
             raise UserError(f"{NOT_WANTED}column {name!r} is {mark}, so its answer is undesirable")
 
 
@@ -47,8 +37,8 @@ def read_preferred(row: dict[str, Any], marker: str) -> list[Message]:
     ms-swift's rows have it as the end of `messages`, or as `response`; ranked ones first in `output`.
     """
     names = ("output",) if is_ranked(row) else (*CHOSEN, "messages", "response")
-    name = next((name for name in names if is_given(row.get(name))), CHOSEN[0])
-    chosen = write_cell(row["output"][0] if is_ranked(row) else row.get(name))
+    name = find_given(row, names) or CHOSEN[0]
+    chosen = unpack_list(write_cell(row["output"][0] if is_ranked(row) else row.get(name)))
     if isinstance(chosen, str):
         chosen = {"role": "assistant", "content": chosen}
     turns = [read_turn(turn) for turn in (chosen if isinstance(chosen, list) else [chosen])]
@@ -62,13 +52,18 @@ def read_preferred(row: dict[str, Any], marker: str) -> list[Message]:
 
 
 def is_ranked(row: dict[str, Any]) -> bool:
-    """LLaMA-Factory's older preferences: `output` [the better answer, the worse one]."""
+    """LLaMA-Factory's older preferences: `output` [the better answer, the worse one].
+
+    Beside a list of questions it is the list of their answers.
+    """
     output = row.get("output")
-    return isinstance(output, list) and len(output) > 1 and all(isinstance(text, str) for text in output)
+    if not isinstance(output, list) or isinstance(row.get("input"), list):
+        return False
+    return len(output) > 1 and all(isinstance(text, str) for text in output)
 
 
 def read_context(row: dict[str, Any], marker: str) -> list[Message]:
-    name = next((name for name in CONTEXTS if is_given(row.get(name))), None)
+    name = find_given(row, CONTEXTS)
     context = write_cell(row.get(name)) if name else None
     if isinstance(context, str):
         asked = join_input(context, row, "input" if name == "instruction" else None, marker)
@@ -80,11 +75,8 @@ def read_context(row: dict[str, Any], marker: str) -> list[Message]:
 
 def split_prompt(text: str) -> list[Message]:
     """A question, or the turns of a prompt written as Human: and Assistant: lines (hh-rlhf)."""
-    parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
-    if len(parts) < 3 or parts[0].strip():
-        return [{"role": "user", "content": text}]
-    turns = [
-        {"role": "user" if who == "Human" else "assistant", "content": said.strip()}
-        for who, said in zip(parts[1::2], parts[2::2], strict=True)
-    ]
-    return turns if turns[-1]["content"] else turns[:-1]
+    try:
+        turns = split_turns(text, HUMAN_OR_ASSISTANT)
+    except UserError:
+        turns = [("user", text)]
+    return [{"role": role, "content": said} for role, said in (turns if turns[-1][1] else turns[:-1])]

@@ -1,4 +1,10 @@
-"""A file -> its rows, one at a time: JSON, JSON lines, CSV, TSV, parquet and text, each also packed."""
+"""A file gives its rows one at a time: JSON, JSON lines, CSV, TSV, parquet and text, each also packed.
+
+Files of several gigabytes are common, so none is held whole: a JSON array is decoded from a window that
+holds a million characters of it, CSV and JSON lines are read by the line, parquet by 1,000 rows. A row
+comes as the file has it; what its columns mean is told in formats.py. What is wrong with a file is one
+line with its place, as in `rows.json: line 12 is no JSON (... after row 11)`.
+"""
 
 import csv
 import gzip
@@ -13,11 +19,13 @@ from typing import IO, Any
 
 from utils.console import UserError, notice_once
 from utils.data.file_text import measure_size, open_binary, open_text
+from utils.data.layouts import NO_TEXTS, TURNS
 
 ROW_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 WORKBOOKS = (".xlsx", ".xls", ".ods", ".numbers", ".et")
 JSON_CHUNK = 1 << 20  # characters read at once from a JSON array
 SPACE = " \t\r\n"
+ROW_LISTS = {*TURNS, *NO_TEXTS}  # columns with the turns of one row
 
 
 def find_kind(path: Path) -> str | None:
@@ -83,16 +91,19 @@ def goes_on(line: str) -> bool:
 def find_inner_rows(path: Path, value: Any) -> list[Any]:
     """The rows of a file that holds this value alone: {"data": [...]} has them in its one list of objects.
 
-    Objects with a speaker are the turns of a chat, which is a row itself.
+    Objects with a speaker, or in a column of turns, are those of a chat, which is a row itself.
     """
     lists = [
         (name, own)
         for name, own in (value.items() if isinstance(value, dict) else ())
         if isinstance(own, list) and own and all(isinstance(row, dict) for row in own)
     ]
-    if len(lists) != 1 or any(key in row for row in lists[0][1] for key in ("role", "from")):
+    if len(lists) != 1:
         return [value]
     name, rows = lists[0]
+    inner = {key for row in rows for key in row}
+    if inner & {"role", "from"} or "instruction" in value or (name in ROW_LISTS and not inner & ROW_LISTS):
+        return [value]
     notice_once(f"{path}: the rows are those of {name!r}, the one list in the file")
     return rows
 
@@ -106,6 +117,7 @@ def read_json_values(path: Path) -> Iterator[Any]:
 
 
 def read_json_lines(path: Path) -> Iterator[Any]:
+    """One row a line; empty lines are none."""
     for number, line in enumerate(read_lines(path), 1):
         if line.strip(SPACE):
             try:
@@ -176,6 +188,7 @@ class Window:
 
 
 def read_csv(path: Path) -> Iterator[dict[str, str]]:
+    """One row a record, by the columns that the first line names."""
     csv.field_size_limit(1 << 30)
     lines = (line + "\n" for line in read_lines(path))
     table = csv.reader(lines, delimiter="\t" if find_kind(path) == ".tsv" else ",", strict=True)

@@ -1,4 +1,13 @@
-"""What will be trained on, said before training; a run that would train on nothing worth it is stopped."""
+"""The data report says what will be trained on, before the model is loaded.
+
+    train: 128 rows -> 128 sequences, 8,455 tokens, 3,090 trained (37%), longest 137
+
+What spoils a run without an error is in its data: no labels at all, answers cut off before their stop
+token, rows lost to a template. So each thing that was cut, left out or mended is counted here with the
+numbers of its first rows, three rows are shown as the model sees them, and a red finding stops the run
+with exit code 3. The example is that of `python qlora_finetune.py --dataset_name
+data/guanaco_identity.jsonl --data_report` on SmolLM2-135M-Instruct.
+"""
 
 import sys
 from pathlib import Path
@@ -54,6 +63,11 @@ def report_data(
         write_json(report, folder / "data_report.json")
         save_histogram(datasets[TRAIN].lengths, folder / "data_report.png")
         notice(f"the report with row numbers is in {folder}/data_report.json")
+    if rows.count(EVAL) and not len(datasets[EVAL]) and training_args.eval_strategy != "no":
+        raise UserError(
+            f"--eval_strategy {training_args.eval_strategy}: not one of {rows.count(EVAL):,} held-out rows "
+            "has anything to evaluate; see what became of them above"
+        )
     if report["red"] and not data_args.ignore_data_report:
         raise RedReport(f"{'; '.join(report['red'])} (--ignore_data_report trains all the same)")
 
@@ -73,9 +87,9 @@ def build_report(
             source.describe()
             | {
                 "rows": len(scan.hashes),
-                "left_out": {reason: [scan.counts[reason], where] for reason, where in scan.bad.items()},
-                "cleaned": {note: [scan.counts[note], where] for note, where in scan.cleaned.items()},
-                "not_trained": {name: [scan.counts[name], where] for name, where in scan.unread.items()},
+                "left_out": scan.bad,
+                "cleaned": scan.cleaned,
+                "not_trained": scan.unread,
             }
             for source, scan in zip(rows.sources, rows.scans, strict=True)
         ],
@@ -149,24 +163,14 @@ def find_red(report: dict[str, Any], vocabulary: int) -> list[str]:
     findings = train["findings"]
     if not train["sequences"]:
         red.append(f"not one of {train['rows']:,} rows has anything to train on")
-    unwanted = sum(
-        count
-        for source in report["sources"]
-        if source["part"] == TRAIN
-        for reason, (count, _) in source["left_out"].items()
-        if reason.startswith(NOT_WANTED)
-    )
-    read = sum(source["rows"] for source in report["sources"] if source["part"] == TRAIN) - unwanted
-    bad = sum(
-        count
-        for source in report["sources"]
-        if source["part"] == TRAIN
-        for reason, (count, _) in source["left_out"].items()
-        if not reason.startswith(NOT_WANTED)
-    )
-    dropped = sum(count for what, count in findings.items() if what.startswith("dropped"))
-    if read and train["sequences"] and bad + dropped > MAX_LOST_SHARE * read:
-        red.append(f"{bad + dropped:,} of {read:,} rows are lost")
+    sources = [source for source in report["sources"] if source["part"] == TRAIN]
+    left_out = [own for source in sources for own in source["left_out"].items()]
+    unwanted = sum(count for reason, (count, _) in left_out if reason.startswith(NOT_WANTED))
+    read = sum(source["rows"] for source in sources) - unwanted
+    lost = sum(count for _, (count, _) in left_out) - unwanted
+    lost += sum(count for what, count in findings.items() if what.startswith("dropped"))
+    if read and train["sequences"] and lost > MAX_LOST_SHARE * read:
+        red.append(f"{lost:,} of {read:,} rows are lost")
     endless = findings.get(tokenizing.NO_STOP, 0)
     if train["sequences"] and endless > MAX_ENDLESS_SHARE * train["sequences"]:
         red.append(

@@ -4,42 +4,20 @@ import json
 from typing import Any
 
 from utils.console import UserError
-from utils.data.cells import is_given, write_cell
+from utils.data.cells import find_given, need_text, unpack_list, write_cell
 from utils.data.media import COLUMNS, holds_media
 from utils.messages import UNTRAINED, Message, Messages, Row
 
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "human": "user",
-    "human_user": "user",
-    "user": "user",
-    "prompter": "user",
-    "question": "user",
-    "客户": "user",
-    "用户": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "gpt4": "assistant",
-    "model": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "bot": "assistant",
-    "belle": "assistant",
-    "answer": "assistant",
-    "助手": "assistant",
-    "assistant": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "ipython": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
+SPEAKERS = {
+    "system": "system developer",
+    "user": "human human_user user prompter question 客户 用户",
+    "assistant": "assistant gpt chatgpt gpt4 model bing bard bot belle answer 助手 function_call tool_call",
+    "tool": "tool function ipython observation observations function_response tool_response",
 }
+ROLES = {name: role for role, names in SPEAKERS.items() for name in names.split()}
 CALLS = {"function_call", "tool_call"}  # an assistant's turn that holds a call as JSON
 TEXT_PARTS = ("text", "input_text", "output_text")
+PART_TEXTS = ("text", "value", "content")  # keys with the text of a part
 SYSTEMS = ("system", "system_prompt")  # columns with the system message of a row
 # Marks of an answer, OpenAI's, LLaMA-Factory's, axolotl's, ms-swift's, XTuner's; zero or false: context.
 MARKS = ("weight", "loss_weight", "train", "training", "loss", "output_with_loss")
@@ -56,10 +34,14 @@ def build_message(turn: Message, role_key: str, content_key: str) -> Message:
     """The turn as {role, content, ...}: parts joined, calls as `tool_calls`, marked where it is untrained."""
     name, (content, calls) = turn.get(role_key), split_parts(write_cell(turn.get(content_key)))
     role = find_role(name)
-    own = {role_key, content_key, *MARKS}
+    own = {role_key, content_key, "function_call", *MARKS}
     kept = {key: value for key, value in turn.items() if value is not None and key not in own}
     if str(name).lower() in CALLS and not calls:
         calls, content = read_calls(content), ""
+    if turn.get("function_call"):  # OpenAI's before there were several calls
+        calls = read_calls(turn["function_call"])
+    if role == "assistant":
+        check_whole(turn, content_key)
     if calls:
         kept["tool_calls"] = calls
     if not isinstance(content, str) and not (content is None and kept.get("tool_calls")):
@@ -78,18 +60,30 @@ def is_context(turn: Message) -> bool:
     return any(turn.get(name) is not None and turn[name] == 0 for name in MARKS)
 
 
+def check_whole(turn: Message, content_key: str) -> None:
+    """Raises UserError where a piece of an answer is marked as context, as axolotl's files may have it."""
+    parts = turn[content_key] if isinstance(turn.get(content_key), list) else []
+    marked = any(isinstance(part, dict) and is_context(part) for part in parts)
+    if marked or turn.get("train_detail"):
+        where = "a part" if marked else "train_detail"
+        raise UserError(f"{where} marks a piece of an answer as not learned: it is learned whole, or not")
+
+
 def split_parts(content: Any) -> tuple[Any, list[Message]]:
-    """(text, calls) of a content given as parts [{type, text or value}, ...]; another one as it is.
+    """(text, calls) of a content given as lines or as parts [{type, text}, ...]; another one as it is.
 
     Reasoning goes before the text in <think> tags, as reasoning models write it.
     """
     if not isinstance(content, list):
         return content, []
+    if all(isinstance(line, str) for line in content):
+        return "\n".join(content), []
     texts, calls = [], []
     for part in content:
-        part = {"text": part} if isinstance(part, str) else part
-        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-        said = write_cell(part.get("text", part.get("value"))) if isinstance(part, dict) else None
+        if not isinstance(part, dict):
+            part = {"text": part} if isinstance(part, str) else {"type": type(part).__name__}
+        kind = part.get("type", "text")
+        said = next((write_cell(part[key]) for key in PART_TEXTS if part.get(key) is not None), None)
         if kind == "tool_call":
             calls += read_calls(said)
         elif kind in (*TEXT_PARTS, "reasoning") and isinstance(said, str):
@@ -115,12 +109,10 @@ def join_calls(messages: Messages) -> Messages:
 
 def read_system(row: Row) -> Messages:
     """The system message that a row has in a column of its own: one message or none."""
-    name = next((name for name in SYSTEMS if is_given(row.get(name))), None)
+    name = find_given(row, SYSTEMS)
     if name is None:
         return []
-    text = write_cell(row[name])
-    if not isinstance(text, str):
-        raise UserError(f"a system turn holds {str(text)[:40]!r}: text is needed")
+    text = need_text(row[name], "a system turn")
     return [{"role": "system", "content": text}] if text.strip() else []
 
 
@@ -131,17 +123,15 @@ def add_system(row: Row, messages: Messages) -> Messages:
 
 def read_history(row: Row) -> Messages:
     """Earlier turns in the column `history`, [[question, answer], ...]."""
-    history = row.get("history") or []
+    history = unpack_list(row.get("history")) or []
     if not isinstance(history, list) or not all(
         isinstance(pair, list | tuple) and len(pair) == 2 for pair in history
     ):
         raise UserError(f"column 'history' holds {str(history)[:40]!r}: [[question, answer], ...] is needed")
     messages: Messages = []
     for i, text in enumerate(text for pair in history for text in pair):
-        role, text = "assistant" if i % 2 else "user", "" if text is None else write_cell(text)
-        if not isinstance(text, str):
-            raise UserError(f"a {role} turn holds {str(text)[:40]!r}: text is needed")
-        messages.append({"role": role, "content": text})
+        role = "assistant" if i % 2 else "user"
+        messages.append({"role": role, "content": need_text("" if text is None else text, f"a {role} turn")})
     return messages
 
 
@@ -156,9 +146,13 @@ def read_calls(text: Any) -> list[Message]:
     if not is_list or not all(isinstance(call, dict) and "name" in call for call in calls):
         raise UserError(f"a call holds {str(text)[:40]!r}: JSON with name and arguments is needed")
     return [
-        {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
+        {"type": "function", "function": {"name": call["name"], "arguments": read_arguments(call)}}
         for call in calls
     ]
+
+
+def read_arguments(call: Message) -> Any:
+    return call.get("arguments", call.get("parameters", {}))
 
 
 def wrap_tools(tools: list[Message] | None) -> list[Message] | None:

@@ -1,4 +1,11 @@
-"""Sources -> which rows are trained on, evaluated on and predicted: checked, and split by their content."""
+"""Each row of the sources gets its part of the run: trained on, evaluated on, predicted, or not used.
+
+One pass over a source checks every row and keeps 8 bytes of hash of its messages. The part of a row, one
+more byte, follows from these hashes and --data_seed: the rows with the smallest scrambled hashes are held
+out. So it is the same at every start and in any order of the file, and all copies of a row are on one
+side: a model is never measured on what it was trained on. The rows stay on disk; a million of them take 9
+MB here.
+"""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -10,7 +17,7 @@ import numpy as np
 
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.console import UserError, notice
-from utils.data.formats import read_row
+from utils.data.formats import read_chat
 from utils.data.scanning import Scan, scan_source
 from utils.data.sources import Source, find_sources
 from utils.messages import EVAL, TEST, TRAIN, Chat
@@ -38,7 +45,7 @@ class Rows:
             if parts.any():
                 for number, (part, row) in enumerate(zip(parts.tolist(), source.read(), strict=True), 1):
                     if part:
-                        yield PARTS[part], index, number, read_row(row, source.dataset_format, marker)
+                        yield PARTS[part], index, number, read_chat(row, source.dataset_format, marker)
 
     def read_held_out(self, part: str, marker: str) -> list[Chat]:
         """The chats held out for `part`, or those held out for the other purpose where there are none."""
@@ -133,15 +140,15 @@ def report_sources(sources: list[Source], scans: list[Scan], wanted: list[str]) 
         line = f"{source.name}: {len(scan.hashes):,} rows, format {source.dataset_format}"
         if source.dataset_format == "preference":
             line += " (the chosen answers are trained, the rejected left out)"
-        for reason, numbers in list(scan.bad.items())[:3]:
-            line += f"\n  {scan.counts[reason]:,} left out, row {numbers[0]} first: {reason}"
+        for reason, (count, numbers) in list(scan.bad.items())[:3]:
+            line += f"\n  {count:,} left out, row {numbers[0]} first: {reason}"
         if len(scan.bad) > 3:
             line += f"\n  {bad:,} left out in all"
         if scan.unread:
-            columns = ", ".join(f"{column} ({scan.counts[column]:,} rows)" for column in scan.unread)
+            columns = ", ".join(f"{column} ({count:,} rows)" for column, (count, _) in scan.unread.items())
             line += f"\n  texts that are not trained: {columns}; --columns says which column is what"
         if bad == len(scan.hashes) and (source.part == TRAIN or wanted):
-            reason, numbers = next(iter(scan.bad.items()), ("it is empty", [1]))
+            reason, (_, numbers) = next(iter(scan.bad.items()), ("it is empty", (0, [1])))
             raise UserError(f"{source.name}: no row can be used; row {numbers[0]}: {reason}")
         notice(line)
 
@@ -162,7 +169,7 @@ def find_copies(sources: Sequence[Source], scans: Sequence[Scan]) -> list[np.nda
     ]
 
 
-def mix(hashes: np.ndarray, salt: str, seed: int) -> np.ndarray:
+def rehash_with_seed(hashes: np.ndarray, salt: str, seed: int) -> np.ndarray:
     """`hashes` scrambled by `salt` and `seed`, the same for rows of equal content  # uint64 [rows]
 
     To hold rows out, those with the smallest scrambled hashes are taken. So the choice follows from the
@@ -209,11 +216,11 @@ def assign_parts(
             free = mine & usable & ~np.isin(hashes, hashes[drawn])
             if sample > free.sum():
                 notice(f"{name}#{sample} takes all of the {int(free.sum()):,} rows that are there to draw")
-            chosen = take_smallest(mix(hashes, "sample", data_seed), free, sample)
+            chosen = take_smallest(rehash_with_seed(hashes, "sample", data_seed), free, sample)
             usable &= chosen | ~mine
             drawn |= chosen
     parts = np.where(usable & (made_for == PARTS.index(TRAIN)), PARTS.index(TRAIN), 0).astype(np.uint8)
-    keys = mix(hashes, "split", data_seed)
+    keys = rehash_with_seed(hashes, "split", data_seed)
     own = usable & (made_for > PARTS.index(TRAIN))
     if wanted and own.any():
         split_own(parts, made_for, own, keys, wanted)

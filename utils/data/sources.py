@@ -1,4 +1,11 @@
-"""What --dataset_name means -> sources of rows: named sets, hub ids, local files, folders and globs."""
+"""--dataset_name names sources of rows: files on this disk, and splits of sets on the hub.
+
+    alpaca-clean,mine.jsonl#500  ->  yahma/alpaca-cleaned[train], all rows; mine.jsonl, 500 of its rows
+
+A source has the format of most of its first 100 rows, and a digest of its bytes: by it runs and caches
+tell whether they have seen these rows before. Files and splits that are called eval, valid, dev or test
+are kept for evaluation. The rows themselves stay where they are until `read` gives them one by one.
+"""
 
 import dataclasses
 import re
@@ -73,6 +80,7 @@ def find_sources(
 
 
 def find_entry(entry: str, data_args: DataArguments, flag: str) -> list[Source]:
+    """The sources of one name in the list, `mine.jsonl#500`: files on this disk, else splits of the hub."""
     name, sample = entry, None
     if not Path(entry).exists() and (counted := re.fullmatch(r"(.+)#(\d+)", entry)):
         name, sample = counted.group(1), int(counted.group(2))
@@ -170,17 +178,10 @@ def find_hub_sources(
             if layout:
                 warn_of_missing(name, layout, "--columns", iter(dataset))
             found = dataset_format or sniff_source(name, iter(dataset), dataset_format, layout)
+            file, digest = f"{hub_id}[{split or part}]", dataset._fingerprint
+            made_for = HUB_SPLITS[part]
             sources.append(
-                Source(
-                    name,
-                    f"{hub_id}[{split or part}]",
-                    HUB_SPLITS[part],
-                    dataset._fingerprint,
-                    found,
-                    sample,
-                    layout=layout,
-                    dataset=dataset,
-                )
+                Source(name, file, made_for, digest, found, sample, layout=layout, dataset=dataset)
             )
     return sources
 
@@ -192,15 +193,12 @@ def load_sample_prompts(path: str) -> list[Messages]:
         raise UserError(f"--sample_prompts {path}: no such file")
     chats = []
     for number, row in enumerate(read_file(file), 1):
-        messages = row.get("messages") if isinstance(row, dict) else None
-        asked = messages or [
-            {"role": "user", "content": row.get("prompt") if isinstance(row, dict) else None}
-        ]
-        answered = (
-            {"messages": [*asked, {"role": "assistant", "content": "-"}]} if isinstance(asked, list) else {}
-        )
+        row = row if isinstance(row, dict) else {}
+        asked = row.get("messages") or [{"role": "user", "content": row.get("prompt")}]
+        asked = asked if isinstance(asked, list) else [asked]
+        answered = [*asked, {"role": "assistant", "content": "-"}]
         try:
-            chats.append(read_row(answered, "messages").messages[:-1])
+            chats.append(read_row({"messages": answered}, "messages").messages[:-1])
         except UserError as error:
             raise UserError(
                 f'--sample_prompts {path}: row {number} must be {{"prompt": "..."}} '

@@ -12,10 +12,12 @@ process renders while the tokenizer's threads encode the chunk before; the resul
 of the rows, the limits, the tokenizer and the code that made it.
 """
 
+import functools
+import itertools
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from utils.data.cache import build_key, find_or_build, hash_code
 from utils.data.rows import PARTS, Rows
 from utils.data.scanning import LISTED_ROWS
 from utils.data.token_rows import TokenRows, TokenWriter, open_rows
+from utils.data.unread import find_hidden
 from utils.messages import TEXT_ROLE, Chat, Messages
 from utils.models.encoding import Pieces, encode_rows
 from utils.models.tokenizer import ChatTokenizer
@@ -38,16 +41,21 @@ LENGTH_STEP = 64
 LISTED_FINDINGS = 30  # a template may name each row in its reason
 CHUNK_ROWS, CHUNK_CHARACTERS = 1000, 2_000_000
 
+NumberedChat = tuple[str, int, int, Chat]  # part, index of the source, number of the row in it, the chat
+Note = Callable[[str], None]  # counts a finding of one row
+
 
 @dataclass
-class Found:
+class TokenizingCounts:
     """What is counted while one part is tokenized; each finding keeps the numbers of its first rows."""
 
     counts: dict[str, int] = field(default_factory=dict)
     rows: dict[str, list[int]] = field(default_factory=dict)
     uncut: Counter[int] = field(default_factory=Counter)  # lengths before any cut, rounded up -> rows
 
-    def note(self, what: str, number: int) -> None:
+    def note(self, number: int, what: str) -> None:
+        if what.startswith(REFUSAL) and what not in self.counts and len(self.counts) >= LISTED_FINDINGS:
+            what = REFUSED
         self.counts[what] = self.counts.get(what, 0) + 1
         if len(self.rows.setdefault(what, [])) < LISTED_ROWS:
             self.rows[what].append(number)
@@ -55,6 +63,7 @@ class Found:
 
 # Findings, as the report names them.
 TOO_LONG = "dropped: too long"
+REFUSAL = "dropped: the chat template"  # begins what a template says of a row
 REFUSED = "dropped: refused by the chat template for other reasons"
 NO_LABELS = "dropped: nothing to train on"
 PROMPT_CUT = "prompts that lost their beginning"
@@ -66,6 +75,7 @@ NO_STOP = "rows without a stop token in their labels"
 STOP_INSIDE = "answers that hold a stop token and are trained up to it"
 TOKEN_SPLIT = "rows where a token was split, as it reached from a prompt into its answer"
 TWO_BOS = "rows with two BOS at the front"
+HIDDEN = "rows with a text that the template does not show: "
 LITERAL_NONE = "rows with the literal None as a text"
 
 
@@ -82,98 +92,103 @@ def tokenize_rows(rows: Rows, tokenizer: ChatTokenizer, data_args: DataArguments
         how=[data_args.truncation, data_args.train_on_source, data_args.train_last_turn_only],
         code=hash_code(__name__),
     )
-    maker = RowMaker(tokenizer, data_args)
-    folder, cached = find_or_build("tokens", key, lambda beside: write_parts(beside, rows, maker))
+    encoder = ChatEncoder(tokenizer, data_args)
+    folder, cached = find_or_build("tokens", key, lambda beside: write_parts(beside, rows, encoder))
     if cached:
         notice(f"tokenized rows are read from {folder}")
     return {part: open_rows(folder / part) for part in PARTS[1:]}
 
 
-def write_parts(folder: Path, rows: Rows, maker: "RowMaker") -> None:
+def write_parts(folder: Path, rows: Rows, encoder: "ChatEncoder") -> None:
     writers = {part: TokenWriter(folder / part) for part in PARTS[1:]}
-    found = {part: Found() for part in PARTS[1:]}
-    total = sum(rows.count(part) for part in PARTS[1:])
-    bar = tqdm(
-        total=total, unit="row", desc="tokenizing", disable=not (is_main_process() and sys.stderr.isatty())
+    chats = tqdm(
+        rows.read(find_input_marker(encoder.tokenizer.raw)),
+        total=sum(map(rows.count, PARTS[1:])),
+        unit="row",
+        desc="tokenizing",
+        disable=not (is_main_process() and sys.stderr.isatty()),
     )
-    with bar:
-        chats = rows.read(find_input_marker(maker.tokenizer.raw))
-        for part, source, number, signed in maker.make_rows(chats, found, bar):
-            writers[part].append(signed, source, number)
+    for part, source, number, signed in encoder.encode(chats):
+        writers[part].append(signed, source, number)
     for part, writer in writers.items():
-        writer.close(vars(found[part]))
+        writer.close(vars(encoder.counts[part]))
 
 
 @dataclass(frozen=True)
-class RowMaker:
-    """Makes rows of signed token ids (see TokenRows) from chats."""
+class ChatEncoder:
+    """Makes rows of token ids from chats, and counts for each part of the run what was cut or left out."""
 
     tokenizer: ChatTokenizer
     data_args: DataArguments
+    counts: dict[str, TokenizingCounts] = field(
+        default_factory=lambda: {part: TokenizingCounts() for part in PARTS[1:]}
+    )
 
-    def make_rows(
-        self, chats: Iterable[tuple[str, int, int, Chat]], found: dict[str, Found], bar: Any
-    ) -> Iterator[tuple[str, int, int, np.ndarray]]:
-        """(part, source, number, signed ids) of each row. While one chunk is encoded the next is rendered."""
+    def encode(self, chats: Iterable[NumberedChat]) -> Iterator[tuple[str, int, int, np.ndarray]]:
+        """(part, source, number, signed ids as in TokenRows) of each row."""
         with ThreadPoolExecutor(max_workers=1) as beside:
-            waiting = None
-            for chunk in cut_chunks(chats):
-                rendered = [self.render(part, number, chat, found) for part, _, number, chat in chunk]
-                encoding = beside.submit(
-                    encode_rows, self.tokenizer.raw, [row for rows in rendered for row in rows]
-                )
-                if waiting:
-                    yield from self.finish(*waiting, found, bar)
-                waiting = (chunk, rendered, encoding)
-            if waiting:
-                yield from self.finish(*waiting, found, bar)
+            jobs = (self.render_chunk(chunk, beside) for chunk in cut_chunks(chats))
+            # A pair asks for its second job before it gives the first: one is encoded, the next rendered.
+            for job, _ in itertools.pairwise(itertools.chain(jobs, [None])):
+                assert job is not None
+                yield from self.finish_chunk(*job)
 
-    def render(self, part: str, number: int, chat: Chat, found: dict[str, Found]) -> list[RenderedRow]:
+    def render_chunk(
+        self, chunk: list[NumberedChat], beside: Executor
+    ) -> tuple[list[tuple[NumberedChat, RenderedRow]], Future[list[tuple[Pieces, int]]]]:
+        """The rows of these chats, each beside its chat, and their encoding, which is under way."""
+        rendered = []
+        for numbered in chunk:
+            part, _, number, chat = numbered
+            note = functools.partial(self.counts[part].note, number)
+            rendered += [(numbered, row) for row in self.render(chat, note)]
+        return rendered, beside.submit(encode_rows, self.tokenizer.raw, [row for _, row in rendered])
+
+    def render(self, chat: Chat, note: Note) -> list[RenderedRow]:
         stops = self.tokenizer.stops
         try:
             rendered = split_chat(self.tokenizer.raw, chat, stops, self.data_args.train_last_turn_only)
         except UserError as error:  # with the template's own reason
-            reason = f"dropped: {error}".splitlines()[0]
-            listed = reason in found[part].counts or len(found[part].counts) < LISTED_FINDINGS
-            found[part].note(reason if listed else REFUSED, number)
+            note(f"dropped: {error}".splitlines()[0])
             return []
+        if any(len(message) > 2 for message in chat.messages):
+            for key in find_hidden(chat.messages, "".join(row.text for row in rendered)):
+                note(HIDDEN + key)
         if has_inner_stop(chat.messages, stops):
-            found[part].note(STOP_INSIDE, number)
+            note(STOP_INSIDE)
         if not rendered:
-            found[part].note(NO_LABELS, number)
+            note(NO_LABELS)
         if any(message["content"].strip() in ("None", "null", "nan") for message in chat.messages):
-            found[part].note(LITERAL_NONE, number)
+            note(LITERAL_NONE)
         return rendered
 
-    def finish(
-        self,
-        chunk: list[Any],
-        rendered: list[list[RenderedRow]],
-        encoding: Any,
-        found: dict[str, Found],
-        bar: Any,
+    def finish_chunk(
+        self, rendered: list[tuple[NumberedChat, RenderedRow]], encoding: Future[list[tuple[Pieces, int]]]
     ) -> Iterator[tuple[str, int, int, np.ndarray]]:
-        encoded = iter(encoding.result())
-        for (part, source, number, chat), rows in zip(chunk, rendered, strict=True):
-            for row in rows:
-                pieces, splits = next(encoded)
-                length = sum(len(own) for own, _ in pieces)
-                found[part].uncut[-(-length // LENGTH_STEP) * LENGTH_STEP] += 1
-                if splits:
-                    found[part].note(TOKEN_SPLIT, number)
-                for fitted in self.fit(pieces, row, chat, number, found[part]):
-                    signed = self.sign(fitted)
-                    if (signed[1:] >= 0).any():
-                        self.check(fitted, row, number, found[part])
-                        yield part, source, number, signed
-                    else:
-                        found[part].note(NO_LABELS, number)
-        bar.update(len(chunk))
+        """The encoded rows, within the limits and with what is trained of them."""
+        for (numbered, row), (pieces, splits) in zip(rendered, encoding.result(), strict=True):
+            part, source, number, chat = numbered
+            note = functools.partial(self.counts[part].note, number)
+            length = sum(len(ids) for ids, _ in pieces)
+            self.counts[part].uncut[-(-length // LENGTH_STEP) * LENGTH_STEP] += 1
+            if splits:
+                note(TOKEN_SPLIT)
+            for fitted in self.cut_to_limits(pieces, row, chat, note):
+                signed = self.mark_untrained(fitted)
+                if (signed[1:] >= 0).any():
+                    self.note_ends(fitted, row, note)
+                    yield part, source, number, signed
+                else:
+                    note(NO_LABELS)
 
-    def fit(
-        self, pieces: Pieces, row: RenderedRow, chat: Chat, number: int, found: Found, noted: bool = False
+    def cut_to_limits(
+        self, pieces: Pieces, row: RenderedRow, chat: Chat, note: Note, is_piece: bool = False
     ) -> Iterator[Pieces]:
-        """The pieces as rows within the limits: as they are, cut, split, or not at all. Notes what it did."""
+        """The row as rows within the limits: as it is, cut, split between its turns, or not at all.
+
+        `is_piece`: of a longer chat, which was split. So it is no single turn, and only the sum of the limits
+        counts for it too.
+        """
         limit, data_args = self.data_args.max_len, self.data_args
         if row.messages[0]["role"] == TEXT_ROLE:
             ids = pieces[0][0]
@@ -181,73 +196,74 @@ class RowMaker:
                 yield [(ids[start : start + limit], True)]
             return
         sizes = [len(ids) for ids, _ in pieces]
-        # A piece of a longer chat is none of a single turn: only the sum of the limits counts for it too.
-        single = len(pieces) == 2 and not (noted or row.turn_by_turn or data_args.model_max_length)
-        if single and sizes[0] <= data_args.source_max_len and sizes[1] <= data_args.target_max_len:
+        is_single = len(pieces) == 2 and not (is_piece or row.turn_by_turn or data_args.model_max_length)
+        if is_single and sizes[0] <= data_args.source_max_len and sizes[1] <= data_args.target_max_len:
             yield pieces
-        elif not single and sum(sizes) <= limit:
+        elif not is_single and sum(sizes) <= limit:
             yield pieces
         elif data_args.truncation == "drop":
-            found.note(TOO_LONG, number)
+            note(TOO_LONG)
         else:
             system, exchanges = split_exchanges(row.messages)
             if len(exchanges) == 1:
-                yield cut_exchange(pieces, self.choose_room(sizes, single), self.tokenizer.raw, number, found)
+                yield cut_exchange(pieces, self.choose_room(sizes, is_single), self.tokenizer.raw, note)
                 return
             newest_only = row.turn_by_turn or data_args.train_last_turn_only
             kept = [exchanges[-count_fitting(exchanges[::-1], limit / sum(sizes)) :]]
             if not newest_only and data_args.truncation == "prompt":
                 first = count_fitting(exchanges, limit / sum(sizes))
                 kept = [exchanges[:first], exchanges[first:]]
-            if not noted:
-                found.note(TURNS_CUT if len(kept) == 1 else CHAT_SPLIT, number)
+            if not is_piece:
+                note(TURNS_CUT if len(kept) == 1 else CHAT_SPLIT)
             for part in kept:
                 messages = system + [message for exchange in part for message in exchange]
-                yield from self.refit(Chat(messages, chat.tools), newest_only, number, found)
+                yield from self.encode_piece(Chat(messages, chat.tools), newest_only, note)
 
-    def refit(self, chat: Chat, last_only: bool, number: int, found: Found) -> Iterator[Pieces]:
+    def encode_piece(self, chat: Chat, last_only: bool, note: Note) -> Iterator[Pieces]:
+        """The rows of a piece of a chat that was too long, each within the limits."""
         rows = split_chat(self.tokenizer.raw, chat, self.tokenizer.stops, last_only)
         for row, (pieces, _) in zip(rows, encode_rows(self.tokenizer.raw, rows), strict=True):
-            yield from self.fit(pieces, row, chat, number, found, noted=True)
+            yield from self.cut_to_limits(pieces, row, chat, note, is_piece=True)
 
-    def choose_room(self, sizes: list[int], single: bool) -> tuple[int, int]:
+    def choose_room(self, sizes: list[int], is_single: bool) -> tuple[int, int]:
         """Tokens left to the prompt and to what follows it."""
-        if single:
+        if is_single:
             return self.data_args.source_max_len, self.data_args.target_max_len
         limit = self.data_args.max_len
         prompt = min(sizes[0], max(limit - sum(sizes[1:]), limit // 2))
         return prompt, limit - prompt
 
-    def sign(self, pieces: Pieces) -> np.ndarray:
+    def mark_untrained(self, pieces: Pieces) -> np.ndarray:
         """Token ids, complemented where they are not trained  # int32 [tokens]"""
-        signed = np.array([token for ids, _ in pieces for token in ids], np.int32)
-        start = 0
+        signed = []
         for ids, answer in pieces:
-            if not (answer or (self.data_args.train_on_source and answer is not None)):
-                np.invert(signed[start : start + len(ids)], out=signed[start : start + len(ids)])
-            start += len(ids)
-        return signed
+            own = np.array(ids, np.int32)
+            is_label = answer or (self.data_args.train_on_source and answer is not None)
+            signed.append(own if is_label else ~own)
+        return np.concatenate(signed)
 
-    def check(self, pieces: Pieces, row: RenderedRow, number: int, found: Found) -> None:
+    def note_ends(self, pieces: Pieces, row: RenderedRow, note: Note) -> None:
+        """Count what the first and the last tokens of a row tell."""
         if pieces[-1][0][-1] not in self.tokenizer.stop_ids and row.messages[0]["role"] != TEXT_ROLE:
-            found.note(NO_STOP, number)
-        if pieces[0][0][:2] == [self.tokenizer.raw.bos_token_id] * 2:
-            found.note(TWO_BOS, number)
+            note(NO_STOP)
+        front = pieces[0][0][:2]
+        if front == front[::-1] and front == [self.tokenizer.raw.bos_token_id] * 2:
+            note(TWO_BOS)
         if row.turn_by_turn:
-            found.note(TURN_BY_TURN, number)
+            note(TURN_BY_TURN)
 
 
-def cut_exchange(pieces: Pieces, room: tuple[int, int], tokenizer: Any, number: int, found: Found) -> Pieces:
+def cut_exchange(pieces: Pieces, room: tuple[int, int], tokenizer: Any, note: Note) -> Pieces:
     """The prompt without its beginning (a BOS stays), what follows without its end: that of an answer."""
     (prompt, trained), *rest = pieces
     if len(prompt) > room[0]:
-        found.note(PROMPT_CUT, number)
+        note(PROMPT_CUT)
         front = prompt[:1] if prompt[0] == tokenizer.bos_token_id and room[0] > 1 else []
         prompt = front + prompt[len(prompt) - room[0] + len(front) :]
     kept, left = [(prompt, trained)], room[1]
     for ids, answer in rest:
         if len(ids) > left:
-            found.note(ANSWER_CUT, number)
+            note(ANSWER_CUT)
             if answer and left:
                 kept.append((ids[:left], answer))
             break
@@ -277,9 +293,7 @@ def count_fitting(exchanges: list[Messages], share: float) -> int:
     return count
 
 
-def cut_chunks(
-    chats: Iterable[tuple[str, int, int, Chat]],
-) -> Iterator[list[tuple[str, int, int, Chat]]]:
+def cut_chunks(chats: Iterable[NumberedChat]) -> Iterator[list[NumberedChat]]:
     """Lists of chats that are encoded together: bounded in rows and in text."""
     chunk, characters = [], 0
     for item in chats:

@@ -4,15 +4,19 @@ import re
 from typing import Any
 
 from utils.console import UserError
-from utils.data.cells import is_given, write_cell
+from utils.data.cells import is_given, need_text, unpack_list, write_cell
 from utils.data.roles import MARKS, ROLES, build_message
 from utils.messages import Chat, Message, Messages, Row
 
-PAIR_ROLES = ROLES | {"input": "user", "output": "assistant"}  # of a question and its answer in one turn
+# Of a question and its answer in one turn.
+PAIR_ROLES = ROLES | {"input": "user", "output": "assistant", "q": "user", "a": "assistant"}
+
+
+HUMAN_OR_ASSISTANT = r"(?:^|\n\n)(Human|Assistant):"  # before the turns of hh-rlhf
 
 
 def read_list(row: Row, column: str) -> list[Row]:
-    turns = row.get(column)
+    turns = unpack_list(row.get(column))
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise UserError(f"column {column!r} holds {str(turns)[:40]!r}: a list of turns is needed")
     return turns
@@ -43,6 +47,18 @@ def blank_null(turn: Row) -> Row:
     return turn | {key: ""} if key in turn and write_cell(turn[key]) is None else turn
 
 
+def name_model(turns: list[Row]) -> tuple[list[Row], list[str]]:
+    """(turns, notes): a speaker of unknown name, as `yayi`, is the model where it alone answers a user."""
+    who = find_keys(turns[0])[0]
+    names = {turn[who] for turn in turns if isinstance(turn.get(who), str)}
+    unknown = [name for name in names if name.lower() not in ROLES]
+    known = {ROLES.get(name.lower()) for name in names if name not in unknown}
+    if len(unknown) != 1 or not {"user"} <= known <= {"user", "system"}:
+        return turns, []
+    named = [turn | {who: "assistant"} if turn.get(who) == unknown[0] else turn for turn in turns]
+    return named, [f"{unknown[0]!r} taken for the model's name"]
+
+
 def names_speaker(turn: Row) -> bool:
     return "from" in turn or "role" in turn
 
@@ -68,10 +84,8 @@ def split_pairs(turns: list[Row]) -> list[Row]:
 
 def join_input(asked: str, row: Row, extra: str | None, marker: str) -> str:
     """The question, and behind `marker` what the column `extra` holds."""
-    added = write_cell(row.get(extra)) if extra else None
-    if added is not None and not isinstance(added, str):
-        raise UserError(f"column {extra!r} holds {str(added)[:40]!r}: text is needed")
-    if added is None or not added.strip():
+    added = need_text(row[extra], f"column {extra!r}") if extra and is_given(row.get(extra)) else ""
+    if not added.strip():
         return asked
     return f"{asked}{marker}{added}" if asked.strip() else added
 
@@ -86,10 +100,10 @@ def split_turns(text: str, speaker: str) -> list[tuple[str, str]]:
 
 def tidy_turns(turns: list[tuple[str, Any]], notes: list[str] | None = None) -> Chat:
     """tidy_messages of (role, text)."""
-    for role, text in turns:
-        if not isinstance(text, str):
-            raise UserError(f"a {role} turn holds {str(text)[:40]!r}: text is needed")
-    return tidy_messages([{"role": role, "content": text} for role, text in turns], notes or [])
+    messages: Messages = [
+        {"role": role, "content": need_text(text, f"a {role} turn")} for role, text in turns
+    ]
+    return tidy_messages(messages, notes or [])
 
 
 def tidy_messages(messages: Messages, notes: list[str], tools: list[Any] | None = None) -> Chat:

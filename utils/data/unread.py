@@ -1,12 +1,14 @@
-"""Which texts of a row are not trained: columns that its format does not read."""
+"""Which texts of a row are not trained: in columns that no format reads, in keys that no template shows."""
 
+from collections.abc import Callable
 from typing import Any
 
 from utils.data.cells import is_metadata
 from utils.data.preferences import REJECTED
-from utils.messages import Chat, Row
+from utils.messages import UNTRAINED, Chat, Messages, Row
 
 LEFT_OUT = ("rejected", *REJECTED)  # said with the format
+SHOWN_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name", UNTRAINED}  # of a turn
 MIN_UNSPACED = 8  # letters of a Chinese or Japanese text, which are one word
 
 
@@ -26,28 +28,60 @@ class WatchedRow(dict[str, Any]):
         return super().get(name, default)
 
 
-def find_unread(row: WatchedRow, chat: Chat) -> tuple[str, ...]:
-    """Columns with a text that is in no message: not read, and no copy of one or of the whole chat."""
-    left = [
-        (name, value.strip())
+def find_unread(row: Row, said: str, read: Callable[[Row], Chat]) -> tuple[str, ...]:
+    """Columns with a text that was not read, is not in `said` (the whole chat) and no copy of the whole chat.
+
+    `read` makes the chat of a row: once more, of a watched one, where a text is in no message as it stands.
+    """
+    left = {
+        name: value
         for name, value in row.items()
-        if name not in row.read and name not in LEFT_OUT and not is_metadata(name) and is_prose(value)
-    ]
+        if name not in LEFT_OUT and not is_said(value, said) and not is_metadata(name)
+    }
     if not left:
         return ()
-    said = [message["content"] for message in chat.messages]
-    own = [row[name] for name in row.read.copy() if isinstance(row.get(name), str)]
-    parts = [text.strip() for text in own if any(text.strip() in content for content in said)] or said
+    watched = WatchedRow(row)
+    contents = [message["content"] for message in read(watched).messages]
+    own = [row[name].strip() for name in watched.read if isinstance(row.get(name), str)]
+    parts = [text for text in own if text in said] or contents
     return tuple(
         name
-        for name, text in left
-        if not any(text in content for content in said) and not all(part in text for part in parts)
+        for name, value in left.items()
+        if name not in watched.read
+        and any(
+            text.strip() not in said and not all(part in text for part in parts) for text in list_texts(value)
+        )
     )
 
 
-def is_prose(value: Any) -> bool:
+def is_said(value: Any, said: str) -> bool:
+    """Whether `said` holds every text in a value."""
+    if isinstance(value, str):
+        return value in said
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return all(is_said(part, said) for part in inner)
+
+
+def find_hidden(messages: Messages, shown: str) -> list[str]:
+    """Keys of turns, as `reasoning_content`, with a text that is not in `shown`, the rendered rows."""
+    hidden = [
+        key
+        for message in messages
+        for key in message
+        if key not in SHOWN_KEYS and any(text.strip() not in shown for text in list_texts(message[key]))
+    ]
+    return list(dict.fromkeys(hidden))
+
+
+def list_texts(value: Any) -> list[str]:
+    """The prose in a value, or in the lists and objects that it is made of."""
+    if isinstance(value, str):
+        return [value] if is_prose(value) else []
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for part in inner for text in list_texts(part)]
+
+
+def is_prose(text: str) -> bool:
     """A text of several words; one word is a mark (closed_qa), a name or an address."""
-    if not isinstance(value, str):
-        return False
-    words = [word for word in value.split(maxsplit=20) if any(map(str.isalpha, word))]
-    return len(words) > 1 or sum(not letter.isascii() for letter in value[:1000]) >= MIN_UNSPACED
+    words = [word for word in text.split(maxsplit=20) if any(map(str.isalpha, word))]
+    return len(words) > 1 or sum(not letter.isascii() for letter in text[:1000]) >= MIN_UNSPACED

@@ -4,7 +4,7 @@ from difflib import get_close_matches
 
 # Our flag, and what other trainers call it.
 SYNONYMS = {
-    "checkpoint_dir": "adapter_name_or_path lora_weights peft_path",
+    "checkpoint_dir": "lora_weights peft_path",
     "per_device_eval_batch_size": "eval_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation grad_accum",
     "num_train_epochs": "epochs num_epochs",
@@ -34,7 +34,7 @@ SYNONYMS = {
 # Words that no flag of ours stands for alone.
 ADVICE = {
     "resume resume_training": (
-        "the same command resumes by itself; --checkpoint_dir starts from another run's adapter"
+        "the same command resumes by itself; --adapter_name_or_path starts from another run's adapter"
     ),
     "checkpoint": "use --checkpoint_dir for an adapter to start from; the same command resumes a run",
     "batch_size micro_batch_size train_batch_size": (
@@ -69,8 +69,8 @@ ADVICE = {
     "sample_packing": "use --packing True or False",
     "neat_packing": "use --packing, which keeps rows apart",
     "disable_gradient_checkpointing use_gradient_checkpointing": "use --gradient_checkpointing True or False",
-    "early_stopping early_stopping_patience": (
-        "there is no early stopping yet; --save_strategy best keeps the best checkpoint"
+    "early_stopping patience": (
+        "use --early_stopping_patience, with --load_best_model_at_end and --eval_strategy steps"
     ),
     "device": "use --use_cpu for the CPU; CUDA_VISIBLE_DEVICES chooses a GPU",
     "device_map": "layers are placed by themselves; CUDA_VISIBLE_DEVICES chooses the GPUs",

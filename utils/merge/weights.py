@@ -15,9 +15,8 @@ from utils.arguments import ModelArguments
 from utils.console import UserError
 from utils.merge.base_tensors import Stored, find_names_on_disk, open_tensors
 from utils.merge.shards import save_sharded
-from utils.models.adapter import build_without_weights
 from utils.models.baichuan import is_baichuan
-from utils.models.base import build_quantization, choose_compute_dtype
+from utils.models.base import build_quantization, build_without_weights, choose_compute_dtype
 from utils.models.folder import ADAPTER_FILE
 from utils.models.weight_files import read_json
 

@@ -93,8 +93,8 @@ def find_cut(encoding: Any, border: int, end: int) -> int | None:
     The bytes of one character share its offsets, and a dummy prefix may have none of its own.
     """
     found = (encoding.char_to_token(character) for character in range(border, end))
-    index = next((token for token in found if token is not None), len(encoding.ids))
-    if index < len(encoding.ids) and encoding.token_to_chars(index)[0] < border:
+    index = next((token for token in found if token is not None), len(encoding))
+    if index < len(encoding) and encoding.token_to_chars(index)[0] < border:
         return None
     while index and encoding.token_to_chars(index - 1)[0] >= border:
         index -= 1

@@ -11,10 +11,11 @@ from utils.arguments import ModelArguments
 from utils.console import UserError, notice
 from utils.models.baichuan import is_baichuan, split_shapes
 from utils.models.hub import download_config
+from utils.models.model_scope import download_model, is_on_modelscope
 from utils.models.weight_files import check_tokenizer, find_misfit, read_base_shapes, read_json, read_shapes
 from utils.prompts import read_template
 from utils.run.places import find_base
-from utils.run.record import TOKENIZATION, find_run_dir, find_run_record
+from utils.run.record import CHANGING_STARTS, TOKENIZATION, find_run_dir, find_run_record
 
 ADAPTER_FILE = "adapter_model.safetensors"
 NATIVE_KINDS = {"baichuan"}  # read without its own Python (utils/models/baichuan.py)
@@ -74,8 +75,7 @@ def resolve_model(model_args: ModelArguments, given: set[str], template: str | N
         check_pickle(folder, ADAPTER_FILE, model_args.allow_pickle)
         record = find_run_record(folder)
         model_args = fill_in_recorded(model_args, given, folder, record)
-    base = check_model_path(model_args.base, model_args.allow_pickle)
-    model_args = dataclasses.replace(model_args, model_name_or_path=base)
+    model_args = dataclasses.replace(model_args, model_name_or_path=find_model(model_args))
     config = read_model_config(model_args)
     check_adapter_fits(model_args, config)
     if template is not None:
@@ -167,6 +167,14 @@ def read_recorded_fields(folder: Path, record: dict[str, Any] | None, names_base
     return {"model_name_or_path": base} if base else {}
 
 
+def find_model(model_args: ModelArguments) -> str:
+    """The base's folder or hub id; of one on ModelScope the folder that it is downloaded to."""
+    name = model_args.base
+    if is_on_modelscope(name):
+        name = download_model(name, model_args)
+    return check_model_path(name, model_args.allow_pickle)
+
+
 def check_model_path(name: str, allow_pickle: bool) -> str:
     """`name` with ~ expanded. Raises UserError for a folder that is missing or holds no model."""
     if name in MOVED_MODELS:
@@ -213,6 +221,19 @@ def find_context(config: dict[str, Any]) -> int | None:
     return next((text_config[key] for key in CONTEXT_KEYS if isinstance(text_config.get(key), int)), None)
 
 
+def check_start(model_args: ModelArguments) -> None:
+    """Raises UserError for an adapter that belongs to a changed base, where the base is to be quantized."""
+    path = model_args.checkpoint_dir and Path(model_args.checkpoint_dir, "adapter_config.json")
+    if not path or not path.is_file() or model_args.bits not in (4, 8):
+        return
+    start = read_json(path).get("init_lora_weights", True)
+    if start in CHANGING_STARTS:
+        raise UserError(
+            f"the adapter in {model_args.checkpoint_dir} belongs to a base that {start} has changed: use "
+            "--bits 16, or name the finished run, whose adapter fits the base as it is"
+        )
+
+
 def check_adapter_fits(model_args: ModelArguments, config: dict[str, Any]) -> None:
     """Raises UserError where a file is missing or cut off, or the adapter's shapes are not the base's.
 
@@ -220,6 +241,7 @@ def check_adapter_fits(model_args: ModelArguments, config: dict[str, Any]) -> No
     while it loads.
     """
     check_tokenizer(model_args)
+    check_start(model_args)
     packed = is_baichuan(config)  # refuses its relatives
     base = read_base_shapes(Path(model_args.base))
     if model_args.checkpoint_dir is None or model_args.full_finetune or "quantization_config" in config:

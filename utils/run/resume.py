@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 from utils.arguments import TrainingArguments
 from utils.console import UserError, notice
 from utils.messages import TRAIN
-from utils.run.checkpoints import find_fault, find_valid_checkpoint, read_manifest
+from utils.run.checkpoints import find_fault, find_fault_of_best, find_valid_checkpoint, read_manifest
 from utils.run.record import read_run_record
 
 # May differ between two starts of one run: they change what is printed or kept, not what is learned.
@@ -64,6 +64,8 @@ MAY_CHANGE_ON_RESUME = {
     "hub_private_repo",
     "hub_strategy",
 }
+# How long a run is. One that is made longer goes on, and its checkpoints stay its own.
+LENGTHS = ("num_train_epochs", "max_steps", "early_stopping_patience")
 BASE_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".py", ".safetensors", ".bin"}
 SAMPLES, SAMPLE_BYTES = 64, 4096
 
@@ -73,12 +75,20 @@ def find_fixed_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in MAY_CHANGE_ON_RESUME}
 
 
+def find_lasting_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Of the fixed ones those that are set and that stay when a run is made longer."""
+    fixed = find_fixed_arguments(arguments).items()
+    return {name: value for name, value in fixed if name not in LENGTHS and value}
+
+
 def find_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between two records (run.json) in the parts that `now` has: `what was -> now`."""
     changes: list[str] = []
     if "arguments" in now:
         old, new = find_fixed_arguments(was["arguments"]), find_fixed_arguments(now["arguments"])
-        changes += list_differences("--", old, new, sorted(old.keys() | new.keys()))
+        # False, 0 and None are one: not set, or of a later version.
+        names = (name for name in sorted(old.keys() | new.keys()) if old.get(name) or new.get(name))
+        changes += list_differences("--", old, new, names)
     if "base_model" in now:
         # With another name the flag says it all, and a folder under another name is compared by its files.
         changes += find_base_changes(was["base_model"], now["base_model"]) if not changes else []
@@ -90,6 +100,9 @@ def find_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
         changes += find_data_changes(was["data"], now["data"])
     if "prompt" in now:
         changes += list_differences("prompt ", was["prompt"], now["prompt"], now["prompt"])
+    parent = now.get("parent")
+    if parent and was.get("parent", parent)["adapter_sha256"] != parent["adapter_sha256"]:
+        changes.append(f"the adapter in {parent['folder']} has changed")
     if "processes" in now:
         changes += list_differences("", {"processes": 1} | was, now, ["processes"])
     return changes
@@ -99,6 +112,33 @@ def list_differences(what: str, was: dict[str, Any], now: dict[str, Any], keys: 
     """`what key was -> now` for each of the `keys` that differs."""
     changed = (key for key in keys if was.get(key) != now.get(key))
     return [f"{what}{key} {was.get(key)} -> {now.get(key)}" for key in changed]
+
+
+def find_extension(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """How the arguments `now` ask for a longer run than the record `was`; empty where they do not.
+
+    Raises UserError where it has stopped early and would at once stop again.
+    """
+    then = was["arguments"]
+    changed = [name for name in LENGTHS if then.get(name) != now.get(name)]
+    patience, had = now.get("early_stopping_patience"), then.get("early_stopping_patience")
+    is_patient = had is not None and (patience is None or patience > had)
+    if "early_stopping_patience" in changed and not is_patient:
+        return []
+    if changed not in ([], ["early_stopping_patience"]) and not is_longer(was, now):
+        return []
+    stopped = was["metrics"].get("stopped_early")
+    if changed and stopped and not is_patient:
+        raise UserError(f"the run stopped {stopped}: to go on, raise that too")
+    return [f"--{name} {then.get(name)} -> {now.get(name)}" for name in changed]
+
+
+def is_longer(was: dict[str, Any], now: dict[str, Any]) -> bool:
+    """By steps or by epochs, as `now` counts; where the record did not, by how far the run has come."""
+    then, by_steps = was["arguments"], now["max_steps"] > 0
+    name, come = ("max_steps", "steps") if by_steps else ("num_train_epochs", "epochs")
+    before = then[name] if (then["max_steps"] > 0) == by_steps else was["metrics"].get(come)
+    return before is not None and now[name] > before
 
 
 def find_base_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -152,9 +192,11 @@ def find_data_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def choose_checkpoint(
-    output_dir: Path, asked: str | None, fingerprints: dict[str, str], force: bool
+    output_dir: Path, asked: str | None, fingerprints: dict[str, str], force: bool, needs_best: bool = False
 ) -> Path | None:
     """The checkpoint to go on from: the one `asked` for, else the newest valid one.
+
+    `needs_best`: the run keeps its best step, so the best one before must be there too.
 
     Raises UserError where the one asked for is faulty, or where base, rows or arguments are not those it was
     made with (`force`: a line instead).
@@ -164,12 +206,16 @@ def choose_checkpoint(
         folder = Path(asked)
         is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name)
         fault = find_fault(folder) if is_checkpoint else "its name is not checkpoint-N"
+        if needs_best and not fault:
+            is_foreign = folder.resolve().parent != output_dir.resolve()
+            foreign = "with --load_best_model_at_end it must be the run's own"
+            fault = foreign if is_foreign else find_fault_of_best(folder)
         if fault:
             raise UserError(
                 f"--resume_from_checkpoint {asked}: {fault}; leave the flag out for the newest valid one"
             )
     else:
-        folder = find_valid_checkpoint(output_dir)
+        folder = find_valid_checkpoint(output_dir, needs_best)
     if folder is None:
         return None
     recorded = read_manifest(folder)["fingerprints"]

@@ -196,10 +196,15 @@ def build_trainer_args(
             f"--optim {training_args.optim}: there is no GPU memory to page from, it runs as its plain form"
         )
     flags.setdefault("logging_nan_inf_filter", False)  # a NaN loss must be seen
+    if keeps_best := flags.pop("load_best_model_at_end"):
+        flags.setdefault("metric_for_best_model", "loss")
     sys.argv = hide_secrets(sys.argv)  # wandb keeps the command line
     try:
         args = transformers.TrainingArguments(**flags)
     except ValueError as error:
         raise UserError(f"the Trainer refuses its flags: {error}") from error
+    args.load_best_model_at_end = (
+        keeps_best  # its own check wants --save_steps that fit, ours saves each best
+    )
     args._n_gpu = min(args.n_gpu, 1)  # never DataParallel: layers are spread, or processes are launched
     return args

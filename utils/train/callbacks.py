@@ -66,7 +66,8 @@ class SampleAnswers(TrainerCallback):
         self.write_answers(state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.write_answers(state.global_step)
+        if not args.load_best_model_at_end:  # else what is kept has answered at its evaluation
+            self.write_answers(state.global_step)
 
     def write_answers(self, step: int) -> None:
         if not is_main_process() or step == self.last_step:

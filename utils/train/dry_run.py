@@ -10,8 +10,7 @@ from utils.data.token_rows import TokenRows
 from utils.fast.loss import CHUNK_ELEMENTS
 from utils.fast.trials import takes_positions
 from utils.messages import TRAIN
-from utils.models.adapter import build_without_weights, load_config
-from utils.models.base import CUDA_CONTEXT, choose_compute_dtype, has_gpu
+from utils.models.base import CUDA_CONTEXT, build_without_weights, choose_compute_dtype, has_gpu, load_config
 from utils.train.needs import WORKSPACE
 from utils.train.plan import Arguments, Machine, Plan, find_machine, make_plan
 

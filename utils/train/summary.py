@@ -72,7 +72,7 @@ def describe_end(metrics: dict[str, Any], log: list[dict[str, Any]], output_dir:
     held_out = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
     if held_out:
         was = f"{held_out[0]:.3f} -> " if len(held_out) > 1 else ""
-        figures.append(f"held-out loss {was}{held_out[-1]:.3f}")
+        figures.append(f"held-out loss {was}{metrics.get('eval_loss', held_out[-1]):.3f}")
     return (
         f"finished: {output_dir} ({', '.join(figures)})\n"
         f"to chat: python cli_demo.py --checkpoint_dir {output_dir}"

@@ -31,6 +31,7 @@ from utils.run.lock import run_locked
 from utils.run.record import next_free_path, write_json
 from utils.run.run import Run
 from utils.run.signals import StopRequested, find_stop_signal, hold_stop, stop_held
+from utils.train.best import find_evaluation
 from utils.train.callbacks import AnswerScores, MmluEvaluation, SampleAnswers, save_training_curve
 from utils.train.model_card import share_finished_run
 from utils.train.predictions import find_answered, predict_rows
@@ -44,16 +45,19 @@ def train(trainer: QLoraTrainer, checkpoint: str | None) -> dict[str, float]:
     """Train, from `checkpoint` on where given; returns the run's figures."""
     result = trainer.train(resume_from_checkpoint=checkpoint)
     seconds, tokens = trainer.meter.seconds, trainer.meter.all_tokens
-    return {
+    state = trainer.state
+    figures = {
         "train_loss": result.training_loss,
-        "steps": trainer.state.global_step,
-        "epochs": trainer.state.epoch,
+        "steps": state.global_step,
+        "epochs": state.epoch,
         "train_seconds": round(seconds, 1),
         "train_tokens": tokens,
         "tokens_per_second": round(tokens / seconds, 1),
         "peak_memory_gib": measure_peak_memory(),
         "skipped_steps": trainer.guard.skipped,
-    } | compare_with_plan(trainer.record["memory"]["needs"])
+    }
+    best = trainer.best.describe(trainer.kept_step, state.global_step, state.max_steps, state.log_history)
+    return figures | best | compare_with_plan(trainer.record["memory"]["needs"])
 
 
 def compare_with_plan(needs: dict[str, int] | None) -> dict[str, float]:
@@ -179,7 +183,9 @@ def evaluate(
     step, metrics = trainer.last_evaluation or (None, {})
     if not training_args.do_eval:
         metrics = {}
-    elif step != trainer.state.global_step or trainer.args.load_best_model_at_end:
+    elif trainer.kept_step is not None:
+        metrics = find_evaluation(trainer.state.log_history, trainer.kept_step)
+    elif step != trainer.state.global_step:
         metrics = trainer.evaluate()
     metrics = dict(metrics)
     if training_args.do_predict:
