@@ -113,9 +113,7 @@ class DataArguments:
     )
     data_dir: str | None = flag(None, "Folder of local copies of the named sets.")
     load_from_local: bool = flag(False, "Read the named set from --data_dir.")
-    template: str | None = flag(
-        None, "A file name of utils/templates; default: the tokenizer's own template."
-    )
+    template: str | None = flag(None, "A file name of utils/templates; default: the tokenizer's own.")
     source_max_len: int = flag(1024, "Longest prompt, tokens.")
     target_max_len: int = flag(256, "Longest answer, tokens.")
     model_max_length: int | None = flag(
@@ -187,9 +185,7 @@ class TrainingArguments:
     do_train: bool = flag(False, "Train. On when none of the three is given.")
     do_eval: bool = flag(False, "Measure the loss on held-out rows.")
     do_predict: bool = flag(False, "Answer the held-out rows into predictions.jsonl.")
-    predict_with_generate: bool = flag(
-        False, "Evaluations answer the held-out rows too, scored by ROUGE and BLEU."
-    )
+    predict_with_generate: bool = flag(False, "Evaluations score answers to the held-out rows (ROUGE, BLEU).")
     sample_generate: bool = flag(False, "Answer --sample_prompts at each evaluation.")
     sample_prompts: str = flag("data/sample_prompts.jsonl", "Rows {prompt} or {messages}.")
     num_train_epochs: float = flag(3.0, "Passes over the training rows.")
@@ -229,9 +225,7 @@ class TrainingArguments:
     save_steps: float = flag(250, "Steps between checkpoints.")
     save_total_limit: int | None = flag(40, "Checkpoints kept.")
     load_best_model_at_end: bool = flag(False, "Keep the step whose evaluation was best.")
-    early_stopping_patience: int | None = flag(
-        None, "Stop after so many evaluations in a row that are no better."
-    )
+    early_stopping_patience: int | None = flag(None, "Stop after so many evaluations without a better one.")
     early_stopping_threshold: float = flag(0.0, "Better means better by more than this.")
     train_sampling_strategy: str = flag(
         "random", "random, sequential, or group_by_length to batch equal lengths."
@@ -306,9 +300,7 @@ class GenerationArguments:
     repetition_penalty: float = flag(1.0, "Above 1 discourages repetition.")
     length_penalty: float = flag(1.0, "Above 0 favours longer beams.")
     no_repeat_ngram_size: int = flag(0, "No n-gram of this size appears twice; 0: off.")
-    prompt_lookup: int = flag(
-        0, "Guess up to so many tokens (7 at most) from the prompt; the reply stays the same."
-    )
+    prompt_lookup: int = flag(0, "Guess so many tokens (up to 7) from the prompt; same reply.")
 
     def __post_init__(self) -> None:
         if not 0 <= self.prompt_lookup <= 7:

@@ -188,8 +188,7 @@ def generate_streamed(
     kept.reused_tokens = 0 if cache is None else cache.get_seq_length()
     choice, steps = None if cache is None else find_choice(chat, config), chat.steps
     if choice is not None and steps is not None:
-        output = list(prompt)
-        stop_ids = chat.tokenizer.stop_ids
+        output, stop_ids = list(prompt), chat.tokenizer.stop_ids
         tokens = stream_tokens(steps, prompt, cache, choice, config.max_new_tokens, stop_ids, lookup)
         streamer.put(torch.tensor(prompt))
         with closing(tokens):

@@ -87,8 +87,8 @@ def find_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if "arguments" in now:
         old, new = find_fixed_arguments(was["arguments"]), find_fixed_arguments(now["arguments"])
         # False, 0 and None are one: not set, or of a later version.
-        is_set = (name for name in old.keys() | new.keys() if old.get(name) or new.get(name))
-        changes += list_differences("--", old, new, sorted(is_set))
+        names = (name for name in sorted(old.keys() | new.keys()) if old.get(name) or new.get(name))
+        changes += list_differences("--", old, new, names)
     if "base_model" in now:
         # With another name the flag says it all, and a folder under another name is compared by its files.
         changes += find_base_changes(was["base_model"], now["base_model"]) if not changes else []
@@ -100,10 +100,9 @@ def find_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
         changes += find_data_changes(was["data"], now["data"])
     if "prompt" in now:
         changes += list_differences("prompt ", was["prompt"], now["prompt"], now["prompt"])
-    if "parent" in now:
-        parent = now["parent"]
-        if was.get("parent", parent)["adapter_sha256"] != parent["adapter_sha256"]:
-            changes.append(f"the adapter in {parent['folder']} has changed")
+    parent = now.get("parent")
+    if parent and was.get("parent", parent)["adapter_sha256"] != parent["adapter_sha256"]:
+        changes.append(f"the adapter in {parent['folder']} has changed")
     if "processes" in now:
         changes += list_differences("", {"processes": 1} | was, now, ["processes"])
     return changes
