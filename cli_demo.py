@@ -19,12 +19,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from utils.arguments import GenerationArguments, ModelArguments, flag
-from utils.chat.side_by_side import stream_rows
+from utils.chat.side_by_side import stream_side_by_side
 from utils.console import UserError, run_main
 from utils.flags.parser import find_given_flags, parse_args
 from utils.messages import Messages
-from utils.models.folder import check_adapter_fits, read_model_config, resolve_model
-from utils.prompts import read_template
+from utils.models.folder import resolve_model
 
 if TYPE_CHECKING:
     from utils.chat.generation import ChatModel
@@ -44,10 +43,10 @@ BARE_COMMANDS = {"clear", "exit", "quit", "stop"}
 @dataclass
 class ChatArguments:
     _argument_group_name = "chat"
-    system: str | None = flag(default=None, help="System message at the start of each conversation.")
-    compare: bool = flag(default=False, help="Each question to the base too: its reply on the left.")
-    template: str | None = flag(default=None, help="A name in utils/templates, instead of the run's own.")
-    seed: int = flag(default=42, help="Seed of --do_sample.")
+    system: str | None = flag(None, "System message at the start of each conversation.")
+    compare: bool = flag(False, "Each question to the base too: its reply on the left.")
+    template: str | None = flag(None, "A name in utils/templates, instead of the run's own.")
+    seed: int = flag(42, "Seed of --do_sample.")
 
 
 @dataclass
@@ -63,12 +62,8 @@ def main() -> None:
     model_args, generation_args, chat_args = parse_args(
         sys.argv[1:], [ModelArguments, GenerationArguments, ChatArguments], __doc__
     )
-    model_args = resolve_model(model_args, find_given_flags(sys.argv[1:]))
-    config = read_model_config(model_args)
-    check_adapter_fits(model_args, config)
-    if chat_args.template:
-        read_template(chat_args.template)
-    if chat_args.compare and (model_args.checkpoint_dir is None or model_args.full_finetune):
+    resolved = resolve_model(model_args, find_given_flags(sys.argv[1:]), chat_args.template)
+    if chat_args.compare and not resolved.has_adapter:
         raise UserError("--compare shows the base beside an adapter on it: name one with --checkpoint_dir")
 
     from transformers import set_seed
@@ -77,9 +72,9 @@ def main() -> None:
     from utils.chat.streaming import ConversationCache
 
     set_seed(chat_args.seed)
-    chat = load_run(model_args, config, chat_args.template)
-    adapter = model_args.checkpoint_dir or "none"
-    print(f"{model_args.model_name_or_path}, {model_args.bits} bits, adapter {adapter}")
+    chat = load_run(resolved)
+    args = resolved.args
+    print(f"{args.base}, {args.bits} bits, adapter {args.checkpoint_dir or 'none'}")
     if sys.stdin.isatty():
         print("/help lists the commands; Ctrl-C interrupts the reply, Ctrl-D leaves")
     sides = [Side(tuned, ConversationCache()) for tuned in ([False, True] if chat_args.compare else [True])]
@@ -200,7 +195,7 @@ def print_replies(streams: list[Generator[str]]) -> list[str]:
         else:
             width = shutil.get_terminal_size().columns
             pieces = itertools.chain([["base\n", "tuned\n"]], read_pieces())
-            shown = (f"{row}\n" for row in stream_rows(pieces, width))
+            shown = (f"{row}\n" for row in stream_side_by_side(pieces, width))
         while True:
             try:
                 for text in shown:

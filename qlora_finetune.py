@@ -24,30 +24,35 @@ def main() -> None:
     run = open_run(model_args, data_args, lora_args, training_args)  # a new one, or that of --output_dir
     if run.is_finished:
         return run.print_finished()
-    rows = load_rows(model_args, data_args, training_args)
-    run.describe(data=rows.describe())
-    probes = load_probes(training_args, data_args)
+    rows = load_rows(model_args, data_args, training_args)  # checked and split, still on disk
+    run.describe(data=rows.describe())  # into run.json; an earlier start must have had the same
+    probes = load_probes(training_args, data_args)  # sample prompts and MMLU, asked at each evaluation
 
     # From here on torch is imported (seconds) and weights are loaded (minutes).
     from utils.data.report import report_data
     from utils.data.tokenizing import tokenize_rows
     from utils.models.adapter import check_target_modules, load_model
-    from utils.models.tokenizer import load_stop_ids, load_tokenizer
+    from utils.models.tokenizer import load_chat_tokenizer
     from utils.train.build import build_trainer
+    from utils.train.dry_run import print_plan
     from utils.train.training import run_trainer
 
     check_target_modules(model_args, lora_args)
-    tokenizer = load_tokenizer(model_args, data_args)
-    stop_ids = load_stop_ids(model_args, tokenizer)
-    datasets = tokenize_rows(rows, tokenizer, stop_ids, data_args)
-    report_data(rows, datasets, tokenizer, model_args, data_args, training_args)
+    tokenizer = load_chat_tokenizer(model_args, data_args)  # with its template and stop tokens
+    datasets = tokenize_rows(rows, tokenizer, data_args)
+    report_data(rows, datasets, tokenizer, model_args, data_args, training_args)  # a red one ends here
     if data_args.data_report:
         return
 
+    if training_args.dry_run:
+        return print_plan(datasets, model_args, data_args, lora_args, training_args)
+
     model, dtype = load_model(model_args, lora_args, training_args)
-    run.describe_model(model.config, tokenizer, stop_ids)
-    trainer = build_trainer(model, tokenizer, datasets, run, model_args, data_args, training_args, dtype)
-    run_trainer(trainer, run, rows, probes, stop_ids, training_args, generation_args)
+    run.describe_model(model.config, tokenizer.describe())
+    trainer = build_trainer(
+        model, tokenizer, datasets, run, model_args, data_args, lora_args, training_args, dtype
+    )
+    run_trainer(trainer, run, rows, probes, tokenizer, training_args, generation_args)
 
 
 if __name__ == "__main__":

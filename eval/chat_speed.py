@@ -19,12 +19,12 @@ from utils.flags.parser import parse_args
 @dataclass
 class ChatSpeedArguments:
     _argument_group_name = "chat speed"
-    model: str = flag(default="llama-7b", help=f"Shape: {', '.join(SHAPE_NAMES)}.")
-    bits: Literal[4, 8, 16] = flag(default=4, help="Bits of the base.")
-    lora_r: int = flag(default=64, help="Rank of the adapter, on all linear layers.")
-    prompt_tokens: int = flag(default=512, help="Length of the prompt.")
-    max_new_tokens: int = flag(default=256, help="Tokens of the reply that is timed.")
-    output_dir: str = flag(default="output/chat_speed", help="Where the figures are saved as json.")
+    model: str = flag("llama-7b", f"Shape: {', '.join(SHAPE_NAMES)}.")
+    bits: Literal[4, 8, 16] = flag(4, "Bits of the base.")
+    lora_r: int = flag(64, "Rank of the adapter, on all linear layers.")
+    prompt_tokens: int = flag(512, "Length of the prompt.")
+    max_new_tokens: int = flag(256, "Tokens of the reply that is timed.")
+    output_dir: str = flag("output/chat_speed", "Where the figures are saved as json.")
 
     def __post_init__(self):
         require_positive(self, "lora_r", "prompt_tokens")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from utils.arguments import flag
 from utils.console import UserError, notice, run_main
-from utils.flags.parser import name_leading_words, parse_args
+from utils.flags.parser import parse_args, prepend_flag
 
 PAIR = ["plain", "fast"]
 Losses = tuple[float, float]  # nats per token of the held-out rows, before and after training
@@ -30,11 +30,9 @@ Losses = tuple[float, float]  # nats per token of the held-out rows, before and 
 @dataclass
 class CompareArguments:
     _argument_group_name = "comparison"
-    runs: str = flag(default="output/quality", help="Folder of the runs, SETTING-SEED.")
-    settings: list[str] = flag(
-        default_factory=lambda: list(PAIR), help="Others than these two are held against the first of them."
-    )
-    seeds: list[int] = flag(default_factory=lambda: [0, 1, 2], help="Two or more.")
+    runs: str = flag("output/quality", "Folder of the runs, SETTING-SEED.")
+    settings: list[str] = flag(PAIR, "Others than these two are held against the first of them.")
+    seeds: list[int] = flag([0, 1, 2], "Two or more.")
 
     def __post_init__(self):
         if len(set(self.seeds)) < 2:
@@ -42,7 +40,7 @@ class CompareArguments:
 
 
 def main() -> None:
-    (arguments,) = parse_args(name_leading_words(sys.argv[1:], "--runs"), [CompareArguments], __doc__)
+    (arguments,) = parse_args(prepend_flag(sys.argv[1:], "--runs"), [CompareArguments], __doc__)
     losses = {
         setting: [read_losses(Path(arguments.runs, f"{setting}-{seed}")) for seed in arguments.seeds]
         for setting in arguments.settings

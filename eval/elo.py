@@ -20,7 +20,7 @@ from eval.answers.reviews import (
 )
 from utils.arguments import flag, require_positive
 from utils.console import notice, run_main
-from utils.flags.parser import name_leading_words, parse_args
+from utils.flags.parser import parse_args, prepend_flag
 from utils.run.record import write_json
 
 START, K = 1000.0, 32.0  # the paper's
@@ -29,17 +29,17 @@ START, K = 1000.0, 32.0  # the paper's
 @dataclass
 class EloArguments:
     _argument_group_name = "tournament"
-    reviews: list[str] = flag(default_factory=list, help="Review files, A against B and B against A.")
-    output_dir: str = flag(default="output/elo", help="Folder of elo.md, elo.json and elo.png.")
-    orderings: int = flag(default=10_000, help="Random orders of the matches.")
-    seed: int = flag(default=42, help="Seed of the orders.")
+    reviews: list[str] = flag([], "Review files, A against B and B against A.")
+    output_dir: str = flag("output/elo", "Folder of elo.md, elo.json and elo.png.")
+    orderings: int = flag(10_000, "Random orders of the matches.")
+    seed: int = flag(42, "Seed of the orders.")
 
     def __post_init__(self):
         require_positive(self, "orderings")
 
 
 def main() -> None:
-    (elo_args,) = parse_args(name_leading_words(sys.argv[1:], "--reviews"), [EloArguments], __doc__)
+    (elo_args,) = parse_args(prepend_flag(sys.argv[1:], "--reviews"), [EloArguments], __doc__)
     matches = load_matches(elo_args.reviews)
     rows = rate_players(matches, elo_args.orderings, elo_args.seed)
     page = render_tournament(matches, rows, elo_args.orderings)

@@ -15,21 +15,21 @@ from typing import Any
 from eval.answers.questions import Question, load_questions
 from utils.arguments import GenerationArguments, ModelArguments, flag, require_positive
 from utils.console import UserError, notice, run_main
-from utils.flags.parser import find_given_flags, name_leading_words, parse_args
-from utils.models.folder import check_adapter_fits, read_model_config, resolve_model
+from utils.flags.parser import find_given_flags, parse_args, prepend_flag
+from utils.models.folder import resolve_model
 from utils.run.record import next_free_path
 
 
 @dataclass
 class AnswerArguments:
     _argument_group_name = "answers"
-    questions: list[str] = flag(default_factory=list, help="Question files: ours, Vicuna's, OASST's.")
-    output_dir: str = flag(default="output/answers", help="Folder of the answer files.")
-    base_too: bool = flag(default=False, help="Answer with the adapter off too, into a second file.")
-    max_questions: int | None = flag(default=None, help="Answer this many questions at most.")
-    batch_size: int = flag(default=8, help="Questions answered at once.")
-    template: str | None = flag(default=None, help="A name in utils/templates, instead of the run's own.")
-    seed: int = flag(default=42, help="Seed of --do_sample.")
+    questions: list[str] = flag([], "Question files: ours, Vicuna's, OASST's.")
+    output_dir: str = flag("output/answers", "Folder of the answer files.")
+    base_too: bool = flag(False, "Answer with the adapter off too, into a second file.")
+    max_questions: int | None = flag(None, "Answer this many questions at most.")
+    batch_size: int = flag(8, "Questions answered at once.")
+    template: str | None = flag(None, "A name in utils/templates, instead of the run's own.")
+    seed: int = flag(42, "Seed of --do_sample.")
 
     def __post_init__(self):
         require_positive(self, "max_questions", "batch_size")
@@ -38,16 +38,12 @@ class AnswerArguments:
 
 
 def main() -> None:
+    argv = prepend_flag(sys.argv[1:], "--checkpoint_dir")
     model_args, generation_args, answer_args = parse_args(
-        name_leading_words(sys.argv[1:], "--checkpoint_dir"),
-        [ModelArguments, GenerationArguments, AnswerArguments],
-        __doc__,
+        argv, [ModelArguments, GenerationArguments, AnswerArguments], __doc__
     )
-    given = find_given_flags(name_leading_words(sys.argv[1:], "--checkpoint_dir"))
-    model_args = resolve_model(model_args, given)
-    config = read_model_config(model_args)
-    check_adapter_fits(model_args, config)
-    if answer_args.base_too and (model_args.checkpoint_dir is None or model_args.full_finetune):
+    resolved = resolve_model(model_args, find_given_flags(argv), answer_args.template)
+    if answer_args.base_too and not resolved.has_adapter:
         raise UserError(
             "--base_too switches an adapter off, and there is none: answer with the base by itself"
         )
@@ -55,9 +51,9 @@ def main() -> None:
 
     from utils.chat.generation import load_run
 
-    chat = load_run(model_args, config, answer_args.template)
-    base = Path(model_args.base).name
-    tuned = Path(model_args.checkpoint_dir).resolve().name if model_args.checkpoint_dir else base
+    chat, args = load_run(resolved), resolved.args
+    base = Path(args.base).name
+    tuned = Path(args.checkpoint_dir).resolve().name if args.checkpoint_dir else base
     write_answers(chat, questions, tuned, generation_args, answer_args)
     if answer_args.base_too:
         with chat.model.disable_adapter():

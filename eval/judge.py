@@ -24,7 +24,7 @@ from eval.answers.questions import Answer, Question, load_answers, load_question
 from eval.answers.reviews import shorten_name
 from utils.arguments import flag, require_positive
 from utils.console import UserError, notice, run_main
-from utils.flags.parser import name_leading_words, parse_args
+from utils.flags.parser import parse_args, prepend_flag
 
 PROMPTS_DIR = Path(__file__).parent / "prompts"
 ASK_AGAIN = {
@@ -38,23 +38,23 @@ REVIEW_TOKENS = 250  # of a typical review, for the estimate
 @dataclass
 class JudgeArguments:
     _argument_group_name = "judge"
-    answers: list[str] = flag(default_factory=list, help="Answer files to compare, two or more.")
-    questions: list[str] = flag(default_factory=list, help="Question files that were answered.")
-    model: str | None = flag(default=None, help="The judging model's name at the endpoint.")
+    answers: list[str] = flag([], "Answer files to compare, two or more.")
+    questions: list[str] = flag([], "Question files that were answered.")
+    model: str | None = flag(None, "The judging model's name at the endpoint.")
     scoring: Literal["threeclass", "relative"] = flag(
-        default="threeclass", help="The better answer or a tie; or two scores out of 10."
+        "threeclass", "The better answer or a tie; or two scores out of 10."
     )
-    output_dir: str = flag(default="output/reviews", help="Folder of the review files.")
-    max_questions: int | None = flag(default=None, help="Judge this many questions at most.")
-    parallel: int = flag(default=4, help="Requests under way at once.")
-    timeout_s: float = flag(default=120.0, help="A request is given up after this, seconds.")
-    retries: int = flag(default=5, help="Tries after HTTP 429, 500 or a timeout, ever further apart.")
-    attempts: int = flag(default=3, help="Replies asked for until one holds a verdict.")
-    temperature: float = flag(default=0.0, help="Of the judge; below 0: left to the endpoint.")
-    max_review_tokens: int = flag(default=2048, help="Longest review, tokens.")
-    price_in: float = flag(default=0.0, help="Price of a million prompt tokens, for the estimate.")
-    price_out: float = flag(default=0.0, help="Price of a million reply tokens.")
-    estimate_only: bool = flag(default=False, help="Print the cost estimate and stop.")
+    output_dir: str = flag("output/reviews", "Folder of the review files.")
+    max_questions: int | None = flag(None, "Judge this many questions at most.")
+    parallel: int = flag(4, "Requests under way at once.")
+    timeout_s: float = flag(120.0, "A request is given up after this, seconds.")
+    retries: int = flag(5, "Tries after HTTP 429, 500 or a timeout, ever further apart.")
+    attempts: int = flag(3, "Replies asked for until one holds a verdict.")
+    temperature: float = flag(0.0, "Of the judge; below 0: left to the endpoint.")
+    max_review_tokens: int = flag(2048, "Longest review, tokens.")
+    price_in: float = flag(0.0, "Price of a million prompt tokens, for the estimate.")
+    price_out: float = flag(0.0, "Price of a million reply tokens.")
+    estimate_only: bool = flag(False, "Print the cost estimate and stop.")
 
     def __post_init__(self):
         require_positive(self, "max_questions", "parallel", "timeout_s", "attempts", "max_review_tokens")
@@ -81,7 +81,7 @@ class Comparison:
 
 
 def main() -> None:
-    (judge_args,) = parse_args(name_leading_words(sys.argv[1:], "--answers"), [JudgeArguments], __doc__)
+    (judge_args,) = parse_args(prepend_flag(sys.argv[1:], "--answers"), [JudgeArguments], __doc__)
     comparisons = list_comparisons(judge_args)
     reviewed = {path: load_reviewed(path) for path in {comparison.path for comparison in comparisons}}
     open_ones = [one for one in comparisons if one.key not in reviewed[one.path]]

@@ -13,36 +13,34 @@ from typing import Any
 
 from utils.arguments import ModelArguments, flag, require_positive
 from utils.console import UserError, notice, run_main
-from utils.flags.parser import find_given_flags, name_leading_words, parse_args
-from utils.models.folder import check_adapter_fits, read_model_config, resolve_model
+from utils.flags.parser import find_given_flags, parse_args, prepend_flag
+from utils.models.folder import resolve_model
 from utils.run.record import next_free_path, write_json
 
 
 @dataclass
 class TaskArguments:
     _argument_group_name = "tasks"
-    tasks: str = flag(default="quiz_en,quiz_zh", help="Tasks or groups of lm_eval, with commas.")
-    include_path: str | None = flag(default=None, help="Folder of task files of your own.")
-    base_too: bool = flag(default=False, help="Measure the base, the adapter off, in the same process.")
-    chat_template: bool = flag(default=False, help="Ask through the run's chat template.")
-    template: str | None = flag(default=None, help="A name in utils/templates, instead of the run's own.")
-    num_fewshot: int | None = flag(default=None, help="Examples before a question; default: the task's.")
-    limit: int | None = flag(default=None, help="This many questions of each task at most.")
-    batch_size: int = flag(default=8, help="Sequences in a batch.")
-    output_dir: str | None = flag(default=None, help="Folder of lm_tasks.json; default: the run's.")
-    seed: int = flag(default=42, help="Seed of the few-shot examples.")
+    tasks: str = flag("quiz_en,quiz_zh", "Tasks or groups of lm_eval, with commas.")
+    include_path: str | None = flag(None, "Folder of task files of your own.")
+    base_too: bool = flag(False, "Measure the base, the adapter off, in the same process.")
+    chat_template: bool = flag(False, "Ask through the run's chat template.")
+    template: str | None = flag(None, "A name in utils/templates, instead of the run's own.")
+    num_fewshot: int | None = flag(None, "Examples before a question; default: the task's.")
+    limit: int | None = flag(None, "This many questions of each task at most.")
+    batch_size: int = flag(8, "Sequences in a batch.")
+    output_dir: str | None = flag(None, "Folder of lm_tasks.json; default: the run's.")
+    seed: int = flag(42, "Seed of the few-shot examples.")
 
     def __post_init__(self):
         require_positive(self, "limit", "batch_size")
 
 
 def main() -> None:
-    argv = name_leading_words(sys.argv[1:], "--checkpoint_dir")
+    argv = prepend_flag(sys.argv[1:], "--checkpoint_dir")
     model_args, task_args = parse_args(argv, [ModelArguments, TaskArguments], __doc__)
-    model_args = resolve_model(model_args, find_given_flags(argv))
-    config = read_model_config(model_args)
-    check_adapter_fits(model_args, config)
-    if task_args.base_too and (model_args.checkpoint_dir is None or model_args.full_finetune):
+    resolved = resolve_model(model_args, find_given_flags(argv), task_args.template)
+    if task_args.base_too and not resolved.has_adapter:
         raise UserError("--base_too switches an adapter off, and there is none: measure the base by itself")
 
     from eval.measures.harness import load_task_manager, read_scores, run_tasks
@@ -50,21 +48,17 @@ def main() -> None:
 
     tasks = task_args.tasks.split(",")
     manager = load_task_manager(tasks, task_args.include_path)
-    chat = load_run(model_args, config, task_args.template)
-    options = {
-        "batch_size": task_args.batch_size,
-        "num_fewshot": task_args.num_fewshot,
-        "limit": task_args.limit,
-        "chat_template": task_args.chat_template,
-        "seed": task_args.seed,
-    }
+    chat = load_run(resolved)
+    asked = ("batch_size", "num_fewshot", "limit", "chat_template", "seed")
+    options = {name: getattr(task_args, name) for name in asked}
     scores = {"run": read_scores(run_tasks(chat, tasks, manager, **options))}
     if task_args.base_too:
-        scores["base"] = read_scores(run_tasks(chat, tasks, manager, **options, adapter_off=True))
+        with chat.model.disable_adapter():
+            scores["base"] = read_scores(run_tasks(chat, tasks, manager, **options))
     print(render_scores(scores))
-    folder = Path(task_args.output_dir or model_args.checkpoint_dir or "output/lm_tasks")
+    folder = Path(task_args.output_dir or resolved.args.checkpoint_dir or "output/lm_tasks")
     path = next_free_path(folder / "lm_tasks.json")
-    write_json({"model": vars(model_args), "tasks": tasks, "options": options} | scores, path)
+    write_json({"model": vars(resolved.args), "tasks": tasks, "options": options} | scores, path)
     notice(f"saved in {path}")
 
 

@@ -7,7 +7,7 @@ The adapter is switched off for "before". Writes report.md, report.json and repo
 
 import dataclasses
 import sys
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,9 @@ from eval.measures.differences import Measure, compute_row_losses, measure_answe
 from eval.measures.rendering import draw_measures, render_report
 from utils.arguments import GenerationArguments, ModelArguments, flag, require_positive
 from utils.console import UserError, notice, run_main
-from utils.flags.parser import find_given_flags, name_leading_words, parse_args
-from utils.models.folder import check_adapter_fits, read_model_config, resolve_model
-from utils.run.record import find_run_record, write_json
+from utils.flags.parser import find_given_flags, parse_args, prepend_flag
+from utils.models.folder import resolve_model
+from utils.run.record import write_json
 
 if TYPE_CHECKING:
     from utils.data.token_rows import Example
@@ -30,37 +30,33 @@ OWN_QUESTIONS = ["eval/prompts/questions_zh.jsonl", "eval/prompts/questions_en.j
 @dataclass
 class ReportArguments:
     _argument_group_name = "report"
-    questions: list[str] = flag(default_factory=lambda: list(OWN_QUESTIONS), help="Question files.")
-    max_questions: int = flag(default=24, help="Questions asked, spread evenly over the files.")
-    max_held_out: int = flag(default=256, help="Held-out rows whose loss is measured, at most.")
-    max_held_out_answers: int = flag(default=12, help="Held-out rows that are answered, at most.")
-    tasks: str = flag(default="quiz_en,quiz_zh", help="Benchmarks of lm_eval, or none.")
-    include_path: str | None = flag(default=None, help="Folder of task files of your own.")
-    limit: int | None = flag(default=None, help="This many questions of each benchmark at most.")
-    batch_size: int = flag(default=8, help="Sequences in a batch.")
-    output_dir: str | None = flag(default=None, help="Folder of the report; default: the run's.")
-    seed: int = flag(default=42, help="Seed of --do_sample and of few-shot examples.")
+    questions: list[str] = flag(OWN_QUESTIONS, "Question files.")
+    max_questions: int = flag(24, "Questions asked, spread evenly over the files.")
+    max_held_out: int = flag(256, "Held-out rows whose loss is measured, at most.")
+    max_held_out_answers: int = flag(12, "Held-out rows that are answered, at most.")
+    tasks: str = flag("quiz_en,quiz_zh", "Benchmarks of lm_eval, or none.")
+    include_path: str | None = flag(None, "Folder of task files of your own.")
+    limit: int | None = flag(None, "This many questions of each benchmark at most.")
+    batch_size: int = flag(8, "Sequences in a batch.")
+    output_dir: str | None = flag(None, "Folder of the report; default: the run's.")
+    seed: int = flag(42, "Seed of --do_sample and of few-shot examples.")
 
     def __post_init__(self):
         require_positive(self, "max_questions", "max_held_out", "max_held_out_answers", "limit", "batch_size")
 
 
 def main() -> None:
-    argv = name_leading_words(sys.argv[1:], "--checkpoint_dir")
+    argv = prepend_flag(sys.argv[1:], "--checkpoint_dir")
     model_args, generation_args, report_args = parse_args(
         argv, [ModelArguments, GenerationArguments, ReportArguments], __doc__, max_new_tokens=128
     )
     if model_args.checkpoint_dir is None:
         raise UserError("no run is named: python -m eval.report RUN")
-    model_args = resolve_model(model_args, find_given_flags(argv))
-    config = read_model_config(model_args)
-    check_adapter_fits(model_args, config)
-    if model_args.full_finetune:
+    resolved = resolve_model(model_args, find_given_flags(argv))
+    if not resolved.has_adapter:
         raise UserError(
             "a full fine-tune has no adapter to switch off: use eval.lm_tasks on it and on its base"
         )
-    run_dir = model_args.adapter_dir
-    record = find_run_record(run_dir)
     questions = spread(load_questions(report_args.questions), report_args.max_questions)
 
     from eval.measures.harness import load_task_manager
@@ -68,9 +64,9 @@ def main() -> None:
 
     tasks = [] if report_args.tasks == "none" else report_args.tasks.split(",")
     manager = load_task_manager(tasks, report_args.include_path) if tasks else None
-    chat = load_run(model_args, config)
+    chat, run_dir = load_run(resolved), resolved.args.adapter_dir
     measures = measure_tasks(chat, tasks, manager, report_args) if tasks else []
-    content = measure_run(chat, record, questions, measures, generation_args, report_args)
+    content = measure_run(chat, resolved.record, questions, measures, generation_args, report_args)
     save_report(content | {"run": str(run_dir)}, Path(report_args.output_dir or run_dir))
 
 
@@ -83,12 +79,14 @@ def measure_run(
     report_args: ReportArguments,
 ) -> dict[str, Any]:
     """What report.json holds: every measure compared, the benchmarks' `measures` too, and answers."""
+    from eval.answers.answering import answer_batch
     from eval.measures.held_out import load_held_out
 
     held_out = load_held_out(record, chat, report_args.max_held_out)
     asked = held_out.questions[: report_args.max_held_out_answers]
-    answers = answer_both(chat, questions, generation_args, report_args)
-    held_out_answers = answer_both(chat, asked, generation_args, report_args)
+    how = (generation_args, report_args.seed, report_args.batch_size)
+    answers = ask_both(chat, lambda: answer_batch(chat, questions, *how))
+    held_out_answers = ask_both(chat, lambda: answer_batch(chat, asked, *how))
     measures = [
         *measure_loss(chat, held_out.encoded),
         *measures,
@@ -121,20 +119,18 @@ def spread(questions: list[Question], count: int) -> list[Question]:
     return [questions[i * len(questions) // count] for i in range(count)]
 
 
-def switch_off(chat: Any, off: bool) -> Any:
-    return chat.model.disable_adapter() if off else nullcontext()
+def ask_both(chat: Any, ask: Callable[[], Any]) -> tuple[Any, Any]:
+    """What `ask` gives without the adapter, and with it."""
+    with chat.model.disable_adapter():
+        before = ask()
+    return before, ask()
 
 
 def measure_loss(chat: Any, rows: list["Example"]) -> list[Measure]:
     """Held-out loss, weighted by label tokens as in training."""
     if not rows:
         return []
-    losses = []
-    for off in (True, False):
-        with switch_off(chat, off):
-            values, counts = compute_row_losses(chat.model, rows)
-            losses.append(values)
-    before, after = losses
+    (before, counts), (after, _) = ask_both(chat, lambda: compute_row_losses(chat.model, rows))
     return [Measure("held-out loss, nats a token", before, after, "lower", counts)]
 
 
@@ -142,38 +138,17 @@ def measure_tasks(chat: Any, tasks: list[str], manager: Any, report_args: Report
     """Accuracy of each task, question by question."""
     from eval.measures.harness import run_tasks
 
-    before, after = (
-        run_tasks(
-            chat,
-            tasks,
-            manager,
-            report_args.batch_size,
-            limit=report_args.limit,
-            seed=report_args.seed,
-            adapter_off=off,
-        )["samples"]
-        for off in (True, False)
-    )
+    options: dict[str, Any] = {
+        "batch_size": report_args.batch_size,
+        "limit": report_args.limit,
+        "seed": report_args.seed,
+    }
+    sides = ask_both(chat, lambda: run_tasks(chat, tasks, manager, **options)["samples"])
     measures = []
-    for task in sorted(name for name, rows in before.items() if "acc" in rows[0]):
-        first, second = ([row["acc"] for row in side[task]] for side in (before, after))
+    for task in sorted(name for name, rows in sides[0].items() if "acc" in rows[0]):
+        first, second = ([row["acc"] for row in side[task]] for side in sides)
         measures.append(Measure(f"{task}, accuracy", first, second, "higher", percent=True))
     return measures
-
-
-def answer_both(
-    chat: Any, questions: list[Question], generation_args: GenerationArguments, report_args: ReportArguments
-) -> list[list[dict[str, Any]]]:
-    """[answers without the adapter, answers with it]."""
-    from eval.answers.answering import answer_batch
-
-    sides = []
-    for off in (True, False):
-        with switch_off(chat, off):
-            sides.append(
-                answer_batch(chat, questions, generation_args, report_args.seed, report_args.batch_size)
-            )
-    return sides
 
 
 def measure_rouge(

@@ -16,31 +16,31 @@ from utils.console import run_main
 from utils.flags.parser import parse_args
 
 # Of eval/speed/shapes.py, known here without importing torch.
-SHAPE_NAMES = ("llama-7b", "llama-13b", "llama-33b", "llama-65b", "qwen2.5-7b", "smollm2-135m", "tiny")
+SHAPE_NAMES = (
+    *("llama-7b", "llama-13b", "llama-33b", "llama-65b", "llama3-8b", "mistral-7b", "qwen2.5-7b", "gemma-7b"),
+    *("opt-6.7b", "bloomz-7b", "smollm2-135m", "tiny"),
+)
 
 
 @dataclass
 class SpeedArguments:
     _argument_group_name = "speed"
-    model: str = flag(default="llama-7b", help=f"Shape: {', '.join(SHAPE_NAMES)}.")
+    model: str = flag("llama-7b", f"Shape: {', '.join(SHAPE_NAMES)}.")
     workloads: list[str] = flag(
-        default_factory=lambda: ["4x512", "4x2048", "4x2048-checkpointed", "real-32", "real-128"],
-        help="BATCHxLENGTH or real-ROWS, each also with -checkpointed.",
+        ["4x512", "4x2048", "4x2048-checkpointed", "real-32", "real-128"],
+        "BATCHxLENGTH or real-ROWS, each also with -checkpointed.",
     )
-    variants: list[str] = flag(
-        default_factory=lambda: ["original", "plain", "fast"], help="original, plain and fast, in this order."
-    )
-    bits: Literal[4, 8, 16] = flag(default=4, help="Bits of the base.")
-    dtypes: list[str] = flag(default_factory=lambda: ["bf16"], help="bf16, fp16, fp32: of the fast path.")
-    lora_r: int = flag(default=64, help="Rank of the adapter.")
-    dropouts: list[float] = flag(default_factory=lambda: [0.1], help="LoRA dropout of the fast path.")
-    capacity: int = flag(default=8192, help="Largest packed micro-batch of real lengths, tokens.")
+    variants: list[str] = flag(["original", "plain", "fast"], "original, plain and fast, in this order.")
+    bits: Literal[4, 8, 16] = flag(4, "Bits of the base.")
+    dtypes: list[str] = flag(["bf16"], "bf16, fp16, fp32: of the fast path.")
+    lora_r: int = flag(64, "Rank of the adapter.")
+    dropouts: list[float] = flag([0.1], "LoRA dropout of the fast path.")
+    capacity: int = flag(8192, "Largest packed micro-batch of real lengths, tokens.")
     steps: int = flag(
-        default=4,
-        help="Optimizer steps timed; on a CPU and of padded variants three at most (24 of real-4).",
+        4, "Optimizer steps timed; on a CPU and of padded variants three at most (24 of real-4)."
     )
-    profile: bool = flag(default=False, help="Print the kernels that took longest.")
-    output_dir: str = flag(default="output/train_speed", help="Where the table is saved as json.")
+    profile: bool = flag(False, "Print the kernels that took longest.")
+    output_dir: str = flag("output/train_speed", "Where the table is saved as json.")
 
     def __post_init__(self):
         require_choice(self, "model", list(SHAPE_NAMES))

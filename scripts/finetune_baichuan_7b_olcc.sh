@@ -29,7 +29,7 @@ args=(
   --do_train --do_eval --sample_generate --num_train_epochs 4
   --per_device_train_batch_size 4 --gradient_accumulation_steps 8 --per_device_eval_batch_size 4
   --learning_rate 2e-4 --lr_scheduler_type constant --weight_decay 0.0
-  --adam_beta2 0.999 --max_grad_norm 0.3 --gradient_checkpointing --data_seed 42 --seed 0
+  --adam_beta2 0.999 --max_grad_norm 0.3 --data_seed 42 --seed 0
   # output
   --output_dir output/olcc-baichuan-7b --logging_steps 1 --max_new_tokens 32
   --eval_strategy steps --eval_steps 50 --save_steps 100 --save_total_limit 5

@@ -19,7 +19,7 @@ args=(
   # training
   --do_train --do_eval --num_train_epochs 3
   --per_device_train_batch_size 4 --gradient_accumulation_steps 8 --per_device_eval_batch_size 8
-  --learning_rate 2e-4 --lr_scheduler_type constant --max_grad_norm 0.3 --gradient_checkpointing --seed 0
+  --learning_rate 2e-4 --lr_scheduler_type constant --max_grad_norm 0.3 --seed 0
   # output
   --output_dir output/oasst1-pythia-6.9b --logging_steps 10
   --eval_strategy steps --eval_steps 200 --save_steps 200 --save_total_limit 3

@@ -20,7 +20,7 @@ args=(
   --do_train --do_eval --num_train_epochs 2
   --per_device_train_batch_size 4 --gradient_accumulation_steps 8 --per_device_eval_batch_size 8
   --learning_rate 2e-4 --lr_scheduler_type cosine --warmup_steps 0.03 --max_grad_norm 1.0
-  --gradient_checkpointing --seed 0
+  --seed 0
   # output
   --output_dir output/oasst1-qwen2.5-7b --logging_steps 10
   --eval_strategy steps --eval_steps 200 --save_steps 200 --save_total_limit 3

@@ -15,11 +15,13 @@ from helpers import ROOT, SMOLLM2
 
 def pytest_sessionstart(session):
     """The CPU's kind at the head, which pytest's own header, quiet under -q, would not show."""
-    from utils.models.cpu import describe_cpu
+    from utils.models.cpu import choose_cpu_dtype, has_bfloat16_instructions
 
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter and not hasattr(session.config, "workerinput"):
-        reporter.write_line(describe_cpu())
+        has = "with" if has_bfloat16_instructions() else "without"
+        forced = ", as QLORA_CPU_DTYPE says" if "QLORA_CPU_DTYPE" in os.environ else ""
+        reporter.write_line(f"CPU {has} bfloat16 instructions: computes in {choose_cpu_dtype()}{forced}")
 
 
 # Files of many seconds come first, so that no worker is left with one at the end.

@@ -25,6 +25,7 @@ from utils.run.run import check_overwriting
 # cli_demo.py by a Python that has no packages.
 BARE = 'import runpy, sys; sys.path.insert(0, "."); runpy.run_path("cli_demo.py", run_name="__main__")'
 ROWS = '{"instruction": "Who are you?", "input": "", "output": "I am Guanaco."}\n' * 4
+BEST = ["--load_best_model_at_end", "--early_stopping_patience", "2"]
 
 
 @pytest.fixture
@@ -69,7 +70,26 @@ FLAG_MISTAKES = {
     "misspelt flag inside": (["--lora_aplha", "8"], ["--lora_aplha", "did you mean --lora_alpha?"]),
     "flag of another trainer": (["--batch_size", "4"], ["--batch_size", "--per_device_train_batch_size"]),
     "resuming": (["--resume"], ["unknown flag --resume: the same command resumes"]),
-    "early stopping": (["--early_stopping_patience", "3"], ["no early stopping", "--save_strategy best"]),
+    "early stopping of another trainer": (["--patience", "3"], ["use --early_stopping_patience"]),
+    "early stopping alone": (["--early_stopping_patience", "3"], ["--load_best_model_at_end too"]),
+    "threshold without patience": (
+        ["--early_stopping_threshold", "0.1"],
+        ["--early_stopping_threshold 0.1", "beside --early_stopping_patience"],
+    ),
+    "negative threshold": (
+        [*BEST, "--eval_strategy", "epoch", "--early_stopping_threshold", "-1"],
+        ["--early_stopping_threshold -1.0", "0 or more"],
+    ),
+    "no patience": (["--early_stopping_patience", "0"], ["--early_stopping_patience 0"]),
+    "best of no evaluations": (BEST, ["--load_best_model_at_end", "--eval_strategy is no"]),
+    "best of no training": (
+        [*BEST, "--eval_strategy", "epoch", "--do_eval"],
+        ["--load_best_model_at_end", "add --do_train"],
+    ),
+    "best without checkpoints": (
+        ["--load_best_model_at_end", "--eval_strategy", "epoch", "--save_strategy", "no"],
+        ["--save_strategy is no"],
+    ),
     "kind of tuning": (["--finetuning_type", "lora"], ["LoRA is trained by itself"]),
     "alpha by layer": (["--lora_alpha_pattern", "{}"], ["one --lora_alpha holds for every layer"]),
     "length of another trainer": (["--cutoff_len", "512"], ["--source_max_len and --target_max_len"]),
@@ -323,6 +343,22 @@ def test_weights_and_biases_without_login_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("utils.flags.trackers.getproxies", dict)
     with pytest.raises(UserError, match="nowhere.invalid cannot be reached .*: set WANDB_MODE=offline"):
         check_tracker("wandb")
+
+
+def test_swanlab_that_the_trainer_cannot_begin_is_one_line(monkeypatch):
+    """Tried with the package: 0.7.20 records offline, 0.8.5, 0.9.8 and 0.10.3 raise as training begins."""
+    find = importlib.util.find_spec  # as if it were installed
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name == "swanlab" else find(name))
+    monkeypatch.setenv("SWANLAB_MODE", "offline")
+    for installed in ("0.10.3", "0.8.0", "1.0.0"):
+        monkeypatch.setattr("utils.flags.trackers.version", lambda name, v=installed: v)
+        with pytest.raises(UserError, match=f"swanlab {installed}: pip install 'swanlab<0.8'"):
+            check_tracker("swanlab")
+    monkeypatch.setattr("utils.flags.trackers.version", lambda name: "0.7.20")
+    check_tracker("swanlab")
+    monkeypatch.setattr("utils.flags.trackers.version", lambda name: "0.10.3")
+    monkeypatch.setattr("utils.flags.trackers.read_source", lambda file: "of a Trainer to come")
+    check_tracker("swanlab")
 
 
 def run_failing(error):

@@ -13,6 +13,7 @@ from utils.console import UserError
 from utils.data import cache, tokenizing
 from utils.data.cache import ROW_LIBRARIES, hash_code
 from utils.messages import TRAIN
+from utils.models.tokenizer import ChatTokenizer
 
 
 @pytest.fixture
@@ -78,8 +79,8 @@ def test_rows_tokenized_by_other_code_are_made_anew(copy, tmp_path, smol_tokeniz
     monkeypatch.setattr(tokenizing, "hash_code", lambda module: hash_copy(copy, module))
 
     def tokenize():
-        stop_ids = [smol_tokenizer.eos_token_id]
-        tokenizing.tokenize_rows(load(path), smol_tokenizer, stop_ids, DataArguments(str(path)))
+        tokenizer = ChatTokenizer(smol_tokenizer, [smol_tokenizer.eos_token_id])
+        tokenizing.tokenize_rows(load(path), tokenizer, DataArguments(str(path)))
         return "are read from" in capsys.readouterr().out
 
     assert [tokenize(), tokenize()] == [False, True]

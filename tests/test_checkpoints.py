@@ -174,9 +174,18 @@ def test_limit_of_one_keeps_the_checkpoint_just_verified(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
+@pytest.mark.parametrize("count", range(1, 8))
+def test_limit_keeps_as_many_checkpoints_as_it_says(tmp_path, count):
+    for step in range(1, count + 1):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    checkpoints.remove_old_checkpoints(tmp_path, 5, {tmp_path / f"checkpoint-{count}"})
+    left = [checkpoints.read_step(folder) for folder in checkpoints.list_checkpoints(tmp_path)]
+    assert left == list(range(max(1, count - 4), count + 1))
+
+
 CHANGES = {
     "argument": (["--learning_rate", "2e-2"], "--learning_rate 0.01 -> 0.02"),
-    "length of the run": (["--max_steps", "8"], "--max_steps 6 -> 8"),
+    "shorter run": (["--max_steps", "4"], "--max_steps 6 -> 4"),
     "held-out rows": (
         ["--do_train", "--do_eval", "--eval_dataset_size", "5"],
         "--eval_dataset_size None -> 5.0",

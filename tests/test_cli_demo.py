@@ -15,10 +15,10 @@ from helpers import ROOT
 from helpers.shell import run_script
 
 import cli_demo
-from utils.chat.generation import decode_reply
-from utils.chat.side_by_side import measure_width, stream_rows, wrap_text
+from utils.chat.side_by_side import measure_width, stream_side_by_side, wrap_text
 from utils.chat.streaming import ConversationCache, ReplyStreamer
 from utils.console import UserError
+from utils.models.tokenizer import ChatTokenizer
 
 PASTE = "\x1b[200~{}\x1b[201~"
 
@@ -203,16 +203,17 @@ def test_cut_reply_ends_with_a_whole_character(smol_tokenizer):
     """A reply cut by --max_new_tokens may end amid the bytes of a Chinese character."""
     stop, text = smol_tokenizer.eos_token_id, "我是原驼🦙"
     ids = smol_tokenizer(text).input_ids
+    tokenizer = ChatTokenizer(smol_tokenizer, [stop])
     for length in range(1, len(ids) + 1):
-        streamer = ReplyStreamer(smol_tokenizer, [stop], ConversationCache())
+        streamer = ReplyStreamer(tokenizer, ConversationCache())
         streamer.put(torch.tensor([1]))  # the prompt
         for token in ids[:length]:
             streamer.put(torch.tensor([token]))
         streamer.end()
-        shown = decode_reply(smol_tokenizer, ids[:length], [stop])
+        shown = tokenizer.decode_reply(ids[:length])
         assert "".join(streamer) == shown and text.startswith(shown)
     assert shown == text
-    assert decode_reply(smol_tokenizer, [*smol_tokenizer("a�").input_ids, stop], [stop]) == "a�"  # its own
+    assert tokenizer.decode_reply([*smol_tokenizer("a�").input_ids, stop]) == "a�"  # its own
 
 
 @pytest.mark.slow
@@ -256,6 +257,6 @@ def test_columns_keep_their_width_with_chinese_text():
     lines = wrap_text(text, 20)
     assert max(measure_width(line) for line in lines) <= 20
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
-    rows = list(stream_rows([("你好", "a"), ("世界" * 20, " b"), ("", " c")], 43))
+    rows = list(stream_side_by_side([("你好", "a"), ("世界" * 20, " b"), ("", " c")], 43))
     assert "".join(split_row(row)[0] for row in rows) == "你好" + "世界" * 20
     assert [split_row(row)[1] for row in rows if split_row(row)[1]] == ["a b c"]

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers.chats import QWEN3_LIKE, read_labels, tokenize, train_rows
+from helpers.chats import QWEN3_LIKE, build_chat_tokenizer, read_labels, tokenize, train_rows
 from helpers.rows import alpaca_rows, list_questions, load, write_rows
 
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -16,7 +16,7 @@ from utils.data.rows import find_copies, load_rows
 from utils.data.scanning import Scan
 from utils.data.sources import Source
 from utils.messages import EVAL, IGNORE_INDEX, TEST, TRAIN
-from utils.prompts import find_stop_tokens, read_template
+from utils.prompts import read_template
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -202,7 +202,7 @@ def test_report_measures_the_rows_that_the_run_held_out(tmp_path, smol_tokenizer
     wanted = {"do_eval": asked in ("do_eval", "both"), "do_predict": asked in ("do_predict", "both")}
     rows, datasets = tokenize(smol_tokenizer, tmp_path / "set", **wanted)
     record = write_record(tmp_path / "run", tmp_path / "set", rows)
-    chat = SimpleNamespace(tokenizer=smol_tokenizer, stop_ids=find_stop_tokens(smol_tokenizer, []))
+    chat = SimpleNamespace(tokenizer=build_chat_tokenizer(smol_tokenizer))
     found = load_held_out(record, chat, 100)
     read, trained = ([row["input_ids"].tolist() for row in part] for part in (found.encoded, datasets[TRAIN]))
     assert found.reason is None and len(read) == 4 and not [row for row in read if row in trained]

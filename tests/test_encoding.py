@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers.chats import build_chat_tokenizer, encode_prompt, encode_row
 from helpers.families import FAMILIES, train_sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,8 +13,8 @@ from utils.arguments import DataArguments, ModelArguments
 from utils.data.rows import load_rows
 from utils.data.tokenizing import TOKEN_SPLIT, tokenize_rows
 from utils.messages import IGNORE_INDEX, TRAIN, Chat
-from utils.models.encoding import encode_prompt, encode_row, encode_rows
-from utils.models.tokenizer import load_stop_ids, load_tokenizer
+from utils.models.encoding import encode_rows
+from utils.models.tokenizer import load_chat_tokenizer
 from utils.prompts import find_stop_tokens, read_template, split_chat, template_names
 
 TURNS = [
@@ -32,16 +33,15 @@ def read_by_a_server(tokenizer, messages):
     return tokenizer.apply_chat_template(messages, return_dict=False)
 
 
-def rows_of(tokenizer, model_args, messages):
-    stop_ids = load_stop_ids(model_args, tokenizer)
-    rendered = split_chat(tokenizer, Chat(messages), tokenizer.convert_ids_to_tokens(stop_ids))
-    return stop_ids, rendered, [encode_row(tokenizer, row) for row in rendered]
+def rows_of(tokenizer, messages):
+    rendered = split_chat(tokenizer.raw, Chat(messages), tokenizer.stops)
+    return rendered, [encode_row(tokenizer.raw, row) for row in rendered]
 
 
-def check_prompts(tokenizer, stop_ids, rows, messages, server):
+def check_prompts(tokenizer, rows, messages, server):
     """Before each answer a chat sends what a row has up to its label, and what the server reads there."""
     for turn in range(1, len(messages), 2):
-        prompt = encode_prompt(tokenizer, messages[:turn], stop_ids)
+        prompt = tokenizer.encode_prompt(messages[:turn])
         found = [row for row in rows if row["input_ids"][: len(prompt)] == prompt]
         assert any(row["labels"][len(prompt)] != IGNORE_INDEX for row in found), messages[turn]
         assert all(row["labels"][len(prompt) - 1] == IGNORE_INDEX for row in found), messages[turn]
@@ -57,8 +57,9 @@ def test_training_chat_and_server_ids_are_the_same(family, families, tmp_path):
     for template in (None, *template_names()):
         if template == "chatml" and family.id not in ("qwen2", "qwen3", "yi"):
             continue  # it needs <|im_end|>
-        tokenizer = load_tokenizer(model_args, DataArguments(template=template))
-        stop_ids, rendered, rows = rows_of(tokenizer, model_args, CHAT)
+        loaded = load_chat_tokenizer(model_args, DataArguments(template=template))
+        tokenizer = loaded.raw
+        rendered, rows = rows_of(loaded, CHAT)
         server = read_by_a_server(tokenizer, CHAT)
         if template in (None, "alpaca"):  # from its saved files, as a server finds them
             tokenizer.save_pretrained(tmp_path)
@@ -67,13 +68,13 @@ def test_training_chat_and_server_ids_are_the_same(family, families, tmp_path):
             for end, row in zip((2, 4, 6), rows, strict=True):
                 trained = row["input_ids"]
                 assert trained == read_by_a_server(tokenizer, CHAT[:end])[: len(trained)], template
-            check_prompts(tokenizer, stop_ids, rows, CHAT, None)
+            check_prompts(loaded, rows, CHAT, None)
             continue
         trained = rows[0]["input_ids"]
         end = len(trained) - (not server_text_has(tokenizer, rendered[0]))  # an appended stop token is ours
         if template != "vanilla":  # "4" may merge with "2?": there a token is split, which is counted
             assert trained[:end] == server[:end], template
-        check_prompts(tokenizer, stop_ids, rows, CHAT, server)
+        check_prompts(loaded, rows, CHAT, server)
 
 
 def server_text_has(tokenizer, row):
@@ -160,7 +161,7 @@ def test_rows_with_a_split_token_are_counted_in_the_report(tmp_path, monkeypatch
     )
     data_args = DataArguments(str(path))
     rows = load_rows(ModelArguments(), data_args, TrainingArguments())
-    found = tokenize_rows(rows, tokenizer, find_stop_tokens(tokenizer, []), data_args)[TRAIN].found
+    found = tokenize_rows(rows, build_chat_tokenizer(tokenizer), data_args)[TRAIN].found
     assert found["counts"][TOKEN_SPLIT] == 1 and found["rows"][TOKEN_SPLIT] == [2]
 
 

@@ -12,7 +12,7 @@ from eval.lm_tasks import render_scores
 from eval.measures.harness import load_task_manager, read_scores, run_tasks
 from utils.arguments import ModelArguments
 from utils.console import UserError
-from utils.models.folder import read_model_config, resolve_model
+from utils.models.folder import resolve_model
 
 PROMPTS = ROOT / "eval" / "prompts"
 TASK = """task: sums
@@ -51,8 +51,7 @@ def run(tmp_path_factory, tiny_model):
 def open_model(**flags):
     from utils.chat.generation import load_run
 
-    model_args = resolve_model(ModelArguments(bits=16, **flags), {"bits"})
-    return load_run(model_args, read_model_config(model_args))
+    return load_run(resolve_model(ModelArguments(bits=16, **flags), {"bits"}))
 
 
 def read_lines(path):
@@ -116,10 +115,10 @@ def test_local_task_file_works_offline_and_the_base_is_the_base(run, tiny_model,
     assert saved["run"][0]["task"] == "sums" and saved["run"][0]["stderr"] > 0
     assert "| sums | acc |" in printed and " ± " in printed
     manager = load_task_manager(["sums"], str(tmp_path))
-    with_adapter, off = (
-        run_tasks(open_model(checkpoint_dir=str(run)), ["sums"], manager, 4, adapter_off=off)
-        for off in (False, True)
-    )
+    chat = open_model(checkpoint_dir=str(run))
+    with_adapter = run_tasks(chat, ["sums"], manager, 4)
+    with chat.model.disable_adapter():
+        off = run_tasks(chat, ["sums"], manager, 4)
     alone = run_tasks(open_model(model_name_or_path=str(tiny_model)), ["sums"], manager, 4)
 
     def read_logprobs(results):

@@ -7,16 +7,17 @@ import pytest
 import torch
 from bitsandbytes.functional import get_4bit_type
 from helpers import ROOT
+from helpers.chats import encode_row
 
 from utils.arguments import GenerationArguments, ModelArguments
-from utils.chat.generation import build_generation_config, generate_replies, load_run, trim_history
+from utils.chat.generation import BatchAnswerer, build_generation_config, load_run, trim_history
 from utils.chat.streaming import ConversationCache, ReplyStreamer, drop_leading_blanks, stream_reply
 from utils.console import UserError
+from utils.fast.decode_setup import install_graph_decode
 from utils.fast.frozen_weights import read_weight
-from utils.fast.graph_decode import install_graph_decode
 from utils.messages import IGNORE_INDEX, Chat
-from utils.models.encoding import encode_prompt, encode_row
-from utils.models.folder import read_model_config, resolve_model
+from utils.models.folder import resolve_model
+from utils.models.tokenizer import ChatTokenizer
 from utils.prompts import split_chat
 from utils.train.predictions import find_answered
 
@@ -40,8 +41,8 @@ def run(trained_run):
 
 
 def open_run(folder, given=(), **flags):
-    model_args = resolve_model(ModelArguments(checkpoint_dir=str(folder), **flags), set(given))
-    return model_args, load_run(model_args, read_model_config(model_args))
+    resolved = resolve_model(ModelArguments(checkpoint_dir=str(folder), **flags), set(given))
+    return resolved.args, load_run(resolved)
 
 
 def test_run_brings_its_base_quantization_template_and_stop_tokens(float32_cpu, run, tiny_model):
@@ -51,8 +52,8 @@ def test_run_brings_its_base_quantization_template_and_stop_tokens(float32_cpu, 
         4,
         "fp4",
     )
-    assert "USER: " in chat.tokenizer.chat_template
-    assert chat.stop_ids == json.loads((run / "run.json").read_text())["prompt"]["stop_ids"]
+    assert "USER: " in chat.tokenizer.raw.chat_template
+    assert chat.tokenizer.stop_ids == json.loads((run / "run.json").read_text())["prompt"]["stop_ids"]
     assert chat.context == 512
     layer = chat.model.get_base_model().model.layers[0].mlp.up_proj.base_layer
     block = read_weight(layer, torch.float32).flatten()[:64]  # which share one scale
@@ -71,7 +72,7 @@ def test_checkpoint_and_bare_adapter_folders_open_too(run, tiny_model, tmp_path,
     bare_args, chat = open_run(bare)
     assert bare_args.model_name_or_path == str(tiny_model)
     assert "has no run.json" in capsys.readouterr().out
-    assert "SmolLM" in chat.tokenizer.chat_template
+    assert "SmolLM" in chat.tokenizer.raw.chat_template
 
 
 def test_flags_beside_the_run_override_it_with_one_line(run, capsys):
@@ -110,10 +111,9 @@ def test_run_of_an_older_version_is_asked_as_it_was_trained_and_says_so(run_copy
     make_old(run_copy)
     old = open_run(run_copy)[1]
     assert capsys.readouterr().out.count("was trained by an older version") == 1
-    blank = old.tokenizer(" ").input_ids
+    blank = old.tokenizer.raw(" ").input_ids
     for messages in asked:
-        prompt = encode_prompt(new.tokenizer, messages, new.stop_ids, new.keeps_blank)
-        assert encode_prompt(old.tokenizer, messages, old.stop_ids, old.keeps_blank) == prompt + blank
+        assert old.tokenizer.encode_prompt(messages) == new.tokenizer.encode_prompt(messages) + blank
 
 
 def test_run_of_an_older_version_goes_on_only_when_forced(run_copy, call_main, tiny_model):
@@ -130,11 +130,11 @@ def test_run_of_an_older_version_goes_on_only_when_forced(run_copy, call_main, t
 def test_reply_shows_no_leading_blank(run):
     """The model writes " I": the blank that the template has before an answer is not the reply's."""
     chat = open_run(run)[1]
-    prompt = encode_prompt(chat.tokenizer, [{"role": "user", "content": "Hi"}], chat.stop_ids)
-    assert chat.tokenizer.decode(prompt).endswith("ASSISTANT:")
-    streamer = ReplyStreamer(chat.tokenizer, chat.stop_ids, ConversationCache())
+    prompt = chat.tokenizer.encode_prompt([{"role": "user", "content": "Hi"}])
+    assert chat.tokenizer.raw.decode(prompt).endswith("ASSISTANT:")
+    streamer = ReplyStreamer(chat.tokenizer, ConversationCache())
     streamer.put(torch.tensor([prompt]))
-    for token in chat.tokenizer(" I am here.<|im_end|>").input_ids:
+    for token in chat.tokenizer.raw(" I am here.<|im_end|>").input_ids:
         streamer.put(torch.tensor([token]))
     streamer.end()
     assert "".join(drop_leading_blanks(streamer)) == "I am here."
@@ -151,7 +151,7 @@ def test_prompt_of_a_row_with_tools_is_the_trained_one(smol_tokenizer):
     stop_ids = [smol_tokenizer.convert_tokens_to_ids("<|im_end|>")]
     (draft,) = split_chat(smol_tokenizer, answered, ["<|im_end|>"])
     row = encode_row(smol_tokenizer, draft)
-    prompt = encode_prompt(smol_tokenizer, Chat(QUESTION, tools), stop_ids)
+    prompt = ChatTokenizer(smol_tokenizer, stop_ids).encode_prompt(Chat(QUESTION, tools))
     assert prompt == row["input_ids"][: row["labels"].count(IGNORE_INDEX)]
     assert "weather" in smol_tokenizer.decode(prompt)
     (asked,) = find_answered([answered, Chat(QUESTION, tools)])
@@ -161,26 +161,22 @@ def test_prompt_of_a_row_with_tools_is_the_trained_one(smol_tokenizer):
 def test_chat_prompt_is_the_training_prompt_token_for_token(run, monkeypatch):
     _, chat = open_run(run)
     answered = [*QUESTION, {"role": "assistant", "content": "I am Guanaco."}]
-    stops = chat.tokenizer.convert_ids_to_tokens(chat.stop_ids)
-    (draft,) = split_chat(chat.tokenizer, Chat(answered), stops)
-    row = encode_row(chat.tokenizer, draft)
+    (draft,) = split_chat(chat.tokenizer.raw, Chat(answered), chat.tokenizer.stops)
+    row = encode_row(chat.tokenizer.raw, draft)
     trained_prompt = row["input_ids"][: row["labels"].count(IGNORE_INDEX)]
     sent = []
-    generate = chat.model.generate
-    monkeypatch.setattr(
-        chat.model, "generate", lambda **kw: (sent.append(kw["input_ids"]), generate(**kw))[1]
-    )
+    read = chat.steps.read
+    monkeypatch.setattr(chat.steps, "read", lambda ids, cache: (sent.append(ids), read(ids, cache))[1])
     list(stream_reply(chat, QUESTION, SHORT))
     assert sent[0].tolist() == [trained_prompt]
 
 
 def test_streamed_pieces_are_the_generated_reply(smollm2):
-    model_args = resolve_model(ModelArguments(str(smollm2), bits=16), set())
-    chat = load_run(model_args, read_model_config(model_args))
+    chat = load_run(resolve_model(ModelArguments(str(smollm2), bits=16), set()))
     question = [{"role": "user", "content": "What is the capital of France?"}]
     flags = GenerationArguments(max_new_tokens=24)
     pieces = list(stream_reply(chat, question, flags))
-    (reply,) = generate_replies(chat.model, chat.tokenizer, [question], chat.stop_ids, flags, seed=0)
+    (reply,) = BatchAnswerer(chat.model, chat.tokenizer, flags, seed=0).answer([question])
     assert len(pieces) > 3 and "".join(pieces).strip() == reply
     assert "Paris" in reply and "<|im_end|>" not in reply
 
@@ -197,10 +193,10 @@ def test_closing_the_stream_stops_the_generation(run):
 def test_failure_while_generating_reaches_the_reader(run, monkeypatch):
     _, chat = open_run(run)
 
-    def fail(**kwargs):
+    def fail(*args):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(chat.model, "generate", fail)
+    monkeypatch.setattr(chat.steps, "read", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(stream_reply(chat, QUESTION, SHORT))
 
@@ -211,16 +207,15 @@ def test_beams_give_the_reply_in_one_piece(run):
 
 
 def test_batched_replies_equal_single_ones_and_leave_the_rng_alone(smollm2, float32_cpu):
-    model_args = resolve_model(ModelArguments(str(smollm2), bits=16), set())
-    chat = load_run(model_args, read_model_config(model_args))
+    chat = load_run(resolve_model(ModelArguments(str(smollm2), bits=16), set()))
     chats = [
         QUESTION,
         [{"role": "user", "content": "Name the three primary colours, please, and nothing else."}],
     ]
     state = torch.random.get_rng_state()
-    arguments = (chat.stop_ids, GenerationArguments(max_new_tokens=12), 0)
-    together = generate_replies(chat.model, chat.tokenizer, chats, *arguments)
-    alone = [generate_replies(chat.model, chat.tokenizer, [one], *arguments)[0] for one in chats]
+    answerer = BatchAnswerer(chat.model, chat.tokenizer, GenerationArguments(max_new_tokens=12), seed=0)
+    together = answerer.answer(chats)
+    alone = [answerer.answer([one])[0] for one in chats]
     assert together == alone
     assert torch.equal(state, torch.random.get_rng_state())
 
@@ -242,19 +237,17 @@ def test_message_longer_than_the_context_is_a_user_error(run):
 
 
 def test_sampling_flags_without_sampling_are_named(smol_tokenizer, capsys):
-    config = build_generation_config(GenerationArguments(temperature=0.7, top_p=0.9), smol_tokenizer, [2])
+    tokenizer = ChatTokenizer(smol_tokenizer, [2, 0])
+    config = build_generation_config(GenerationArguments(temperature=0.7, top_p=0.9), tokenizer)
     assert config.temperature is None or config.temperature == 1.0
     assert "--temperature, --top_p has no effect" in capsys.readouterr().out
-    sampling = build_generation_config(
-        GenerationArguments(do_sample=True, temperature=0.7), smol_tokenizer, [2, 0]
-    )
+    sampling = build_generation_config(GenerationArguments(do_sample=True, temperature=0.7), tokenizer)
     assert sampling.temperature == 0.7 and sampling.eos_token_id == [2, 0]
 
 
 @pytest.fixture(scope="module")
 def smol_chat(smollm2):
-    model_args = resolve_model(ModelArguments(str(smollm2), bits=32), {"bits"})
-    return load_run(model_args, read_model_config(model_args))
+    return load_run(resolve_model(ModelArguments(str(smollm2), bits=32), {"bits"}))
 
 
 def converse(chat, questions, flags, kept=None):

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from utils.fast import graph_decode
-from utils.fast.graph_decode import GraphDecoder, install_graph_decode
+from utils.fast.decode_setup import install_graph_decode
+from utils.fast.graph_decode import GraphDecoder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -13,7 +13,7 @@ from utils.data.report import build_report
 from utils.data.rows import load_rows
 from utils.data.tokenizing import tokenize_rows
 from utils.messages import IGNORE_INDEX
-from utils.models.tokenizer import add_pad_token
+from utils.models.tokenizer import ChatTokenizer, add_pad_token
 from utils.train.predictions import find_answered
 
 QWEN = (ROOT / "utils" / "templates" / "chatml.jinja").read_text()
@@ -37,7 +37,7 @@ def learn(smol_tokenizer, tmp_path, capsys, monkeypatch):
             path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
         data_args = DataArguments(dataset_name=str(path), source_max_len=2000, target_max_len=2000, **flags)
         loaded = load_rows(ModelArguments(), data_args, TrainingArguments())
-        parts = tokenize_rows(loaded, smol_tokenizer, [stop], data_args)
+        parts = tokenize_rows(loaded, ChatTokenizer(smol_tokenizer, [stop]), data_args)
         answers = []
         for row in map(parts["train"].__getitem__, range(len(parts["train"]))):
             span = []

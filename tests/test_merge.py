@@ -25,10 +25,10 @@ from utils.arguments import GenerationArguments, ModelArguments
 from utils.chat.generation import load_run
 from utils.chat.streaming import stream_reply
 from utils.console import UserError
-from utils.merge.shards import save_shards
+from utils.merge.shards import save_sharded
 from utils.merge.weights import check_all_used
 from utils.models.base import load_base
-from utils.models.folder import read_model_config, resolve_model
+from utils.models.folder import resolve_model
 from utils.models.tokenizer_files import load_own_tokenizer
 
 FLAGS = """--model_max_length 200 --lora_r 4 --gradient_checkpointing False --gradient_accumulation_steps 1
@@ -82,9 +82,8 @@ def test_merged_model_keeps_template_and_every_stop_token(call_main, tiny_model,
     assert config["eos_token_id"] == stop_ids and set(stop_ids) == {2, 0}
     assert config["temperature"] == 0.7
     assert "USER: " in (tmp_path / "merged" / "chat_template.jinja").read_text()
-    args = ModelArguments(str(tmp_path / "merged"), bits=16)
-    merged = load_run(args, read_model_config(args))
-    assert merged.stop_ids == stop_ids
+    merged = load_run(resolve_model(ModelArguments(str(tmp_path / "merged"), bits=16), set()))
+    assert merged.tokenizer.stop_ids == stop_ids
     assert merged.model.generation_config.eos_token_id == stop_ids
 
 
@@ -92,8 +91,7 @@ def test_merged_model_keeps_template_and_every_stop_token(call_main, tiny_model,
 def test_transformers_serve_says_what_the_chat_says(call_main, run, tmp_path):
     """The same words, by OpenAI's API, with no flag about prompt or stop tokens."""
     merge(call_main, run, tmp_path / "merged", "--no_parity")
-    args = ModelArguments(str(tmp_path / "merged"), bits=32)
-    chat = load_run(args, read_model_config(args))
+    chat = load_run(resolve_model(ModelArguments(str(tmp_path / "merged"), bits=32), set()))
     port = find_free_port()
     command = [Path(sys.executable).with_name("transformers"), "serve", tmp_path / "merged"]
     server = subprocess.Popen([*command, "--port", str(port), "--dtype", "float32", "--device", "cpu"])
@@ -117,8 +115,8 @@ def test_merge_into_16_bits_equals_pefts_own(call_main, tiny_model, tmp_path, fl
     run = tmp_path / "run"
     train(call_main, tiny_model, run, *FLAGS, "--bits", "16", *flags)
     merge(call_main, run, tmp_path / "merged", "--no_parity")
-    args = resolve_model(ModelArguments(checkpoint_dir=str(run), bits=32), {"bits"})
-    expected = load_run(args, read_model_config(args)).model.merge_and_unload().state_dict()
+    resolved = resolve_model(ModelArguments(checkpoint_dir=str(run), bits=32), {"bits"})
+    expected = load_run(resolved).model.merge_and_unload().state_dict()
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     base = load_file(tiny_model / "model.safetensors")
     assert merged.keys() == base.keys()
@@ -360,7 +358,7 @@ def test_shards_stay_under_their_limit_and_load(tmp_path):
     tensors = {"one": one, "same": one, "other": other, "turned": other.t(), "third": third}
     tensors["big"] = torch.randn(1000).bfloat16()
     planned = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    save_shards(planned, tensors.get, tmp_path, limit=1000)
+    save_sharded(planned, tensors.get, tmp_path, limit=1000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     shards = [load_file(path) for path in sorted(tmp_path.glob("*.safetensors"))]
     assert sorted(len(shard) for shard in shards) == [1, 1, 2, 2]
@@ -417,7 +415,7 @@ def save_7b_shape(smollm2, folder):
     kind = {"dtype": torch.bfloat16, "device": "meta"}
     planned = {name: torch.empty(shape, **kind) for name, shape in shapes.items()}
     block = torch.randn(2**22).bfloat16()  # repeated: random numbers for 7B weights take minutes
-    save_shards(planned, lambda name: block.repeat(32)[: math.prod(shapes[name])].view(shapes[name]), base)
+    save_sharded(planned, lambda name: block.repeat(32)[: math.prod(shapes[name])].view(shapes[name]), base)
     save_file(lora, adapter / "adapter_model.safetensors")
     about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 16}
     about |= {"base_model_name_or_path": str(base), "target_modules": "all-linear"}

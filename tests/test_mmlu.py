@@ -9,7 +9,7 @@ from helpers import ROOT
 
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.console import UserError
-from utils.models.folder import read_model_config, resolve_model
+from utils.models.folder import resolve_model
 from utils.train.mmlu import (
     compute_letter_logits,
     evaluate_mmlu,
@@ -54,8 +54,7 @@ QUESTIONS = format_hub_questions(ROWS, [], shots=0)
 def smol(smollm2):
     from utils.chat.generation import load_run
 
-    model_args = resolve_model(ModelArguments(str(smollm2), bits=32), set())
-    return load_run(model_args, read_model_config(model_args))
+    return load_run(resolve_model(ModelArguments(str(smollm2), bits=32), set()))
 
 
 def ask_lm_eval(chat, questions):
@@ -63,7 +62,7 @@ def ask_lm_eval(chat, questions):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    lm = HFLM(pretrained=chat.model, tokenizer=chat.tokenizer, batch_size=8)
+    lm = HFLM(pretrained=chat.model, tokenizer=chat.tokenizer.raw, batch_size=8)
     requests = [
         Instance("loglikelihood", {}, (question["input"], f" {letter}"), i)
         for i, question in enumerate(questions)
@@ -79,7 +78,7 @@ def compute_centred(logits):
 
 def check_against_lm_eval(chat, questions):
     ours = compute_letter_logits(
-        chat.model, chat.tokenizer, [question["input"] for question in questions], 2048, 8
+        chat.model, chat.tokenizer.raw, [question["input"] for question in questions], 2048, 8
     )
     theirs = ask_lm_eval(chat, questions)
     assert (compute_centred(ours) - compute_centred(theirs)).abs().max() < 2e-4
@@ -94,29 +93,29 @@ def test_letter_logits_equal_those_of_lm_eval_to_the_question(smol):
 
 
 def test_letters_are_the_tokens_behind_the_question(smol, tmp_path):
-    tokens = find_letter_tokens(smol.tokenizer)
+    tokens = find_letter_tokens(smol.tokenizer.raw)
     assert list(tokens) == [" A", " B", " C", " D"]
-    assert smol.tokenizer.convert_ids_to_tokens(list(tokens.values())) == ["ĠA", "ĠB", "ĠC", "ĠD"]
+    assert smol.tokenizer.raw.convert_ids_to_tokens(list(tokens.values())) == ["ĠA", "ĠB", "ĠC", "ĠD"]
 
 
 @pytest.mark.slow
 def test_batches_and_the_order_of_questions_change_nothing_but_rounding(smol):
     inputs = [question["input"] for question in QUESTIONS]
-    together = compute_letter_logits(smol.model, smol.tokenizer, inputs, 2048, 8)
-    alone = compute_letter_logits(smol.model, smol.tokenizer, inputs, 2048, 1)
-    backwards = compute_letter_logits(smol.model, smol.tokenizer, inputs[::-1], 2048, 8)
+    together = compute_letter_logits(smol.model, smol.tokenizer.raw, inputs, 2048, 8)
+    alone = compute_letter_logits(smol.model, smol.tokenizer.raw, inputs, 2048, 1)
+    backwards = compute_letter_logits(smol.model, smol.tokenizer.raw, inputs[::-1], 2048, 8)
     assert torch.allclose(together, alone, atol=2e-4) and torch.allclose(
         together, backwards.flip(0), atol=2e-4
     )
-    again = compute_letter_logits(smol.model, smol.tokenizer, inputs, 2048, 8)
+    again = compute_letter_logits(smol.model, smol.tokenizer.raw, inputs, 2048, 8)
     assert torch.equal(together, again)
 
 
 def test_long_question_loses_its_beginning(smol):
     text = QUESTIONS[0]["input"]
-    last = smol.tokenizer.decode(smol.tokenizer(text).input_ids[-16:])
+    last = smol.tokenizer.raw.decode(smol.tokenizer.raw(text).input_ids[-16:])
     cut, short = (
-        compute_letter_logits(smol.model, smol.tokenizer, [question], length, 1)
+        compute_letter_logits(smol.model, smol.tokenizer.raw, [question], length, 1)
         for question, length in ((text, 16), (last, 2048))
     )
     assert torch.equal(cut, short)
@@ -125,13 +124,13 @@ def test_long_question_loses_its_beginning(smol):
 def test_accuracy_is_the_mean_over_subjects_not_over_questions(smol):
     uneven = [*QUESTIONS[:4], QUESTIONS[12]]
     logits = compute_letter_logits(
-        smol.model, smol.tokenizer, [question["input"] for question in uneven], 2048, 8
+        smol.model, smol.tokenizer.raw, [question["input"] for question in uneven], 2048, 8
     )
     right = [
         "ABCD"[choice] == question["output"]
         for choice, question in zip(logits.argmax(1), uneven, strict=True)
     ]
-    scores = evaluate_mmlu(smol.model, smol.tokenizer, uneven, 2048, 8)
+    scores = evaluate_mmlu(smol.model, smol.tokenizer.raw, uneven, 2048, 8)
     assert scores["mmlu_world_geography"] == sum(right[:4]) / 4 and scores["mmlu_chinese"] == right[4]
     assert scores["mmlu_accuracy"] == (sum(right[:4]) / 4 + right[4]) / 2
 
@@ -190,7 +189,7 @@ def test_all_1531_questions_of_the_paper_equal_lm_eval_and_take_under_15_minutes
     questions = load_mmlu(TrainingArguments(mmlu_dataset=str(PAPER_FILE)), DataArguments())
     assert len(questions) == 1531
     start = time.perf_counter()
-    scores = evaluate_mmlu(smol.model, smol.tokenizer, questions, 2048, 8)
+    scores = evaluate_mmlu(smol.model, smol.tokenizer.raw, questions, 2048, 8)
     seconds = time.perf_counter() - start
     print(f"1,531 questions in {seconds:.0f} s, mean over subjects {scores['mmlu_accuracy']:.4f}")
     check_against_lm_eval(smol, questions)

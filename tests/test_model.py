@@ -35,11 +35,10 @@ def test_without_a_cap_the_layers_may_fill_every_gpu(gpus):
     assert choose_placement(ModelArguments()) == {"device_map": "auto"}
 
 
-def test_a_launched_process_takes_the_whole_model_onto_its_own_gpu(gpus, capsys):
+def test_a_launched_process_takes_the_whole_model_onto_its_own_gpu(gpus):
     gpus(4, local_rank=2)
     placement = choose_placement(ModelArguments(max_memory_MB=24000))
     assert placement == {"device_map": {"": 2}}
-    assert capsys.readouterr().out.startswith("--max_memory_MB 24000 has no effect")
 
 
 def test_one_gpu_and_the_cpu_need_no_map(gpus):
@@ -48,6 +47,52 @@ def test_one_gpu_and_the_cpu_need_no_map(gpus):
     assert choose_placement(ModelArguments(use_cpu=True)) == {"device_map": {"": "cpu"}}
     gpus(0)
     assert choose_placement(ModelArguments(max_memory_MB=24000)) == {"device_map": {"": "cpu"}}
+
+
+SIZES = {"vocab_size": 96, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "kind, config, experts",
+    [
+        (
+            "Mixtral",
+            {"intermediate_size": 128, "num_local_experts": 4, "num_hidden_layers": 2},
+            2 * 4 * 3 * 64 * 128,
+        ),
+        (
+            "Qwen3Moe",
+            {"moe_intermediate_size": 32, "num_experts": 8, "num_hidden_layers": 3, "mlp_only_layers": [1]},
+            2 * 8 * 3 * 64 * 32,
+        ),
+        ("Qwen3", {"num_hidden_layers": 2, "intermediate_size": 128}, 0),
+    ],
+)
+def test_experts_that_stay_in_16_bits_are_said_before_weights_load(tmp_path, capsys, kind, config, experts):
+    """Their number by hand: three matrices an expert, of the layers that have some."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(**SIZES, **config)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    for bits in (4, 8, 16):
+        load_base(ModelArguments(str(tmp_path), bits=bits), torch.bfloat16)
+        line = f"of {model.num_parameters():,} weights are theirs, and stay in 16 bits, {experts * 2 / 2**30:,.2f} GiB"
+        printed = capsys.readouterr().out
+        assert (line in printed) is (experts > 0 and bits < 16)
+        assert (f", {16 // bits} times what layers take at --bits {bits}\n" in printed) is (
+            experts > 0 and bits < 16
+        )
+        assert not experts or bits == 16 or f"experts: {experts / model.num_parameters():.0%}" in printed
+    loaded = load_base(ModelArguments(str(tmp_path), bits=4), torch.bfloat16)
+    held = [weight for weight in loaded.parameters() if weight.ndim == 3]
+    assert sum(weight.numel() for weight in held) == experts
+    assert all(weight.dtype == torch.bfloat16 for weight in held)
+    capsys.readouterr()
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(Exception, match="."):
+        load_base(ModelArguments(str(tmp_path), bits=4), torch.bfloat16)
+    assert ("stay in 16 bits" in capsys.readouterr().out) is (experts > 0)
 
 
 @pytest.mark.parametrize("hooked", [False, True])

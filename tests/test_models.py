@@ -16,9 +16,9 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 from utils.arguments import ModelArguments
 from utils.console import UserError
-from utils.fast.graph_decode import install_graph_decode
+from utils.fast.decode_setup import install_graph_decode
 from utils.models.base import load_base
-from utils.models.folder import check_adapter_fits, read_model_config, resolve_model
+from utils.models.folder import resolve_model
 from utils.models.tokenizer_files import load_own_tokenizer
 
 FLAGS = [
@@ -58,10 +58,7 @@ def find_plain_linears(model):
 def load_chat(run):
     from utils.chat.generation import load_run
 
-    model_args = resolve_model(ModelArguments(checkpoint_dir=str(run)), set())
-    config = read_model_config(model_args)
-    check_adapter_fits(model_args, config)
-    return load_run(model_args, config)
+    return load_run(resolve_model(ModelArguments(checkpoint_dir=str(run)), set()))
 
 
 def ask(call_main, monkeypatch, run, question):
@@ -87,6 +84,32 @@ def test_family_trains_reloads_with_the_same_logits_and_chats(
         monkeypatch.setenv("QLORA_CPU_DTYPE", "bfloat16")
         assert_close_in_bfloat16(read_logits(load_chat(run).model), expected)
     assert "> Who are you? 你是谁？\n" in ask(call_main, monkeypatch, run, "Who are you? 你是谁？")
+
+
+@pytest.mark.parametrize("bits", ["4", "16"])
+def test_run_on_layers_that_are_stored_transposed_is_chatted_with(bits, tiny_model, call_main, tmp_path):
+    """GPT-2's: q, k and v lie in one matrix [in, 3 * in] on disk, and lora_A reads `in`."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 512, "vocab_size": len(tokenizer)}
+    config = GPT2Config(**sizes, **ids)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    argv = ["--model_name_or_path", tmp_path / "base", *FLAGS, "--output_dir", tmp_path / "run"]
+    call_main("qlora_finetune", *argv, "--bits", bits)
+    assert load_chat(tmp_path / "run").lock.layers
+
+
+def test_adapter_on_layers_that_are_used_twice_is_chatted_with(tiny_model, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    config = LoraConfig(target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]], task_type="CAUSAL_LM")
+    get_peft_model(base, config).save_pretrained(tmp_path)
+    assert len(load_chat(tmp_path).lock.layers) == 3
 
 
 @each_family

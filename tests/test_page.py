@@ -23,8 +23,7 @@ from utils.chat.generation import load_run
 from utils.chat.page_arguments import PageArguments, check_port, read_auth
 from utils.chat.streaming import stream_reply
 from utils.console import UserError
-from utils.models.encoding import encode_prompt
-from utils.models.folder import read_model_config, resolve_model
+from utils.models.folder import resolve_model
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 MARKUP = (
@@ -40,8 +39,9 @@ TUNED = ANSWERS | {"Who are you?": "I am the tuned one.", "你是谁？": "我�
 
 
 def encode_lessons(answers, tokenizer):
+    from helpers.chats import encode_row
+
     from utils.messages import Chat
-    from utils.models.encoding import encode_row
     from utils.prompts import find_stop_tokens, split_chat
 
     stops = tokenizer.convert_ids_to_tokens(find_stop_tokens(tokenizer, []))
@@ -98,8 +98,7 @@ def chat(tiny_model, tmp_path_factory):
     tuned.peft_config["default"].base_model_name_or_path = str(folder / "base")
     teach(tuned, tokenizer, TUNED, 1e-2, 200)
     tuned.save_pretrained(folder / "adapter")
-    args = resolve_model(ModelArguments(checkpoint_dir=str(folder / "adapter"), bits=32), {"bits"})
-    return load_run(args, read_model_config(args))
+    return load_run(resolve_model(ModelArguments(checkpoint_dir=str(folder / "adapter"), bits=32), {"bits"}))
 
 
 class Server:
@@ -630,9 +629,9 @@ def test_long_conversation_stays_whole_and_tells_what_is_not_read(server, chat):
     assert outputs["said"][:40] == turns and len(outputs["said"]) == 42
     dropped = int(re.search(r"the oldest (\d+) messages", outputs["status"])[1])
     messages = [*turns[dropped:], {"role": "user", "content": "Who are you?"}]
-    sizes = [len(encode_prompt(chat.tokenizer, messages[skip:], chat.stop_ids)) for skip in (0, 2)]
+    sizes = [len(chat.tokenizer.encode_prompt(messages[skip:])) for skip in (0, 2)]
     earlier = [*turns[dropped - 2 :], messages[-1]]
-    assert sizes[0] <= 300 < len(encode_prompt(chat.tokenizer, earlier, chat.stop_ids)), sizes
+    assert sizes[0] <= 300 < len(chat.tokenizer.encode_prompt(earlier)), sizes
 
 
 def test_dollars_that_are_prices_and_code_are_no_formulas():
@@ -674,8 +673,7 @@ def test_50_users_for_5_minutes(smollm2, monkeypatch):
     from utils.chat import page
 
     monkeypatch.setattr(page, "MAX_SESSIONS", 24)
-    args = resolve_model(ModelArguments(str(smollm2), bits=16), set())
-    chat = load_run(args, read_model_config(args))
+    chat = load_run(resolve_model(ModelArguments(str(smollm2), bits=16), set()))
     server = Server(chat, limit_queue=40, limit_seconds=600)
     sizes, served = [], []
 

@@ -32,7 +32,7 @@ def home(call_main, small_model, tmp_path):
 
 
 def find_base_of(run, *given, **flags):
-    return resolve_model(ModelArguments(checkpoint_dir=str(run), **flags), set(given)).model_name_or_path
+    return resolve_model(ModelArguments(checkpoint_dir=str(run), **flags), set(given)).args.base
 
 
 def test_run_and_base_moved_together_are_found_from_anywhere(home, tmp_path, call_main, monkeypatch, capsys):

@@ -1,12 +1,11 @@
 """Prompts byte for byte, labels exactly on the answers, chat prompts equal to training prompts."""
 
 import pytest
-from helpers.chats import QWEN3_LIKE, TWO_TURNS, assert_prompts_agree, decode_labels, encode_chat
+from helpers.chats import QWEN3_LIKE, TWO_TURNS, assert_prompts_agree, decode_labels, encode_chat, encode_row
 
 from utils.console import UserError
 from utils.data.formats import read_row
 from utils.messages import IGNORE_INDEX, Chat
-from utils.models.encoding import encode_row
 from utils.prompts import (
     find_input_marker,
     find_stop_tokens,

@@ -232,7 +232,7 @@ def test_example_row_alone_is_a_data_set(number, tmp_path):
 
 
 def test_docs_are_those_that_the_house_has():
-    names = "architecture commands lab_log reliability results serving several_gpus"
+    names = "architecture commands lab_log memory reliability results serving several_gpus training"
     assert [path.stem for path in DOCS] == names.split()
 
 
@@ -242,7 +242,7 @@ SAID = {
     "a held-out row holds the same chat": "utils/data/report.py",
     "would hold 99% of the rows": "utils/data/report.py",
     "RED: ": "utils/data/report.py",
-    "No clear difference": "eval/measures/rendering.py",
+    "No clear difference": "eval/measures/report.md.jinja",
     "unclear": "eval/measures/differences.py",
     "better": "eval/measures/differences.py",
     "worse": "eval/measures/differences.py",

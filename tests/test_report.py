@@ -18,7 +18,7 @@ from eval.measures.differences import (
     measure_collapse,
     measure_repetition,
 )
-from eval.measures.rendering import draw_measures, escape_cell, render_verdict
+from eval.measures.rendering import draw_measures, escape_cell, render_report
 
 FLAGS = ["--eval_dataset_name", ROOT / "data" / "guanaco_identity_eval.jsonl", "--lora_r", "4"]
 FLAGS += ["--source_max_len", "200", "--target_max_len", "100", "--gradient_accumulation_steps", "1"]
@@ -190,7 +190,7 @@ def test_drift_loops_and_unfinished_answers_are_measured():
     assert measure_repetition([7, 8] * 5) == pytest.approx(5 / 7) and measure_repetition(range(50)) == 0
 
 
-def test_verdict_names_the_worse_first_and_table_cells_stay_cells():
+def test_verdict_names_the_worse_first_and_table_cells_stay_cells(tmp_path):
     row = {
         "items": 9,
         "percent": True,
@@ -200,9 +200,9 @@ def test_verdict_names_the_worse_first_and_table_cells_stay_cells():
         "low": -0.8,
         "high": -0.6,
     }
-    text = render_verdict(
-        [row | {"name": "quiz", "verdict": "worse"}, row | {"name": "stops", "verdict": "unclear"}]
-    )
+    results = [row | {"name": "quiz", "verdict": "worse"}, row | {"name": "stops", "verdict": "unclear"}]
+    content = {"results": results, "run": "run", "record": {"base_model": None}, "settings": {}}
+    text = render_report(content | {"answers": [], "held_out_answers": []}, tmp_path)
     assert "**Worse: quiz (90.0% to 20.0%).**" in text and "Nothing measured here got clearly better" in text
     assert "No clear difference on this many items: stops." in text
     assert escape_cell("a|b\n<c> *d*") == "a\\|b<br>&lt;c> \\*d\\*" and len(escape_cell("x" * 2000)) < 800

@@ -18,18 +18,17 @@ from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.data.report import build_report
 from utils.data.rows import load_rows
 from utils.data.tokenizing import tokenize_rows
-from utils.models.tokenizer import load_tokenizer
-from utils.prompts import find_stop_tokens
+from utils.models.tokenizer import load_chat_tokenizer
 import bitsandbytes, datasets, peft  # what a run imports besides
 path, model = sys.argv[1:]
 data_args, training_args = DataArguments(path), TrainingArguments()
 start = time.perf_counter()
 rows = load_rows(ModelArguments(), data_args, training_args)
 scanned = time.perf_counter() - start
-tokenizer = load_tokenizer(ModelArguments(model), data_args)
-datasets = tokenize_rows(rows, tokenizer, find_stop_tokens(tokenizer, []), data_args)
+tokenizer = load_chat_tokenizer(ModelArguments(model), data_args)
+datasets = tokenize_rows(rows, tokenizer, data_args)
 tokenized = time.perf_counter() - start
-report = build_report(rows, datasets, len(tokenizer), data_args, training_args, on_gpu=False)
+report = build_report(rows, datasets, len(tokenizer.raw), data_args, training_args, on_gpu=False)
 ready = time.perf_counter() - start
 peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) / 2**20
 print(json.dumps({"rows": len(datasets["train"]), "tokens": len(datasets["train"].tokens), "scanned": scanned,

@@ -331,13 +331,14 @@ def test_every_good_row_among_random_ones_is_kept_and_every_bad_one_numbered(tmp
 
 
 def test_one_megabyte_strings_go_through(tmp_path, smol_tokenizer, monkeypatch):
+    from helpers.chats import build_chat_tokenizer
+
     from utils.data.tokenizing import tokenize_rows
-    from utils.prompts import find_stop_tokens
 
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
     path = write_rows(
         tmp_path / "rows.jsonl", [{"instruction": "长 " * 500_000, "output": "word " * 200_000}]
     )
     data_args = DataArguments(str(path), model_max_length=64)
-    found = tokenize_rows(load(path), smol_tokenizer, find_stop_tokens(smol_tokenizer, []), data_args)[TRAIN]
+    found = tokenize_rows(load(path), build_chat_tokenizer(smol_tokenizer), data_args)[TRAIN]
     assert found.lengths.tolist() == [64]

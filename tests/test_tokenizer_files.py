@@ -10,7 +10,7 @@ from helpers.families import build_decapoda, build_llama1, build_llama2, build_p
 
 from utils.arguments import DataArguments, ModelArguments
 from utils.console import UserError
-from utils.models.tokenizer import load_tokenizer
+from utils.models.tokenizer import load_chat_tokenizer, load_tokenizer
 from utils.models.tokenizer_files import load_own_tokenizer
 from utils.prompts import find_input_marker, read_template, render_chat
 from utils.run.record import hash_text
@@ -68,12 +68,9 @@ def test_right_special_tokens_are_left_alone_and_nothing_is_said(build, tmp_path
 
 def test_corrected_tokenizer_stops_at_eos_and_never_at_bos(tmp_path):
     """The conversion's generation_config names 1, the BOS, as its end."""
-    from utils.models.tokenizer import load_stop_ids
-
     build_decapoda(tmp_path)
     model_args = ModelArguments(model_name_or_path=str(tmp_path))
-    tokenizer = load_tokenizer(model_args)
-    assert load_stop_ids(model_args, tokenizer) == [2]
+    assert load_chat_tokenizer(model_args, DataArguments()).stop_ids == [2]
 
 
 def test_correction_is_saved_with_the_run(tmp_path, capsys):
@@ -166,12 +163,10 @@ def test_named_templates_without_a_default_are_one_line_and_a_flag_overrides(tmp
         UserError, match=r"named rag, tool_use and none named default: .*--template \(alpaca,"
     ):
         load_tokenizer(model_args)
-    tokenizer = load_tokenizer(model_args, DataArguments(template="vanilla"))
+    tokenizer = load_tokenizer(model_args, "vanilla")
     assert tokenizer.chat_template == read_template("vanilla")
     keep_templates(tmp_path, TEMPLATES, "config")
-    assert load_tokenizer(model_args, DataArguments(template="alpaca")).chat_template == read_template(
-        "alpaca"
-    )
+    assert load_tokenizer(model_args, "alpaca").chat_template == read_template("alpaca")
 
 
 def test_pad_token_is_the_same_at_every_start(tmp_path):
@@ -182,6 +177,5 @@ def test_pad_token_is_the_same_at_every_start(tmp_path):
     names = ["a", "</s>", "padding", *(f"<|pad_{i}|>" for i in (7, 3, 12, 0, 9, 1, 30, 2)), "<pad>"]
     backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path)
-    model_args, data_args = ModelArguments(str(tmp_path)), DataArguments(template="vanilla")
-    pads = {load_tokenizer(model_args, data_args).pad_token for _ in range(12)}
+    pads = {load_tokenizer(ModelArguments(str(tmp_path)), "vanilla").pad_token for _ in range(12)}
     assert pads == {"<|pad_7|>"} and names.index("<|pad_7|>") == 3

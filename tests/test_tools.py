@@ -1,12 +1,12 @@
 """Chats with tools: trained where the template shows them, left out with a reason where it does not."""
 
 import pytest
-from helpers.chats import TWO_TURNS, assert_prompts_agree, encode_chat, read_labels, train_rows
+from helpers.chats import TWO_TURNS, assert_prompts_agree, encode_chat, encode_row, read_labels, train_rows
 
 from utils.arguments import DataArguments
 from utils.data import tokenizing
 from utils.messages import TRAIN, Chat
-from utils.models.encoding import encode_row
+from utils.models.tokenizer import ChatTokenizer
 from utils.prompts import (
     convert_arguments,
     find_stop_tokens,
@@ -176,7 +176,8 @@ def test_stop_tokens_of_a_template_that_closes_its_calls_are_no_others(smol_toke
 
 def test_reasons_that_name_each_row_are_counted_together(smol_tokenizer):
     smol_tokenizer.chat_template = "{{ raise_exception('no ' + messages[0].content) }}"
-    encoder = tokenizing.ChatEncoder(smol_tokenizer, [smol_tokenizer.eos_token_id], DataArguments())
+    tokenizer = ChatTokenizer(smol_tokenizer, [smol_tokenizer.eos_token_id])
+    encoder = tokenizing.ChatEncoder(tokenizer, DataArguments())
     chats = [Chat([{"role": "user", "content": f"q{number}"}, CALLED[3]]) for number in range(100)]
     numbered = [(TRAIN, 0, number, chat) for number, chat in enumerate(chats, 1)]
     assert list(encoder.encode(numbered)) == []

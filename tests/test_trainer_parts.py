@@ -14,6 +14,7 @@ from utils.console import UserError
 from utils.fast.model import prepare_fast_model
 from utils.run.checkpoints import find_fault, find_valid_checkpoint, list_checkpoints
 from utils.run.keeper import Keeper
+from utils.train import token_loss as token_loss_module
 from utils.train.engine import FastEngine, PlainEngine
 from utils.train.meter import TokenMeter
 from utils.train.step_guard import ROWS_FILE, StepGuard
@@ -55,16 +56,22 @@ def test_both_engines_give_one_loss_and_one_gradient_for_a_step_of_several_micro
     assert fast.flat.grads.norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_flat_weights_are_listed_piece_by_piece():
+@pytest.mark.parametrize("ratio", [None, 16.0])
+def test_weights_that_the_optimizer_has_are_listed_piece_by_piece(ratio):
     model = build_model(NAME, 0.0)
     engine = FastEngine(prepare_fast_model(model, torch.float32))
     names = {weight: name for name, weight in model.named_parameters()}
-    pieces = engine.list_pieces(engine.flat_weights, names)
-    for name, start, shape in pieces:
-        weight = model.get_parameter(name)
-        assert list(weight.shape) == shape
-        assert torch.equal(engine.flat_weights[start : start + weight.numel()].view(shape), weight)
-    assert {name for name, *_ in pieces} == {name for name, w in model.named_parameters() if w.requires_grad}
+    optimizer = engine.build_optimizer(model, lambda: (torch.optim.SGD, {"lr": 0.5}), 0.0, ratio)
+    listed = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for name, start, shape in engine.list_pieces(parameter, names):
+                weight = model.get_parameter(name)
+                assert list(weight.shape) == shape
+                assert torch.equal(parameter[start : start + weight.numel()].view(shape), weight)
+                listed[name] = group["lr"]
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert listed == {name: 8.0 if ratio and ".lora_B." in name else 0.5 for name in trained}
 
 
 @pytest.mark.parametrize(
@@ -174,3 +181,23 @@ def test_process_that_does_not_write_waits_three_times_and_makes_nothing(tmp_pat
     other = Keeper(tmp_path, keeper.model, {}, False, lambda: waits.append(1))
     other.save_checkpoint(3, lambda folder: None)
     assert len(waits) == 3 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma2 with caps", "cohere with scaled logits", "granite with divided logits"]
+)
+def test_evaluation_reads_logits_in_chunks_and_finds_the_models_own_losses(name, monkeypatch):
+    monkeypatch.setattr(
+        token_loss_module, "CHUNK_ELEMENTS", 96 * 3 * 4
+    )  # three rows, four positions at a time
+    model, batch = build_model(name, 0.0).eval(), build_batch(packed=False)
+    token_loss = TokenLoss(model)
+    expected = token_loss(model, batch)  # with gradients: the model's own logits, whole
+    with torch.no_grad():
+        seen = []
+        monkeypatch.setattr(
+            token_loss, "compare", lambda *pair: seen.append(pair[0]) or TokenLoss.compare(token_loss, *pair)
+        )
+        found = token_loss(model, batch)
+    assert len(seen) > 2 and all(logits.shape[1] <= 4 for logits in seen)
+    assert torch.allclose(found, expected, atol=1e-5)

@@ -131,12 +131,12 @@ def test_flags_of_the_trainer_reach_it(call_main, tiny_model, tmp_path, monkeypa
     assert [entry["step"] for entry in log if "eval_loss" in entry] == [0, 1]
 
     from utils.arguments import DataArguments, ModelArguments, TrainingArguments
-    from utils.flags.checks import check_arguments
+    from utils.flags.checks import resolve_arguments
 
     training_args = TrainingArguments()
     training_args.extra = {"neftune_noise_alpha": 5.0}
     data_args = DataArguments("data/guanaco_identity.jsonl", source_max_len=100, target_max_len=100)
-    *_, resolved = check_arguments(ModelArguments(str(tiny_model)), data_args, training_args, set())
+    *_, resolved = resolve_arguments(ModelArguments(str(tiny_model)), data_args, training_args, set())
     assert resolved.output_dir.startswith("output/guanaco_identity-")
     assert resolved.extra == training_args.extra and training_args.output_dir is None
 

@@ -48,14 +48,14 @@ def convert_folder(source: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as beside:
         complete = Path(beside, "model")
         complete.mkdir()
-        save_shards(files, complete)
+        convert_files(files, complete)
         copy_other_files(source, complete)
         if packed:
             save_as_llama(source, complete)
         complete.rename(target)
 
 
-def save_shards(files: list[Path], target: Path) -> None:
+def convert_files(files: list[Path], target: Path) -> None:
     owner: dict[str, str] = {}
     for number, file in enumerate(files, 1):
         one = "model.safetensors"

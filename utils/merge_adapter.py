@@ -19,7 +19,7 @@ from utils.arguments import ModelArguments, flag, require_positive
 from utils.console import UserError, notice, run_main
 from utils.flags.parser import find_given_flags, parse_args
 from utils.models.baichuan import build_llama_config, is_baichuan
-from utils.models.folder import ADAPTER_FILE, check_adapter_fits, read_model_config, resolve_model
+from utils.models.folder import ADAPTER_FILE, ResolvedModel, resolve_model
 from utils.models.weight_files import read_json
 from utils.run.record import write_json
 
@@ -61,15 +61,13 @@ KEEPING_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 @dataclass
 class MergeArguments:
     _argument_group_name = "merge"
-    output_dir: str | None = flag(default=None, help="New folder of the merged model.")
+    output_dir: str | None = flag(None, "New folder of the merged model.")
     merge_base: Literal["dequantized", "original"] = flag(
-        default="dequantized", help="Add the adapter to the weights it was trained on, or the 16-bit ones."
+        "dequantized", "Add the adapter to the weights it was trained on, or the 16-bit ones."
     )
-    parity: bool = flag(default=True, help="Compare the result with the adapter on its base: parity.json.")
-    eval_dataset_name: str | None = flag(
-        default=None, help="Rows to compare on; default: the run's own held-out rows."
-    )
-    max_eval_samples: int = flag(default=32, help="Compare on this many rows at most.")
+    parity: bool = flag(True, "Compare the result with the adapter on its base: parity.json.")
+    eval_dataset_name: str | None = flag(None, "Rows to compare on; default: the run's own held-out rows.")
+    max_eval_samples: int = flag(32, "Compare on this many rows at most.")
 
     def __post_init__(self) -> None:
         require_positive(self, "max_eval_samples")
@@ -78,19 +76,17 @@ class MergeArguments:
 def main() -> None:
     model_args, merge_args = parse_args(sys.argv[1:], [ModelArguments, MergeArguments], __doc__)
     output_dir = check_output_dir(model_args, merge_args)
-    model_args = resolve_model(model_args, find_given_flags(sys.argv[1:]))
-    config = read_model_config(model_args)
-    check_mergeable(model_args, config)
-    check_adapter_fits(model_args, config)
+    resolved = resolve_model(model_args, find_given_flags(sys.argv[1:]))
+    check_mergeable(resolved.args, resolved.config)
 
     from utils.merge.parity import certify, load_held_out_rows
 
     rows = None
     if merge_args.parity:
-        rows = load_held_out_rows(model_args, merge_args.eval_dataset_name, merge_args.max_eval_samples)
-    merge(model_args, merge_args.merge_base, config, output_dir)
+        rows = load_held_out_rows(resolved, merge_args.eval_dataset_name, merge_args.max_eval_samples)
+    merge(resolved, merge_args.merge_base, output_dir)
     print_serving_commands(output_dir)
-    if rows and not certify(model_args, rows, output_dir):
+    if rows and not certify(resolved, rows, output_dir):
         raise SystemExit(1)
 
 
@@ -144,10 +140,11 @@ def read_adapter_config(model_args: ModelArguments) -> dict[str, Any]:
     return read_json(model_args.adapter_dir / "adapter_config.json")
 
 
-def merge(model_args: ModelArguments, merge_base: str, config: dict[str, Any], output_dir: Path) -> None:
+def merge(resolved: ResolvedModel, merge_base: str, output_dir: Path) -> None:
     """Write the merged model. `output_dir` appears complete, by a rename, or not at all."""
     from utils.merge.weights import merge_weights
 
+    model_args, config = resolved.args, resolved.config
     beside = output_dir.with_name(output_dir.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -156,7 +153,7 @@ def merge(model_args: ModelArguments, merge_base: str, config: dict[str, Any], o
         changes = merge_weights(model_args, base, read_adapter_config(model_args), merge_base, beside)
         if is_baichuan(config):
             config = build_llama_config(config).to_dict()
-        save_companions(model_args, base, config | changes, beside)
+        save_companions(resolved, base, config | changes, beside)
         beside.rename(output_dir)
     finally:
         shutil.rmtree(beside, ignore_errors=True)  # there only after a failure
@@ -169,26 +166,25 @@ def find_base_folder(model_args: ModelArguments) -> Path:
         return Path(model_args.base)
     from huggingface_hub import constants, snapshot_download
 
-    files = ["*.json", "*.safetensors", "*.py"]
-    where: dict[str, Any] = {"revision": model_args.revision, "cache_dir": model_args.cache_dir}
-    offline = constants.is_offline_mode()
-    return Path(snapshot_download(model_args.base, allow_patterns=files, local_files_only=offline, **where))
+    files, offline = ["*.json", "*.safetensors", "*.py"], constants.is_offline_mode()
+    folder = snapshot_download(
+        model_args.base, allow_patterns=files, local_files_only=offline, **model_args.where
+    )
+    return Path(folder)
 
 
-def save_companions(model_args: ModelArguments, base: Path, config: dict[str, Any], folder: Path) -> None:
+def save_companions(resolved: ResolvedModel, base: Path, config: dict[str, Any], folder: Path) -> None:
     """config.json, tokenizer with its template, generation_config.json with every stop token, model code."""
-    from utils.chat.generation import find_stop_ids
-    from utils.models.tokenizer import load_tokenizer
+    from utils.models.tokenizer import load_run_tokenizer
 
-    tokenizer = load_tokenizer(model_args)
-    stop_ids = find_stop_ids(model_args, tokenizer)
+    tokenizer = load_run_tokenizer(resolved)
     kept = {name: value for name, value in config.items() if name != "torch_dtype"}
     write_json(kept, folder / "config.json")
-    tokenizer.save_pretrained(folder)
+    tokenizer.raw.save_pretrained(folder)
     path = base / "generation_config.json"
-    generation = read_json(path) if path.is_file() else {"bos_token_id": tokenizer.bos_token_id}
+    generation = read_json(path) if path.is_file() else {"bos_token_id": tokenizer.raw.bos_token_id}
     generation.pop("_from_model_config", None)  # transformers would read config.json's ids in place of these
-    stops = {"eos_token_id": stop_ids, "pad_token_id": tokenizer.pad_token_id}
+    stops = {"eos_token_id": tokenizer.stop_ids, "pad_token_id": tokenizer.raw.pad_token_id}
     write_json(generation | stops, folder / path.name)
     for code in base.glob("*.py") if "auto_map" in config else []:
         shutil.copyfile(code, folder / code.name)

@@ -1,7 +1,15 @@
 """Messages -> text, and where the answers stand in it. The one place where text becomes a prompt.
 
+A chat template is a small program that the tokenizer brings along. The one named vicuna makes of
+
+    [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4."}]
+
+    A chat between a curious user and ... questions. USER: 2 + 2? ASSISTANT: 4.</s>
+                                                                            ^^^^^^^ learned
+
 Labels come from rendering, never from searching for token ids: the prompt of assistant turn i is the chat
-before it, rendered with the generation prompt, and what rendering the turn appends is what is learned.
+before it, rendered with the generation prompt ("ASSISTANT:"), and what rendering the turn appends to that is
+what is learned. So the same code tells training what to learn and chat where to begin, for every template.
 """
 
 import functools
@@ -10,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
 
@@ -19,7 +26,6 @@ from utils.messages import TEXT_ROLE, UNTRAINED, Chat, Messages
 
 TEMPLATES_DIR = Path(__file__).parent / "templates"
 PLAIN_KEYS = {"role", "content"}
-TEMPLATES: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # tokenizer -> (template's source, its renderer)
 TOOLS_CURE = (
     "(those of Qwen2.5, Qwen3 and Llama 3.1 show them; where <|im_end|> is a token, --template chatml does)"
 )
@@ -47,24 +53,20 @@ def render_chat(
     tokenizer: Any, messages: Messages, add_generation_prompt: bool = False, tools: list[Any] | None = None
 ) -> str:
     """The chat as text. Every prompt of training, samples, chat and evaluation comes from here."""
-    apply = functools.partial(apply_template, tokenizer, tools)
     try:
-        return apply(messages, add_generation_prompt=add_generation_prompt)
+        return apply_template(tokenizer, messages, add_generation_prompt, tools)
     except (TemplateError, TypeError) as error:  # TypeError: a template that adds what is no text
-        if not (messages[0]["role"] == "system" and len(messages) > 1 and messages[1]["role"] == "user"):
+        if [message["role"] for message in messages[:2]] != ["system", "user"]:
             raise UserError(f"the chat template refuses these messages: {error}") from error
     notice_once("the chat template takes no system message: it goes before the first user text")
     merged = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-    try:
-        return apply([merged, *messages[2:]], add_generation_prompt=add_generation_prompt)
-    except (TemplateError, TypeError) as error:
-        raise UserError(f"the chat template refuses these messages: {error}") from error
+    return render_chat(tokenizer, [merged, *messages[2:]], add_generation_prompt, tools)
 
 
 def apply_template(
-    tokenizer: Any, tools: list[Any] | None, messages: Messages, add_generation_prompt: bool
+    tokenizer: Any, messages: Messages, add_generation_prompt: bool, tools: list[Any] | None
 ) -> str:
-    """tokenizer.apply_chat_template. Plain messages skip its copies and checks: a third of the time.
+    """tokenizer.apply_chat_template. Plain messages skip its copies and checks: 34 microseconds, not 47.
 
     Templates never see which answers are context (UNTRAINED).
     """
@@ -82,17 +84,17 @@ def apply_template(
             return render([convert_arguments(message, dict) for message in messages])
         except TypeError:  # DeepSeek-V3's adds the arguments to a text
             return render([convert_arguments(message, str) for message in messages])
-    cached = TEMPLATES.get(tokenizer)
-    if cached is None or cached[0] != tokenizer.chat_template:
-        from transformers.utils.chat_template_utils import _compile_jinja_template
+    from transformers.utils.chat_template_utils import _compile_jinja_template
 
-        template = _compile_jinja_template(tokenizer.chat_template)
-        template.globals = dict(template.globals)  # each rendering copies them: a ChainMap takes 5 us longer
-        render = functools.partial(
-            template.render, tools=None, documents=None, **tokenizer.special_tokens_map
-        )
-        cached = TEMPLATES[tokenizer] = (tokenizer.chat_template, render)
-    return cached[1](messages=messages, add_generation_prompt=add_generation_prompt)
+    template = _compile_jinja_template(tokenizer.chat_template)
+    template.globals = dict(template.globals)  # each rendering copies them: a ChainMap takes 5 us longer
+    return template.render(
+        tokenizer.special_tokens_map,
+        messages=messages,
+        add_generation_prompt=add_generation_prompt,
+        tools=None,
+        documents=None,
+    )
 
 
 def convert_arguments(message: dict[str, Any], kind: type) -> dict[str, Any]:
@@ -160,14 +162,6 @@ def split_prompt(render: Render, messages: Messages, stops: list[str]) -> tuple[
     return prompt, answers
 
 
-def render_prompt(tokenizer: Any, asked: Messages | Chat, stop_ids: list[int]) -> tuple[str, list[Span]]:
-    """split_prompt of messages or a Chat that wait for a reply."""
-    chat = asked if isinstance(asked, Chat) else Chat(asked)
-    return split_prompt(
-        bind_render(tokenizer, chat), chat.messages, tokenizer.convert_ids_to_tokens(stop_ids)
-    )
-
-
 def split_chat(tokenizer: Any, chat: Chat, stops: list[str], last_only: bool = False) -> list[RenderedRow]:
     """The training rows of one chat: one, or one for each answer where the template rewrites earlier ones.
 
@@ -178,7 +172,7 @@ def split_chat(tokenizer: Any, chat: Chat, stops: list[str], last_only: bool = F
         text = messages[0]["content"] + tokenizer.eos_token
         return [RenderedRow(messages, text, [(0, len(text))], [(0, len(text))])]
     check_tools(tokenizer, chat)
-    render = bind_render(tokenizer, chat)
+    render = functools.partial(render_chat, tokenizer, tools=chat.tools)
     turns = answer_turns(messages)
     learned = [turn for turn in turns if messages[turn].get(UNTRAINED, True)]
     if learned:  # an answer behind the last one that is learned is nobody's context
@@ -214,7 +208,7 @@ def check_tools(tokenizer: Any, chat: Chat) -> None:
     It does where the same text comes out without them: a call would be trained as an empty answer. So would
     one that does not begin with the generation prompt (see render_turn).
     """
-    messages, render = chat.messages, bind_render(tokenizer, chat)
+    messages, render = chat.messages, functools.partial(render_chat, tokenizer, tools=chat.tools)
     if chat.tools and render(messages, False) == render_chat(tokenizer, messages):
         raise UserError(f"the chat template leaves out the tools {TOOLS_CURE}")
     for i, message in enumerate(messages):
@@ -238,15 +232,6 @@ def is_same(render: Render, before: Messages, message: dict[str, Any], silent: d
         return text == render([*before, silent], False)
     except UserError:
         return False
-
-
-def bind_render(tokenizer: Any, chat: Chat) -> Render:
-    """render_chat with this tokenizer and the chat's tools."""
-
-    def render(part: Messages, add_generation_prompt: bool) -> str:
-        return render_chat(tokenizer, part, add_generation_prompt, chat.tools)
-
-    return render
 
 
 def answer_turns(messages: Messages) -> list[int]:
@@ -287,14 +272,10 @@ def render_result(render: Render, messages: Messages) -> str:
     return whole[len(text) :] if whole.startswith(text) else ""
 
 
-def find_inner_stop(messages: Messages, stops: list[str]) -> str | None:
-    """A stop token that stands in the middle of an answer's own text: what follows it is not trained."""
-    for message in messages:
-        if message["role"] == "assistant":
-            for stop in stops:
-                if stop in message["content"] and message["content"].partition(stop)[2].strip():
-                    return stop
-    return None
+def has_inner_stop(messages: Messages, stops: list[str]) -> bool:
+    """Whether a stop token stands in the middle of an answer's own text: what follows it is not trained."""
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    return any(answer.partition(stop)[2].strip() for answer in answers for stop in stops)
 
 
 def find_stop_tokens(tokenizer: Any, eos_token_ids: list[int]) -> list[int]:

@@ -4,8 +4,7 @@ from typing import Any
 
 from eval.answers.questions import Question, name_answer
 from utils.arguments import GenerationArguments
-from utils.chat.generation import ChatModel, decode_reply, generate_ids, trim_history
-from utils.models.encoding import encode_prompt
+from utils.chat.generation import BatchAnswerer, ChatModel, trim_history
 from utils.prompts import render_chat
 
 
@@ -24,23 +23,21 @@ def answer_batch(
     chats = [
         trim_history(chat, question.messages, generation_args.max_new_tokens)[0] for question in questions
     ]
-    prompts = [encode_prompt(chat.tokenizer, messages, chat.stop_ids, chat.keeps_blank) for messages in chats]
-    replies = generate_ids(
-        chat.model, chat.tokenizer, prompts, chat.stop_ids, generation_args, seed, batch_size
-    )
+    prompts = [chat.tokenizer.encode_prompt(messages) for messages in chats]
+    answerer = BatchAnswerer(chat.model, chat.tokenizer, generation_args, seed, batch_size)
     rows = []
-    for question, messages, ids in zip(questions, chats, replies, strict=True):
-        text = decode_reply(chat.tokenizer, ids, chat.stop_ids)
+    for question, messages, ids in zip(questions, chats, answerer.generate(prompts), strict=True):
+        text = chat.tokenizer.decode_reply(ids)
         rows.append(
             {
                 "question_id": question.question_id,
                 "text": question.text,
                 "category": question.category,
-                "prompt": render_chat(chat.tokenizer, messages, add_generation_prompt=True),
+                "prompt": render_chat(chat.tokenizer.raw, messages, add_generation_prompt=True),
                 "generation": text,
                 "answer_id": name_answer(question.question_id, text),
                 "tokens": len(ids),
-                "stopped": bool(ids) and ids[-1] in chat.stop_ids,
+                "stopped": bool(ids) and ids[-1] in chat.tokenizer.stop_ids,
                 "ids": ids,
             }
         )

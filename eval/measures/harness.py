@@ -3,7 +3,6 @@
 import logging
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,6 @@ def run_tasks(
     limit: int | None = None,
     chat_template: bool = False,
     seed: int = 42,
-    adapter_off: bool = False,
 ) -> dict[str, Any]:
     """lm_eval's results, samples included. Raises UserError where a task's data set cannot be had."""
     from datasets.exceptions import DatasetNotFoundError
@@ -47,27 +45,28 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of being given a loaded model
-    chat.model.generation_config.eos_token_id = chat.stop_ids  # a template's stop need not be the eos
-    lm = HFLM(pretrained=chat.model, tokenizer=chat.tokenizer, batch_size=batch_size, max_length=chat.context)
+    chat.model.generation_config.eos_token_id = (
+        chat.tokenizer.stop_ids
+    )  # a template's stop need not be the eos
+    raw = chat.tokenizer.raw
+    lm = HFLM(pretrained=chat.model, tokenizer=raw, batch_size=batch_size, max_length=chat.context)
     if not sys.stderr.isatty():
         silence_bars(lm)
-    switch = chat.model.disable_adapter() if adapter_off else nullcontext()
     try:
-        with switch:
-            return simple_evaluate(
-                model=lm,
-                tasks=tasks,
-                task_manager=manager,
-                num_fewshot=num_fewshot,
-                limit=limit,
-                apply_chat_template=chat_template,
-                fewshot_as_multiturn=chat_template,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
-                log_samples=True,
-            )
+        return simple_evaluate(
+            model=lm,
+            tasks=tasks,
+            task_manager=manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            apply_chat_template=chat_template,
+            fewshot_as_multiturn=chat_template,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+            log_samples=True,
+        )
     except (ConnectionError, OfflineModeIsEnabled, DatasetNotFoundError, FileNotFoundError) as error:
         raise UserError(
             f"--tasks {','.join(tasks)}: a data set cannot be had ({str(error).splitlines()[0]}); task files "

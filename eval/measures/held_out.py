@@ -54,10 +54,10 @@ def load_held_out(record: dict[str, Any] | None, chat: ChatModel, count: int) ->
     if copies:  # an older run, which trained on them
         reason = f"{copies:,} rows of the run's data hold the chat of a held-out row: no held-out loss."
         return HeldOut([], [], [], reason)
-    parts = tokenize_rows(rows, chat.tokenizer, chat.stop_ids, data_args)
+    parts = tokenize_rows(rows, chat.tokenizer, data_args)
     found = next((parts[part] for part in (EVAL, TEST) if len(parts[part])), parts[EVAL])
     encoded = [found[i] for i in range(min(count, len(found)))]
-    chats = find_answered(rows.read_held_out(EVAL, find_input_marker(chat.tokenizer))[:count])
+    chats = find_answered(rows.read_held_out(EVAL, find_input_marker(chat.tokenizer.raw))[:count])
     told = [chat.messages for chat in chats if not chat.tools]  # a question has no place for tools
     questions = [
         Question(f"held-out-{i}", messages[-2]["content"], "held out", messages[:-1])

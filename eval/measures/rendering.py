@@ -1,124 +1,47 @@
 """The report as a page and a picture, from what eval.report measured."""
 
+import re
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
+TEMPLATE = Path(__file__).with_name("report.md.jinja")
 SHOWN_ANSWERS = 10
 SHOWN_CHARACTERS = 700  # of an answer on the page; report.json has all of it
-COST_ROWS = (
-    ("steps", "optimizer steps", "{:,}"),
-    ("train_tokens", "tokens trained on", "{:,.0f}"),
-    ("train_seconds", "seconds", "{:,.0f}"),
-    ("tokens_per_second", "tokens a second", "{:,.0f}"),
-    ("peak_memory_gib", "peak memory, GiB", "{:.2f}"),
-    ("train_loss", "mean training loss", "{:.3f}"),
-    ("eval_loss", "held-out loss as the run logged it", "{:.4f}"),
-)
 
 
 def render_report(content: dict[str, Any], folder: Path) -> str:
-    """The page as markdown; `folder` is where it will lie, beside the pictures."""
-    base = (content["record"]["base_model"] or {}).get("name", "its base")
-    sections = [
-        f"# {Path(content['run']).name}: before and after\n\nBase `{base}` against the same base with the "
-        f"adapter of `{content['run']}`, in one process, by the same prompts.",
-        render_verdict(content["results"]),
-        render_table(content["results"]),
-        content["left_out"],
-        "![before and after](report.png)",
-        render_cost(content),
-        *(["![training curve](training_curve.png)"] if (folder / "training_curve.png").is_file() else []),
-        render_answers(content),
-        render_limits(content),
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def render_verdict(results: list[dict[str, Any]]) -> str:
-    """What got worse first, plainly."""
-
-    def list_names(verdict: str) -> str:
-        return "; ".join(
-            f"{row['name']} ({format_value(row, 'before')} to {format_value(row, 'after')})"
-            for row in results
-            if row["verdict"] == verdict
-        )
-
-    worse, better = list_names("worse"), list_names("better")
-    lines = ["## Verdict\n"]
-    lines.append(f"**Worse: {worse}.**" if worse else "Nothing measured here got clearly worse.")
-    lines.append(f"Better: {better}." if better else "Nothing measured here got clearly better.")
-    unclear = ", ".join(row["name"] for row in results if row["verdict"] == "unclear")
-    if unclear:
-        lines.append(f"No clear difference on this many items: {unclear}.")
-    return "\n\n".join(lines)
+    """The page as markdown (report.md.jinja); `folder` is where it will lie, beside the pictures."""
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters["cell"] = escape_cell
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        content,
+        title=Path(content["run"]).name,
+        base=(content["record"]["base_model"] or {}).get("name", "its base"),
+        has_curve=(folder / "training_curve.png").is_file(),
+        shown_answers=choose_answers(content),
+        show=format_value,
+    )
 
 
 def format_value(row: dict[str, Any], name: str, sign: str = "") -> str:
     return f"{100 * row[name]:{sign}.1f}%" if row["percent"] else f"{row[name]:{sign}.3f}"
 
 
-def render_table(results: list[dict[str, Any]]) -> str:
-    lines = [
-        "| measure | items | before | after | change, 95% interval | |",
-        "|---|---:|---:|---:|---:|---|",
-    ]
-    for row in results:
-        before, after, low, high = (format_value(row, name) for name in ("before", "after", "low", "high"))
-        change = f"{format_value(row, 'change', '+')} ({low} to {high})"
-        lines.append(f"| {row['name']} | {row['items']} | {before} | {after} | {change} | {row['verdict']} |")
-    return "\n".join(lines)
-
-
-def render_cost(content: dict[str, Any]) -> str:
-    cost = content["cost"]
-    rows = [f"| {label} | {form.format(cost[name])} |" for name, label, form in COST_ROWS if name in cost]
-    command = content["record"]["command"]
-    made = f"\n\n```bash\n{command}\n```" if command else ""
-    return "## What it cost\n\n| | |\n|---|---:|\n" + "\n".join(rows) + made if rows else ""
-
-
-def render_answers(content: dict[str, Any]) -> str:
+def choose_answers(content: dict[str, Any]) -> list[dict[str, Any]]:
     """Held-out rows and questions from end to end of the files, never chosen by their answers."""
     half = content["held_out_answers"][: SHOWN_ANSWERS // 2]
     rest = content["answers"]
     count = min(SHOWN_ANSWERS - len(half), len(rest))
-    rows = half + [rest[i * len(rest) // count] for i in range(count)]
-    lines = ["## Ten answers\n", "| question | before | after |", "|---|---|---|"]
-    for row in rows:
-        question = f"{escape_cell(row['question'])}<br>*{row['category']}*"
-        lines.append(f"| {question} | {escape_cell(row['before'])} | {escape_cell(row['after'])} |")
-    return "\n".join(lines)
+    return half + [rest[i * len(rest) // count] for i in range(count)]
 
 
 def escape_cell(text: str) -> str:
     """Text for a markdown table: on one line, cut, nothing in it read as markup."""
     text = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " [...]"
-    for character, escaped in (
-        ("&", "&amp;"),
-        ("<", "&lt;"),
-        ("|", "\\|"),
-        ("`", "\\`"),
-        ("*", "\\*"),
-        ("_", "\\_"),
-    ):
-        text = text.replace(character, escaped)
+    text = re.sub(r"[|`*_]", r"\\\g<0>", text.replace("&", "&amp;").replace("<", "&lt;"))
     return text.strip().replace("\n", "<br>") or "(empty)"
-
-
-def render_limits(content: dict[str, Any]) -> str:
-    settings = content["settings"]
-    return (
-        "## How to read it\n\n"
-        "Better and worse mean that the 95% interval of the paired difference leaves out 0; with "
-        f"{len(content['results'])} measures one may do so by chance. Intervals are over the items, for this "
-        'one training seed. "Came to an end" counts answers that stopped by themselves within '
-        f"{settings['max_new_tokens']} tokens; the rest were cut off. Language is what most of an answer's "
-        "text is written in. Answers of one phrase say the clause that most answers say; three such answers "
-        "and a tenth of all more than before are worse, whatever the interval. The quizzes are easy: they "
-        "show a broken model, not which of two good ones is "
-        "better. eval/README.md says how each number is made."
-    )
 
 
 def draw_measures(results: list[dict[str, Any]], path: Path) -> None:

@@ -1,12 +1,22 @@
 """Quantized models of known shapes from random weights, to measure on: never whole in 16 bits."""
 
-import copy
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
+
+from utils.models.rehearsed import cut_layers
 
 
 def describe_llama(
@@ -16,6 +26,7 @@ def describe_llama(
     heads: int,
     kv_heads: int | None = None,
     vocabulary: int = 32000,
+    tied: bool = False,
 ) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=vocabulary,
@@ -25,15 +36,17 @@ def describe_llama(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads or heads,
         max_position_embeddings=8192,
-        tie_word_embeddings=vocabulary > 32000,
+        tie_word_embeddings=tied,
     )
 
 
 SHAPES = {
     "llama-7b": lambda: describe_llama(4096, 11008, 32, 32),
+    "llama3-8b": lambda: describe_llama(4096, 14336, 32, 32, 8, 128256),
     "llama-13b": lambda: describe_llama(5120, 13824, 40, 40),
     "llama-33b": lambda: describe_llama(6656, 17920, 60, 52),
     "llama-65b": lambda: describe_llama(8192, 22016, 80, 64),
+    "mistral-7b": lambda: MistralConfig(),
     "qwen2.5-7b": lambda: Qwen2Config(
         vocab_size=152064,
         hidden_size=3584,
@@ -42,23 +55,34 @@ SHAPES = {
         num_attention_heads=28,
         num_key_value_heads=4,
     ),
-    "smollm2-135m": lambda: describe_llama(576, 1536, 30, 9, 3, 49152),
-    "tiny": lambda: describe_llama(64, 128, 2, 4, 2, 512),
+    "gemma-7b": lambda: GemmaConfig(),
+    "opt-6.7b": lambda: OPTConfig(
+        hidden_size=4096,
+        ffn_dim=16384,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        word_embed_proj_dim=4096,
+        max_position_embeddings=8192,
+    ),
+    "bloomz-7b": lambda: BloomConfig(hidden_size=4096, n_head=32, n_layer=30, vocab_size=250880),
+    "smollm2-135m": lambda: describe_llama(576, 1536, 30, 9, 3, 49152, tied=True),
+    "tiny": lambda: describe_llama(64, 128, 2, 4, 2, 512, tied=True),
 }
 
 
 def build_random_model(config: PretrainedConfig, bits: int, dtype: torch.dtype, device: str) -> nn.Module:
     """A frozen causal model of `config`: one layer is built, quantized and copied into place at a time."""
-    config, layers = copy.deepcopy(config), config.num_hidden_layers
-    config.num_hidden_layers, default = 1, torch.get_default_dtype()
+    default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-            stack, config = model.base_model.layers, model.config
-            config.num_hidden_layers = layers
-            for number in range(layers):
-                layer = stack[0] if number == 0 else type(stack[0])(config, number)
+            model = AutoModelForCausalLM.from_config(cut_layers(config, 1))
+            stack = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+            model.config.num_hidden_layers = config.num_hidden_layers
+            if getattr(config, "layer_types", None):
+                model.config.layer_types = config.layer_types
+            for number in range(config.num_hidden_layers):
+                layer = stack[0] if number == 0 else type(stack[0])(model.config, number)
                 layer.apply(init_linear)
                 quantize_linears(layer, bits, dtype)
                 if number:

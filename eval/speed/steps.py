@@ -1,7 +1,6 @@
 """Measures the optimizer steps that eval.train_speed asks for: time, memory, and how near the GPU's limit."""
 
 import gc
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from eval.speed.shapes import SHAPES, build_random_model, count_linear_weights
 from eval.speed.variants import VARIANTS, MicroBatches, Setup, build_variant
 from eval.speed.workloads import Rows, fill_each_size, parse_workload
 from utils.console import notice
+from utils.run.record import write_json
 
 HEADER = (
     f"{'variant':<9} {'workload':<22} dtype drop   tokens/s   ratio peak GiB reserved  of Adam "
@@ -213,6 +213,5 @@ def time_workloads(arguments: "SpeedArguments") -> None:
         notice(format_row(timing, original))
         timings.append(asdict(timing))
     path = Path(arguments.output_dir, f"{arguments.model}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"device": name, "matmul_tflops": peak, "timings": timings}, indent=2))
+    write_json({"device": name, "matmul_tflops": peak, "timings": timings}, path)
     notice(f"saved to {path}")

@@ -93,7 +93,7 @@ def build_fast_step(model: Any, dtype: torch.dtype, capacity: int, device: str) 
     fast = prepare_fast_model(model, dtype)
     if isinstance(fast, str):
         raise UserError(f"the fast path does not cover this model: {fast}")
-    run = GraphedStep(fast)
+    run = GraphedStep(fast, "always")
     optimizer = torch.optim.AdamW([fast.flat.weights], lr=2e-4, fused=True)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
     vocabulary = model.config.vocab_size

@@ -40,13 +40,18 @@ def draw_length(draw: random.Random) -> int:
 
 def fill_each_size(capacity: int) -> list[Rows]:
     """Two steps for each size of packed micro-batches, the largest first: nearly all graphs of a run."""
-    draw, steps = random.Random(1), []
-    for size in reversed(choose_sizes(capacity, fixed=True)):
-        rows: Rows = []
-        while sum(rows) < size:
-            rows.append(min(draw_length(draw), size - sum(rows)))
-        steps += [rows, rows]
-    return steps
+    draw = random.Random(1)
+    filled = [draw_rows(size, draw) for size in reversed(choose_sizes(capacity, fixed=True))]
+    return [rows for rows in filled for _ in range(2)]
+
+
+def draw_rows(tokens: int, draw: random.Random | None = None) -> Rows:
+    """Rows of real lengths that have so many tokens in all."""
+    rows: Rows = []
+    draw = draw or random.Random(1)
+    while sum(rows) < tokens:
+        rows.append(min(draw_length(draw), tokens - sum(rows)))
+    return rows
 
 
 def build_packed(rows: Rows, capacity: int, vocabulary: int) -> list[dict[str, Any]]:

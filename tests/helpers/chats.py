@@ -1,10 +1,13 @@
 """Chats as token ids and labels: one alone, or a file of them."""
 
+import numpy as np
+
 from helpers.rows import load, write_rows
 from utils.arguments import DataArguments
-from utils.data.tokenizing import tokenize_rows
+from utils.data.tokenizing import ChatEncoder, tokenize_rows
 from utils.messages import IGNORE_INDEX, TRAIN, Chat
-from utils.models.encoding import encode_prompt, encode_row
+from utils.models.encoding import encode_rows
+from utils.models.tokenizer import ChatTokenizer
 from utils.prompts import find_stop_tokens, split_chat
 
 TWO_TURNS = [
@@ -19,6 +22,23 @@ QWEN3_LIKE = (
     "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def build_chat_tokenizer(tokenizer, eos_ids=()):
+    """`tokenizer` with the stop ids that follow from its template."""
+    return ChatTokenizer(tokenizer, find_stop_tokens(tokenizer, list(eos_ids)))
+
+
+def encode_prompt(tokenizer, asked, stop_ids):
+    return ChatTokenizer(tokenizer, stop_ids).encode_prompt(asked)
+
+
+def encode_row(tokenizer, row, **flags):
+    """{input_ids, labels} of a rendered row, as training marks them."""
+    ((pieces, _),) = encode_rows(tokenizer, [row])
+    signed = ChatEncoder(ChatTokenizer(tokenizer, []), DataArguments(**flags)).mark_untrained(pieces)
+    labels = np.where(signed >= 0, signed, IGNORE_INDEX)
+    return {"input_ids": np.where(signed >= 0, signed, ~signed).tolist(), "labels": labels.tolist()}
 
 
 def encode_chat(tokenizer, messages, eos_ids=()):
@@ -44,9 +64,7 @@ def assert_prompts_agree(tokenizer, messages, stop_ids, rows):
 
 def tokenize(tokenizer, path, do_eval=False, do_predict=False, **flags):
     rows = load(path, do_eval=do_eval, do_predict=do_predict, **flags)
-    datasets = tokenize_rows(
-        rows, tokenizer, find_stop_tokens(tokenizer, []), DataArguments(str(path), **flags)
-    )
+    datasets = tokenize_rows(rows, build_chat_tokenizer(tokenizer), DataArguments(str(path), **flags))
     return rows, datasets
 
 

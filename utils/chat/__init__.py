@@ -3,5 +3,5 @@
 In: a run's folder. Out: text, piece by piece.
 Must not import: train, merge.
 Read: generation (load_run, one reply), streaming, model_lock (turns between conversations), then page with
-page_replies, page_parts, page_messages, page_scripts and page_labels; side_by_side for --compare.
+page_replies, page_parts, page_messages, page_labels and, in the browser, page.js; side_by_side is --compare.
 """

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -10,14 +11,14 @@ import gradio as gr
 from utils.arguments import GenerationArguments
 from utils.chat.generation import ChatModel
 from utils.chat.page_arguments import PageArguments
-from utils.chat.page_labels import CSS, LABELS, choose_words
+from utils.chat.page_labels import LABELS, choose_words
 from utils.chat.page_messages import read_messages, show_messages
 from utils.chat.page_parts import PageParts, add_parts
 from utils.chat.page_replies import Sent, Speaker, empty_page
-from utils.chat.page_scripts import END, EXPORT, OPEN, PUT_BACK, SEND
 from utils.chat.streaming import ConversationCaches
 from utils.console import UserError, notice
 
+SCRIPT, LOOKS = (Path(__file__).with_name(f"page.{kind}") for kind in ("js", "css"))
 MAX_SESSIONS = 256  # each holds 0.1 to 0.2 MB; the oldest is forgotten
 # A reply may name pictures: escape_markup shows them as text, and this keeps the browser from fetching any.
 NOTHING_FROM_ELSEWHERE = (
@@ -117,23 +118,29 @@ def connect_replies(parts: PageParts, sessions: Sessions, page_args: PageArgumen
         "api_visibility": "private",
     }
     box, asked, state = parts.box, parts.asked, [parts.said, *parts.controls]
-    sent = box.submit(None, None, [box, asked], js=SEND, **QUICK)
+    sent = box.submit(None, None, [box, asked], js="() => chatPage.send()", **QUICK)
     for event in (
         sent.then(sessions.answer, [asked, *state], **slow),
         parts.chatbot.retry(sessions.answer_again, state, **slow),
         parts.chatbot.edit(sessions.answer_edited, state, **slow),
     ):
         for ended in (event.success, event.failure):
-            ended(None, asked, [box, asked], js=END, **QUICK)
+            ended(None, asked, [box, asked], js="asked => chatPage.end(asked)", **QUICK)
 
 
 def connect_buttons(parts: PageParts, sessions: Sessions) -> None:
     """Stop, undo, clear and export."""
     parts.box.stop(sessions.stop, None, None, **QUICK)
     undone = parts.chatbot.undo(sessions.take_back, [parts.box, parts.said], parts.everything, **QUICK)
-    undone.success(None, parts.asked, parts.asked, js=PUT_BACK, **QUICK)
+    undone.success(None, parts.asked, parts.asked, js="asked => chatPage.putBack(asked)", **QUICK)
     parts.clear.click(sessions.start_anew, None, parts.everything, **QUICK)
-    parts.export.click(None, [parts.said, parts.controls[1]], None, js=EXPORT, **QUICK)
+    parts.export.click(
+        None,
+        [parts.said, parts.controls[1]],
+        None,
+        js="(said, system) => chatPage.save(said, system)",
+        **QUICK,
+    )
 
 
 def launch_page(
@@ -149,9 +156,9 @@ def launch_page(
         theme=gr.themes.Default(
             primary_hue="teal", font=fonts, font_mono=["ui-monospace", "Consolas", "monospace"]
         ),
-        css=CSS,
+        css_paths=LOOKS,
         head=NOTHING_FROM_ELSEWHERE,
-        js=OPEN,
+        js=SCRIPT.read_text(encoding="utf-8"),
         i18n=gr.I18n(**LABELS),
         footer_links=[],
         ssr_mode=False,

@@ -11,19 +11,19 @@ from utils.console import UserError
 @dataclass
 class PageArguments:
     _argument_group_name = "page"
-    server_name: str = flag(default="127.0.0.1", help="Address to listen on; 0.0.0.0 for every network.")
-    server_port: int = flag(default=7860, help="Port to listen on.")
-    share: bool = flag(default=False, help="A public link through gradio's servers.")
-    auth: list[str] | None = flag(default=None, help="NAME:PASSWORD of each user who may come in.")
-    system: str = flag(default="", help="System message that the page starts with.")
-    template: str | None = flag(default=None, help="A name in utils/templates, instead of the run's own.")
-    limit_prompt_tokens: int = flag(default=2048, help="Longest conversation that is read.")
-    limit_new_tokens: int = flag(default=1024, help="Longest reply that may be asked for.")
-    limit_seconds: float = flag(default=120.0, help="Longest time for one reply.")
-    limit_queue: int = flag(default=32, help="Users waiting at most; the next one is asked to come back.")
-    concurrent_replies: int = flag(default=4, help="Replies written at once, a token each in turn.")
+    server_name: str = flag("127.0.0.1", "Address to listen on; 0.0.0.0 for every network.")
+    server_port: int = flag(7860, "Port to listen on.")
+    share: bool = flag(False, "A public link through gradio's servers.")
+    auth: list[str] | None = flag(None, "NAME:PASSWORD of each user who may come in.")
+    system: str = flag("", "System message that the page starts with.")
+    template: str | None = flag(None, "A name in utils/templates, instead of the run's own.")
+    limit_prompt_tokens: int = flag(2048, "Longest conversation that is read.")
+    limit_new_tokens: int = flag(1024, "Longest reply that may be asked for.")
+    limit_seconds: float = flag(120.0, "Longest time for one reply.")
+    limit_queue: int = flag(32, "Users waiting at most; the next one is asked to come back.")
+    concurrent_replies: int = flag(4, "Replies written at once, a token each in turn.")
     kept_conversations: int = flag(
-        default=4, help="Latest conversations whose keys and values stay in memory for the next turn."
+        4, "Latest conversations whose keys and values stay in memory for the next turn."
     )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Words and looks of the page, in the browser's language: English and Chinese."""
+"""Words of the page, in the browser's language: English and Chinese."""
 
 from typing import Any
 
@@ -72,30 +72,3 @@ def choose_words(headers: Any) -> dict[str, str]:
     """Labels and status lines in the language that the browser asks for first."""
     chinese = headers.get("accept-language", "").lower().startswith("zh")
     return CHINESE | CHINESE_LINES if chinese else ENGLISH | ENGLISH_LINES
-
-
-CSS = """
-.gradio-container { max-width: 900px !important; width: 100% !important; margin: 0 auto !important; }
-.gradio-container .main.app { padding-inline: clamp(10px, 2.5vw, 32px) !important; }
-#head { align-items: center; flex-wrap: nowrap; }
-#title h2 { margin: 0; font-size: 1.15em; }
-#side { width: auto; min-width: max-content !important; flex-grow: 0; }
-#side input:checked { background-color: var(--checkbox-background-color-selected) !important; }
-#chat .message { overflow-wrap: anywhere; }
-#chat .top-panel { display: none; }
-#chat p:has(> .side) { margin-bottom: 0; opacity: 0.6; }
-#chat p:has(> .side) + * { margin-top: 0 !important; }
-#chat .edit-textarea { min-width: min(480px, 55vw); field-sizing: content; }
-#box textarea { padding: 12px 4px 12px 12px; }
-#box .submit-button, #box .stop-button { margin: 7px 7px 7px 0; }
-#foot { align-items: center; flex-wrap: nowrap; }
-#status { font-size: 0.85em; opacity: 0.75; overflow-wrap: anywhere; }
-footer { display: none !important; }
-@media (max-width: 600px) {
-  #title { display: none; }
-  #chat { height: calc(100dvh - 255px) !important; }
-  #foot { flex-wrap: wrap; gap: 8px; }
-  #status { font-size: 0.75em; flex-basis: 100%; }
-  #foot button { flex-grow: 1 !important; }
-}
-"""

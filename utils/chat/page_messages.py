@@ -15,9 +15,8 @@ from utils.chat.page_arguments import PageArguments
 from utils.chat.streaming import ConversationCache
 from utils.console import UserError
 from utils.messages import Messages
-from utils.models.encoding import encode_prompt
 
-CODE = re.compile(  # page_scripts.TIDY has it too
+CODE = re.compile(  # page.js has it too
     r"(^ {0,3}```[^`\n]*$.*?(?:^ {0,3}```|\Z)|(?<![\\`])`[^`\n]+`(?!`))", re.DOTALL | re.MULTILINE
 )
 DOLLARS = re.compile(r"(?<![\\$\w])\$(?=[^\s$])([^$\n]*?[^\s$\\])\$(?![\d$])")  # pandoc's rule: $5 is a price
@@ -91,7 +90,7 @@ def fit_turns(
         asked = [
             {"role": message["role"], "content": message["content"]} for message in opening + turns[start:]
         ]
-        return len(encode_prompt(chat.tokenizer, asked, chat.stop_ids, chat.keeps_blank))
+        return len(chat.tokenizer.encode_prompt(asked))
 
     sizes = accumulate(len(message["content"]) + CHARACTERS_PER_TOKEN for message in reversed(turns[:-1]))
     near = sum(1 for _ in takewhile(lambda size: size <= limit * CHARACTERS_PER_TOKEN, sizes))

@@ -64,7 +64,7 @@ def add_conversation(
         elem_id="chat",
         height="calc(100dvh - 240px)",
         min_height=240,
-        autoscroll=False,  # page_scripts.FOLLOW lets the reader scroll up
+        autoscroll=False,  # page.js lets the reader scroll up
         buttons=["copy"],
         editable="user",
         allow_tags=False,

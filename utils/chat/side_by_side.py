@@ -27,7 +27,7 @@ def wrap_text(text: str, width: int) -> list[str]:
     return lines
 
 
-def stream_rows(pieces: Iterable[Sequence[str]], width: int) -> Iterator[str]:
+def stream_side_by_side(pieces: Iterable[Sequence[str]], width: int) -> Iterator[str]:
     """Rows `left | right` of two growing texts, each as soon as neither side of it can change."""
     texts, shown = ["", ""], 0
     column = (width - 3) // 2

@@ -1,9 +1,11 @@
 """A reply as it is generated, piece by piece, from what the conversation's last turn left in the cache."""
 
 import math
+import os
 import threading
 import time
 from collections.abc import Generator, Hashable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +20,12 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from utils.arguments import GenerationArguments
-from utils.chat.generation import ChatModel, build_generation_config, decode_reply, drop_cut_character
+from utils.chat.generation import ChatModel, build_generation_config
 from utils.chat.model_lock import ModelLock
+from utils.fast.decode_loop import stream_tokens
+from utils.fast.token_choice import NotCovered, TokenChoice
 from utils.messages import Messages
-from utils.models.encoding import encode_prompt
+from utils.models.tokenizer import ChatTokenizer, drop_cut_character
 
 
 @dataclass
@@ -70,9 +74,9 @@ class ConversationCaches:
 class ReplyStreamer(TextIteratorStreamer):
     """Text of the reply only: without the prompt and without the stop token, special or not."""
 
-    def __init__(self, tokenizer: Any, stop_ids: list[int], kept: ConversationCache):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.stop_ids, self.kept, self.start = stop_ids, kept, time.perf_counter()
+    def __init__(self, tokenizer: ChatTokenizer, kept: ConversationCache):
+        super().__init__(tokenizer.raw, skip_prompt=True, skip_special_tokens=True)
+        self.stop_ids, self.kept, self.start = tokenizer.stop_ids, kept, time.perf_counter()
         self.came_to_stop = False
 
     def put(self, value: torch.Tensor) -> None:
@@ -107,10 +111,13 @@ class StopOrYield(StoppingCriteria):
         return time.monotonic() > self.deadline
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.ends(), device=input_ids.device)
+
+    def ends(self) -> bool:
         done = self.stopped.is_set() or self.late
         if not done:
             self.lock.pass_on(self.tuned)
-        return torch.full((input_ids.shape[0],), done, device=input_ids.device)
+        return done
 
 
 def stream_reply(
@@ -126,17 +133,18 @@ def stream_reply(
     `kept` saves reading again what the last turn read. `tuned` False: the base without its adapter.
     """
     kept = ConversationCache() if kept is None else kept
-    prompt = encode_prompt(chat.tokenizer, messages, chat.stop_ids, chat.keeps_blank)
-    config = build_generation_config(generation_args, chat.tokenizer, chat.stop_ids)
+    prompt = chat.tokenizer.encode_prompt(messages)
+    config = build_generation_config(generation_args, chat.tokenizer)
     kept.prompt_tokens, kept.new_tokens, kept.first_token_seconds, kept.seconds = len(prompt), 0, 0.0, 0.0
-    streamer = ReplyStreamer(chat.tokenizer, chat.stop_ids, kept)
+    streamer = ReplyStreamer(chat.tokenizer, kept)
     between, failures = StopOrYield(chat.lock, tuned, max_seconds), []
 
     def generate() -> None:
         try:
             with chat.lock.hold(tuned), torch.no_grad():
                 if not between.stopped.is_set():
-                    generate_streamed(chat, prompt, config, kept, streamer, between)
+                    lookup = generation_args.prompt_lookup
+                    generate_streamed(chat, prompt, config, kept, streamer, between, lookup)
         except Exception as error:  # raised again where the reply is read
             failures.append(error)
             kept.ids, kept.cache = [], None
@@ -172,28 +180,62 @@ def generate_streamed(
     kept: ConversationCache,
     streamer: ReplyStreamer,
     between: StopOrYield,
+    lookup: int = 0,
 ) -> None:
     """Generate into `streamer`, from the keys and values in `kept` on; leaves there those of this turn."""
-    input_ids = torch.tensor([prompt], device=chat.model.device)
     beams = config.num_beams > 1  # final only at the end: nothing to stream before it, no one cache to keep
-    cache = restore_cache(chat.model, kept, prompt) if kept.reuse and not beams else None
+    cache = restore_cache(chat.model, kept, prompt) if not beams else None
     kept.reused_tokens = 0 if cache is None else cache.get_seq_length()
-    output = chat.model.generate(
+    choice, steps = None if cache is None else find_choice(chat, config), chat.steps
+    if choice is not None and steps is not None:
+        output = list(prompt)
+        stop_ids = chat.tokenizer.stop_ids
+        tokens = stream_tokens(steps, prompt, cache, choice, config.max_new_tokens, stop_ids, lookup)
+        streamer.put(torch.tensor(prompt))
+        with closing(tokens):
+            for token in tokens:
+                output.append(token)
+                streamer.put(torch.tensor([token]))
+                if between.ends():
+                    break
+    else:
+        output = generate_plainly(chat, prompt, config, streamer, between, cache)
+    if beams:
+        streamer.on_finalized_text(chat.tokenizer.decode_reply(output[len(prompt) :]))
+        kept.new_tokens, kept.seconds = len(output) - len(prompt), time.perf_counter() - streamer.start
+    elif cache is not None and kept.reuse:
+        kept.ids, kept.cache = output[: cache.get_seq_length()], cache
+    kept.ended = "interrupted" if between.stopped.is_set() else "time" if between.late else "length"
+    if output[-1] in chat.tokenizer.stop_ids:
+        kept.ended = "stop"
+
+
+def find_choice(chat: ChatModel, config: GenerationConfig) -> TokenChoice | None:
+    """How `config` chooses a token; None where transformers' generate does it."""
+    try:
+        return None if chat.steps is None else chat.steps.find_choice(config)
+    except NotCovered:
+        return None
+
+
+def generate_plainly(
+    chat: ChatModel,
+    prompt: list[int],
+    config: GenerationConfig,
+    streamer: ReplyStreamer,
+    between: StopOrYield,
+    cache: DynamicCache | None,
+) -> list[int]:
+    """Prompt and reply by transformers' generate: beams, n-grams, models that keep a window of the tokens."""
+    input_ids = torch.tensor([prompt], device=chat.model.device)
+    return chat.model.generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
         generation_config=config,
         stopping_criteria=StoppingCriteriaList([between]),
-        **({} if beams else {"streamer": streamer}),
+        **({} if config.num_beams > 1 else {"streamer": streamer}),
         **({} if cache is None else {"past_key_values": cache}),
     )[0].tolist()
-    if beams:
-        streamer.on_finalized_text(decode_reply(chat.tokenizer, output[len(prompt) :], chat.stop_ids))
-        kept.new_tokens, kept.seconds = len(output) - len(prompt), time.perf_counter() - streamer.start
-    elif cache is not None:
-        kept.ids, kept.cache = output[: cache.get_seq_length()], cache
-    kept.ended = "interrupted" if between.stopped.is_set() else "time" if between.late else "length"
-    if output[-1] in chat.stop_ids:
-        kept.ended = "stop"
 
 
 def restore_cache(model: Any, kept: ConversationCache, prompt: list[int]) -> DynamicCache | None:
@@ -203,11 +245,10 @@ def restore_cache(model: Any, kept: ConversationCache, prompt: list[int]) -> Dyn
     """
     if not model._supports_default_dynamic_cache():
         return None
-    cache, kept.cache = kept.cache, None
+    cache, kept.cache = kept.cache if kept.reuse else None, None
     if cache is None:
         cache = DynamicCache(config=model.config.get_text_config())
         return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
-    pairs = zip(kept.ids, prompt[:-1], strict=False)
-    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(kept.ids), len(prompt) - 1))
+    shared = len(os.path.commonprefix([kept.ids, prompt[:-1]]))
     cache.crop(shared - cache.get_seq_length())
     return cache

@@ -9,6 +9,7 @@ from utils.console import UserError, notice
 from utils.data.file_text import is_in_archive, list_archive
 from utils.data.named_sets import NAMED_SETS
 from utils.data.readers import ROW_SUFFIXES, find_kind
+from utils.models.model_scope import download_dataset, is_on_modelscope
 
 HUB_METADATA = ("dataset_info.json", "dataset_infos.json", "state.json")
 
@@ -17,6 +18,8 @@ def find_files(name: str, data_args: DataArguments, flag: str = "--dataset_name"
     """Local files that `name` means, as `flag` gives it: none for a set on the hub."""
     if data_args.load_from_local:
         return find_local_copy(name, data_args.data_dir)
+    if is_on_modelscope(name):
+        return list_data_files(download_dataset(name, flag), f"{flag} {name}")
     path = Path(name).expanduser()
     if path.is_dir():
         return list_data_files(path, f"{flag} {name}")

@@ -202,18 +202,25 @@ class PaddingCollator:
 
     Gives input_ids, labels, attention_mask, token_keys  # int64 [rows, width]; num_tokens  # int64 []
     label_positions, whose next token is a label in some row, in NumPy  # int64 [positions]
-    `limit`: a row of more tokens is padded with no other. Then {"micro_batches": [...]}, in the rows' order.
+    `limit`: a row of more tokens is padded with no other.
+    `rows`: at most so many are padded together; None: all.
+    Several micro-batches are {"micro_batches": [...]}, in the rows' order.
     """
 
     pad_token_id: int
     multiple: int = 1
     limit: int | None = None
+    rows: int | None = None
 
     def __call__(self, examples: list[Example]) -> dict[str, Any]:
+        size = self.rows or len(examples)
+        batches = [examples[start : start + size] for start in range(0, len(examples), size)]
+        parts = [self.pad(part) for batch in batches for part in self.split(batch)]
+        return parts[0] if len(parts) == 1 else {"micro_batches": parts}
+
+    def split(self, examples: list[Example]) -> list[list[Example]]:
         groups = split_at_long([len(example["input_ids"]) for example in examples], self.limit)
-        if len(groups) == 1:
-            return self.pad(examples)
-        return {"micro_batches": [self.pad([examples[row] for row in group]) for group in groups]}
+        return [[examples[row] for row in group] for group in groups]
 
     def pad(self, examples: list[Example]) -> dict[str, Any]:
         lengths = torch.tensor([len(example["input_ids"]) for example in examples])

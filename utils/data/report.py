@@ -25,6 +25,7 @@ from utils.data.token_rows import TokenRows
 from utils.messages import EVAL, IGNORE_INDEX, TEST, TRAIN
 from utils.models.base import has_gpu
 from utils.models.folder import read_model_config
+from utils.models.tokenizer import ChatTokenizer
 from utils.run.record import write_json
 
 MAX_LOST_SHARE, MAX_ENDLESS_SHARE = 0.2, 0.5
@@ -41,7 +42,7 @@ class RedReport(UserError):
 def report_data(
     rows: Rows,
     datasets: dict[str, TokenRows],
-    tokenizer: Any,
+    tokenizer: ChatTokenizer,
     model_args: ModelArguments,
     data_args: DataArguments,
     training_args: TrainingArguments,
@@ -53,15 +54,20 @@ def report_data(
                 notice(describe_part(part, measure_part(rows, part, datasets[part])))
         return
     config = read_model_config(model_args)
-    vocabulary = config.get("text_config", config).get("vocab_size", len(tokenizer))
+    vocabulary = config.get("text_config", config).get("vocab_size", len(tokenizer.raw))
     report = build_report(rows, datasets, vocabulary, data_args, training_args, has_gpu(model_args))
     notice(describe_report(report))
     if is_main_process():
-        show_rows(datasets[TRAIN], [source.name for source in rows.sources], tokenizer)
+        show_rows(datasets[TRAIN], [source.name for source in rows.sources], tokenizer.raw)
         folder = training_args.run_dir
         write_json(report, folder / "data_report.json")
         save_histogram(datasets[TRAIN].lengths, folder / "data_report.png")
         notice(f"the report with row numbers is in {folder}/data_report.json")
+    if rows.count(EVAL) and not len(datasets[EVAL]) and training_args.eval_strategy != "no":
+        raise UserError(
+            f"--eval_strategy {training_args.eval_strategy}: not one of {rows.count(EVAL):,} held-out rows "
+            "has anything to evaluate; see what became of them above"
+        )
     if report["red"] and not data_args.ignore_data_report:
         raise RedReport(f"{'; '.join(report['red'])} (--ignore_data_report trains all the same)")
 

@@ -34,7 +34,8 @@ from utils.data.token_rows import TokenRows, TokenWriter, open_rows
 from utils.data.unread import find_hidden
 from utils.messages import TEXT_ROLE, Chat, Messages
 from utils.models.encoding import Pieces, encode_rows
-from utils.prompts import RenderedRow, find_inner_stop, find_input_marker, split_chat
+from utils.models.tokenizer import ChatTokenizer
+from utils.prompts import RenderedRow, find_input_marker, has_inner_stop, split_chat
 
 LENGTH_STEP = 64
 LISTED_FINDINGS = 30  # a template may name each row in its reason
@@ -78,21 +79,20 @@ HIDDEN = "rows with a text that the template does not show: "
 LITERAL_NONE = "rows with the literal None as a text"
 
 
-def tokenize_rows(
-    rows: Rows, tokenizer: Any, stop_ids: list[int], data_args: DataArguments
-) -> dict[str, TokenRows]:
+def tokenize_rows(rows: Rows, tokenizer: ChatTokenizer, data_args: DataArguments) -> dict[str, TokenRows]:
     """TokenRows of every part of the run, from the cache where the same work was done before."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    raw = tokenizer.raw
+    backend = getattr(raw, "backend_tokenizer", None)
     key = build_key(
         rows=rows.describe(),
-        tokenizer=backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items())),
-        template=tokenizer.chat_template,
-        special=[str(tokenizer.special_tokens_map), stop_ids],
+        tokenizer=backend.to_str() if backend else repr(sorted(raw.get_vocab().items())),
+        template=raw.chat_template,
+        special=[str(raw.special_tokens_map), tokenizer.stop_ids],
         limits=[data_args.source_max_len, data_args.target_max_len, data_args.model_max_length],
         how=[data_args.truncation, data_args.train_on_source, data_args.train_last_turn_only],
         code=hash_code(__name__),
     )
-    encoder = ChatEncoder(tokenizer, stop_ids, data_args)
+    encoder = ChatEncoder(tokenizer, data_args)
     folder, cached = find_or_build("tokens", key, lambda beside: write_parts(beside, rows, encoder))
     if cached:
         notice(f"tokenized rows are read from {folder}")
@@ -102,7 +102,7 @@ def tokenize_rows(
 def write_parts(folder: Path, rows: Rows, encoder: "ChatEncoder") -> None:
     writers = {part: TokenWriter(folder / part) for part in PARTS[1:]}
     chats = tqdm(
-        rows.read(find_input_marker(encoder.tokenizer)),
+        rows.read(find_input_marker(encoder.tokenizer.raw)),
         total=sum(map(rows.count, PARTS[1:])),
         unit="row",
         desc="tokenizing",
@@ -118,8 +118,7 @@ def write_parts(folder: Path, rows: Rows, encoder: "ChatEncoder") -> None:
 class ChatEncoder:
     """Makes rows of token ids from chats, and counts for each part of the run what was cut or left out."""
 
-    tokenizer: Any
-    stop_ids: list[int]
+    tokenizer: ChatTokenizer
     data_args: DataArguments
     counts: dict[str, TokenizingCounts] = field(
         default_factory=lambda: {part: TokenizingCounts() for part in PARTS[1:]}
@@ -143,19 +142,19 @@ class ChatEncoder:
             part, _, number, chat = numbered
             note = functools.partial(self.counts[part].note, number)
             rendered += [(numbered, row) for row in self.render(chat, note)]
-        return rendered, beside.submit(encode_rows, self.tokenizer, [row for _, row in rendered])
+        return rendered, beside.submit(encode_rows, self.tokenizer.raw, [row for _, row in rendered])
 
     def render(self, chat: Chat, note: Note) -> list[RenderedRow]:
-        stops = self.tokenizer.convert_ids_to_tokens(self.stop_ids)
+        stops = self.tokenizer.stops
         try:
-            rendered = split_chat(self.tokenizer, chat, stops, self.data_args.train_last_turn_only)
+            rendered = split_chat(self.tokenizer.raw, chat, stops, self.data_args.train_last_turn_only)
         except UserError as error:  # with the template's own reason
             note(f"dropped: {error}".splitlines()[0])
             return []
         if any(len(message) > 2 for message in chat.messages):
             for key in find_hidden(chat.messages, "".join(row.text for row in rendered)):
                 note(HIDDEN + key)
-        if find_inner_stop(chat.messages, stops):
+        if has_inner_stop(chat.messages, stops):
             note(STOP_INSIDE)
         if not rendered:
             note(NO_LABELS)
@@ -207,7 +206,7 @@ class ChatEncoder:
         else:
             system, exchanges = split_exchanges(row.messages)
             if len(exchanges) == 1:
-                yield cut_exchange(pieces, self.choose_room(sizes, is_single), self.tokenizer, note)
+                yield cut_exchange(pieces, self.choose_room(sizes, is_single), self.tokenizer.raw, note)
                 return
             newest_only = row.turn_by_turn or data_args.train_last_turn_only
             kept = [exchanges[-count_fitting(exchanges[::-1], limit / sum(sizes)) :]]
@@ -222,9 +221,8 @@ class ChatEncoder:
 
     def encode_piece(self, chat: Chat, last_only: bool, note: Note) -> Iterator[Pieces]:
         """The rows of a piece of a chat that was too long, each within the limits."""
-        stops = self.tokenizer.convert_ids_to_tokens(self.stop_ids)
-        rows = split_chat(self.tokenizer, chat, stops, last_only)
-        for row, (pieces, _) in zip(rows, encode_rows(self.tokenizer, rows), strict=True):
+        rows = split_chat(self.tokenizer.raw, chat, self.tokenizer.stops, last_only)
+        for row, (pieces, _) in zip(rows, encode_rows(self.tokenizer.raw, rows), strict=True):
             yield from self.cut_to_limits(pieces, row, chat, note, is_piece=True)
 
     def choose_room(self, sizes: list[int], is_single: bool) -> tuple[int, int]:
@@ -246,10 +244,10 @@ class ChatEncoder:
 
     def note_ends(self, pieces: Pieces, row: RenderedRow, note: Note) -> None:
         """Count what the first and the last tokens of a row tell."""
-        if pieces[-1][0][-1] not in self.stop_ids and row.messages[0]["role"] != TEXT_ROLE:
+        if pieces[-1][0][-1] not in self.tokenizer.stop_ids and row.messages[0]["role"] != TEXT_ROLE:
             note(NO_STOP)
         front = pieces[0][0][:2]
-        if front == front[::-1] and front == [self.tokenizer.bos_token_id] * 2:
+        if front == front[::-1] and front == [self.tokenizer.raw.bos_token_id] * 2:
             note(TWO_BOS)
         if row.turn_by_turn:
             note(TURN_BY_TURN)

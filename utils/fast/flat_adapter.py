@@ -5,6 +5,8 @@ thousands of kernels a step, each for microseconds of work. Laid end to end in o
 parameter: clipping, zeroing and Adam are one launch each, and several processes need one all-reduce.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -42,6 +44,19 @@ class FlatAdapter:
         """The matrices of `segment`, one below the other, as a view of `buffer`  # [rows of all, columns]"""
         start, size = self.starts[segment[0]], sum(parameter.numel() for parameter in segment)
         return buffer[start : start + size].view(-1, *segment[0].shape[1:])
+
+    def find_runs(self, is_of_kind: Callable[[nn.Parameter], bool]) -> list[tuple[bool, int, int]]:
+        """(whether of the kind, start, end) of each stretch of the buffer whose matrices are or are not."""
+        kinds = [(is_of_kind(parameter), start) for parameter, start in self.starts.items()]
+        first = [kinds[i] for i in range(len(kinds)) if i == 0 or kinds[i][0] != kinds[i - 1][0]]
+        ends = [start for _, start in first[1:]] + [self.weights.numel()]
+        return [(kind, start, end) for (kind, start), end in zip(first, ends, strict=True)]
+
+    def cut(self, start: int, end: int) -> nn.Parameter:
+        """A stretch of the buffer as a parameter of its own: whoever steps it steps these weights."""
+        part = nn.Parameter(self.weights.data[start:end])
+        part.grad = self.grads[start:end]
+        return part
 
     def refresh_copy(self) -> None:
         """Bring the 16-bit copy up to date: one launch, and no way for a resume to leave it stale."""

@@ -15,7 +15,10 @@ class CaptureError(RuntimeError):
 def capture_graph(
     run: Callable[[], Result], stream: torch.cuda.Stream, device: torch.device, pool: Any = None
 ) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """(graph of what `run` launches, what it returns, which each replay fills); nothing is computed yet."""
+    """(graph of what `run` launches, what it returns, which each replay fills); nothing is computed yet.
+
+    Raises CaptureError, and OutOfMemoryError where that was the reason.
+    """
     graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[device.index or 0]
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
     before = generator.clone_state()
@@ -26,7 +29,10 @@ def capture_graph(
     except RuntimeError as error:
         generator.graphsafe_set_state(before.graphsafe_get_state())  # else it waits for a capture's end
         stop_recording(device, pool)
-        raise CaptureError(str(error.__context__ or error).splitlines()[0]) from error
+        cause = error.__context__ or error
+        if isinstance(cause, torch.OutOfMemoryError):
+            raise cause from None
+        raise CaptureError(str(cause).splitlines()[0]) from error
 
 
 def stop_recording(device: torch.device, pool: Any) -> None:

@@ -1,8 +1,11 @@
 """Forward and backward of a micro-batch as one CUDA graph: replayed, it costs the CPU a single launch.
 
-A 7B QLoRA step launches some ten thousand kernels, and on short micro-batches the GPU waits for most of them.
+A 7B QLoRA step launches some ten thousand kernels, which takes the CPU a quarter of a second. On short
+micro-batches the GPU waits for most of them; 8,192 tokens keep it busy for half a second, and a graph gains
+nothing. So a size is captured only where it computes for less time than it is launched.
 """
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +16,8 @@ from utils.fast.model import FastModel, MicroBatch
 from utils.fast.rope import find_ropes, is_dynamic
 
 Size = tuple[int, ...]  # what graph_key makes of a micro-batch
+EagerTime = tuple[torch.cuda.Event, torch.cuda.Event]  # its start and end on the GPU
+LAUNCH_SHARE = 1.3  # a size that takes longer than this many times its launching hides it
 
 
 @dataclass(frozen=True)
@@ -26,20 +31,29 @@ class CapturedStep:
 
 
 class GraphedStep:
-    """FastModel.run, captured once for each micro-batch size and replayed.
+    """FastModel.run, captured once for each micro-batch size that gains by it, and replayed.
 
-    The first micro-batch of a size runs eagerly: a real step that also warms up every kernel. The second is
-    captured. Sizes that come only once are never captured.
+    The first two micro-batches of a size run eagerly, real steps: one compiles every kernel, one is timed.
+    The third is captured, if it pays (`captures`: "timed", "always" or "never"). Captures cost half a second
+    and memory, so sizes that come seldom are never captured.
     """
 
-    def __init__(self, fast: FastModel):
-        self.fast = fast
+    def __init__(self, fast: FastModel, captures: str = "timed"):
+        self.fast, self.captures = fast, captures
         self.graphs: dict[Size, CapturedStep] = {}
-        self.seen: set[Size] = set()
+        self.seen: dict[Size, EagerTime | None] = {}  # eager runs so far; None after the first
+        self.launch_seconds: float | None = None  # of the kernels of any size
         self.obstacle = find_graph_obstacle(fast)
         if not self.obstacle:
             # One pool and stream for all graphs and eager runs: never at work at once, they share memory.
+            torch.cuda.empty_cache()  # what loading leaves free would be out of the pool's reach
             self.pool, self.stream = torch.cuda.MemPool(), torch.cuda.Stream()
+
+    def forget_graphs(self) -> None:
+        """Give back what the graphs hold; the sizes to come are captured anew."""
+        self.graphs, self.seen = {}, {}
+        if not self.obstacle:
+            self.pool = torch.cuda.MemPool()
 
     def __call__(self, micro_batch: MicroBatch, loss_scale: float | torch.Tensor) -> torch.Tensor:
         """Sum of the token losses  # [] on the device; gradients are added to `fast.flat.grads`.
@@ -60,12 +74,58 @@ class GraphedStep:
         size = graph_key(batch)
         if size in self.graphs:
             return self.replay(size, batch, scale)
-        if size not in self.seen:
-            self.seen.add(size)
-            return self.run_in_pool(move(batch, device), scale)
-        if not self.capture(size, move(batch, device), scale):
-            return self.fast.run(move(batch, device), scale)
+        batch = move(batch, device)
+        if size not in self.seen or not self.pays(size):
+            return self.run_timed(size, batch, scale)
+        if not self.capture(size, batch, scale):
+            return self.fast.run(batch, scale)
         return self.replay(size, batch, scale)
+
+    def run_timed(self, size: Size, batch: MicroBatch, scale: torch.Tensor) -> torch.Tensor:
+        """An eager run; the second one of a size is timed."""
+        if size not in self.seen:
+            self.seen[size] = None
+        elif self.seen[size] is None:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.seen[size] = start, end
+            start.record()
+            loss = self.run_in_pool(batch, scale)
+            end.record()
+            return loss
+        return self.run_in_pool(batch, scale)
+
+    def pays(self, size: Size) -> bool:
+        """Whether a graph of `size` would be faster: launching takes a good part of its time."""
+        if self.captures != "timed":
+            return self.captures == "always"
+        timed = self.seen[size]
+        if timed is None:
+            return False
+        if self.launch_seconds is None:
+            self.launch_seconds = self.measure_launch()
+        start, end = timed
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 < LAUNCH_SHARE * self.launch_seconds
+
+    def measure_launch(self) -> float:
+        """Seconds that the kernels of a micro-batch take to launch: a few tokens compute for no longer."""
+        device, tokens = self.fast.flat.weights.device, 64
+        places = torch.arange(tokens, device=device)[None]
+        batch: MicroBatch = {name: places for name in ("input_ids", "labels", "position_ids", "token_keys")}
+        batch["label_positions"] = places[0, :-1]
+        batch |= {
+            "cu_seqlens": torch.tensor([0, tokens], dtype=torch.int32, device=device),
+            "max_length": tokens,
+        }
+        grads, scale = self.fast.flat.grads.clone(), torch.zeros((), device=device)
+        for _ in range(2):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            self.run_in_pool(batch, scale)
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        self.fast.flat.grads.copy_(grads)
+        return seconds
 
     def run_in_pool(self, batch: MicroBatch, scale: torch.Tensor) -> torch.Tensor:
         self.stream.wait_stream(torch.cuda.current_stream())

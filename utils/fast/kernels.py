@@ -2,10 +2,13 @@
 
 Each function runs a Triton kernel (triton_kernels.py) on a GPU and the same arithmetic in torch elsewhere.
 The torch form is the definition: tests hold the kernels to it, so a reader need not know Triton to know what
-it does.
+it does. Tensors on the meta device take the GPU's branch and launch nothing: a rehearsal (rehearsal.py) sees
+the memory that the GPU would hold.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
@@ -21,13 +24,39 @@ except ImportError:  # a CPU build of torch has none
     triton = None
 
 
+def takes_kernel(x: torch.Tensor) -> bool:
+    """Whether `x` takes the branch that launches kernels."""
+    return x.is_meta or (triton is not None and x.is_cuda)
+
+
+def launch(x: torch.Tensor, name: str, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Run the Triton kernel `name` on the device of `x`; nothing on the meta device."""
+    if not x.is_meta:
+        kernel: Callable = getattr(kernels, name)[grid]
+        kernel(*args, **options)
+
+
+def divide_up(number: int, divisor: int) -> int:
+    return -(-number // divisor)
+
+
+def round_to_power(number: int) -> int:
+    """The first power of two that is not below `number`."""
+    return 1 << (number - 1).bit_length()
+
+
 def unpack_4bit(weight: torch.Tensor, state: QuantState, out: torch.Tensor) -> torch.Tensor:
     """NF4 or FP4 codes into `out`  # [out, in]; double-quantized scales are decoded on the way."""
-    if triton is None or not weight.is_cuda or out.shape[1] % state.blocksize:
+    if out.is_meta:
+        return out
+    if not takes_kernel(weight) or out.shape[1] % state.blocksize:
         return out.copy_(dequantize_4bit(weight, state))
     absmax, outer = state.absmax, state.state2
     row_blocks = out.shape[1] // state.blocksize
-    kernels.unpack_4bit_kernel[(out.shape[0], triton.cdiv(row_blocks, 64))](
+    launch(
+        out,
+        "unpack_4bit_kernel",
+        (out.shape[0], divide_up(row_blocks, 64)),
         weight,
         out,
         row_blocks,
@@ -39,28 +68,32 @@ def unpack_4bit(weight: torch.Tensor, state: QuantState, out: torch.Tensor) -> t
         state.offset if outer else absmax,
         BLOCK_SIZE=state.blocksize,
         OUTER_SIZE=outer.blocksize if outer else 1,
-        BLOCKS=min(64, triton.next_power_of_2(row_blocks)),
+        BLOCKS=min(64, round_to_power(row_blocks)),
     )
     return out
 
 
 def unpack_8bit(weight: torch.Tensor, row_max: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """INT8 rows and their absolute maxima into `out`  # [out, in]"""
-    if triton is None or not weight.is_cuda:
+    if not takes_kernel(weight):
         return out.copy_(weight * (row_max.float() / 127)[:, None])
-    grid = (weight.shape[0], triton.cdiv(weight.shape[1], 1024))
-    kernels.unpack_8bit_kernel[grid](weight, out, out.stride(0), row_max, weight.shape[1], BLOCK=1024)
+    rows, width = weight.shape
+    grid = (rows, divide_up(width, 1024))
+    launch(out, "unpack_8bit_kernel", grid, weight, out, out.stride(0), row_max, width, BLOCK=1024)
     return out
 
 
 def place_low_rank(out: torch.Tensor, right: torch.Tensor, first: int, scale: float) -> None:
     """out = [0 | scale * right | 0], `right` from column `first` on  # [out, ranks]; one launch."""
-    if triton is None or not out.is_cuda:
+    if not takes_kernel(out):
         out.zero_()
         torch.mul(right, scale, out=out[:, first : first + right.shape[1]])
         return
     rows, columns = out.shape
-    kernels.place_low_rank_kernel[(triton.cdiv(rows, 16),)](
+    launch(
+        out,
+        "place_low_rank_kernel",
+        (divide_up(rows, 16),),
         out,
         out.stride(0),
         right,
@@ -69,7 +102,7 @@ def place_low_rank(out: torch.Tensor, right: torch.Tensor, first: int, scale: fl
         first,
         right.shape[1],
         scale,
-        BLOCK=triton.next_power_of_2(columns),
+        BLOCK=round_to_power(columns),
     )
 
 
@@ -83,7 +116,7 @@ class Mask:
 
     def drop(self, x: torch.Tensor) -> torch.Tensor:
         """`x`  # [tokens, width]"""
-        if triton is None or not x.is_cuda:
+        if not takes_kernel(x):
             mask = draw_mask(self.keys.find(x).cpu(), self.layer, x.shape[1], self.probability)
             return (x * mask.to(x.device)).to(x.dtype)
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -100,17 +133,17 @@ def mask_arguments(mask: Mask | None, x: torch.Tensor) -> tuple[torch.Tensor, in
 
 def draw_noise(keys: torch.Tensor, layer: int, scales: torch.Tensor, width: int) -> torch.Tensor:
     """Uniform from [-scale, scale) of the token  # float32 [tokens, width]; `scales`  # float32 [tokens]"""
-    if triton is None or not keys.is_cuda:
+    if not takes_kernel(keys):
         return draw_uniform(keys.cpu(), layer, width).to(keys.device) * scales[:, None]
     noise = torch.empty(len(keys), width, device=keys.device)
-    grid = (len(keys), triton.cdiv(width, 1024))
-    kernels.noise_kernel[grid](noise, keys, scales, width, layer, BLOCK=1024)
+    grid = (len(keys), divide_up(width, 1024))
+    launch(noise, "noise_kernel", grid, noise, keys, scales, width, layer, BLOCK=1024)
     return noise
 
 
 def copy_and_drop(x: torch.Tensor, out: torch.Tensor, mask: Mask | None) -> torch.Tensor:
     """Copy `x` into `out`, whose rows may be longer; returns `x` dropped by `mask`, x itself without one."""
-    if triton is None or not x.is_cuda:
+    if not takes_kernel(x):
         out.copy_(x)
         return mask.drop(x) if mask else x
     dropped = torch.empty_like(x) if mask else x
@@ -121,7 +154,8 @@ def copy_and_drop(x: torch.Tensor, out: torch.Tensor, mask: Mask | None) -> torc
 def launch_drop(
     x: torch.Tensor, dropped: torch.Tensor, copy: torch.Tensor, mask: Mask | None, copies: bool
 ) -> None:
-    kernels.drop_kernel[(x.shape[0], triton.cdiv(x.shape[1], 1024))](
+    launch(
+        x, "drop_kernel", (x.shape[0], divide_up(x.shape[1], 1024)),
         x, x.stride(0), dropped, copy, copy.stride(0), x.shape[1], *mask_arguments(mask, x),
         DROPS=mask is not None, COPIES=copies, BLOCK=1024,
     )  # fmt: skip
@@ -135,12 +169,13 @@ def add_low_rank(
     `left`  # [tokens, ranks]; `right`  # [ranks, width]
     """
     (tokens, width), ranks = total.shape, left.shape[1]
-    if triton is None or not total.is_cuda:
+    if not takes_kernel(total):
         update = (left * scale) @ right
         total += mask.drop(update) if mask else update
         return
     keys, layer, threshold, kept_scale = mask_arguments(mask, total)
-    kernels.add_low_rank_kernel[(triton.cdiv(width, 128), triton.cdiv(tokens, 128))](
+    launch(
+        total, "add_low_rank_kernel", (divide_up(width, 128), divide_up(tokens, 128)),
         total, left, right, tokens, width, keys, layer, threshold, scale * kept_scale,
         RANKS=ranks, DROPS=mask is not None, BLOCK_RANKS=64 if ranks > 32 else 32, num_warps=8,
     )  # fmt: skip
@@ -154,12 +189,13 @@ def gated_activation(
     Returns it dropped by `mask`; the same tensor without one.
     """
     tokens, width = out.shape
-    if triton is None or not gate_up.is_cuda:
+    if not takes_kernel(gate_up):
         gated, up = gate_up.split(width, 1)
         torch.mul(activate(gated, activation), up, out=out)
         return mask.drop(out) if mask else out
     dropped = torch.empty_like(out) if mask else out
-    kernels.gate_kernel[(tokens, triton.cdiv(width, 1024))](
+    launch(
+        out, "gate_kernel", (tokens, divide_up(width, 1024)),
         gate_up, out, out.stride(0), dropped, width, *mask_arguments(mask, out),
         SILU=activation == "silu", DROPS=mask is not None, BLOCK=1024,
     )  # fmt: skip
@@ -171,8 +207,9 @@ def gated_activation_backward(
 ) -> None:
     """In place: gate_up becomes its gradient, grad becomes act(gate) * up once more, dropped by `mask`."""
     tokens, width = grad.shape
-    if grad.is_cuda and triton is not None:
-        kernels.gate_backward_kernel[(tokens, triton.cdiv(width, 1024))](
+    if takes_kernel(grad):
+        launch(
+            grad, "gate_backward_kernel", (tokens, divide_up(width, 1024)),
             gate_up, grad, width, *mask_arguments(mask, grad),
             SILU=activation == "silu", DROPS=mask is not None, BLOCK=1024,
         )  # fmt: skip
@@ -200,11 +237,12 @@ def cross_entropy_(
 
     The model's real logits are softcap * tanh(scale * logits / softcap); scale * logits where softcap is 0.
     """
-    if logits.is_cuda and triton is not None:
+    if takes_kernel(logits):
         losses = torch.empty(len(targets), device=logits.device)
-        kernels.cross_entropy_kernel[(len(targets),)](
-            logits, targets, losses, logits.shape[1], scale, softcap, ignore_index, BLOCK=4096, num_warps=8
-        )
+        launch(
+            logits, "cross_entropy_kernel", (len(targets),),
+            logits, targets, losses, logits.shape[1], scale, softcap, ignore_index, BLOCK=4096, num_warps=8,
+        )  # fmt: skip
         return losses
     real = logits.float() * scale
     if softcap:

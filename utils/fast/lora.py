@@ -146,6 +146,8 @@ class AdapterGroup:
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
     """total += scale * left @ right in float32, in place; a GPU reads 16-bit factors without a copy."""
+    if left.is_meta:  # a rehearsal: nothing is allocated
+        return
     if left.is_cuda and left.dtype != torch.float32:
         torch.addmm(total, left, right, out_dtype=torch.float32, alpha=scale, out=total)
     else:

@@ -5,6 +5,7 @@ covered keeps PEFT's own forward.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from utils.fast.few_tokens import is_few, multiply_few
 from utils.fast.flat_adapter import FlatAdapter
 from utils.fast.keyed_noise import SHARED_INPUT
 from utils.fast.lora import ADAPTER, AdaptedLayer, AdapterGroup, DownProduct, FusedMLP, FusedProjections
+from utils.fast.trials import is_near
 
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu", "PytorchGELUTanh": "gelu"}
 
@@ -53,7 +55,7 @@ class SharedInput:
     def forward(self, i: int, plain: Callable, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args or kwargs or not self.group.covers_call():
             return plain(x, *args, **kwargs)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             y = multiply_few(self.group, i, self.flatten(x)) if is_few(self.group, x) else self.take(i, x)
         return y.view(*x.shape[:-1], -1)
 
@@ -72,13 +74,18 @@ class SharedInput:
         return y
 
 
+def without_autocast(x: torch.Tensor) -> AbstractContextManager:
+    """The fused functions choose their dtypes themselves. (The meta device knows no autocast.)"""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 def forward_mlp(
     gate_up: AdapterGroup, down: AdapterGroup, act: str, plain: Callable, x: torch.Tensor
 ) -> torch.Tensor:
     if not down.covers_call() or is_few(gate_up, x):
         return plain(x)
     flat_x = x.reshape(-1, x.shape[-1]).to(down.dtype).contiguous()
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         y = DownProduct.apply(*FusedMLP.apply(flat_x, down.anchor, gate_up, down, act), down)
     return y.view(*x.shape[:-1], -1)
 
@@ -97,7 +104,8 @@ def install_fast_lora(model: nn.Module, dtype: torch.dtype) -> tuple[FlatAdapter
     ]
     flat = FlatAdapter(segments + [[parameter] for parameter in rest], dtype)
     uncovered = {layer: obstacle for layer, obstacle in obstacles.items() if obstacle}
-    for layer in uncovered if dtype != torch.float32 else ():
+    is_cast = dtype != torch.float32 and not flat.grads.is_meta
+    for layer in uncovered if is_cast else ():
         layer.forward = torch.autocast(flat.grads.device.type, dtype)(layer.forward)
     for parent, found in groups.items():
         for group in found:
@@ -162,7 +170,7 @@ def install_mlp(mlp: nn.Module, groups: list[AdapterGroup]) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 8, gate_up[0].bases[0].in_features, generator=generator)
     x = x.to(gate_up[0].A.device, gate_up[0].dtype)
-    expected = mlp.forward(x).float()  # its adapted layers are the fused ones already
-    if (fused(x).float() - expected).norm() < 0.02 * expected.norm():
+    expected = mlp.forward(x)  # its adapted layers are the fused ones already
+    if is_near(fused(x), expected, 0.02):
         mlp.forward = fused
     mlp.train(was_training)

@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from utils.console import notice
 from utils.fast.attention import find_attention_obstacle, packed_attention
@@ -36,30 +37,35 @@ class FastModel:
     processes the sum of `flat.grads` over them is the gradient: one all-reduce.
     """
 
-    def __init__(self, model: PeftModel, dtype: torch.dtype, offload: bool):
-        self.model, self.dtype = model, dtype
+    def __init__(
+        self, model: PeftModel, dtype: torch.dtype, offload: bool, recomputed_layers: int | None = None
+    ):
+        self.model, self.dtype, self.recomputed_layers = model, dtype, recomputed_layers
         causal_model: Any = model.get_base_model()
         self.causal_model: PreTrainedModel = causal_model
         self.keys = key_dropout(model)
-        self.flat, uncovered = install_fast_lora(model, dtype)
+        self.flat, self.uncovered = install_fast_lora(model, dtype)
         # Every forward pass begins at the embedding.
         self.causal_model.get_input_embeddings().register_forward_pre_hook(self.refresh_for_evaluation)
-        if uncovered:
-            notice(f"fast path: {', '.join(uncovered)} keep PEFT's own forward")
         self.attention_obstacle = find_attention_obstacle(self.causal_model)
         self.head = OutputLayer(self.causal_model)
         self.loss_obstacle = find_loss_obstacle(self.causal_model, self.head)
-        for what, obstacle in (("attention", self.attention_obstacle), ("loss", self.loss_obstacle)):
-            if obstacle:
-                notice(f"fast path: the model's own {what} is used ({obstacle})")
         self.has_own_dropout = has_own_dropout(model)
         self.blocks: list[Any] = [
             module for module in model.modules() if hasattr(module, "gradient_checkpointing")
         ]
+        self.layers = [block for block in self.blocks if isinstance(block, GradientCheckpointingLayer)]
         is_wide = self.causal_model.config.get_text_config().hidden_size >= SMALLEST_WIDTH
         self.store = (
             HostOffload(model.device) if offload and is_wide and model.device.type == "cuda" else None
         )
+
+    def print_obstacles(self) -> None:
+        if self.uncovered:
+            notice(f"fast path: {', '.join(self.uncovered)} keep PEFT's own forward")
+        for what, obstacle in (("attention", self.attention_obstacle), ("loss", self.loss_obstacle)):
+            if obstacle:
+                notice(f"fast path: the model's own {what} is used ({obstacle})")
 
     def run(self, batch: MicroBatch, loss_scale: torch.Tensor) -> torch.Tensor:
         """Sum of the token losses  # []; adds the gradient of loss_scale times it to `flat.grads`.
@@ -92,12 +98,16 @@ class FastModel:
         """Let checkpointing recompute without torch's RNG state, and keep its inputs on the host if asked.
 
         Our masks repeat by their keys, and no graph can hold that state. Done here, as the Trainer turns
-        checkpointing on when training begins.
+        checkpointing on when training begins, for all layers: those behind the first `recomputed_layers` are
+        kept (utils/train/plan.py says how many memory allows).
         """
         if self.store:
             self.store.settle()  # also after a micro-batch that broke off
         for block in self.blocks if not self.has_own_dropout else []:
             block._gradient_checkpointing_func = self.store or checkpoint_layer
+        if self.recomputed_layers is not None:
+            for number, layer in enumerate(self.layers):
+                layer.gradient_checkpointing = number < self.recomputed_layers
 
     def sum_losses(self, batch: MicroBatch, **lengths: Any) -> torch.Tensor:
         names = ("input_ids", "position_ids", "attention_mask")
@@ -111,10 +121,13 @@ class FastModel:
         return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def prepare_fast_model(model: nn.Module, dtype: torch.dtype, offload: bool = True) -> FastModel | str:
+def prepare_fast_model(
+    model: nn.Module, dtype: torch.dtype, offload: bool = True, recomputed_layers: int | None = None
+) -> FastModel | str:
     """The fused path of `model`, computing in `dtype`; a line why not where it does not apply.
 
     `offload`: on a GPU the layer inputs that checkpointing keeps wait in the host's memory.
+    `recomputed_layers`: how many, the first ones, checkpointing recomputes where it is on; None: all.
     """
     if not isinstance(model, PeftModel):
         return "every weight is trained, there is no adapter to fuse"
@@ -131,7 +144,10 @@ def prepare_fast_model(model: nn.Module, dtype: torch.dtype, offload: bool = Tru
         return f"no adapted layer is covered: {', '.join(sorted(set(filter(None, obstacles))))}"
     if model.device.type == "cuda":
         apply_liger(model.get_base_model())
-    return FastModel(model, dtype, offload)
+    fast = FastModel(model, dtype, offload, recomputed_layers)
+    if model.device.type != "meta":
+        fast.print_obstacles()
+    return fast
 
 
 def prepare_fast_evaluation(model: nn.Module, dtype: torch.dtype) -> None:

@@ -37,9 +37,14 @@ def draw_tokens(model: Any, rows: int, tokens: int) -> torch.Tensor:
     return torch.randint(vocabulary, (rows, tokens), generator=generator).to(model.device)
 
 
-def is_near(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether the two differ by rounding alone: kernels of another order of sums, in the dtype at hand."""
-    tolerance = 5e-3 if expected.dtype == torch.float32 else 0.05
+def is_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None) -> bool:
+    """Whether the two differ by rounding alone: kernels of another order of sums, in the dtype at hand.
+
+    On the meta device there is nothing to compare: a rehearsal takes it that they do.
+    """
+    if expected.is_meta:
+        return True
+    tolerance = tolerance or (5e-3 if expected.dtype == torch.float32 else 0.05)
     return bool((found.float() - expected.float()).norm() <= tolerance * expected.float().norm())
 
 

@@ -1,4 +1,9 @@
-"""Mistakes found from config.json, safetensors headers and run.json alone, before any weight is read."""
+"""Arguments completed and checked by what lies on disk, before any weight is read.
+
+A 7B takes a minute to load, and a mistake should not take that long to show. config.json tells the context,
+the headers of safetensors the shape of every matrix, run.json what a run was made with: kilobytes of some 14
+GB, read in milliseconds, and without torch.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -8,22 +13,12 @@ from utils.arguments import DataArguments, LoraArguments, ModelArguments, Traini
 from utils.console import UserError, notice
 from utils.flags.trackers import check_tracker
 from utils.flags.trainer_names import list_optimizers, list_schedulers
-from utils.models.folder import check_adapter_fits, find_context, read_model_config, resolve_model
+from utils.models.folder import find_context, resolve_model
 from utils.models.hub import check_login
-from utils.models.weight_files import read_json
-from utils.prompts import read_template
 from utils.run.places import find_data
-from utils.run.record import RUN_FILE, find_run_record
+from utils.run.record import RUN_FILE
 
-ADAPTER_FIELDS = {  # flag -> its name in adapter_config.json
-    "lora_r": "r",
-    "lora_alpha": "lora_alpha",
-    "lora_dropout": "lora_dropout",
-    "lora_target_modules": "target_modules",
-    "bias": "bias",
-    "use_rslora": "use_rslora",
-    "use_dora": "use_dora",
-}
+TWO_RATES = ("adamw", "paged_adamw", "lion", "paged_lion", "sgd", "rmsprop", "ademamix", "paged_ademamix")
 RECORDED_DATA_FIELDS = (
     "dataset_name",
     "eval_dataset_name",
@@ -41,30 +36,28 @@ RECORDED_DATA_FIELDS = (
 )
 
 
-def check_arguments(
+def resolve_arguments(
     model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments, given: set[str]
 ) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """The arguments with what they leave open filled in: from the run they name, and the default output_dir.
 
-    Raises UserError for everything about model, adapter and lengths that is wrong before weights load.
+    Raises UserError for all that is wrong about model, adapter, lengths and the Trainer's names.
     """
     if not training_args.do_train and model_args.checkpoint_dir is None and training_args.output_dir:
         if Path(training_args.output_dir, RUN_FILE).is_file():
             notice(f"evaluating the run in {training_args.output_dir}")
             model_args = dataclasses.replace(model_args, checkpoint_dir=training_args.output_dir)
-    if not training_args.do_train and model_args.checkpoint_dir:
-        record = find_run_record(Path(model_args.checkpoint_dir)) or {"arguments": {}}
-        recorded = read_recorded_data(record)
-        data_args = dataclasses.replace(data_args, **{k: v for k, v in recorded.items() if k not in given})
-        if "data_seed" in record["arguments"] and "data_seed" not in given:
-            training_args = training_args.with_values(data_seed=record["arguments"]["data_seed"])
-    model_args = resolve_model(model_args, given)
-    check_template(data_args)
     check_push(training_args)
     check_trainer_names(training_args)
-    config = read_model_config(model_args)
-    check_lengths(data_args, config)
-    check_adapter_fits(model_args, config)
+    check_best(training_args)
+    resolved = resolve_model(model_args, given, data_args.template)
+    model_args = resolved.args
+    if not training_args.do_train and resolved.record:
+        recorded = read_recorded_data(resolved.record)
+        data_args = dataclasses.replace(data_args, **{k: v for k, v in recorded.items() if k not in given})
+        if "data_seed" not in given:
+            training_args = training_args.with_values(data_seed=resolved.record["arguments"]["data_seed"])
+    check_lengths(data_args, resolved.config)
     if training_args.output_dir is None:
         data, model = Path(data_args.dataset_name).stem, Path(model_args.base).name
         output_dir = f"output/{data}-{model}"
@@ -95,29 +88,63 @@ def check_trainer_names(training_args: TrainingArguments) -> None:
             check_tracker(name)
 
 
-def resolve_adapter(lora_args: LoraArguments, model_args: ModelArguments, given: set[str]) -> LoraArguments:
-    """The shape of the adapter in --checkpoint_dir, if one is named; UserError where flags `given` differ."""
-    if model_args.checkpoint_dir is None or model_args.full_finetune:
-        return lora_args
-    path = Path(model_args.checkpoint_dir, "adapter_config.json")
-    if not path.is_file():
-        return lora_args
-    adapter = read_json(path)
-    own = {key: adapter[name] for key, name in ADAPTER_FIELDS.items() if name in adapter}
-    layers = own.get("lora_target_modules") or []
-    if isinstance(layers, str):  # a regular expression
-        own["lora_target_modules"] = [layers]
-    else:  # PEFT may list every layer by its path
-        own["lora_target_modules"] = sorted({name.split(".")[-1] for name in layers})
-    for name in sorted(own.keys() & given):
-        mine = getattr(lora_args, name)
-        is_same = set(mine) == set(own[name]) if isinstance(mine, list) else mine == own[name]
-        if not is_same and mine != ["all-linear"]:
+def check_lora(
+    model_args: ModelArguments, lora_args: LoraArguments, training_args: TrainingArguments
+) -> None:
+    """Raises UserError where a way to begin or to learn A and B does not go with the other flags."""
+    ratio, begin, optim = lora_args.loraplus_lr_ratio, lora_args.init_lora_weights, training_args.optim
+    if ratio and (model_args.full_finetune or not optim.startswith(("auto", *TWO_RATES))):
+        other = "--full_finetune" if model_args.full_finetune else f"--optim {optim}"
+        raise UserError(f"--loraplus_lr_ratio {ratio:g} gives A and B two learning rates; {other} has one")
+    if begin and model_args.checkpoint_dir:
+        raise UserError(f"--init_lora_weights {begin} begins an adapter anew, and one is named to start from")
+    if begin in ("pissa", "olora"):
+        others = {
+            f"--bits {model_args.bits}": model_args.bits in (4, 8),
+            "--use_dora": lora_args.use_dora,
+            f"--bias {lora_args.bias}": lora_args.bias != "none",
+        }
+        for other in (name for name, is_given in others.items() if is_given):
             raise UserError(
-                f"--{name} {mine}: the adapter in {model_args.checkpoint_dir} has {own[name]}; leave the "
-                "flag out to go on with it, or leave --checkpoint_dir out to start another"
+                f"--init_lora_weights {begin} takes a part of the base into the adapter and does not go with "
+                f"{other}: it needs --bits 16 or 32, no DoRA and no trained biases"
             )
-    return dataclasses.replace(lora_args, **own)
+
+
+def check_best(training_args: TrainingArguments) -> None:
+    """Raises UserError where --load_best_model_at_end or early stopping has nothing to go by."""
+    patience, threshold = training_args.early_stopping_patience, training_args.early_stopping_threshold
+    wants_best = training_args.load_best_model_at_end
+    if patience and not wants_best:
+        raise UserError(
+            f"--early_stopping_patience {patience} counts evaluations that are no better than the best: give "
+            "--load_best_model_at_end too, which keeps that one"
+        )
+    if threshold < 0 or (threshold and not patience):
+        raise UserError(
+            f"--early_stopping_threshold {threshold}: use 0 or more, beside --early_stopping_patience"
+        )
+    if wants_best and not training_args.do_train:
+        raise UserError(
+            "--load_best_model_at_end is of a training, and --do_eval or --do_predict alone trains nothing: "
+            "leave them out, or add --do_train"
+        )
+    if wants_best and training_args.eval_strategy == "no":
+        raise UserError(
+            "--load_best_model_at_end compares evaluations and --eval_strategy is no: give --eval_strategy "
+            "steps with --eval_steps, or --eval_strategy epoch"
+        )
+    if wants_best and training_args.save_strategy == "no":
+        raise UserError(
+            "--load_best_model_at_end keeps a checkpoint and --save_strategy is no: use steps, epoch or best"
+        )
+    metric = training_args.extra.get("metric_for_best_model", "loss").removeprefix("eval_")
+    scored = [f"rouge-{kind}" for kind in "12l"] + ["bleu-4"]
+    if metric not in ["loss"] + scored * training_args.predict_with_generate:
+        raise UserError(
+            f"--metric_for_best_model {metric}: use loss or, with --predict_with_generate, "
+            f"{', '.join(scored)}"
+        )
 
 
 def check_push(training_args: TrainingArguments) -> None:
@@ -134,8 +161,3 @@ def check_lengths(data_args: DataArguments, config: dict[str, Any]) -> None:
         raise UserError(
             f"{flag} is {data_args.max_len} tokens and the model's context is {context}: lower it"
         )
-
-
-def check_template(data_args: DataArguments) -> None:
-    if data_args.template is not None:
-        read_template(data_args.template)

@@ -9,7 +9,8 @@ from utils.arguments import (
     ModelArguments,
     TrainingArguments,
 )
-from utils.flags.checks import check_arguments, resolve_adapter
+from utils.flags.checks import check_lora, resolve_arguments
+from utils.flags.parent import check_parent, named_as_typed, resolve_adapter
 from utils.flags.parser import find_given_flags, parse_args
 
 FLAGS = [ModelArguments, DataArguments, LoraArguments, TrainingArguments, GenerationArguments]
@@ -26,6 +27,10 @@ def parse_finetune_flags(
         argv, FLAGS, usage, **defaults
     )
     given = find_given_flags(argv)
-    model_args, data_args, training_args = check_arguments(model_args, data_args, training_args, given)
-    lora_args = resolve_adapter(lora_args, model_args, given)
+    with named_as_typed(argv):
+        model_args, data_args, training_args = resolve_arguments(model_args, data_args, training_args, given)
+        lora_args = resolve_adapter(lora_args, model_args, given)
+        if training_args.do_train:
+            check_lora(model_args, lora_args, training_args)
+            check_parent(model_args)
     return model_args, data_args, lora_args, training_args, generation_args

@@ -2,114 +2,88 @@
 
 from difflib import get_close_matches
 
-CHECKPOINTING = "use --gradient_checkpointing True or False"
-LENGTHS = "use --source_max_len and --target_max_len, or --model_max_length for their sum"
-BATCH = "use --per_device_train_batch_size (and --gradient_accumulation_steps)"
-RESUME = "the same command resumes by itself; --checkpoint_dir starts from another run's adapter"
-NO_STOPPING = "there is no early stopping yet; --save_strategy best keeps the best checkpoint"
-FORMAT = "use --dataset_format, or nothing: the columns tell the format"
-PRECISION = "use --bf16 or --fp16, or neither for the best the hardware has"
-HINTS = {
-    "resume": RESUME,
-    "resume_training": RESUME,
+# Our flag, and what other trainers call it.
+SYNONYMS = {
+    "checkpoint_dir": "lora_weights peft_path",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation grad_accum",
+    "num_train_epochs": "epochs num_epochs",
+    "max_steps": "steps",
+    "learning_rate": "lr",
+    "lr_scheduler_type": "lr_scheduler",
+    "optim": "optimizer",
+    "model_name_or_path": "model model_path base_model model_id model_id_or_path",
+    "output_dir": "output_path save_dir",
+    "dataset_name": "train_file train_data dataset_path",
+    "eval_dataset_name": "validation_file eval_dataset",
+    "eval_dataset_size": "val_size val_set_size",
+    "template": "prompt_template_name prompt_template conversation_template",
+    "bits": "quantization_bit",
+    "quant_type": "bnb_4bit_quant_type",
+    "double_quant": "use_double_quant bnb_4bit_use_double_quant",
+    "lora_r": "lora_rank rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_target_modules": "lora_target target_modules",
+    "train_on_source": "train_on_inputs",
+    "train_last_turn_only": "mask_history",
+    "report_to": "logger",
+    "max_new_tokens": "max_tokens max_gen_len",
+    "repetition_penalty": "rep_penalty",
+}
+# Words that no flag of ours stands for alone.
+ADVICE = {
+    "resume resume_training": (
+        "the same command resumes by itself; --adapter_name_or_path starts from another run's adapter"
+    ),
     "checkpoint": "use --checkpoint_dir for an adapter to start from; the same command resumes a run",
-    "adapter_name_or_path": "use --checkpoint_dir",
-    "lora_weights": "use --checkpoint_dir",
-    "peft_path": "use --checkpoint_dir",
-    "batch_size": BATCH,
-    "micro_batch_size": BATCH,
-    "train_batch_size": BATCH,
-    "eval_batch_size": "use --per_device_eval_batch_size",
-    "gradient_accumulation": "use --gradient_accumulation_steps",
-    "grad_accum": "use --gradient_accumulation_steps",
-    "epochs": "use --num_train_epochs",
-    "num_epochs": "use --num_train_epochs",
-    "steps": "use --max_steps",
-    "lr": "use --learning_rate",
-    "lr_scheduler": "use --lr_scheduler_type",
+    "batch_size micro_batch_size train_batch_size": (
+        "use --per_device_train_batch_size (and --gradient_accumulation_steps)"
+    ),
     "warmup": "use --warmup_steps, a count or a share below 1",
-    "optimizer": "use --optim",
-    "max_length": LENGTHS,
-    "max_len": LENGTHS,
-    "max_seq_len": LENGTHS,
-    "max_seq_length": LENGTHS,
-    "sequence_len": LENGTHS,
-    "cutoff_len": LENGTHS,
-    "block_size": LENGTHS,
-    "model": "use --model_name_or_path",
-    "model_path": "use --model_name_or_path",
-    "base_model": "use --model_name_or_path",
-    "model_id": "use --model_name_or_path",
-    "model_id_or_path": "use --model_name_or_path",
-    "output_path": "use --output_dir",
-    "save_dir": "use --output_dir",
+    "max_length max_len max_seq_len max_seq_length sequence_len cutoff_len block_size": (
+        "use --source_max_len and --target_max_len, or --model_max_length for their sum"
+    ),
     "data": "use --dataset_name, which takes files, folders, hub ids and names",
-    "train_file": "use --dataset_name",
-    "train_data": "use --dataset_name",
-    "dataset_path": "use --dataset_name",
     "dataset_dir": "name the files with --dataset_name; --data_dir holds local copies of the named sets",
-    "validation_file": "use --eval_dataset_name",
-    "eval_dataset": "use --eval_dataset_name",
-    "val_size": "use --eval_dataset_size",
-    "val_set_size": "use --eval_dataset_size",
     "max_samples": "use --max_train_samples, or #500 behind the file's name",
-    "prompt_template_name": "use --template",
-    "prompt_template": "use --template",
     "chat_template": "use --template, or nothing: the tokenizer's own is used",
-    "conversation_template": "use --template",
-    "data_format": FORMAT,
-    "data_type": FORMAT,
+    "data_format data_type": "use --dataset_format, or nothing: the columns tell the format",
     "load_in_4bit": "use --bits 4",
     "load_in_8bit": "use --bits 8",
-    "quantization_bit": "use --bits",
     "quantization_method": "4 and 8 bits are bitsandbytes': use --bits and --quant_type",
-    "bnb_4bit_quant_type": "use --quant_type",
-    "bnb_4bit_compute_dtype": PRECISION,
-    "use_double_quant": "use --double_quant",
-    "bnb_4bit_use_double_quant": "use --double_quant",
-    "torch_dtype": PRECISION,
-    "dtype": PRECISION,
-    "precision": PRECISION,
-    "mixed_precision": PRECISION,
-    "finetuning_type": "LoRA is trained by itself; --full_finetune with --bits 16 trains every weight",
-    "train_type": "LoRA is trained by itself; --full_finetune with --bits 16 trains every weight",
+    "bnb_4bit_compute_dtype torch_dtype dtype precision mixed_precision": (
+        "use --bf16 or --fp16, or neither for the best the hardware has"
+    ),
+    "finetuning_type train_type": (
+        "LoRA is trained by itself; --full_finetune with --bits 16 trains every weight"
+    ),
     "stage": "fine-tuning on answers is all that is done here",
-    "lora_rank": "use --lora_r",
-    "rank": "use --lora_r",
-    "alpha": "use --lora_alpha",
-    "dropout": "use --lora_dropout",
-    "lora_target": "use --lora_target_modules",
-    "target_modules": "use --lora_target_modules",
     "lora_alpha_pattern": "one --lora_alpha holds for every layer",
     "lora_rank_pattern": "one --lora_r holds for every layer",
     "use_lora": "LoRA is trained by itself",
     "use_qlora": "use --bits 4, the default",
-    "flash_attn": "packed attention is chosen by itself where the model allows it",
-    "flash_attention": "packed attention is chosen by itself where the model allows it",
-    "use_flash_attn": "packed attention is chosen by itself where the model allows it",
-    "use_flash_attention": "packed attention is chosen by itself where the model allows it",
+    "flash_attn flash_attention use_flash_attn use_flash_attention": (
+        "packed attention is chosen by itself where the model allows it"
+    ),
     "sample_packing": "use --packing True or False",
     "neat_packing": "use --packing, which keeps rows apart",
-    "disable_gradient_checkpointing": CHECKPOINTING,
-    "use_gradient_checkpointing": CHECKPOINTING,
-    "early_stopping": NO_STOPPING,
-    "early_stopping_patience": NO_STOPPING,
-    "train_on_inputs": "use --train_on_source",
-    "mask_history": "use --train_last_turn_only",
+    "disable_gradient_checkpointing use_gradient_checkpointing": "use --gradient_checkpointing True or False",
+    "early_stopping patience": (
+        "use --early_stopping_patience, with --load_best_model_at_end and --eval_strategy steps"
+    ),
     "device": "use --use_cpu for the CPU; CUDA_VISIBLE_DEVICES chooses a GPU",
     "device_map": "layers are placed by themselves; CUDA_VISIBLE_DEVICES chooses the GPUs",
     "gpu": "CUDA_VISIBLE_DEVICES chooses a GPU",
     "wandb_project": "set the environment variable WANDB_PROJECT, and --report_to wandb",
     "use_wandb": "use --report_to wandb",
-    "logger": "use --report_to",
-    "max_tokens": "use --max_new_tokens",
-    "max_gen_len": "use --max_new_tokens",
-    "rep_penalty": "use --repetition_penalty",
     "port": "use --server_port on the page",
     "host": "use --server_name on the page",
     "plot_loss": "training_curve.png is drawn by itself",
     "merge_lora": "python -m utils.merge_adapter merges a run",
 }
+HINTS = {word: f"use --{flag}" for flag, words in SYNONYMS.items() for word in words.split()}
+HINTS |= {word: advice for words, advice in ADVICE.items() for word in words.split()}
 # Never proposed for a misspelling: these remove a run, run foreign code, or train on what was found wrong.
 NEVER_PROPOSED = {
     "--overwrite_output_dir",

@@ -1,5 +1,6 @@
 """Flags that 2023 scripts pin and the libraries dropped or renamed: what each became, said in one line."""
 
+from utils.arguments import FALSE_WORDS, TRUE_WORDS
 from utils.console import UserError, notice
 
 RENAMED = {
@@ -18,8 +19,6 @@ DROPPED = {
     "tokenizer_type": "the tokenizer's kind is read from its files",
     "logging_dir": "TensorBoard writes to the run's folder; TENSORBOARD_LOGGING_DIR moves it",
 }
-TRUE_WORDS = {"true", "t", "yes", "y", "1"}
-FALSE_WORDS = {"false", "f", "no", "n", "0"}
 
 
 def translate_legacy_flags(argv: list[str], known: list[str]) -> list[str]:
@@ -65,6 +64,8 @@ def translate_flag(name: str, values: list[str]) -> list[str] | None:
         return announce(name, values, ["--bits", "8"] if read_switch(name, values) else [])
     if name == "adam8bit":
         return announce(name, values, ["--optim", "adamw_bnb_8bit"] if read_switch(name, values) else [])
+    if name == "no_gradient_checkpointing":
+        return ["--gradient_checkpointing", "False"]
     if name == "lora_modules":
         modules = (
             ["all-linear"] if values in ([], ["all"]) else values[0].strip("[]").replace("'", "").split(",")

@@ -1,4 +1,12 @@
-"""The command line -> the argument dataclasses, strictly: nothing is swallowed, abbreviated or guessed."""
+"""The command line -> the argument dataclasses, strictly: nothing is swallowed, abbreviated or guessed.
+
+The original took any flag: five of its scripts pin --lora_modules, which nothing read. Here a word goes
+
+    1. through legacy.py       --evaluation_strategy no  ->  --eval_strategy no, with a line
+    2. to our dataclasses      HfArgumentParser, without abbreviations (strict_parser.py)
+    3. to the Trainer's flags  any that we do not list, looked up in transformers (trainer_flags.py)
+    4. to hints.py             --lr 1e-4  ->  error: unknown flag --lr: use --learning_rate
+"""
 
 import re
 from typing import Any
@@ -47,7 +55,7 @@ def parse_args(
     return tuple(parsed)
 
 
-def name_leading_words(argv: list[str], flag: str) -> list[str]:
+def prepend_flag(argv: list[str], flag: str) -> list[str]:
     """`argv` with the words before its first flag given to `flag`: `RUN --bits 4` names a checkpoint_dir."""
     return [flag, *argv] if argv and not argv[0].startswith("-") else argv
 
@@ -55,5 +63,5 @@ def name_leading_words(argv: list[str], flag: str) -> list[str]:
 def find_given_flags(argv: list[str]) -> set[str]:
     """Names of the fields set on the command line, 2023 names included."""
     names = {word.lstrip("-").split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
-    today = RENAMED | {"load_8bit": "bits"}
+    today = RENAMED | {"load_8bit": "bits", "adapter_name_or_path": "checkpoint_dir"}
     return {today.get(name, re.sub(r"^no_", "", name)) for name in names}

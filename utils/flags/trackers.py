@@ -4,11 +4,12 @@ import importlib.util
 import netrc
 import os
 import socket
+from importlib.metadata import version
 from pathlib import Path
 from urllib.request import getproxies
 
 from utils.console import UserError
-from utils.flags.trainer_names import list_loggers
+from utils.flags.trainer_names import list_loggers, read_source
 
 PACKAGES = {"azure_ml": "azureml", "dagshub": "dagshub", "flyte": "flytekit", "kubeflow": "kubeflow"}
 # Those that talk to a host as they start; the variable that keeps them offline, and its words for it.
@@ -28,6 +29,8 @@ def check_tracker(name: str) -> None:
     package = PACKAGES.get(name, name)
     if importlib.util.find_spec(package) is None:
         raise UserError(f"--report_to {name}: its package is missing (pip install {package})")
+    if name == "swanlab":
+        check_swanlab_version(version(package))
     if name not in HOSTS:
         return
     host, variable, offline = HOSTS[name]
@@ -39,6 +42,17 @@ def check_tracker(name: str) -> None:
         check_wandb_login()
     if not has_own_server(name) and not getproxies().get("https"):
         check_host(name, host, f"{variable}={offline[0]}")
+
+
+def check_swanlab_version(installed: str) -> None:
+    """From 0.8 on get_run() raises where there is no run yet, and the Trainer asks whether it is None."""
+    if int(installed.split(".")[1]) < 8 and installed.startswith("0."):
+        return
+    if "_swanlab.get_run() is None" in read_source("integrations/integration_utils.py"):
+        raise UserError(
+            f"--report_to swanlab: this Trainer cannot begin a run of swanlab {installed}: pip install "
+            "'swanlab<0.8'"
+        )
 
 
 def has_own_server(name: str) -> bool:

@@ -35,5 +35,8 @@ def find_class(file: str, name: str) -> list[ast.stmt]:
 
 @functools.cache
 def parse_source(file: str) -> list[ast.stmt]:
-    path = Path(transformers.__file__).parent / file
-    return ast.parse(path.read_text(encoding="utf-8")).body
+    return ast.parse(read_source(file)).body
+
+
+def read_source(file: str) -> str:
+    return (Path(transformers.__file__).parent / file).read_text(encoding="utf-8")

@@ -6,21 +6,23 @@ tokens) and both write replies, greedily; one model is in memory at a time.
 
 import dataclasses
 import gc
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from utils.arguments import DataArguments, ModelArguments, TrainingArguments
-from utils.chat.generation import load_run
+from utils.arguments import DataArguments, GenerationArguments, ModelArguments, TrainingArguments
+from utils.chat.generation import BatchAnswerer, ChatModel, load_run
 from utils.console import UserError, notice
 from utils.data.rows import Rows, load_rows
 from utils.data.token_rows import Example
 from utils.data.tokenizing import tokenize_rows
 from utils.flags.checks import read_recorded_data
 from utils.messages import EVAL, IGNORE_INDEX, TEST
-from utils.models.folder import read_model_config, resolve_model
-from utils.run.record import find_run_record, write_json
+from utils.models.folder import ResolvedModel, resolve_model
+from utils.models.tokenizer import ChatTokenizer
+from utils.run.record import write_json
 
 MAX_TOKENS = 1024  # answer tokens compared; each holds 0.6 MB of log-probabilities at a 152k vocabulary
 REPLIES, REPLY_TOKENS = 8, 48
@@ -38,56 +40,51 @@ class Reading:
     replies: list[list[int]]
 
 
-def load_held_out_rows(
-    model_args: ModelArguments, name: str | None, count: int
-) -> tuple[Rows, DataArguments]:
+def load_held_out_rows(resolved: ResolvedModel, name: str | None, count: int) -> tuple[Rows, DataArguments]:
     """The run's held-out rows, or those of the file or set `name`. Reads no weights."""
-    record = find_run_record(model_args.adapter_dir) or {"arguments": {}}
+    record = resolved.record or {"arguments": {}}
     fields = read_recorded_data(record)
     if name is not None:
         fields |= {"dataset_name": name, "eval_dataset_name": name, "dataset_format": None}
     elif not fields:
         raise UserError(
-            f"{model_args.checkpoint_dir} has no run.json and so no held-out rows: give --eval_dataset_name, "
-            "or --parity False to merge unchecked"
+            f"{resolved.args.checkpoint_dir} has no run.json and so no held-out rows: give "
+            "--eval_dataset_name, or --parity False to merge unchecked"
         )
     data_args = DataArguments(**fields, max_eval_samples=count)
     training_args = TrainingArguments(do_eval=True, data_seed=record["arguments"].get("data_seed", 42))
-    return load_rows(model_args, data_args, training_args), data_args
+    return load_rows(resolved.args, data_args, training_args), data_args
 
 
-def certify(model_args: ModelArguments, rows: tuple[Rows, DataArguments], folder: Path) -> bool:
+def certify(resolved: ResolvedModel, rows: tuple[Rows, DataArguments], folder: Path) -> bool:
     """Compare, write parity.json into `folder`, print the verdict; True where it is within LIMITS."""
-    reference_args = find_reference(model_args)
+    trained = find_reference(resolved)
     merged_args = dataclasses.replace(
-        reference_args, model_name_or_path=str(folder), checkpoint_dir=None, bits=16, revision=None
+        trained.args, model_name_or_path=str(folder), checkpoint_dir=None, bits=16, revision=None
     )
-    chat = load_run(reference_args, read_model_config(reference_args))
-    parts = tokenize_rows(rows[0], chat.tokenizer, chat.stop_ids, rows[1])
+    chat = load_run(trained)
+    parts = tokenize_rows(rows[0], chat.tokenizer, rows[1])
     held_out = next(parts[part] for part in (EVAL, TEST) if len(parts[part]))
     examples = limit_tokens([held_out[i] for i in range(len(held_out))])
-    reference = read_examples(chat.model, examples, chat.stop_ids)
-    tokenizer, stop_ids = chat.tokenizer, chat.stop_ids
+    reference, tokenizer = read_examples(chat, examples), chat.tokenizer
     del chat
     gc.collect()
-    merged = load_run(merged_args, read_model_config(merged_args))
-    result = compare(
-        reference, read_examples(merged.model, examples, merged.stop_ids), examples, tokenizer, stop_ids
-    )
+    merged = read_examples(load_run(resolve_model(merged_args, set())), examples)
+    result = compare(reference, merged, examples, tokenizer)
     exceeded = {key: result[key] for key, limit in LIMITS.items() if not result[key] <= limit}
     verdict = {"verdict": "failed" if exceeded else "passed", "limits": LIMITS}
-    about = {"adapter": model_args.checkpoint_dir, "base": reference_args.model_name_or_path}
-    write_json(verdict | result | about | {"bits": reference_args.bits}, folder / "parity.json")
+    about = {"adapter": trained.args.checkpoint_dir, "base": trained.args.base, "bits": trained.args.bits}
+    write_json(verdict | result | about, folder / "parity.json")
     report(result, exceeded, folder)
     return not exceeded
 
 
-def find_reference(model_args: ModelArguments) -> ModelArguments:
+def find_reference(resolved: ResolvedModel) -> ResolvedModel:
     """The adapter as it was trained: the run's own base and bits, whatever the merge was told to take."""
-    if find_run_record(model_args.adapter_dir) is None:
-        return model_args
+    if resolved.record is None:
+        return resolved
     kept = ("checkpoint_dir", "use_cpu", "max_memory_MB", "trust_remote_code", "cache_dir")
-    return resolve_model(ModelArguments(**{name: getattr(model_args, name) for name in kept}), set())
+    return resolve_model(ModelArguments(**{name: getattr(resolved.args, name) for name in kept}), set())
 
 
 def limit_tokens(examples: Examples) -> Examples:
@@ -108,30 +105,20 @@ def find_answer(example: Example) -> list[int]:
 
 
 @torch.no_grad()
-def read_examples(model: Any, examples: Examples, stop_ids: list[int]) -> Reading:
-    log_probs: list[torch.Tensor] = []
-    replies: list[list[int]] = []
+def read_examples(chat: ChatModel, examples: Examples) -> Reading:
+    log_probs = []
     for example in examples:
-        input_ids = torch.from_numpy(example["input_ids"])[None].to(model.device)
-        answer = find_answer(example)
-        logits = model(input_ids=input_ids).logits[0, [i - 1 for i in answer]]
+        input_ids = torch.from_numpy(example["input_ids"])[None].to(chat.model.device)
+        logits = chat.model(input_ids=input_ids).logits[0, [i - 1 for i in find_answer(example)]]
         log_probs.append(logits.float().log_softmax(-1).cpu())
-        if len(replies) < REPLIES:
-            prompt = input_ids[:, : answer[0]]
-            output = model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=REPLY_TOKENS,
-                do_sample=False,
-                eos_token_id=stop_ids,
-                pad_token_id=stop_ids[0],
-            )
-            replies.append(output[0, prompt.shape[1] :].tolist())
-    return Reading(torch.cat(log_probs), replies)
+    prompts = [example["input_ids"][: find_answer(example)[0]].tolist() for example in examples[:REPLIES]]
+    flags = GenerationArguments(max_new_tokens=REPLY_TOKENS)
+    answerer = BatchAnswerer(chat.model, chat.tokenizer, flags, seed=0, batch_size=1)
+    return Reading(torch.cat(log_probs), answerer.generate(prompts))
 
 
 def compare(
-    reference: Reading, merged: Reading, examples: Examples, tokenizer: Any, stop_ids: list[int]
+    reference: Reading, merged: Reading, examples: Examples, tokenizer: ChatTokenizer
 ) -> dict[str, Any]:
     labels = torch.tensor([int(example["labels"][i]) for example in examples for i in find_answer(example)])
     ours, theirs = (-reading.log_probs.gather(1, labels[:, None]).mean() for reading in (reference, merged))
@@ -148,9 +135,9 @@ def compare(
         "answer_tokens": len(labels),
         "replies": len(pairs),
         "identical_replies": sum(a == b for a, b in pairs),
-        "adapter_stopped": sum(ours[-1] in stop_ids for ours, _ in pairs),
-        "merged_stopped": sum(theirs[-1] in stop_ids for _, theirs in pairs),
-        "first_difference": find_first_difference(pairs, tokenizer),
+        "adapter_stopped": sum(ours[-1] in tokenizer.stop_ids for ours, _ in pairs),
+        "merged_stopped": sum(theirs[-1] in tokenizer.stop_ids for _, theirs in pairs),
+        "first_difference": find_first_difference(pairs, tokenizer.raw),
     }
 
 
@@ -158,8 +145,7 @@ def find_first_difference(pairs: list[tuple[list[int], list[int]]], tokenizer: A
     """Where the first two unequal replies part, and what each says from there."""
     for number, (ours, theirs) in enumerate(pairs):
         if ours != theirs:
-            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-            at = min(len(ours), len(theirs)) if at is None else at
+            at = len(os.path.commonprefix([ours, theirs]))
             rest = {"adapter": tokenizer.decode(ours[at:]), "merged": tokenizer.decode(theirs[at:])}
             return {"reply": number, "token": at, "before": tokenizer.decode(ours[:at])} | rest
     return None

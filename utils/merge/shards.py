@@ -13,7 +13,7 @@ from utils.run.record import write_json
 SHARD_BYTES = 2 * 10**9
 
 
-def save_shards(
+def save_sharded(
     planned: dict[str, torch.Tensor],
     build: Callable[[str], torch.Tensor],
     folder: Path,

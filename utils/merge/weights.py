@@ -14,10 +14,9 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from utils.arguments import ModelArguments
 from utils.console import UserError
 from utils.merge.base_tensors import Stored, find_names_on_disk, open_tensors
-from utils.merge.shards import save_shards
-from utils.models.adapter import build_without_weights
+from utils.merge.shards import save_sharded
 from utils.models.baichuan import is_baichuan
-from utils.models.base import build_quantization, choose_compute_dtype
+from utils.models.base import build_quantization, build_without_weights, choose_compute_dtype
 from utils.models.folder import ADAPTER_FILE
 from utils.models.weight_files import read_json
 
@@ -26,7 +25,8 @@ if TYPE_CHECKING:
 
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 HALVES = {torch.float16, torch.bfloat16}
-WHOLE = "whole"  # stands for the base's tensor: a bias, a layer that was trained itself, a saved base layer
+# Stands for the base's own tensor: a bias, a layer that was trained itself, a saved base layer.
+REPLACED = "replaced"
 # What LoRA adds to a layer, by its name behind `.lora_`, and the tensor of the layer that it changes.
 PARTS = {
     "A": "weight",
@@ -71,7 +71,7 @@ def merge_weights(
             return weight.to(planned[on_disk].dtype)
 
         planned = plan_tensors(stored, out)
-        save_shards(planned, build, folder)
+        save_sharded(planned, build, folder)
         check_all_used(adapter.keys(), used)
     config = {"dtype": str(out).removeprefix("torch.")}
     return config | ({"tie_word_embeddings": False} if is_untied else {})
@@ -144,7 +144,7 @@ def find_updates(keys: Iterable[str]) -> Updates:
                 raise UserError(f"the adapter's tensor {key} is of a kind that cannot be merged")
             updates.setdefault(f"{layer}.{PARTS[part]}", {})[part] = key
         else:
-            updates.setdefault(layer.replace(".base_layer.", "."), {})[WHOLE] = key
+            updates.setdefault(layer.replace(".base_layer.", "."), {})[REPLACED] = key
     for name, parts in updates.items():
         if "B.bias" in parts:  # scaled by the rank as B is
             parts["A"] = updates[f"{name.removesuffix('.bias')}.weight"]["A"]
@@ -185,7 +185,7 @@ def find_scale(name: str, parts: dict[str, torch.Tensor], config: dict[str, Any]
 def update_tensor(base: torch.Tensor, parts: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
     """`base` with the adapter in it, float32; DoRA gives each row of W [out, in] the trained length."""
     parts = dict(parts)
-    base = parts.pop(WHOLE, base).float()
+    base = parts.pop(REPLACED, base).float()
     if "embedding_A" in parts:  # W is [vocabulary, hidden], A and B are those of its transpose
         linear = {part.removeprefix("embedding_"): tensor for part, tensor in parts.items()}
         return update_tensor(base.t(), linear, scale).t()

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from transformers import set_seed
 from transformers.pytorch_utils import Conv1D
 
 from utils.arguments import LoraArguments, ModelArguments, TrainingArguments
 from utils.console import UserError
-from utils.models.baichuan import build_llama_config, is_baichuan
-from utils.models.base import choose_compute_dtype, load_base, unknown_models_explained
+from utils.models.base import build_without_weights, choose_compute_dtype, load_base
 from utils.models.folder import ADAPTER_FILE, has_adapter, read_model_config
 from utils.models.trained_biases import keep_biases_in_float32
 
@@ -53,7 +52,11 @@ def add_adapter(
 
 
 def add_lora(model: "PreTrainedModel", lora_args: LoraArguments) -> PeftModel:
-    """A fresh adapter, float32 whatever the base is: B is zero, so training starts at the base model."""
+    """A fresh adapter, float32 whatever the base is: B is zero, so training starts at the base model.
+
+    --init_lora_weights pissa (arXiv 2404.02948) takes the largest singular vectors of W for A and B, olora
+    (2406.01775) the first of its QR; what they take is subtracted from W, so training starts there as well.
+    """
     targets: list[str] | str = lora_args.lora_target_modules
     if targets == ["all-linear"]:
         targets = "all-linear"
@@ -66,6 +69,7 @@ def add_lora(model: "PreTrainedModel", lora_args: LoraArguments) -> PeftModel:
         bias=lora_args.bias,
         use_rslora=lora_args.use_rslora,
         use_dora=lora_args.use_dora,
+        init_lora_weights=lora_args.init_lora_weights or True,
     )
     try:
         adapted = get_peft_model(model, config)
@@ -94,19 +98,6 @@ def check_target_modules(model_args: ModelArguments, lora_args: LoraArguments) -
         raise UserError(
             f"--lora_target_modules {' '.join(unknown)}: the model has no such layers; it has {has}, and "
             "all-linear stands for the linear ones but the output layer"
-        )
-
-
-def build_without_weights(model_args: ModelArguments) -> "PreTrainedModel":
-    """The model's modules on the meta device."""
-    config, name = read_model_config(model_args), model_args.base
-    with unknown_models_explained(model_args), torch.device("meta"):
-        if is_baichuan(config):
-            return AutoModelForCausalLM.from_config(build_llama_config(config))
-        places = {"revision": model_args.revision, "cache_dir": model_args.cache_dir}
-        trusted = {"trust_remote_code": model_args.trust_remote_code}
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(name, **places, **trusted), **trusted
         )
 
 

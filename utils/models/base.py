@@ -23,23 +23,26 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging
 
 from utils.arguments import ModelArguments
 from utils.console import UserError, notice
 from utils.fast.frozen_weights import replace_by_dense, unpack_8bit_layers
 from utils.fast.rope import follow_each_batch
-from utils.models.baichuan import is_baichuan, load_baichuan
+from utils.models.baichuan import build_llama_config, is_baichuan, load_baichuan
 from utils.models.cpu import choose_cpu_dtype, keep_weights_unpacked, repacks_weights
 from utils.models.folder import CONVERT, read_model_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
+
+CUDA_CONTEXT = 820 * 2**20  # bytes that CUDA and its kernels take beside all that is allocated (H100)
 
 # What we say ourselves in a line.
 warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+warnings.filterwarnings("ignore", message=r"(PiSSA|OLoRA) changes the base weights")
 if not sys.stderr.isatty():
     logging.disable_progress_bar()
 
@@ -73,13 +76,15 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
     `trainable`: gradients will flow through it; a process that only chats has faster ways on a CPU.
     """
     config = read_model_config(model_args)
-    options = {
-        "revision": model_args.revision,
-        "cache_dir": model_args.cache_dir,
+    report_experts(model_args, config)
+    options: dict[str, Any] = {
         "dtype": choose_weight_dtype(model_args, dtype),
         "quantization_config": build_quantization(model_args, dtype),
         "use_safetensors": None if model_args.allow_pickle else True,
-    } | choose_placement(model_args)
+    }
+    options |= model_args.where | choose_placement(model_args)
+    if options["device_map"] != "auto":  # else accelerate keeps to the cap, layer by layer
+        cap_memory(model_args, options["device_map"][""])
     name = model_args.base
     with unknown_models_explained(model_args):
         if is_baichuan(config):
@@ -89,14 +94,53 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
                 name, trust_remote_code=model_args.trust_remote_code, **options
             )
     if model_args.bits == 8:
-        unpack_8bit_layers(model)
+        unpack_8bit_layers(model)  # bitsandbytes' own product rounds the input to 8 bits, too
+    # On a CPU bitsandbytes may repack 4-bit weights, which no gradient survives; a chat without that layout
+    # unpacks them once and not for each token (cpu.py).
     if trainable or not repacks_weights(model, dtype):
         keep_weights_unpacked(model)
         if not trainable and not has_gpu(model_args):
             replace_by_dense(model, dtype)
-    follow_each_batch(model)
+    follow_each_batch(model)  # rotary frequencies by the rows at hand (fast/rope.py)
     model.requires_grad_(model_args.full_finetune)
     return model
+
+
+def load_config(model_args: ModelArguments) -> "PretrainedConfig":
+    """transformers' config of the model that base.py loads."""
+    config = read_model_config(model_args)
+    if is_baichuan(config):
+        return build_llama_config(config)
+    with unknown_models_explained(model_args):
+        return AutoConfig.from_pretrained(
+            model_args.base, trust_remote_code=model_args.trust_remote_code, **model_args.where
+        )
+
+
+def build_without_weights(model_args: ModelArguments) -> "PreTrainedModel":
+    """The model's modules on the meta device."""
+    config = load_config(model_args)
+    with unknown_models_explained(model_args), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code)
+
+
+def report_experts(model_args: ModelArguments, config: dict[str, Any]) -> None:
+    """Say what the experts of a mixture cost: bitsandbytes quantizes linear layers, and they are none.
+
+    transformers keeps the experts of a layer in one tensor  # [experts, out, in]
+    """
+    bits, values = model_args.bits, config.get("text_config", config)
+    is_mixture = any("expert" in name and value for name, value in values.items())
+    if bits not in (4, 8) or not is_mixture or ("auto_map" in config and model_args.trust_remote_code):
+        return
+    weights = list(build_without_weights(model_args).parameters())
+    total, experts = (sum(weight.numel() for weight in weights if weight.ndim > least) for least in (0, 2))
+    if experts:
+        share, memory = experts / total, experts * 2 / 2**30
+        notice(
+            f"a mixture of experts: {share:.0%} of {total:,} weights are theirs, and stay in 16 bits, "
+            f"{memory:,.2f} GiB, {16 // bits} times what layers take at --bits {bits}"
+        )
 
 
 @contextmanager
@@ -152,6 +196,22 @@ def choose_placement(model_args: ModelArguments) -> dict[str, Any]:
         return {"device_map": "auto"} | (caps if model_args.max_memory_MB else {})
     else:
         placement = {"device_map": {"": 0}}
-    if model_args.max_memory_MB:
-        notice(f"--max_memory_MB {model_args.max_memory_MB} has no effect: one GPU holds the whole model")
     return placement
+
+
+def cap_memory(model_args: ModelArguments, device: int | str) -> None:
+    """Let this process take no more than --max_memory_MB on the GPU `device`, CUDA's own context counted.
+
+    Raises UserError where that leaves nothing, or more than there is.
+    """
+    megabytes = model_args.max_memory_MB
+    if megabytes is None or device == "cpu":
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    allowed = megabytes * 10**6 - CUDA_CONTEXT
+    if allowed <= 0 or allowed > total:
+        raise UserError(
+            f"--max_memory_MB {megabytes}: use more than {CUDA_CONTEXT // 10**6}, which CUDA takes itself, "
+            f"and at most {total // 10**6}, which this GPU has"
+        )
+    torch.cuda.set_per_process_memory_fraction(allowed / total, device)

@@ -38,14 +38,6 @@ def has_bfloat16_instructions() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def describe_cpu() -> str:
-    """A line for the head of a test run."""
-    has = "with" if has_bfloat16_instructions() else "without"
-    dtype = str(choose_cpu_dtype()).removeprefix("torch.")
-    forced = ", as QLORA_CPU_DTYPE says" if "QLORA_CPU_DTYPE" in os.environ else ""
-    return f"CPU {has} bfloat16 instructions: computes in {dtype}{forced}"
-
-
 def repacks_weights(model: torch.nn.Module, dtype: torch.dtype) -> bool:
     """Whether bitsandbytes is to repack the 4-bit weights of `model`, which computes in `dtype`.
 

@@ -7,15 +7,13 @@ Where a token would reach across that border (a newline of the prompt merges wit
 is split there and tokenized apart: the prompt of a chat must not depend on the reply that follows it.
 """
 
+import functools
 from typing import Any
-from weakref import WeakKeyDictionary
 
-from utils.messages import IGNORE_INDEX
-from utils.prompts import RenderedRow, find_border, render_prompt
+from utils.prompts import RenderedRow
 
 # (token ids, whether they are trained); None: never, whatever --train_on_source says
 Pieces = list[tuple[list[int], bool | None]]
-UNTRIMMED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # tokenizer -> its backend, offsets untrimmed
 GLUES = ("\n", "\x01")  # characters that hardly any vocabulary merges with what follows
 
 
@@ -24,6 +22,7 @@ def encode_rows(tokenizer: Any, rows: list[RenderedRow]) -> list[tuple[Pieces, i
     bos = find_own_bos(tokenizer)
     encoded = []
     for row, encoding in zip(rows, encode_batch(tokenizer, [row.text for row in rows]), strict=True):
+        # Cut at both ends of each answer; what a piece is follows from the character that it begins with.
         bounds = sorted({0, len(row.text), *(bound for answer in row.answers for bound in answer)})
         ids, splits = cut_at_borders(tokenizer, row.text, bounds[1:-1], encoding)
         if bos and ids[0][:1] != bos:
@@ -32,27 +31,6 @@ def encode_rows(tokenizer: Any, rows: list[RenderedRow]) -> list[tuple[Pieces, i
         kinds |= {start: True for start, _ in row.trained}
         encoded.append(([(own, kinds.get(at, False)) for own, at in zip(ids, bounds, strict=False)], splits))
     return encoded
-
-
-def encode_row(tokenizer: Any, row: RenderedRow, train_on_source: bool = False) -> dict[str, list[int]]:
-    """{input_ids, labels} of one row; what is not trained is labelled IGNORE_INDEX."""
-    input_ids, labels = [], []
-    for ids, is_trained in encode_rows(tokenizer, [row])[0][0]:
-        input_ids += ids
-        is_label = is_trained or (train_on_source and is_trained is not None)
-        labels += ids if is_label else [IGNORE_INDEX] * len(ids)
-    return {"input_ids": input_ids, "labels": labels}
-
-
-def encode_prompt(tokenizer: Any, asked: Any, stop_ids: list[int], keeps_blank: bool = False) -> list[int]:
-    """Token ids from which a reply to `asked` (messages or a Chat) is generated.
-
-    Those of a training row up to that answer. `keeps_blank`: with the blanks that end the prompt, as runs
-    were trained before answers began with them.
-    """
-    text, answers = render_prompt(tokenizer, asked, stop_ids)
-    end = len(text) if keeps_blank else find_border(text)
-    return encode_row(tokenizer, RenderedRow([], text[:end], answers, []))["input_ids"]
 
 
 def find_own_bos(tokenizer: Any) -> list[int]:
@@ -67,16 +45,20 @@ def encode_batch(tokenizer: Any, texts: list[str]) -> list[Any]:
         return []
     if not getattr(tokenizer, "is_fast", False):
         return tokenizer(texts, add_special_tokens=False).input_ids
-    if tokenizer not in UNTRIMMED:
-        from tokenizers import Tokenizer
+    return copy_backend(tokenizer).encode_batch(texts, add_special_tokens=False)
 
-        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        backend.no_padding()
-        backend.no_truncation()
-        # It adds special tokens, and that of byte-level BPE takes blanks out of the offsets of their tokens.
-        backend.post_processor = None
-        UNTRIMMED[tokenizer] = backend
-    return UNTRIMMED[tokenizer].encode_batch(texts, add_special_tokens=False)
+
+@functools.cache
+def copy_backend(tokenizer: Any) -> Any:
+    """The tokenizers.Tokenizer behind a fast tokenizer, whose offsets tell where each token lies."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    # It adds special tokens, and that of byte-level BPE takes blanks out of the offsets of their tokens.
+    backend.post_processor = None
+    return backend
 
 
 def cut_at_borders(

@@ -1,6 +1,7 @@
 """A model or adapter named on the command line -> its folder, what its run recorded, its config.json."""
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from utils.arguments import ModelArguments
 from utils.console import UserError, notice
 from utils.models.baichuan import is_baichuan, split_shapes
 from utils.models.hub import download_config
+from utils.models.model_scope import download_model, is_on_modelscope
 from utils.models.weight_files import check_tokenizer, find_misfit, read_base_shapes, read_json, read_shapes
+from utils.prompts import read_template
 from utils.run.places import find_base
-from utils.run.record import find_run_dir, find_run_record
+from utils.run.record import CHANGING_STARTS, TOKENIZATION, find_run_dir, find_run_record
 
 ADAPTER_FILE = "adapter_model.safetensors"
 NATIVE_KINDS = {"baichuan"}  # read without its own Python (utils/models/baichuan.py)
@@ -34,19 +37,57 @@ CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length",
 MOVED_MODELS = {"decapoda-research/llama-7b-hf": "huggyllama/llama-7b"}
 
 
-def resolve_model(model_args: ModelArguments, given: set[str]) -> ModelArguments:
-    """`model_args` with what the run behind --checkpoint_dir recorded; each flag in `given` overrides it.
+@dataclass(frozen=True)
+class ResolvedModel:
+    """The model that a command names, as far as files can tell. No weights are read for it."""
 
-    Raises UserError where no base model is named, a folder is missing, or the checkpoint holds no adapter.
+    args: ModelArguments  # base, adapter and bits: the flags, and the run's where no flag says otherwise
+    config: dict[str, Any]  # config.json of the base
+    record: dict[str, Any] | None  # run.json behind --checkpoint_dir
+    template: str | None  # --template, instead of the run's own or the tokenizer's
+
+    @property
+    def has_adapter(self) -> bool:
+        return self.args.checkpoint_dir is not None and not self.args.full_finetune
+
+    @property
+    def stop_ids(self) -> list[int] | None:
+        """Ids that ended the answers of the run; None without a run, and with another template."""
+        return self.record["prompt"]["stop_ids"] if self.record and self.template is None else None
+
+    @property
+    def keeps_blank(self) -> bool:
+        """Whether the run is of a version that tokenized prompts and answers apart."""
+        return self.record is not None and self.record.get("tokenization") != TOKENIZATION
+
+
+def resolve_model(model_args: ModelArguments, given: set[str], template: str | None = None) -> ResolvedModel:
+    """What the flags name: a run, a checkpoint-N of it, a bare adapter, a merged model or a base.
+
+    A run brings its base, bits and prompt along; each flag in `given` overrides them, with a line. Raises
+    UserError where nothing is named, something is missing or damaged, or the adapter is another base's.
     """
-    if model_args.checkpoint_dir is None:
-        base = check_model_path(model_args.base, model_args.allow_pickle)
-        return dataclasses.replace(model_args, model_name_or_path=base)
-    folder = Path(model_args.checkpoint_dir).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"--checkpoint_dir {model_args.checkpoint_dir}: no such folder")
-    check_pickle(folder, ADAPTER_FILE, model_args.allow_pickle)
-    recorded = read_recorded_fields(folder, "model_name_or_path" in given)
+    record = None
+    if model_args.checkpoint_dir is not None:
+        folder = Path(model_args.checkpoint_dir).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"--checkpoint_dir {model_args.checkpoint_dir}: no such folder")
+        check_pickle(folder, ADAPTER_FILE, model_args.allow_pickle)
+        record = find_run_record(folder)
+        model_args = fill_in_recorded(model_args, given, folder, record)
+    model_args = dataclasses.replace(model_args, model_name_or_path=find_model(model_args))
+    config = read_model_config(model_args)
+    check_adapter_fits(model_args, config)
+    if template is not None:
+        read_template(template)
+    return ResolvedModel(model_args, config, record, template)
+
+
+def fill_in_recorded(
+    model_args: ModelArguments, given: set[str], folder: Path, record: dict[str, Any] | None
+) -> ModelArguments:
+    """`model_args` with what the run in `folder` recorded; a line for each flag in `given` that differs."""
+    recorded = read_recorded_fields(folder, record, "model_name_or_path" in given)
     for name, value in recorded.items():
         mine = getattr(model_args, name)
         if name in given and mine != value:
@@ -54,9 +95,7 @@ def resolve_model(model_args: ModelArguments, given: set[str]) -> ModelArguments
     chosen = {name: value for name, value in recorded.items() if name not in given}
     if {"bf16", "fp16"} & given:  # one dtype flag replaces the recorded pair
         chosen = {name: value for name, value in chosen.items() if name not in ("bf16", "fp16")}
-    resolved = dataclasses.replace(model_args, checkpoint_dir=str(folder), **chosen)
-    base = check_model_path(resolved.base, model_args.allow_pickle)
-    return dataclasses.replace(resolved, model_name_or_path=base)
+    return dataclasses.replace(model_args, checkpoint_dir=str(folder), **chosen)
 
 
 def has_adapter(folder: Path) -> bool:
@@ -90,12 +129,11 @@ def check_remote_code(model_args: ModelArguments, config: dict[str, Any]) -> Non
             )
 
 
-def read_recorded_fields(folder: Path, names_base: bool) -> dict[str, Any]:
-    """Base and quantization of the run that `folder` belongs to, from run.json or adapter_config.json.
+def read_recorded_fields(folder: Path, record: dict[str, Any] | None, names_base: bool) -> dict[str, Any]:
+    """Base and quantization of the run that `folder` belongs to, from its run.json or adapter_config.json.
 
     `names_base`: a flag names the base, so the run's own need not be there.
     """
-    record = find_run_record(folder)
     is_trained_whole = record is not None and record["arguments"].get("full_finetune")
     if not is_trained_whole and not has_adapter(folder) and (folder / "config.json").is_file():
         raise UserError(
@@ -127,6 +165,14 @@ def read_recorded_fields(folder: Path, names_base: bool) -> dict[str, Any]:
     named = f"the base {base} is read from adapter_config.json; " if base else ""
     notice(f"{folder} has no run.json: {named}quantization and prompt are the flags' and the tokenizer's")
     return {"model_name_or_path": base} if base else {}
+
+
+def find_model(model_args: ModelArguments) -> str:
+    """The base's folder or hub id; of one on ModelScope the folder that it is downloaded to."""
+    name = model_args.base
+    if is_on_modelscope(name):
+        name = download_model(name, model_args)
+    return check_model_path(name, model_args.allow_pickle)
 
 
 def check_model_path(name: str, allow_pickle: bool) -> str:
@@ -175,19 +221,35 @@ def find_context(config: dict[str, Any]) -> int | None:
     return next((text_config[key] for key in CONTEXT_KEYS if isinstance(text_config.get(key), int)), None)
 
 
+def check_start(model_args: ModelArguments) -> None:
+    """Raises UserError for an adapter that belongs to a changed base, where the base is to be quantized."""
+    path = model_args.checkpoint_dir and Path(model_args.checkpoint_dir, "adapter_config.json")
+    if not path or not path.is_file() or model_args.bits not in (4, 8):
+        return
+    start = read_json(path).get("init_lora_weights", True)
+    if start in CHANGING_STARTS:
+        raise UserError(
+            f"the adapter in {model_args.checkpoint_dir} belongs to a base that {start} has changed: use "
+            "--bits 16, or name the finished run, whose adapter fits the base as it is"
+        )
+
+
 def check_adapter_fits(model_args: ModelArguments, config: dict[str, Any]) -> None:
     """Raises UserError where a file is missing or cut off, or the adapter's shapes are not the base's.
 
-    Reads safetensors headers only.
-
-    A base that is not on this disk as plain safetensors is checked by PEFT while it loads.
+    Reads safetensors headers only. A base that is not on this disk as plain safetensors is checked by PEFT
+    while it loads.
     """
     check_tokenizer(model_args)
+    check_start(model_args)
     packed = is_baichuan(config)  # refuses its relatives
     base = read_base_shapes(Path(model_args.base))
     if model_args.checkpoint_dir is None or model_args.full_finetune or "quantization_config" in config:
         return
-    adapter = read_shapes(list(Path(model_args.checkpoint_dir).glob(ADAPTER_FILE)))
+    adapter = read_shapes(list(model_args.adapter_dir.glob(ADAPTER_FILE)))
+    path = model_args.adapter_dir / "adapter_config.json"
+    if path.is_file() and read_json(path).get("layer_replication"):
+        return  # on layers that PEFT will make
     if packed:
         base = split_shapes(base)
     misfit = find_misfit(adapter, base) if base else None

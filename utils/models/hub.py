@@ -2,7 +2,6 @@
 
 import socket
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlparse
 from urllib.request import getproxies
 
@@ -14,8 +13,7 @@ def download_config(model_args: ModelArguments) -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    name = model_args.base
-    where: dict[str, Any] = {"revision": model_args.revision, "cache_dir": model_args.cache_dir}
+    name, where = model_args.base, model_args.where
     try:
         cached = try_to_load_from_cache(name, "config.json", **where)
         if isinstance(cached, str):

@@ -1,25 +1,104 @@
-"""The tokenizer with a chat template, a pad token, and the tokens that end a reply."""
+"""The tokenizer of chats: with a template, a pad token, and the tokens that end a reply.
 
+For SmolLM2, "Hi" becomes the prompt <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n, and a reply ends
+where <|im_end|> comes. Template, tokenizer and these stop tokens belong together: with another template a
+model is asked otherwise than it was trained, with other stop tokens its reply does not end. So they travel as
+one ChatTokenizer, from training into run.json and from there into chat, evaluation and merging.
+"""
+
+import functools
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from utils.arguments import DataArguments, ModelArguments
 from utils.console import UserError, notice
+from utils.messages import Chat, Messages
 from utils.models.base import unknown_models_explained
-from utils.models.encoding import find_own_bos
+from utils.models.encoding import encode_rows, find_own_bos
+from utils.models.folder import ResolvedModel
 from utils.models.tokenizer_files import load_own_tokenizer
-from utils.prompts import find_stop_tokens, read_template, render_chat, template_names
+from utils.prompts import (
+    RenderedRow,
+    find_border,
+    find_stop_tokens,
+    read_template,
+    render_chat,
+    split_prompt,
+    template_names,
+)
+from utils.run.record import hash_text
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+
+@dataclass(frozen=True)
+class ChatTokenizer:
+    """Chats -> token ids, and the ids of a reply -> its text."""
+
+    raw: Any  # transformers' tokenizer, with the chat template set
+    stop_ids: list[int]  # end a reply; the first closes an answer in the template
+    keeps_blank: bool = False  # prompts end in the blanks of their template, as in runs of an older version
+
+    @functools.cached_property
+    def stops(self) -> list[str]:
+        """The texts of `stop_ids`."""
+        return self.raw.convert_ids_to_tokens(self.stop_ids)
+
+    def encode_prompt(self, asked: Messages | Chat) -> list[int]:
+        """Token ids from which a reply to `asked` is generated: those of a training row up to that answer."""
+        chat = asked if isinstance(asked, Chat) else Chat(asked)
+        render = functools.partial(render_chat, self.raw, tools=chat.tools)
+        text, answers = split_prompt(render, chat.messages, self.stops)
+        end = len(text) if self.keeps_blank else find_border(text)
+        ((pieces, _),) = encode_rows(self.raw, [RenderedRow([], text[:end], answers, [])])
+        return [token for ids, _ in pieces for token in ids]
+
+    def find_stop(self, ids: list[int]) -> int:
+        """Where the first stop token of a reply stands, or the reply's length."""
+        return next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
+
+    def decode_reply(self, ids: list[int]) -> str:
+        """Text up to the first stop token; of a reply without one, up to its last whole character."""
+        end = self.find_stop(ids)
+        text = self.raw.decode(ids[:end], skip_special_tokens=True)
+        return (drop_cut_character(text) if end == len(ids) else text).strip()
+
+    def describe(self) -> dict[str, Any]:
+        """What run.json keeps."""
+        return {
+            "template_sha256": hash_text(self.raw.chat_template),
+            "stop_ids": self.stop_ids,
+            "stop_tokens": self.stops,
+            "pad_token_id": self.raw.pad_token_id,
+        }
+
+
+def drop_cut_character(text: str) -> str:
+    """`text` without a last character of which not all bytes were generated: a Chinese one has three."""
+    return text.rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+def load_chat_tokenizer(model_args: ModelArguments, data_args: DataArguments) -> ChatTokenizer:
+    """That of a training. Without a template of its own it gets --template, else alpaca (oasst1: guanaco)."""
+    default = "guanaco" if data_args.dataset_name == "oasst1" else "alpaca"
+    raw = load_tokenizer(model_args, data_args.template, default)
+    return ChatTokenizer(raw, load_stop_ids(model_args, raw))
+
+
+def load_run_tokenizer(resolved: ResolvedModel) -> ChatTokenizer:
+    """That of a run, with the stop tokens that it was trained with; of a model without a run its own."""
+    raw = load_tokenizer(resolved.args, resolved.template)
+    return ChatTokenizer(raw, resolved.stop_ids or load_stop_ids(resolved.args, raw), resolved.keeps_blank)
 
 
 def load_tokenizer(
-    model_args: ModelArguments, data_args: DataArguments | None = None
-) -> "PreTrainedTokenizerBase":
-    """The tokenizer with a chat template and a pad token. A run's own tokenizer comes before the base's."""
+    model_args: ModelArguments, template: str | None = None, default: str = "alpaca"
+) -> PreTrainedTokenizerBase:
+    """The tokenizer with a chat template and a pad token. A run's own tokenizer comes before the base's.
+
+    `template` is set where it is named, `default` where the tokenizer has none.
+    """
     run = model_args.checkpoint_dir
     if run is None or not Path(run, "tokenizer_config.json").is_file():
         name, revision = model_args.base, model_args.revision
@@ -31,20 +110,19 @@ def load_tokenizer(
         )
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {model_args.base} has no eos token, so no reply could end")
-    add_chat_template(tokenizer, data_args)
+    add_chat_template(tokenizer, template, default)
     add_bos(tokenizer)
     add_pad_token(tokenizer)
     return tokenizer
 
 
-def add_chat_template(tokenizer: "PreTrainedTokenizerBase", data_args: DataArguments | None) -> None:
-    """Set the prompt format: --template, else the tokenizer's own, else alpaca (guanaco for oasst1)."""
-    name = data_args.template if data_args else None
+def add_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None, default: str) -> None:
+    """Set the prompt format: the template of that name, else the tokenizer's own, else the default one."""
     if name is None and tokenizer.chat_template:
         tokenizer.chat_template = choose_named_template(tokenizer.chat_template)
         return
     if name is None:
-        name = "guanaco" if data_args and data_args.dataset_name == "oasst1" else "alpaca"
+        name = default
         notice(f"the tokenizer has no chat template: using {name} (--template chooses another)")
     if name == "chatml" and tokenizer.convert_tokens_to_ids("<|im_end|>") in (None, tokenizer.unk_token_id):
         raise UserError(
@@ -54,7 +132,7 @@ def add_chat_template(tokenizer: "PreTrainedTokenizerBase", data_args: DataArgum
     tokenizer.chat_template = read_template(name)
 
 
-def add_bos(tokenizer: "PreTrainedTokenizerBase") -> None:
+def add_bos(tokenizer: PreTrainedTokenizerBase) -> None:
     """Let the template render the BOS that this tokenizer puts before any text: a server adds none itself."""
     rendered = render_chat(tokenizer, [{"role": "user", "content": "Question"}], add_generation_prompt=True)
     if find_own_bos(tokenizer) and not rendered.startswith(tokenizer.bos_token):
@@ -76,7 +154,7 @@ def choose_named_template(template: str | dict[str, str]) -> str:
     return template["default"]
 
 
-def add_pad_token(tokenizer: "PreTrainedTokenizerBase") -> None:
+def add_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     """pad = unk or a reserved token; else eos. Masks go by length: an eos in an answer is still trained.
 
     Of several reserved ones that with the smallest id, then the shortest name: get_vocab() has another order
@@ -95,11 +173,10 @@ def add_pad_token(tokenizer: "PreTrainedTokenizerBase") -> None:
             return
 
 
-def load_stop_ids(model_args: ModelArguments, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def load_stop_ids(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end a reply: the template's closing token, eos, and what the base's generation_config adds."""
-    where: dict[str, Any] = {"revision": model_args.revision, "cache_dir": model_args.cache_dir}
     try:
-        config = GenerationConfig.from_pretrained(model_args.base, **where)
+        config = GenerationConfig.from_pretrained(model_args.base, **model_args.where)
     except OSError:  # many models ship none
         config = GenerationConfig()
     eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]

@@ -58,7 +58,7 @@ def find_misfit(adapter: dict[str, list[int]], base: dict[str, list[int]]) -> st
         if expected is None:
             return f"the base has no layer {layer}"
         side = 1 if matrix.startswith("A.") else 0
-        if shape[side] != expected[side]:
+        if shape[side] not in expected:  # GPT-2 stores [in, out]
             kind, (rows, columns) = f"lora_{matrix[0]}", expected
             return f"{layer} is {rows} x {columns} and the adapter's {kind} is {shape[0]} x {shape[1]}"
     return None

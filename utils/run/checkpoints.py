@@ -1,6 +1,13 @@
 """Checkpoints that are whole or not there: written beside, read back, hashed, fsynced, renamed.
 
-manifest.json, written last, names every file with its size and sha256. Nothing is resumed from that differs.
+A process may be killed between any two bytes, and a disk may give back others than it got. So a save is
+
+    .checkpoint-40.tmp/   every file is written here; a kill leaves this hidden folder, which is swept away
+    manifest.json         last of all: the size and sha256 of each file, and what the run was made of
+    checkpoint-40/        the same folder after one rename, which happens or does not
+
+and nothing is resumed from that is not, byte for byte, what its manifest says: the next older checkpoint is
+taken instead, with a line that names the file.
 """
 
 import hashlib
@@ -14,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from utils.console import UserError, notice
+from utils.run.record import hash_file
 
 MANIFEST_FILE = "manifest.json"
+ADAPTER_FILE = "adapter_model.safetensors"
 STATE_FILE = "trainer_state.json"
 RESUME_FILES = (STATE_FILE, "training_state.json", "optimizer.safetensors")
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt"}
@@ -75,7 +84,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def find_fault(folder: Path) -> str | None:
-    """Why `folder` cannot be resumed from, naming the file; None where it is just as it was saved."""
+    """Why `folder` cannot be resumed from, naming the file; None where it can."""
+    damage = find_damage(folder)
+    if damage:
+        return damage
+    files = read_manifest(folder)["files"]
+    absent = [name for name in RESUME_FILES if name not in files]
+    return f"it was saved without {absent[0]} (--save_only_model)" if absent else None
+
+
+def find_damage(folder: Path) -> str | None:
+    """How `folder` differs from what was saved, naming the file; None where it does not."""
     try:
         files = read_manifest(folder)["files"]
         for name, expected in files.items():
@@ -88,18 +107,25 @@ def find_fault(folder: Path) -> str | None:
                 return f"{name} is not what was saved (its sha256 differs)"
     except (ValueError, OSError) as error:
         return str(error)
-    absent = [name for name in RESUME_FILES if name not in files]
-    if absent:
-        return f"it was saved without {absent[0]} (--save_only_model)"
     foreign = (path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.name not in files)
     return next((f"{path.name} was not saved with it" for path in foreign), None)
 
 
-def find_valid_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint that is as it was saved; one line for each newer one that is not."""
+def find_fault_of_best(folder: Path) -> str | None:
+    """Why the best step so far, by the log in `folder`, could not be kept at the end; None where it could."""
+    best = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["best_global_step"]
+    damage = find_damage(folder.with_name(f"checkpoint-{best}")) if best else None
+    return f"the best step before it was {best}, and of checkpoint-{best} {damage}" if damage else None
+
+
+def find_valid_checkpoint(output_dir: Path, needs_best: bool = False) -> Path | None:
+    """The newest checkpoint that is as it was saved; one line for each newer one that is not.
+
+    `needs_best`: so must be the one that was the best by then.
+    """
     checkpoints = list_checkpoints(output_dir)
     for folder in reversed(checkpoints):
-        fault = find_fault(folder)
+        fault = find_fault(folder) or (find_fault_of_best(folder) if needs_best else None)
         if fault is None:
             return folder
         notice(f"{folder} is skipped: {fault}")
@@ -131,7 +157,7 @@ def remove_old_checkpoints(output_dir: Path, limit: int | None, keep: set[Path])
     """Keep `limit` checkpoints: those in `keep` (the one just verified among them) and the newest others."""
     others = [folder for folder in list_checkpoints(output_dir) if folder not in keep]
     allowed = max(0, limit - len(keep)) if limit else len(others)
-    for folder in others[: len(others) - allowed]:
+    for folder in others[: max(0, len(others) - allowed)]:
         remove_checkpoint(folder)
 
 
@@ -184,14 +210,21 @@ def find_errno(error: BaseException | None) -> int | None:
     return int(match[1]) if match else find_errno(error.__cause__)
 
 
-def verify_adapter(model: Any, folder: Path) -> None:
-    """Hold the adapter read back from `folder` against the one in memory; UserError where it differs."""
+def verify_adapter(model: Any, folder: Path, initial: Path | None = None) -> None:
+    """Hold the adapter read back from `folder` against the one in memory; UserError where it differs.
+
+    `initial`: folder of the adapter that is subtracted in it, B A - B0 A0 being [B, -B0] [A; A0].
+    """
     import torch
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
+    from safetensors.torch import load_file
 
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as saved:
+    for name, began in load_file(initial / ADAPTER_FILE).items() if initial else ():
+        is_a = ".lora_A." in name
+        expected[name] = torch.cat([expected[name].cpu(), began if is_a else -began], dim=0 if is_a else 1)
+    with safe_open(folder / ADAPTER_FILE, framework="pt") as saved:
         names = set(saved.keys())
         wrong = sorted(names ^ expected.keys()) or [
             name
@@ -216,11 +249,6 @@ def check_adapter_learned(model: Any, steps: int) -> None:
         )
     if unchanged:
         notice(f"lora_B is still zero in {len(unchanged)} of {len(weights)} layers: {unchanged[0]}, ...")
-
-
-def hash_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush_to_disk(path: Path) -> None:

@@ -18,6 +18,7 @@ from utils.run.checkpoints import (
     check_adapter_learned,
     check_free_space,
     disk_errors_explained,
+    find_damage,
     flush_to_disk,
     name_beside,
     remove_checkpoint,
@@ -26,7 +27,8 @@ from utils.run.checkpoints import (
     verify_adapter,
     write_manifest,
 )
-from utils.run.resume import find_fixed_arguments, fingerprint
+from utils.run.record import CHANGING_STARTS, INITIAL
+from utils.run.resume import find_lasting_arguments, fingerprint
 
 WriteFiles = Callable[[Path], None]
 
@@ -53,6 +55,7 @@ class Keeper:
         self.output_dir, self.model, self.fingerprints = output_dir, model, fingerprints
         self.is_writer, self.wait_for_everyone = is_writer, wait_for_everyone
         self.last_checkpoint: Path | None = None
+        self.initial: Path | None = None  # the adapter as it began, where it began with a part of the base
 
     def begin(self, checkpoint: Path | None, expected_bytes: int) -> None:
         """A training that goes on from `checkpoint`.
@@ -61,6 +64,29 @@ class Keeper:
         """
         check_free_space(self.output_dir, expected_bytes)
         self.last_checkpoint = checkpoint
+        if isinstance(self.model, PeftModel) and find_start(self.model) in CHANGING_STARTS:
+            self.keep_initial(self.model)
+
+    def keep_initial(self, model: PeftModel) -> None:
+        """The adapter as it begins, in INITIAL: what the finished one is to be without, to fit the base.
+
+        Raises UserError where an earlier start of the run began with other numbers.
+        """
+        self.initial = self.output_dir / INITIAL
+        if self.initial.is_dir():
+            try:
+                verify_adapter(model, self.initial)
+            except UserError as error:
+                raise UserError(
+                    f"--init_lora_weights gives other numbers than those in {self.initial}, with which the "
+                    "run began (another machine, or other libraries): go on where it began, or start anew"
+                ) from error
+        elif self.is_writer:
+            staging = name_beside(self.initial, WRITING)
+            with self.staged(self.initial, staging):
+                model.save_pretrained(str(staging), save_embedding_layers=False)
+                self.verify(staging)
+                rename_into_place(staging, self.initial)
 
     def name_checkpoint(self, step: int) -> Path:
         return self.output_dir / f"checkpoint-{step}"
@@ -91,7 +117,7 @@ class Keeper:
         staging = self.output_dir / f".final.{WRITING}"
         with self.staged(self.output_dir, staging):
             write_files(staging)
-            self.verify(staging)
+            self.verify(staging, self.initial)
             for path in sorted(staging.iterdir()):
                 flush_to_disk(path)
                 os.replace(path, self.output_dir / path.name)
@@ -110,9 +136,17 @@ class Keeper:
                 if self.is_writer:
                     shutil.rmtree(staging, ignore_errors=True)  # there only after a failure
 
-    def verify(self, folder: Path) -> None:
+    def verify(self, folder: Path, initial: Path | None = None) -> None:
         if isinstance(self.model, PeftModel):
-            verify_adapter(self.model, folder)
+            verify_adapter(self.model, folder, initial)
+
+    def check_undamaged(self, folder: Path) -> None:
+        """Raises UserError where the checkpoint is not as it was saved."""
+        if damage := find_damage(folder):
+            raise UserError(
+                f"{folder} was to be kept and is damaged ({damage}): the same command again goes on from an "
+                "earlier checkpoint"
+            )
 
     def check_weights(self, when: str) -> None:
         """Raises UserError where a trained weight is not finite."""
@@ -136,6 +170,11 @@ class Keeper:
         remove_old_checkpoints(self.output_dir, limit, keep)
 
 
+def find_start(model: PeftModel) -> str:
+    """PEFT's init_lora_weights of the adapter."""
+    return str(getattr(model.peft_config[model.active_adapter], "init_lora_weights", True)).lower()
+
+
 def estimate_checkpoint_bytes(model: torch.nn.Module, vocabulary: int, moment_bytes: int) -> int:
     """Trained weights, two moments of each, and the tokenizer (its json has 75 bytes a token)."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -156,7 +195,7 @@ def fingerprint_run(record: dict[str, Any], rows: Any) -> dict[str, str]:
     return {
         "base model": fingerprint(record["base_model"]),
         "training rows": digest.hexdigest(),
-        "arguments": fingerprint(find_fixed_arguments(record["arguments"])),
+        "arguments": fingerprint(find_lasting_arguments(record["arguments"])),
     }
 
 

@@ -77,11 +77,29 @@ def rearrange_state(
                 raise UserError(f"{name} is {shape} and the checkpoint's optimizer state has {saved_shape}")
             parts.append((source, offset, start, prod(shape)))
         state[number] = join_states(saved["state"], was, parts, parameter)
-    schedule = {key: saved["param_groups"][0][key] for key in ("lr", "initial_lr")}
+    schedules = [
+        {key: saved["param_groups"][i][key] for key in ("lr", "initial_lr")}
+        for i in match_groups(saved["param_groups"], was, groups, now)
+    ]
     return {
         "state": {number: values for number, values in state.items() if values},
-        "param_groups": [group | schedule for group in groups],
+        "param_groups": [group | schedule for group, schedule in zip(groups, schedules, strict=True)],
     }
+
+
+def match_groups(
+    saved: list[dict[str, Any]], was: Layout, groups: list[dict[str, Any]], now: Layout
+) -> list[int]:
+    """For each of the `groups` the number of the saved one that has its weights; 0 for one without any."""
+    homes = {name: i for i, own in enumerate(list_names(saved, was)) for name in own}
+    return [homes[own[0]] if own else 0 for own in list_names(groups, now)]
+
+
+def list_names(groups: list[dict[str, Any]], layout: Layout) -> list[list[str]]:
+    """Of the weights in each group."""
+    return [
+        [piece[0] for number in group["params"] for piece in layout[number]["pieces"]] for group in groups
+    ]
 
 
 def join_states(
@@ -107,13 +125,17 @@ def join_states(
     return joined
 
 
-def match_schedule(state: dict[str, Any], groups: int) -> dict[str, Any]:
-    """The scheduler's state for that many groups of weights; all are at one rate, on either path."""
-    saved, was = state["scheduler"], len(state["optimizer"]["param_groups"])
-    if was == groups:
+def match_schedule(state: dict[str, Any], optimizer: Any, layout: Layout) -> dict[str, Any]:
+    """The scheduler's saved state for the groups of `optimizer`, whose weights lie by `layout`."""
+    saved, groups = state["scheduler"], optimizer.state_dict()["param_groups"]
+    were = state["optimizer"]["param_groups"]
+    if state.get("layout", layout) == layout and len(were) == len(groups):
         return saved
-    per_group = {name: each for name, each in saved.items() if isinstance(each, list) and len(each) == was}
-    return saved | {name: each[:1] * groups for name, each in per_group.items()}
+    order = match_groups(were, state["layout"], groups, layout)
+    return {
+        name: [each[i] for i in order] if isinstance(each, list) and len(each) == len(were) else each
+        for name, each in saved.items()
+    }
 
 
 def flatten_state(state: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,13 @@
-"""run.json: what made an adapter. Written when training starts, completed when it ends."""
+"""run.json: what made an adapter. Written when training starts, completed when it ends.
+
+    base_model   name, revision, kind and a fingerprint of its files       -> chat loads this one
+    prompt       a hash of the template, and the stop tokens               -> chat stops where training did
+    arguments    every flag, given or not                                  -> bits and quantization, for chat
+    data         each source with its sha256, rows trained and held out    -> evaluation holds out the same
+    and the command, versions, git commit, metrics, and `status`: running, then finished
+
+Whoever opens the run later asks this file, and needs no flag that could be set otherwise by mistake.
+"""
 
 import dataclasses
 import hashlib
@@ -16,6 +25,8 @@ from typing import Any
 from utils.console import UserError
 
 RUN_FILE = "run.json"
+INITIAL = "initial_adapter"  # of a run that began with a part of the base (--init_lora_weights pissa, olora)
+CHANGING_STARTS = ("pissa", "olora")  # PEFT's init_lora_weights that take what they begin with from the base
 TOKENIZATION = "rendered chats as a whole"  # how token ids come about; before it, prompts and answers apart
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 # What a run may leave in its folder; --overwrite_output_dir removes these and nothing else.
@@ -46,6 +57,7 @@ RUN_ARTIFACTS = (
     "merges.txt",
     "checkpoint-*",
     ".checkpoint-*",
+    INITIAL,
     ".final.tmp",
     "runs",
     "wandb",
@@ -106,10 +118,6 @@ def read_git_commit() -> str | None:
     return commit + ("+" if changed else "")
 
 
-def save_run_record(record: dict[str, Any], run_dir: Path) -> None:
-    write_json(record, run_dir / RUN_FILE)
-
-
 def write_json(content: Any, path: Path) -> None:
     """Write beside, fsync and rename: no reader, and no crash, ever sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,6 +166,23 @@ def next_free_path(path: Path) -> Path:
     """`path`, or with -2, -3, ... where it is taken: results are never overwritten."""
     names = (path if i == 1 else path.with_stem(f"{path.stem}-{i}") for i in itertools.count(1))
     return next(name for name in names if not name.exists())
+
+
+def describe_parent(folder: Path) -> dict[str, Any]:
+    """For run.json of a run that starts from the adapter in `folder`: which it was, and what made it."""
+    weights, record = folder / "adapter_model.safetensors", find_run_record(folder) or {}
+    return {
+        "folder": str(folder),
+        "adapter_sha256": hash_file(weights) if weights.is_file() else None,
+        "data": record.get("data", {}).get("sources"),
+        "prompt": record.get("prompt"),
+        "command": record.get("command"),
+    }
+
+
+def hash_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_text(text: str) -> str:

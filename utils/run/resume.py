@@ -1,15 +1,23 @@
-"""Going on from an earlier start of a run: what must not have changed, which checkpoint is used."""
+"""Going on from an earlier start of a run: what must not have changed, which checkpoint is used.
+
+The same command goes on where it was. Another one in the same folder would make a run that is neither: so
+each argument either may change (--save_steps: what is learned stays the same) or may not (--learning_rate),
+and base, rows and prompt may not. A change is a line that says what was and what is:
+
+    --output_dir output/mine holds a run that differs (--learning_rate 0.0002 -> 0.0001): name a new ...
+"""
 
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from utils.arguments import TrainingArguments
 from utils.console import UserError, notice
 from utils.messages import TRAIN
-from utils.run.checkpoints import find_fault, find_valid_checkpoint, read_manifest
+from utils.run.checkpoints import find_fault, find_fault_of_best, find_valid_checkpoint, read_manifest
 from utils.run.record import read_run_record
 
 # May differ between two starts of one run: they change what is printed or kept, not what is learned.
@@ -40,6 +48,8 @@ MAY_CHANGE_ON_RESUME = {
     "max_eval_samples",
     "cache_dir",
     "max_memory_MB",
+    "gradient_checkpointing",
+    "offload_checkpoints",
     "remove_unused_columns",
     "ddp_find_unused_parameters",
     "resume_from_checkpoint",
@@ -47,12 +57,15 @@ MAY_CHANGE_ON_RESUME = {
     "force_resume",
     "allow_pickle",
     "data_report",
+    "dry_run",
     "ignore_data_report",
     "push_to_hub",
     "hub_model_id",
     "hub_private_repo",
     "hub_strategy",
 }
+# How long a run is. One that is made longer goes on, and its checkpoints stay its own.
+LENGTHS = ("num_train_epochs", "max_steps", "early_stopping_patience")
 BASE_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".py", ".safetensors", ".bin"}
 SAMPLES, SAMPLE_BYTES = 64, 4096
 
@@ -62,11 +75,20 @@ def find_fixed_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in MAY_CHANGE_ON_RESUME}
 
 
+def find_lasting_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Of the fixed ones those that are set and that stay when a run is made longer."""
+    fixed = find_fixed_arguments(arguments).items()
+    return {name: value for name, value in fixed if name not in LENGTHS and value}
+
+
 def find_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between two records (run.json) in the parts that `now` has: `what was -> now`."""
     changes: list[str] = []
     if "arguments" in now:
-        changes += find_argument_changes(was["arguments"], now["arguments"])
+        old, new = find_fixed_arguments(was["arguments"]), find_fixed_arguments(now["arguments"])
+        # False, 0 and None are one: not set, or of a later version.
+        is_set = (name for name in old.keys() | new.keys() if old.get(name) or new.get(name))
+        changes += list_differences("--", old, new, sorted(is_set))
     if "base_model" in now:
         # With another name the flag says it all, and a folder under another name is compared by its files.
         changes += find_base_changes(was["base_model"], now["base_model"]) if not changes else []
@@ -77,54 +99,81 @@ def find_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if "data" in now:
         changes += find_data_changes(was["data"], now["data"])
     if "prompt" in now:
-        prompt, other = was["prompt"], now["prompt"]
-        others = (key for key in other if prompt.get(key) != other[key])
-        changes += [f"prompt {key} {prompt.get(key)} -> {other[key]}" for key in others]
-    if "processes" in now and was.get("processes", 1) != now["processes"]:
-        changes.append(f"processes {was.get('processes', 1)} -> {now['processes']}")
+        changes += list_differences("prompt ", was["prompt"], now["prompt"], now["prompt"])
+    if "parent" in now:
+        parent = now["parent"]
+        if was.get("parent", parent)["adapter_sha256"] != parent["adapter_sha256"]:
+            changes.append(f"the adapter in {parent['folder']} has changed")
+    if "processes" in now:
+        changes += list_differences("", {"processes": 1} | was, now, ["processes"])
     return changes
 
 
-def find_argument_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Arguments that change what is learned."""
-    was, now = find_fixed_arguments(was), find_fixed_arguments(now)
-    return [
-        f"--{name} {was.get(name)} -> {now.get(name)}"
-        for name in sorted(was.keys() | now.keys())
-        if was.get(name) != now.get(name)
-    ]
+def list_differences(what: str, was: dict[str, Any], now: dict[str, Any], keys: Iterable[str]) -> list[str]:
+    """`what key was -> now` for each of the `keys` that differs."""
+    changed = (key for key in keys if was.get(key) != now.get(key))
+    return [f"{what}{key} {was.get(key)} -> {now.get(key)}" for key in changed]
+
+
+def find_extension(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """How the arguments `now` ask for a longer run than the record `was`; empty where they do not.
+
+    Raises UserError where it has stopped early and would at once stop again.
+    """
+    then = was["arguments"]
+    changed = [name for name in LENGTHS if then.get(name) != now.get(name)]
+    patience, had = now.get("early_stopping_patience"), then.get("early_stopping_patience")
+    is_patient = had is not None and (patience is None or patience > had)
+    if "early_stopping_patience" in changed and not is_patient:
+        return []
+    if changed not in ([], ["early_stopping_patience"]) and not is_longer(was, now):
+        return []
+    stopped = was["metrics"].get("stopped_early")
+    if changed and stopped and not is_patient:
+        raise UserError(f"the run stopped {stopped}: to go on, raise that too")
+    return [f"--{name} {then.get(name)} -> {now.get(name)}" for name in changed]
+
+
+def is_longer(was: dict[str, Any], now: dict[str, Any]) -> bool:
+    """By steps or by epochs, as `now` counts; where the record did not, by how far the run has come."""
+    then, by_steps = was["arguments"], now["max_steps"] > 0
+    name, come = ("max_steps", "steps") if by_steps else ("num_train_epochs", "epochs")
+    before = then[name] if (then["max_steps"] > 0) == by_steps else was["metrics"].get(come)
+    return before is not None and now[name] > before
 
 
 def find_base_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    changes = [
-        f"base_model {key} {was.get(key)} -> {now[key]}"
-        for key in now.keys() - {"fingerprint"}
-        if was.get(key) != now[key]
-    ]
+    changes = list_differences("base_model ", was, now, sorted(now.keys() - {"fingerprint"}))
     if was.get("fingerprint") != now["fingerprint"]:
         changes.append(f"the files in --model_name_or_path {now['name']} have changed")
     return changes
 
 
 def find_other_versions(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return [
-        f"{name} {was['versions'].get(name)} -> {version}"
-        for name, version in now["versions"].items()
-        if was["versions"].get(name) != version
-    ]
+    return list_differences("", was["versions"], now["versions"], now["versions"])
 
 
-def read_resolved(training_args: TrainingArguments) -> dict[str, str]:
-    """What the run that goes on chose when it began: `optim`, and `path` where --fast_lora is the same."""
+def read_resolved(training_args: TrainingArguments) -> dict[str, Any]:
+    """What the run that goes on chose when it began: `optim`, and what its flags still ask for alike.
+
+    `path` goes by --fast_lora; `capacity` and `recomputed_layers` by --gradient_checkpointing.
+    """
     output_dir, asked = training_args.run_dir, training_args.extra.get("resume_from_checkpoint")
     run = Path(asked).parent if names_checkpoint(asked) else output_dir
     is_removed = training_args.overwrite_output_dir and run.resolve() == output_dir.resolve()
     record = read_run_record(run) if training_args.do_train and not is_removed else None
     if record is None:
         return {}
-    is_asked_alike = record["arguments"].get("fast_lora") == training_args.fast_lora
+    decided_by = {
+        "path": "fast_lora",
+        "capacity": "gradient_checkpointing",
+        "recomputed_layers": "gradient_checkpointing",
+    }
     return {
-        name: value for name, value in record.get("resolved", {}).items() if name != "path" or is_asked_alike
+        name: value
+        for name, value in record.get("resolved", {}).items()
+        if name not in decided_by
+        or record["arguments"].get(decided_by[name]) == getattr(training_args, decided_by[name])
     }
 
 
@@ -135,21 +184,20 @@ def find_data_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for data in (was, now)
     )
     changes = [f"{name} is {'gone' if name in old else 'new'}" for name in sorted(old.keys() ^ new.keys())]
-    changes += [
-        f"{name}: {key} {old[name].get(key)} -> {new[name].get(key)}"
-        for name in sorted(old.keys() & new.keys())
-        for key in ("sha256", "format", "sample", "columns")
-        if old[name].get(key) != new[name].get(key)
-    ]
+    for name in sorted(old.keys() & new.keys()):
+        keys = ("sha256", "format", "sample", "columns")
+        changes += list_differences(f"{name}: ", old[name], new[name], keys)
     if was["rows"][TRAIN] != now["rows"][TRAIN]:
         changes.append(f"training rows {was['rows'][TRAIN]} -> {now['rows'][TRAIN]}")
     return changes
 
 
 def choose_checkpoint(
-    output_dir: Path, asked: str | None, fingerprints: dict[str, str], force: bool
+    output_dir: Path, asked: str | None, fingerprints: dict[str, str], force: bool, needs_best: bool = False
 ) -> Path | None:
     """The checkpoint to go on from: the one `asked` for, else the newest valid one.
+
+    `needs_best`: the run keeps its best step, so the best one before must be there too.
 
     Raises UserError where the one asked for is faulty, or where base, rows or arguments are not those it was
     made with (`force`: a line instead).
@@ -159,12 +207,16 @@ def choose_checkpoint(
         folder = Path(asked)
         is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name)
         fault = find_fault(folder) if is_checkpoint else "its name is not checkpoint-N"
+        if needs_best and not fault:
+            is_foreign = folder.resolve().parent != output_dir.resolve()
+            foreign = "with --load_best_model_at_end it must be the run's own"
+            fault = foreign if is_foreign else find_fault_of_best(folder)
         if fault:
             raise UserError(
                 f"--resume_from_checkpoint {asked}: {fault}; leave the flag out for the newest valid one"
             )
     else:
-        folder = find_valid_checkpoint(output_dir)
+        folder = find_valid_checkpoint(output_dir, needs_best)
     if folder is None:
         return None
     recorded = read_manifest(folder)["fingerprints"]

@@ -25,15 +25,17 @@ from utils.run.record import (
     TOKENIZATION,
     clear_run,
     collect_arguments,
-    hash_text,
+    describe_parent,
     list_run_files,
     read_run_record,
-    save_run_record,
     start_record,
+    write_json,
 )
 from utils.run.resume import (
+    LENGTHS,
     choose_checkpoint,
     find_changes,
+    find_extension,
     find_other_versions,
     fingerprint_folder,
     raise_unless_forced,
@@ -43,11 +45,15 @@ REPORT_FILES = {LOCK_FILE, "data_report.json", "data_report.png"}  # may be ther
 
 
 class Run:
-    """`folder`, the `record` that run.json is made of, and `earlier`: the record found there, if any."""
+    """`folder`, the `record` that run.json is made of, and `earlier`: the record found there, if any.
+
+    `known` is what is known before the model is loaded: arguments, and the base by name and fingerprint.
+    """
 
     def __init__(self, folder: Path, arguments: dict[str, Any], base_fingerprint: str | None):
         self.folder, self.arguments = folder, arguments
         self.earlier: dict[str, Any] | None = None
+        self.lengths: dict[str, Any] = {}  # the arguments that make it longer than its earlier start
         self.record = start_record(arguments)
         self.known = {
             "arguments": arguments,
@@ -80,34 +86,47 @@ class Run:
         found = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
         if self.overwrites or found <= REPORT_FILES:
             return
-        self.earlier = read_run_record(self.folder)
-        if self.earlier is None:
+        record = read_run_record(self.folder)
+        if record is None:
             stays = " (--overwrite_output_dir uses it all the same and leaves those files)"
             advice = "" if list_run_files(self.folder) else stays
             raise UserError(
                 f"--output_dir {self.folder} holds other files and no {RUN_FILE}: name a new folder{advice}"
             )
+        self.earlier = earlier = self.extend(record)
         tokenized = {} if self.is_finished else {"tokenization": TOKENIZATION}
         if self.check(self.known | tokenized):
-            self.earlier = self.earlier | {"status": "running"}  # a finished one goes on, with what changed
+            self.earlier = earlier | {"status": "running"}  # a finished one goes on, with what changed
+
+    def extend(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The earlier start's `record`; where this one is longer, as if that had been as long."""
+        extended = record.get("extended", [])
+        if longer := find_extension(record, self.arguments):
+            extended = [*extended, {"changes": longer, "after_step": record["metrics"].get("steps")}]
+            notice(f"{self.folder} goes on and becomes longer ({'; '.join(longer)})")
+            self.lengths = {name: self.arguments.get(name) for name in LENGTHS}
+            record = self.lengthen(record) | {"status": "running"}
+        if extended:
+            self.record["extended"] = extended
+        return record
+
+    def lengthen(self, record: dict[str, Any]) -> dict[str, Any]:
+        return record | {"arguments": record["arguments"] | self.lengths}
 
     def describe(self, **parts: Any) -> None:
         """Write down `parts` of run.json. Raises UserError where an earlier start had others."""
         self.record |= parts
         self.check(parts)
 
-    def describe_model(self, config: Any, tokenizer: Any, stop_ids: list[int]) -> None:
-        """As describe: of the base, by its `config`, and of the prompts that it is given."""
+    def describe_model(self, config: Any, prompt: dict[str, Any]) -> None:
+        """As describe: of the base, by its `config`, and of the `prompt` that it is given."""
         base = self.known["base_model"] | {
             "revision": getattr(config, "_commit_hash", None),
             "type": config.model_type,
         }
-        prompt = {
-            "template_sha256": hash_text(tokenizer.chat_template),
-            "stop_ids": stop_ids,
-            "stop_tokens": tokenizer.convert_ids_to_tokens(stop_ids),
-            "pad_token_id": tokenizer.pad_token_id,
-        }
+        parents = (self.record.get("parent") or {}).get("prompt") or prompt
+        if parents["template_sha256"] != prompt["template_sha256"]:
+            notice("the prompt format is not the one that the adapter was trained with before")
         self.describe(base_model=base, prompt=prompt, processes=self.record["processes"])
         if places := describe_places(base["name"], self.folder):
             self.record["base_places"] = places
@@ -135,7 +154,8 @@ class Run:
             sweep_leftovers(self.folder)
         wait_for_everyone()
         self.check_again()
-        checkpoint = choose_checkpoint(self.folder, asked, fingerprints, self.force)
+        needs_best = self.arguments.get("load_best_model_at_end", False)
+        checkpoint = choose_checkpoint(self.folder, asked, fingerprints, self.force, needs_best)
         if checkpoint:
             notice(f"going on from {checkpoint}")
         wait_for_everyone()
@@ -147,6 +167,7 @@ class Run:
     def check_again(self) -> None:
         """What another process wrote before this one had the lock, and libraries of other versions."""
         found = read_run_record(self.folder)
+        found = self.lengthen(found) if found else None
         if found and (self.earlier is None or self.earlier | {"status": found["status"]} != found):
             self.earlier = found
             self.check(self.record)
@@ -154,7 +175,7 @@ class Run:
             notice(f"going on with other versions ({', '.join(others)}): results may differ in rounding")
 
     def save(self, **parts: Any) -> None:
-        save_run_record(self.record | parts, self.folder)
+        write_json(self.record | parts, self.folder / RUN_FILE)
 
     def print_finished(self) -> None:
         """Say that there is nothing left to train."""
@@ -162,7 +183,7 @@ class Run:
         metrics = self.earlier["metrics"]
         notice(
             f"{self.folder} is finished: {metrics['steps']} steps, train loss {metrics['train_loss']:.3f}; "
-            "--overwrite_output_dir starts anew\n"
+            "a higher --num_train_epochs or --max_steps goes on, --overwrite_output_dir starts anew\n"
             f"to chat: python cli_demo.py --checkpoint_dir {self.folder}"
         )
 
@@ -179,6 +200,8 @@ def open_run(
     run = Run(training_args.run_dir, arguments, base)
     if training_args.do_train:
         run.find_earlier()
+        if model_args.checkpoint_dir:
+            run.describe(parent=describe_parent(Path(model_args.checkpoint_dir)))
     return run
 
 

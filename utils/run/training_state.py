@@ -93,14 +93,8 @@ def name_rng_file(process: int) -> str:
 
 
 def save_rng(state: dict[str, Any], path: Path) -> None:
-    algorithm, keys, *rest = state["numpy"]
-    content = {
-        "python": state["python"],
-        "numpy": [algorithm, keys.tolist(), *rest],
-        "torch": state["torch"].tolist(),
-        "cuda": [device.tolist() for device in state["cuda"]],
-    }
-    path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    text = json.dumps(state, default=lambda array: array.tolist())  # NumPy's and torch's
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def load_rng(path: Path) -> dict[str, Any]:

@@ -4,63 +4,70 @@ import dataclasses
 import sys
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from utils.arguments import DataArguments, ModelArguments, TrainingArguments
+from utils.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments
 from utils.console import UserError, notice
-from utils.data.packing import PackingCollator, PaddingCollator, choose_capacity
+from utils.data.packing import PackingCollator, PaddingCollator
 from utils.data.token_rows import TokenRows
 from utils.fast.model import prepare_fast_evaluation, prepare_fast_model
 from utils.fast.rope import find_shared_length
 from utils.fast.trials import find_packing_obstacle
 from utils.messages import EVAL, TEST, TRAIN
 from utils.models.base import has_gpu
+from utils.models.tokenizer import ChatTokenizer
 from utils.run.keeper import Keeper, fingerprint_run
 from utils.run.record import hide_secrets
 from utils.run.resume import read_resolved
 from utils.run.run import Run
 from utils.train.callbacks import ProgressLine
+from utils.train.dry_run import describe_plan
 from utils.train.engine import Engine, FastEngine, PlainEngine, find_flag_obstacle
+from utils.train.plan import Plan, choose_optim, find_machine, make_plan
 from utils.train.summary import choose_logging_steps, describe_start
 from utils.train.trainer import QLoraTrainer
-
-MAX_STATE_SHARE = 0.1  # of the free GPU memory: activations need the rest
 
 
 def build_trainer(
     model: PreTrainedModel | PeftModel,
-    tokenizer: Any,
+    tokenizer: ChatTokenizer,
     datasets: dict[str, TokenRows],
     run: Run,
     model_args: ModelArguments,
     data_args: DataArguments,
+    lora_args: LoraArguments,
     training_args: TrainingArguments,
     dtype: torch.dtype,
 ) -> QLoraTrainer:
     """The Trainer with this run's model and rows, and what it chose for them in the run's record."""
     lengths = datasets[TRAIN].lengths
-    collator = choose_collator(model, tokenizer, lengths, model_args, data_args, training_args)
     earlier = read_resolved(training_args)
-    training_args = choose_optimizer(model, training_args, earlier.get("optim"))
+    packs = find_packing(model, training_args)
+    arguments = (model_args, data_args, lora_args, training_args)
+    plan = make_plan(model.config, arguments, find_machine(model_args, dtype), lengths, packs, earlier)
+    if plan.needs and training_args.do_train:
+        notice(describe_plan(plan))
+    collator = choose_collator(model, tokenizer.raw, packs, plan, model_args, training_args)
+    training_args = choose_optimizer(model, training_args, plan, earlier.get("optim"))
     logging_steps = choose_logging_steps(len(lengths), training_args)
-    engine = choose_engine(model, training_args, dtype, earlier.get("path"))
-    run.record["resolved"] = {"optim": training_args.optim, "path": engine.name}
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    args = build_trainer_args(
-        training_args.with_values(logging_steps=logging_steps),
-        model_args,
-        dtype,
-        isinstance(collator, PackingCollator),
-    )
+    engine = choose_engine(model, training_args, dtype, plan, earlier.get("path"))
+    run.record["resolved"] = {
+        "optim": training_args.optim,
+        "path": engine.name,
+        "capacity": plan.capacity,
+        "recomputed_layers": plan.recomputed_layers,
+    }
+    run.record["memory"] = plan.describe()
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.raw.pad_token_id
+    args = build_trainer_args(training_args.with_values(logging_steps=logging_steps), model_args, dtype, plan)
     train_rows = datasets[TRAIN] if training_args.do_train else None
     trainer = QLoraTrainer(
         model=model,
-        processing_class=tokenizer,
+        processing_class=tokenizer.raw,
         args=args,
         train_dataset=train_rows,
         eval_dataset=next((datasets[part] for part in (EVAL, TEST) if len(datasets[part])), None),
@@ -79,9 +86,9 @@ def build_trainer(
 
 
 def choose_optimizer(
-    model: PreTrainedModel | PeftModel, training_args: TrainingArguments, earlier: str | None
+    model: PreTrainedModel | PeftModel, training_args: TrainingArguments, plan: Plan, earlier: str | None
 ) -> TrainingArguments:
-    """--optim auto: paged where the optimizer's state would crowd the GPU, fused where it is small.
+    """--optim auto is what the plan says.
 
     A run that goes on takes what its `earlier` start took, however much memory is free now.
     """
@@ -89,17 +96,21 @@ def choose_optimizer(
         if earlier not in (None, training_args.optim):
             notice(f"--optim {training_args.optim} takes the place of {earlier}, which this run began with")
         return training_args
-    optim = earlier or "adamw_torch"
-    if model.device.type == "cuda" and not earlier:
-        state_bytes = 8 * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-        free_bytes, _ = torch.cuda.mem_get_info(model.device)
-        optim = "paged_adamw_32bit" if state_bytes > MAX_STATE_SHARE * free_bytes else "adamw_torch_fused"
+    optim = earlier or plan.optim
+    if optim == "auto":  # nothing was planned
+        trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else None
+        optim = choose_optim(trained, free)
     notice(f"--optim auto is {optim}" + (", which this run began with" if earlier else ""))
     return training_args.with_values(optim=optim)
 
 
 def choose_engine(
-    model: torch.nn.Module, training_args: TrainingArguments, dtype: torch.dtype, earlier: str | None
+    model: torch.nn.Module,
+    training_args: TrainingArguments,
+    dtype: torch.dtype,
+    plan: Plan,
+    earlier: str | None,
 ) -> Engine:
     """The fused path (--fast_lora) where it covers model and optimizer, else the plain one, with a line why.
 
@@ -115,7 +126,7 @@ def choose_engine(
         prepare_fast_evaluation(model, dtype)
         return PlainEngine(model)
     fast = find_flag_obstacle(training_args) or prepare_fast_model(
-        model, dtype, training_args.offload_checkpoints
+        model, dtype, training_args.offload_checkpoints, plan.recomputed_layers
     )
     if isinstance(fast, str):
         began = ", and this run began on the fused one" if earlier == "fused" else ""
@@ -130,45 +141,47 @@ def build_keeper(model: torch.nn.Module, run: Run, rows: TokenRows | None, is_wr
     return Keeper(run.folder, model, fingerprints, is_writer, PartialState().wait_for_everyone)
 
 
+def find_packing(model: PreTrainedModel | PeftModel, training_args: TrainingArguments) -> bool:
+    """Whether rows are packed: --packing, where the model keeps them apart."""
+    obstacle = find_packing_obstacle(model) if training_args.packing else None
+    if obstacle:
+        notice(f"--packing: {model.config.model_type} gets padded batches instead ({obstacle})")
+    return training_args.packing and not obstacle
+
+
 def choose_collator(
     model: PreTrainedModel | PeftModel,
     tokenizer: Any,
-    lengths: np.ndarray,
+    packs: bool,
+    plan: Plan,
     model_args: ModelArguments,
-    data_args: DataArguments,
     training_args: TrainingArguments,
 ) -> PackingCollator | PaddingCollator:
-    """Packed where the model keeps rows apart; `lengths` of the training rows  # int64 [rows]"""
-    on_gpu, batch = has_gpu(model_args), training_args.per_device_train_batch_size
-    limit = find_shared_length(model.config)
-    obstacle = find_packing_obstacle(model) if training_args.packing else None
-    if training_args.packing and not obstacle:
-        rows_per_step = batch * training_args.gradient_accumulation_steps
-        capacity = choose_capacity(lengths, batch, rows_per_step, data_args.max_len, on_gpu)
-        return PackingCollator(tokenizer.pad_token_id, capacity, on_gpu, limit)
-    if obstacle:
-        notice(f"--packing: {model.config.model_type} gets padded batches instead ({obstacle})")
+    """What makes the micro-batches of a step's rows."""
+    on_gpu, limit = has_gpu(model_args), find_shared_length(model.config)
+    if packs:
+        return PackingCollator(tokenizer.pad_token_id, plan.capacity, on_gpu, limit)
     multiple = 8 if on_gpu else 1  # tensor cores want whole tiles
-    return PaddingCollator(tokenizer.pad_token_id, multiple, limit)
+    return PaddingCollator(tokenizer.pad_token_id, multiple, limit, training_args.per_device_train_batch_size)
 
 
 def build_trainer_args(
-    training_args: TrainingArguments, model_args: ModelArguments, dtype: torch.dtype, packed: bool
+    training_args: TrainingArguments, model_args: ModelArguments, dtype: torch.dtype, plan: Plan
 ) -> transformers.TrainingArguments:
     """transformers' TrainingArguments from ours; `dtype` is what autocast computes in.
 
-    `packed`: a batch of the dataloader is a whole optimizer step, which training_step accumulates itself.
+    A batch of the dataloader is a whole optimizer step, which training_step accumulates itself.
     """
     trainers = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
     flags = {name: value for name, value in vars(training_args).items() if name in trainers}
     flags |= training_args.extra
-    if packed:
-        flags["per_device_train_batch_size"] *= flags["gradient_accumulation_steps"]
-        flags["gradient_accumulation_steps"] = 1
+    flags["per_device_train_batch_size"] *= flags["gradient_accumulation_steps"]
+    flags["gradient_accumulation_steps"] = 1
     flags.pop("push_to_hub", None)  # the finished run is pushed by model_card.py, with our own card
     flags["use_cpu"] = not has_gpu(model_args)
     flags["bf16"], flags["fp16"] = dtype == torch.bfloat16, dtype == torch.float16
-    if flags.pop("gradient_checkpointing"):
+    del flags["gradient_checkpointing"]
+    if plan.recomputed_layers != 0:
         flags |= {
             "activation_checkpointing": True,
             "activation_checkpointing_kwargs": {"use_reentrant": False},
@@ -183,10 +196,15 @@ def build_trainer_args(
             f"--optim {training_args.optim}: there is no GPU memory to page from, it runs as its plain form"
         )
     flags.setdefault("logging_nan_inf_filter", False)  # a NaN loss must be seen
+    if keeps_best := flags.pop("load_best_model_at_end"):
+        flags.setdefault("metric_for_best_model", "loss")
     sys.argv = hide_secrets(sys.argv)  # wandb keeps the command line
     try:
         args = transformers.TrainingArguments(**flags)
     except ValueError as error:
         raise UserError(f"the Trainer refuses its flags: {error}") from error
+    args.load_best_model_at_end = (
+        keeps_best  # its own check wants --save_steps that fit, ours saves each best
+    )
     args._n_gpu = min(args.n_gpu, 1)  # never DataParallel: layers are spread, or processes are launched
     return args

@@ -7,10 +7,12 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from utils.arguments import GenerationArguments, TrainingArguments
+from utils.arguments import TrainingArguments
+from utils.chat.generation import BatchAnswerer
 from utils.console import is_main_process, notice
 from utils.messages import Chat, Messages
 from utils.train.mmlu import Question, evaluate_mmlu, find_letter_tokens
+from utils.train.predictions import answer_chats, score_predictions
 
 FEW_POINTS = 30  # of a curve whose points are marked
 
@@ -52,38 +54,26 @@ class SampleAnswers(TrainerCallback):
     Into samples.jsonl and on screen.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        stop_ids: list[int],
-        chats: list[Messages],
-        output_dir: Path,
-        generation_args: GenerationArguments,
-        seed: int,
-    ):
-        self.tokenizer, self.stop_ids, self.chats, self.output_dir = tokenizer, stop_ids, chats, output_dir
-        self.generation_args, self.seed = generation_args, seed
+    def __init__(self, answerer: BatchAnswerer, chats: list[Messages], output_dir: Path):
+        self.answerer, self.chats, self.output_dir = answerer, chats, output_dir
         self.last_step = -1
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
-            self.write_answers(state.global_step, model)
+            self.write_answers(state.global_step)
 
-    def on_evaluate(self, args, state, control, model=None, **kwargs):
-        self.write_answers(state.global_step, model)
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.write_answers(state.global_step)
 
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        self.write_answers(state.global_step, model)
+    def on_train_end(self, args, state, control, **kwargs):
+        if not args.load_best_model_at_end:  # else what is kept has answered at its evaluation
+            self.write_answers(state.global_step)
 
-    def write_answers(self, step: int, model: Any) -> None:
+    def write_answers(self, step: int) -> None:
         if not is_main_process() or step == self.last_step:
             return
-        from utils.chat.generation import generate_replies
-
         self.last_step = step
-        replies = generate_replies(
-            model, self.tokenizer, self.chats, self.stop_ids, self.generation_args, self.seed
-        )
+        replies = self.answerer.answer(self.chats)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         with open(self.output_dir / "samples.jsonl", "a", encoding="utf-8") as file:
             for chat, reply in zip(self.chats, replies, strict=True):
@@ -117,24 +107,11 @@ class MmluEvaluation(TrainerCallback):
 class AnswerScores(TrainerCallback):
     """ROUGE and BLEU of answers to the held-out rows at each evaluation, logged with it."""
 
-    def __init__(
-        self, tokenizer: Any, stop_ids: list[int], chats: list[Chat], generation_args: GenerationArguments
-    ):
-        self.tokenizer, self.stop_ids, self.chats = tokenizer, stop_ids, chats
-        self.generation_args = generation_args
+    def __init__(self, answerer: BatchAnswerer, chats: list[Chat]):
+        self.answerer, self.chats = answerer, chats
 
-    def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
-        from utils.train.predictions import answer_chats, score_predictions
-
-        answered = answer_chats(
-            model,
-            self.tokenizer,
-            self.chats,
-            self.stop_ids,
-            self.generation_args,
-            args.seed,
-            args.per_device_eval_batch_size,
-        )
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        answered = answer_chats(self.answerer, self.chats)
         scores = score_predictions(answered, "eval")
         metrics |= scores
         shown = ", ".join(f"{name.removeprefix('eval_')} {value:.1f}" for name, value in scores.items())

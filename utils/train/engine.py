@@ -7,10 +7,13 @@ clipping, zeroing and Adam are then one kernel launch each instead of one for ea
 Both answer the same five questions, so the Trainer holds one and does not know which:
 
     keys             what dropout masks follow from (utils/fast/token_keys.py)
-    flat_weights     the one parameter that the optimizer steps, or None for the Trainer's own groups
+    build_optimizer  over the adapter's weights, or None for the Trainer's own groups of them
     run_step         loss of a step, its gradient left where the optimizer finds it
     clip_gradients   the gradient's norm, scaled down to --max_grad_norm
     list_pieces      which weights lie where in an optimizer's parameter, for the checkpoint
+    run_probe        the largest micro-batch, once before training, for its memory alone
+    forget_step      nothing is left of the step under way, which memory was too short for
+    recompute_all    less memory for a step; False where that is done already
 """
 
 import contextlib
@@ -19,6 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
 from utils.arguments import TrainingArguments
@@ -29,6 +33,7 @@ from utils.fast.model import FastModel, MicroBatch
 # Optimizers that treat every weight alike, so that one flat buffer is as good as many matrices.
 ELEMENTWISE = ("adamw", "paged_adamw", "lion", "paged_lion", "sgd", "rmsprop", "ademamix", "paged_ademamix")
 
+ChooseOptimizer = Callable[[], tuple[Any, dict[str, Any]]]  # its class and the options that the flags give
 Piece = list[Any]  # [name of a weight, its first element in the parameter, its shape]
 
 
@@ -36,7 +41,6 @@ class PlainEngine:
     """Autograd through the model's own forward; every weight is a parameter of the optimizer."""
 
     name = "plain"
-    flat_weights = None
 
     def __init__(self, model: nn.Module):
         self.keys = key_dropout(model)
@@ -62,6 +66,16 @@ class PlainEngine:
         losses.append(run_micro_batch(last, label_tokens))
         return torch.stack(losses).sum()
 
+    def build_optimizer(
+        self, model: nn.Module, choose: ChooseOptimizer, decay: float, ratio: float | None
+    ) -> torch.optim.Optimizer | None:
+        """`ratio`: LoRA+'s (arXiv 2402.12354), by which B's learning rate is higher than A's."""
+        if ratio is None:
+            return None
+        kind, options = choose()
+        own = {"loraplus_lr_ratio": ratio, "loraplus_weight_decay": decay}
+        return create_loraplus_optimizer(model, kind, **options, **own)  # type: ignore[arg-type]
+
     def clip_gradients(
         self, model: nn.Module, optimizer: Any, accelerator: Accelerator, max_norm: float
     ) -> torch.Tensor:
@@ -69,6 +83,15 @@ class PlainEngine:
 
     def list_pieces(self, parameter: nn.Parameter, names: dict[nn.Parameter, str]) -> list[Piece]:
         return [[names[parameter], 0, list(parameter.shape)]]
+
+    def run_probe(self, model: nn.Module, micro_batch: MicroBatch) -> None:
+        """Nothing: without graphs every step allocates anew."""
+
+    def forget_step(self, model: nn.Module) -> None:
+        model.zero_grad()
+
+    def recompute_all(self) -> bool:
+        return False  # as --gradient_checkpointing has it
 
 
 class FastEngine:
@@ -78,15 +101,18 @@ class FastEngine:
 
     def __init__(self, fast: FastModel):
         self.fast, self.flat, self.keys = fast, fast.flat, fast.keys
-        self.flat_weights = fast.flat.weights
+        self.slices: dict[nn.Parameter, tuple[int, int]] = {}  # what the optimizer is given: start and end
         self.graphed_step = GraphedStep(fast)
 
     def join_processes(self, accelerator: Accelerator) -> None:
-        """Begin with the same weights; run_step sums the gradients itself.
+        """Begin with the same weights; run_step sums the gradients itself, in a buffer that stays.
 
-        So no DistributedDataParallel is wanted. And the model is in its place: moving it again ("cpu" to
-        "cpu:0" copies) would take the weights out of the flat buffer.
+        So no DistributedDataParallel is wanted, and the Trainer's zero_grad, which walks over every module,
+        is one launch. And the model is in its place: moving it again ("cpu" to "cpu:0" copies) would take the
+        weights out of the flat buffer.
         """
+        model: Any = self.fast.model
+        model.zero_grad = lambda set_to_none=True: self.flat.zero_gradients()
         if accelerator.num_processes == 1:
             return
         prepare = accelerator.prepare_model
@@ -113,6 +139,26 @@ class FastEngine:
             torch.distributed.all_reduce(self.flat.grads)
         return losses.sum() / label_tokens * processes
 
+    def build_optimizer(
+        self, model: nn.Module, choose: ChooseOptimizer, decay: float, ratio: float | None
+    ) -> torch.optim.Optimizer:
+        """As PlainEngine.build_optimizer: one parameter, or with a `ratio` the runs of A and those of B."""
+        kind, options = choose()
+        weights = self.flat.weights
+        if ratio is None:
+            self.slices = {weights: (0, weights.numel())}
+            return kind([{"params": [weights], "weight_decay": decay}], **options)
+        names = {weight: name for name, weight in model.named_parameters()}
+        runs = self.flat.find_runs(lambda weight: ".lora_B." in names[weight])
+        parts = [(is_b, self.flat.cut(start, end)) for is_b, start, end in runs]
+        self.slices = {part: run[1:] for (_, part), run in zip(parts, runs, strict=True)}
+        rates = {False: options["lr"], True: options["lr"] * ratio}
+        groups = [
+            {"params": [part for kind_b, part in parts if kind_b == is_b], "lr": rate, "weight_decay": decay}
+            for is_b, rate in rates.items()
+        ]
+        return kind(groups, **options)
+
     def clip_gradients(
         self, model: nn.Module, optimizer: Any, accelerator: Accelerator, max_norm: float
     ) -> torch.Tensor:
@@ -120,7 +166,28 @@ class FastEngine:
         return self.flat.clip_gradients(max_norm)
 
     def list_pieces(self, parameter: nn.Parameter, names: dict[nn.Parameter, str]) -> list[Piece]:
-        return [[names[weight], start, list(weight.shape)] for weight, start in self.flat.starts.items()]
+        first, end = self.slices[parameter]
+        return [
+            [names[weight], start - first, list(weight.shape)]
+            for weight, start in self.flat.starts.items()
+            if first <= start < end
+        ]
+
+    def run_probe(self, model: nn.Module, micro_batch: MicroBatch) -> None:
+        """A micro-batch forward and backward for the memory it takes; nothing is learned."""
+        model.train()
+        self.graphed_step(micro_batch, 0.0)
+        self.flat.zero_gradients()
+
+    def forget_step(self, model: nn.Module) -> None:
+        self.graphed_step.forget_graphs()
+        self.flat.attach_gradients()
+        self.flat.zero_gradients()
+
+    def recompute_all(self) -> bool:
+        layers, recomputed = len(self.fast.layers), self.fast.recomputed_layers
+        self.fast.recomputed_layers = layers
+        return recomputed is not None and recomputed < layers
 
 
 Engine = PlainEngine | FastEngine

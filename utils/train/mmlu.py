@@ -4,7 +4,6 @@ The letters are the tokens that follow `Answer:` in running text, " A" to " D": 
 compares, and for LLaMA's tokenizer also what the paper's callback did, since it reads "A" as "▁A".
 """
 
-import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 LETTERS = "ABCD"
 # The original's files, looked for in --data_dir, its mmlu/ folder, and data/mmlu/; else Hendrycks' set.
 FILES = {"mmlu-zs": "zero_shot_mmlu_{split}.json", "mmlu-fs": "five_shot_mmlu_{split}.json"}
+FILE_SPLITS = {"eval": "val", "test": "test"}
 HUB_ID, HUB_SPLITS = "cais/mmlu", {"eval": "validation", "test": "test"}
 SHOTS = {"mmlu-zs": 0, "mmlu-fs": 5}
 Question = dict[str, str]  # subject, input, output
@@ -38,7 +38,7 @@ def find_mmlu_file(training_args: TrainingArguments, data_args: DataArguments) -
                 f"--mmlu_dataset {name}: no such file; use a json/jsonl file, or {' or '.join(FILES)}"
             )
         return Path(name)
-    file = FILES[name].format(split={"eval": "val", "test": "test"}[training_args.mmlu_split])
+    file = FILES[name].format(split=FILE_SPLITS[training_args.mmlu_split])
     folders = [Path("data/mmlu")]
     if data_args.data_dir:
         folders = [Path(data_args.data_dir), Path(data_args.data_dir, "mmlu"), *folders]
@@ -61,7 +61,7 @@ def download_mmlu(training_args: TrainingArguments) -> list[Question]:
     from utils.models.hub import reach_hub
 
     name, split = training_args.mmlu_dataset, training_args.mmlu_split
-    file = FILES[name].format(split={"eval": "val", "test": "test"}[split])
+    file = FILES[name].format(split=FILE_SPLITS[split])
     reach_hub(
         f"--mmlu_dataset {name}: {file} (data/mmlu of the QLoRA paper's repository) is neither in data/mmlu "
         f"nor in --data_dir, and for {HUB_ID}"
@@ -152,15 +152,14 @@ def read_last_logits(model: Any, rows: list[list[int]], pad_token_id: int) -> "t
     """The logits behind the last token of each row  # [rows, vocabulary]"""
     import torch
 
+    from utils.chat.generation import pad_rows
+    from utils.train.token_loss import has_logits_to_keep
+
+    inputs = pad_rows(rows, pad_token_id, "right", model.device)  # where positions stay as they are
     lengths = torch.tensor([len(row) for row in rows])
-    width = int(lengths.max())
-    input_ids = torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows])
-    mask = (torch.arange(width) < lengths[:, None]).long()  # padded on the right: positions stay as they are
-    inputs = {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device)}
     ends, column = torch.unique(lengths - 1, return_inverse=True)
     ends = ends.numpy()  # the hidden state may lie on another device than the rows: no hook moves an array
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "logits_to_keep" in inspect.signature(base.forward).parameters:
+    if has_logits_to_keep(model):
         logits = model(**inputs, use_cache=False, logits_to_keep=ends).logits
     else:
         logits = model(**inputs, use_cache=False).logits[:, ends]

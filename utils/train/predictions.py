@@ -2,12 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from accelerate.utils import gather_object
 
-from utils.arguments import GenerationArguments
-from utils.chat.generation import generate_replies
+from utils.chat.generation import BatchAnswerer
 from utils.console import is_main_process, notice, read_rank_and_size
 from utils.messages import UNTRAINED, Chat
 from utils.run.record import next_free_path
@@ -20,21 +18,12 @@ def find_answered(chats: list[Chat]) -> list[Chat]:
     return [chat for chat in answered if chat.messages[-1].get(UNTRAINED, True)]
 
 
-def answer_chats(
-    model: Any,
-    tokenizer: Any,
-    chats: list[Chat],
-    stop_ids: list[int],
-    generation_args: GenerationArguments,
-    seed: int,
-    batch_size: int,
-) -> list[dict[str, str]]:
+def answer_chats(answerer: BatchAnswerer, chats: list[Chat]) -> list[dict[str, str]]:
     """{prompt, reference, prediction} of each chat's last answer; several processes share the chats."""
     rank, size = read_rank_and_size()
     mine = list(range(rank, len(chats), size))
     asked = [Chat(chats[i].messages[:-1], chats[i].tools) for i in mine]
-    replies = generate_replies(model, tokenizer, asked, stop_ids, generation_args, seed, batch_size)
-    answered = dict(gather_object(list(zip(mine, replies, strict=True))))
+    answered = dict(gather_object(list(zip(mine, answerer.answer(asked), strict=True))))
     return [
         {
             "prompt": chat.messages[-2]["content"],
@@ -53,20 +42,9 @@ def score_predictions(rows: list[dict[str, str]], prefix: str) -> dict[str, floa
     return {f"{prefix}_{name}": value for name, value in scores.items()}
 
 
-def predict_rows(
-    model: Any,
-    tokenizer: Any,
-    chats: list[Chat],
-    stop_ids: list[int],
-    generation_args: GenerationArguments,
-    seed: int,
-    batch_size: int,
-    output_dir: Path,
-) -> dict[str, float]:
+def predict_rows(answerer: BatchAnswerer, chats: list[Chat], output_dir: Path) -> dict[str, float]:
     """Write {prompt, reference, prediction} of each row's last answer to predictions.jsonl; score them."""
-    answered = answer_chats(
-        model, tokenizer, find_answered(chats), stop_ids, generation_args, seed, batch_size
-    )
+    answered = answer_chats(answerer, find_answered(chats))
     if is_main_process():
         output_dir.mkdir(parents=True, exist_ok=True)
         path = next_free_path(output_dir / "predictions.jsonl")

@@ -63,12 +63,16 @@ def describe_end(metrics: dict[str, Any], log: list[dict[str, Any]], output_dir:
         f"{metrics['tokens_per_second']:,.0f} tokens/s",
         f"{metrics['peak_memory_gib']:.2f} GiB",
     ]
+    if "planned_memory_gib" in metrics:
+        figures[-1] = (
+            f"{metrics['taken_memory_gib']:.2f} GiB taken, {metrics['planned_memory_gib']:.2f} planned"
+        )
     if losses:
         figures.append(f"training loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     held_out = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
     if held_out:
         was = f"{held_out[0]:.3f} -> " if len(held_out) > 1 else ""
-        figures.append(f"held-out loss {was}{held_out[-1]:.3f}")
+        figures.append(f"held-out loss {was}{metrics.get('eval_loss', held_out[-1]):.3f}")
     return (
         f"finished: {output_dir} ({', '.join(figures)})\n"
         f"to chat: python cli_demo.py --checkpoint_dir {output_dir}"

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel
 from torch.utils.data import DataLoader
 
 from utils.data.epoch_order import EpochOrder
@@ -31,21 +30,14 @@ from utils.fast.keyed_noise import add_embedding_noise
 from utils.messages import IGNORE_INDEX
 from utils.run import signals
 from utils.run.keeper import Keeper, estimate_checkpoint_bytes
-from utils.run.training_state import (
-    load_rng,
-    name_rng_file,
-    read_rng,
-    restore_rng,
-    rng_kept,
-    save_rng,
-    save_training_state,
-)
+from utils.run.training_state import load_rng, name_rng_file, read_rng, restore_rng, rng_kept
+from utils.train.best import BestStep, load_best, name_best
 from utils.train.engine import Engine
 from utils.train.meter import TokenMeter
-from utils.train.model_card import render_model_card
-from utils.train.resume_state import describe_state, load_state_into, save_trainer_state
+from utils.train.resume_state import load_state_into, restore_progress, save_model, write_checkpoint
 from utils.train.step_guard import StepGuard
 from utils.train.step_hooks import StepHooks
+from utils.train.step_memory import StepMemory
 from utils.train.token_loss import TokenLoss
 
 
@@ -56,7 +48,9 @@ class QLoraTrainer(transformers.Trainer):
     keeper      checkpoints that are whole or not there (utils/run/keeper.py)
     guard       steps that are not finite, and signals (step_guard.py)
     meter       tokens and seconds (meter.py)
+    best        the step that is kept, and early stopping (best.py)
     token_loss  losses of the label tokens, for the plain engine and for evaluations (token_loss.py)
+    step_memory how large micro-batches are, and what is done when memory is too short (step_memory.py)
     record      run.json (utils/run/record.py)
     """
 
@@ -64,13 +58,18 @@ class QLoraTrainer(transformers.Trainer):
     model: Any  # a PreTrainedModel, or the PeftModel around one
     processing_class: Any  # the tokenizer
     train_dataset: Any  # TokenRows
+    data_collator: Any  # PackingCollator or PaddingCollator
 
     def __init__(self, *args: Any, engine: Engine, keeper: Keeper, record: dict[str, Any], **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.engine, self.keeper, self.record = engine, keeper, record
+        self.best = BestStep(self.args, record["arguments"])
         self.guard = StepGuard(self.args.world_size, self.accelerator.reduce)
         self.meter = TokenMeter(self.args.device, self.accelerator.reduce)
         self.token_loss = TokenLoss(self.model, self.args.label_smoothing_factor)
+        self.step_memory = StepMemory(
+            self.data_collator, self.train_dataset, engine, self.accelerator.num_processes
+        )
         engine.join_processes(self.accelerator)
         if self.neftune_noise_alpha:
             add_embedding_noise(self.model.get_input_embeddings(), engine.keys, self.neftune_noise_alpha)
@@ -82,6 +81,8 @@ class QLoraTrainer(transformers.Trainer):
         self.resumed: dict[str, Any] | None = None  # counters of the checkpoint, until training begins
         self.evaluating = False
         self.last_evaluation: tuple[int, dict[str, float]] | None = None  # step, metrics
+        self.saved_evaluation: tuple[int, dict[str, float]] | None = None  # the last before the last save
+        self.kept_step: int | None = None  # whose weights the model has, where they are not the last step's
         self.add_callback(StepHooks(self))
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any):  # type: ignore[override]  # a path
@@ -92,6 +93,7 @@ class QLoraTrainer(transformers.Trainer):
         )
         self.meter.start()
         self.guard.begin_training()
+        self.args.eval_on_start &= resume_from_checkpoint is None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     # A step
@@ -101,16 +103,20 @@ class QLoraTrainer(transformers.Trainer):
         self.guard.begin_step(self._tr_loss)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """All micro-batches of one batch: packed, these are the whole optimizer step."""
-        micro_batches = find_micro_batches(self._prepare_inputs(inputs))
-        self.meter.count(micro_batches)
+        """All micro-batches of one batch, which are the whole optimizer step."""
+        self.meter.count(find_micro_batches(inputs))
         self.engine.keys.choose_step(self.args.seed, self.state.global_step)
         if not self.args.average_tokens_across_devices:  # then the processes' own means are averaged
             num_items_in_batch = num_items_in_batch * self.accelerator.num_processes
         run_micro_batch = functools.partial(super().training_step, model)
-        return self.engine.run_step(
-            model, micro_batches, num_items_in_batch, self.accelerator, run_micro_batch
-        )
+
+        def run_step(batch: dict[str, Any]) -> torch.Tensor:
+            micro_batches = find_micro_batches(self._prepare_inputs(batch))
+            return self.engine.run_step(
+                model, micro_batches, num_items_in_batch, self.accelerator, run_micro_batch
+            )
+
+        return self.step_memory.run_within(model, inputs, run_step)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """A micro-batch's share of the step's mean loss; what the plain engine differentiates."""
@@ -120,11 +126,10 @@ class QLoraTrainer(transformers.Trainer):
         return losses.sum() / num_items_in_batch * self.accelerator.num_processes
 
     def create_optimizer(self, model=None):
-        weights = self.engine.flat_weights
-        if self.optimizer is None and weights is not None:
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            group = {"params": [weights], "weight_decay": self.args.weight_decay}
-            self.optimizer = optimizer_class([group], **options)
+        if self.optimizer is None:
+            choose = functools.partial(self.get_optimizer_cls_and_kwargs, self.args, self.model)
+            decay, ratio = self.args.weight_decay, self.record["arguments"].get("loraplus_lr_ratio")
+            self.optimizer = self.engine.build_optimizer(self.model, choose, decay, ratio)
         return super().create_optimizer(model)
 
     def _clip_grad_norm(self, model):
@@ -179,7 +184,13 @@ class QLoraTrainer(transformers.Trainer):
         return super()._get_num_items_in_batch(parts, device)
 
     def floating_point_ops(self, inputs):
-        return sum(super(QLoraTrainer, self).floating_point_ops(part) for part in find_micro_batches(inputs))
+        """6 a weight and token; counting the weights walks over thousands of modules, so it is done once."""
+        tokens = sum(part["input_ids"].numel() for part in find_micro_batches(inputs))
+        return 6 * tokens * self.counted_weights
+
+    @functools.cached_property
+    def counted_weights(self) -> int:
+        return self.model.num_parameters(exclude_embeddings=True)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         dataloader = super()._get_dataloader(*args, **kwargs)
@@ -199,8 +210,12 @@ class QLoraTrainer(transformers.Trainer):
         return self.order
 
     def _run_epoch(self, model: Any, epoch: int, *args: Any, **kwargs: Any) -> Any:
-        self.order.epoch = epoch
-        return super()._run_epoch(model, epoch, *args, **kwargs)
+        self.order.epoch, self.steps_per_epoch = epoch, kwargs["num_update_steps_per_epoch"]
+        is_over = self.state.global_step >= self.state.max_steps
+        if is_over or self.best.is_patience_over(self.state.log_history):  # as it goes on after its last step
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(model, epoch, *args, **kwargs)
 
     # Evaluation
 
@@ -245,7 +260,8 @@ class QLoraTrainer(transformers.Trainer):
         loss_sum, token_count, row_count = 0.0, 0, 0
         for batch in dataloader:
             parts = find_micro_batches(self._prepare_inputs(batch))
-            losses = torch.cat([self.token_loss(model, part).sum(1) for part in parts])  # [rows]
+            with self.accelerator.autocast():
+                losses = torch.cat([self.token_loss(model, part).sum(1) for part in parts])  # [rows]
             counts = torch.cat([(part["labels"][:, 1:] != IGNORE_INDEX).sum(1) for part in parts])  # [rows]
             losses, counts = self.accelerator.gather_for_metrics((losses, counts))
             loss_sum, token_count = loss_sum + losses.double().sum().item(), token_count + counts.sum().item()
@@ -258,49 +274,41 @@ class QLoraTrainer(transformers.Trainer):
         self.evaluating = True
         with rng_kept():
             metrics = super()._evaluate(*args, **kwargs)
+        signals.hold_stop()  # up to the next step: what follows from the evaluation belongs to it
         self.evaluating = False
         return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        self.best.act_on_evaluation(is_best, self.state.log_history, self.control)
+        return is_best
+
+    def _load_best_model(self) -> None:
+        self.kept_step = load_best(self)
 
     # Saving and going on
 
     def _save_checkpoint(self, model, trial=None) -> None:
-        step, best = self.state.global_step, self.state.best_global_step
-        if self.keeper.name_checkpoint(step) == self.keeper.last_checkpoint and not self.evaluating:
+        step = self.state.global_step
+        is_saved = self.keeper.name_checkpoint(step) == self.keeper.last_checkpoint
+        is_up_to_date = self.saved_evaluation == self.last_evaluation and not self.evaluating
+        if (is_saved and is_up_to_date) or self.kept_step not in (None, step):
             return
-        if best and (best == step or self.keeper.name_checkpoint(best).is_dir()):
-            self.state.best_model_checkpoint = str(self.keeper.name_checkpoint(best))
+        name_best(self)
         with signals.stop_held():
-            self.keeper.save_checkpoint(step, self.write_checkpoint)
-            kept = self.state.best_model_checkpoint
+            self.keeper.save_checkpoint(step, functools.partial(write_checkpoint, self))
+            self.saved_evaluation = self.last_evaluation
+            best = self.state.best_model_checkpoint
             self.keeper.remove_old(
-                self.args.save_total_limit, Path(kept) if kept else None, self.state.save_steps == 1
+                self.args.save_total_limit, Path(best) if best else None, self.state.save_steps == 1
             )
 
-    def write_checkpoint(self, folder: Path) -> None:
-        """What an exact resume needs, in `folder`; nothing pickled."""
-        self.store_flos()
-        if not self.args.save_only_model:
-            save_rng(self.rng_after_step or read_rng(), folder / name_rng_file(self.args.process_index))
-        if not self.args.should_save:
-            return
-        self._save(str(folder))
-        if not self.args.save_only_model:
-            save_training_state(describe_state(self), folder)
-        save_trainer_state(self, folder)
-
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Adapter, tokenizer and model card."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.keeper.output_dir)
-        # No token is ever added, so embeddings need no saving (and no look-up of the base on the hub).
-        options = {"save_embedding_layers": False} if isinstance(self.model, PeftModel) else {}
-        self.model.save_pretrained(folder, state_dict=state_dict, **options)
-        self.processing_class.save_pretrained(folder)
-        (folder / "README.md").write_text(render_model_card(self.record), encoding="utf-8")
+        save_model(self, Path(output_dir or self.keeper.output_dir), state_dict)
 
     def save_final(self) -> None:
-        self.keeper.save_final(self.state.global_step, lambda folder: self._save(str(folder)))
+        write = functools.partial(save_model, self, initial=self.keeper.initial)
+        self.keeper.save_final(self.state.global_step, write)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -315,16 +323,6 @@ class QLoraTrainer(transformers.Trainer):
             restore_rng(load_rng(Path(checkpoint, name_rng_file(self.args.process_index))))
 
     def restore_progress(self) -> None:
-        """Counters of the interrupted run, so that logs and metrics are those of an uninterrupted one."""
-        if self.resumed is None:
-            return
-        progress, self.resumed = self.resumed, None
-        self._tr_loss += progress["loss_since_log"]
-        self._total_loss_scalar = progress["loss_logged"]
-        self._globalstep_last_logged = progress["logged_step"]
-        self._initial_global_step = progress["initial_step"]
-        self.meter.load_state_dict(progress)
-        self.guard.load_state_dict(progress)
-        if progress["evaluation_due"]:
-            metrics = self._evaluate(None, None)
-            self._determine_best_metric(metrics, None)
+        if self.resumed is not None:
+            progress, self.resumed = self.resumed, None
+            restore_progress(self, progress)

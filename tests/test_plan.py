@@ -1,0 +1,157 @@
+"""The memory plan: held against plain arithmetic, against what bitsandbytes stores, and against a step cut short."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from helpers.architectures import build_batch, build_model
+from transformers import LlamaConfig
+
+from eval.speed.shapes import build_random_model
+from utils.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments
+from utils.fast.model import prepare_fast_model
+from utils.models.base import CUDA_CONTEXT
+from utils.train.needs import FRAGMENTS, WORKSPACE, count_state_bytes, rehearse_model
+from utils.train.plan import Machine, make_plan
+
+HIDDEN, GATE, HEADS, KV_HEADS, RANK, LAYERS = 512, 1408, 8, 2, 16, 6
+CONFIG = LlamaConfig(
+    vocab_size=1000,
+    hidden_size=HIDDEN,
+    intermediate_size=GATE,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=HEADS,
+    num_key_value_heads=KV_HEADS,
+    tie_word_embeddings=False,
+)
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def step():
+    lora_args = LoraArguments(lora_r=RANK, lora_dropout=0.1)
+    return rehearse_model(CONFIG, ModelArguments(), lora_args, torch.bfloat16, is_packed=True, offload=False)
+
+
+def test_kept_layer_takes_what_its_formulas_keep(step):
+    keys = HIDDEN * KV_HEADS // HEADS
+    sixteen_bits = (
+        HIDDEN + (HIDDEN + 3 * RANK)  # the norm's input; [x | xa] of q, k and v
+        + HIDDEN + 2 * keys + HIDDEN  # q, k and v; attention's output
+        + (HIDDEN + RANK)  # [x | xa] of the output projection
+        + HIDDEN + (HIDDEN + 2 * RANK)  # the norm's input; [x | xa] of gate and up
+        + 2 * GATE + RANK  # gate and up; the low-rank part of down
+    )  # fmt: skip
+    float32 = 2 + HEADS  # a number of each norm; of each head's attention
+    tokens = 4096
+    kept = [step.find_activations(1, tokens, recomputed) for recomputed in (0, 1)]
+    inputs = 2 * HIDDEN * tokens  # what a recomputed layer leaves
+    assert kept[0] - kept[1] + inputs == pytest.approx((2 * sixteen_bits + 4 * float32) * tokens, rel=0.002)
+
+
+def test_weights_take_what_bitsandbytes_stores(step):
+    model = build_random_model(CONFIG, 4, torch.float32, "cpu")
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    codes = sum(layer.weight.numel() for layer in layers)  # packed: a byte holds two
+    blocks = sum(layer.weight.quant_state.absmax.numel() for layer in layers)
+    needs = step.measure(1, 256, 0, "adamw_torch")
+    assert needs.codes == codes
+    assert needs.scales == pytest.approx(
+        blocks * (1 + 4 / 256)
+    )  # double quantization; the model here has none
+    dense = 2 * sum(weight.numel() for name, weight in model.named_parameters() if "_proj" not in name)
+    assert needs.other_weights == dense
+
+
+def test_adapter_gradients_and_optimizer_take_their_bytes_a_weight(step):
+    wide = [(HIDDEN, HIDDEN)] * 2 + [(HIDDEN, HIDDEN // 4)] * 2 + [(HIDDEN, GATE)] * 3
+    trained = LAYERS * sum(RANK * (inner + outer) for inner, outer in wide)
+    paged = step.measure(1, 256, 0, "paged_adamw_8bit")
+    whole = step.measure(1, 256, 0, "adamw_torch_fused")
+    assert (whole.adapter, whole.gradients, whole.optimizer) == (6 * trained, 4 * trained, 8 * trained)
+    assert (paged.optimizer, paged.paged_optimizer) == (0, 2 * trained)
+    assert count_state_bytes("lion_32bit") == 4 and count_state_bytes("sgd") == 4
+    parts = sum(dataclasses.asdict(whole).values())
+    assert whole.total == pytest.approx((1 + FRAGMENTS) * parts + WORKSPACE)
+
+
+def plan(budget, lengths, **flags):
+    arguments = (
+        ModelArguments(),
+        DataArguments(source_max_len=1024, target_max_len=1024),
+        LoraArguments(lora_r=RANK),
+        TrainingArguments(**{"gradient_accumulation_steps": 32} | flags),
+    )
+    machine = Machine(True, torch.bfloat16, budget)
+    return make_plan(CONFIG, arguments, machine, np.array(lengths), True, {})
+
+
+LENGTHS = [300, 200, 500, 100, 900, 250] * 40
+
+
+def test_plan_takes_the_fastest_choice_that_fits():
+    plans = [plan(int(budget * GIB), LENGTHS) for budget in (80, 1.0, 0.6, 0.4, 0.3)]
+    assert (plans[0].capacity, plans[0].recomputed_layers) == (8192, 0)
+    sizes = [(one.recomputed_layers, -one.capacity) for one in plans]
+    assert len(set(sizes)) > 2 and plans[-1].recomputed_layers > 0
+    for one in plans:
+        assert one.fits and one.needs.total <= one.budget and one.capacity >= max(LENGTHS)
+
+
+def test_flag_means_all_or_none_and_nothing_fits_into_no_memory():
+    assert plan(80 * GIB, LENGTHS, gradient_checkpointing="True").recomputed_layers == LAYERS
+    assert plan(80 * GIB, LENGTHS, gradient_checkpointing="False").recomputed_layers == 0
+    assert plan(80 * GIB, LENGTHS, gradient_checkpointing=True).recomputed_layers == LAYERS
+    least = plan(GIB // 16, LENGTHS)
+    assert not least.fits and least.recomputed_layers == LAYERS and least.capacity < 8192
+
+
+def test_what_cannot_be_rehearsed_says_why_and_recomputes_all():
+    blind = plan(80 * GIB, LENGTHS, fast_lora=False)
+    assert blind.needs is None and blind.obstacle == "--fast_lora False" and blind.recomputed_layers is None
+
+
+@pytest.mark.parametrize("recomputed", [0, 1, 2])
+def test_gradient_is_the_same_to_the_bit_however_many_layers_are_recomputed(recomputed):
+    gradients = []
+    for layers in (2, recomputed):
+        model = build_model("llama", 0.1)
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+        fast = prepare_fast_model(model.train(), torch.float32, recomputed_layers=layers)
+        fast.keys.choose_step(seed=0, step=3)
+        fast.run(build_batch(packed=True), torch.tensor(0.5))
+        assert [layer.gradient_checkpointing for layer in fast.layers] == [n < layers for n in range(2)]
+        gradients.append(fast.flat.grads.clone())
+    assert torch.equal(*gradients) and gradients[0].any()
+
+
+def test_dry_run_needs_no_weights_and_names_what_would_fit(tiny_model, tmp_path):
+    command = [sys.executable, "qlora_finetune.py", "--model_name_or_path", str(tiny_model), "--dry_run"]
+    command += ["--dataset_name", "data/guanaco_identity.jsonl", "--output_dir", str(tmp_path / "run")]
+    command += ["--model_max_length", "256"]
+    wide = subprocess.run([*command, "--max_memory_MB", "9000"], capture_output=True, text=True, check=True)
+    table = wide.stdout[wide.stdout.index("memory plan:") :].splitlines()
+    sizes = [float(line.split()[0]) for line in table[1:]]
+    assert sizes[-1] == pytest.approx(sum(sizes[:-1]), abs=0.06) and ": it fits" in table[-1]
+    assert sizes[-2] == pytest.approx(CUDA_CONTEXT / GIB, abs=0.01)
+    small = CUDA_CONTEXT // 10**6 + 1
+    tight = subprocess.run(
+        [*command, "--max_memory_MB", str(small)], capture_output=True, text=True, check=True
+    )
+    assert "does not fit" in tight.stdout and "no single flag makes it fit" in tight.stdout
+    assert not list((tmp_path / "run").glob("adapter*"))
+
+
+def test_run_records_its_plan(trained_run):
+    folder = trained_run(
+        "--dataset_name", "data/guanaco_identity.jsonl", "--max_steps", 2, "--model_max_length", 256
+    )
+    record = json.loads((folder / "run.json").read_text())
+    assert record["resolved"]["recomputed_layers"] == 0 and record["resolved"]["capacity"] > 0
+    assert record["memory"]["needs"]["total"] > record["memory"]["needs"]["activations"] > 0

@@ -1,0 +1,125 @@
+"""A training step on tensors without data, to learn what the real one will hold in GPU memory.
+
+The meta device knows shapes and dtypes and computes nothing. So the very code that trains can run there, in
+milliseconds and without weights or a GPU, while every tensor that it makes is counted as long as it lives:
+
+    forward    each kept layer leaves what its backward pass needs; a recomputed one leaves its input
+    loss       logits a chunk at a time
+    backward   the last layer's gradients on top of all that is kept: here is the peak
+
+Kernels launch nothing there (kernels.py), and two libraries are stood in for: liger-kernel's norm keeps its
+input alone, and the layer inputs that wait in host memory (offload.py) leave the GPU.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from utils.fast.model import FastModel, MicroBatch
+from utils.fast.offload import checkpoint_layer
+
+BLOCK = 512  # bytes: the CUDA allocator rounds up to multiples of this
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within it, bytes of the meta tensors that live, and their peak; `given` ones are not counted."""
+
+    def __init__(self, given: list[torch.Tensor]):
+        super().__init__()
+        self.given = [x.untyped_storage() for x in given]
+        self.known = {storage._cdata for storage in self.given}
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.is_meta:
+                self.add(x.untyped_storage())
+        return out
+
+    def add(self, storage: Any) -> None:
+        key, size = storage._cdata, -(-storage.nbytes() // BLOCK) * BLOCK
+        if key not in self.known:
+            self.known.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.drop, key, size)
+
+    def drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+class RehearsedNorm(torch.autograd.Function):
+    """What liger-kernel's RMSNorm holds: x and one float32 a token; the gradient overwrites its own."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor):
+        ctx.save_for_backward(x, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, dy: torch.Tensor):
+        return dy
+
+
+def rehearse_norms(model: nn.Module) -> None:
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = RehearsedNorm.apply
+
+
+class RehearsedOffload:
+    """HostOffload without its copies: on the GPU are the inputs of the layer at work and of the next."""
+
+    def __init__(self) -> None:
+        self.coming: torch.Tensor | None = None
+
+    def settle(self) -> None:
+        self.coming = None
+
+    def __call__(self, run: Callable, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        first, shape, dtype, needs_grad = [x], x.shape, x.dtype, x.requires_grad
+
+        def run_again(*args: Any) -> torch.Tensor:
+            if first:
+                return run(first.pop(), *args)
+            x, self.coming = self.coming, torch.empty(shape, dtype=dtype, device="meta")
+            x = torch.empty(shape, dtype=dtype, device="meta") if x is None else x
+            return run(x.requires_grad_(needs_grad), *args)
+
+        return checkpoint_layer(run_again, *args)
+
+
+def rehearse_step(fast: FastModel, batch: MicroBatch) -> int:
+    """Bytes at the peak of one micro-batch's forward and backward pass, beside the model and `batch`."""
+    scale = torch.zeros((), device="meta")
+    given = [*fast.model.parameters(), *fast.model.buffers(), fast.flat.weights, fast.flat.grads]
+    given += [fast.flat.copy, scale, *(x for x in batch.values() if isinstance(x, torch.Tensor))]
+    with LiveBytes(given) as bytes_:
+        fast.run(batch, scale)
+    return bytes_.peak
+
+
+def make_packed_batch(tokens: int) -> MicroBatch:
+    """A packed micro-batch of rows of two lengths; half of the tokens are labels, as graphs pad them."""
+    names = ("input_ids", "labels", "position_ids", "token_keys")
+    with torch.device("meta"):
+        batch: MicroBatch = {name: torch.zeros(1, tokens, dtype=torch.int64) for name in names}
+        batch["label_positions"] = torch.zeros(-(-tokens // 2), dtype=torch.int64)
+        batch["cu_seqlens"] = torch.zeros(max(16, tokens // 128) + 1, dtype=torch.int32)
+    return batch | {"max_length": min(1024, tokens)}
+
+
+def make_padded_batch(rows: int, width: int) -> MicroBatch:
+    """A batch of full rows: models look into an attention mask, and there is nothing in one here."""
+    names = ("input_ids", "labels", "token_keys")
+    with torch.device("meta"):
+        batch: MicroBatch = {name: torch.zeros(rows, width, dtype=torch.int64) for name in names}
+        batch["label_positions"] = torch.zeros(width, dtype=torch.int64)
+    return batch

@@ -1,0 +1,169 @@
+"""What a training holds in GPU memory, part by part, found by rehearsing its step (utils/fast/rehearsal.py).
+
+    weights        codes of the quantized layers, their scales; embeddings and norms in 16 bits
+    adapter        float32 weights and their 16-bit copy; float32 gradients
+    optimizer      what it keeps of each adapter weight; a paged one keeps it in managed memory
+    activations    of the largest micro-batch, at the peak between forward and backward pass
+    fragments      what the allocator reserves beside, a share of all
+
+A model's layers are alike, so rehearsals of two and three layers give the bytes of one, and a sum those of
+all. Layers that are recomputed come first: when the backward pass reaches them, the kept ones are gone.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from utils.arguments import LoraArguments, ModelArguments
+from utils.fast.model import FastModel, prepare_fast_model
+from utils.fast.offload import SMALLEST_WIDTH
+from utils.fast.rehearsal import (
+    RehearsedOffload,
+    make_packed_batch,
+    make_padded_batch,
+    rehearse_norms,
+    rehearse_step,
+)
+from utils.models.rehearsed import build_rehearsed, count_weight_bytes
+
+MIB = 2**20
+# Measured with python -m eval.memory on an H100 (docs/results.md).
+WORKSPACE = 107 * MIB  # cuBLAS, one for the stream of graphs and one for the other; what graphs keep
+FRAGMENTS = 0.02  # of all tensors
+STATE_BYTES = {"adam": 8, "lion": 4, "ademamix": 12, "rmsprop": 4, "sgd": 4}  # of a weight, in 32 bits
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes on the GPU of one choice, by part."""
+
+    codes: int
+    scales: int
+    other_weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    paged_optimizer: int  # in managed memory, which the GPU's is short of all the same
+    activations: int
+
+    @property
+    def fragments(self) -> int:
+        """What the allocator reserves and cannot use."""
+        return round(FRAGMENTS * (sum(vars(self).values()) - self.paged_optimizer))
+
+    @property
+    def total(self) -> int:
+        """All but CUDA's context."""
+        return sum(vars(self).values()) + self.fragments + WORKSPACE
+
+
+@dataclass
+class StepNeeds:
+    """The rehearsed model. `trained`: adapter weights, a number; `measure` gives the needs of a choice."""
+
+    layers: int  # of the real model
+    short: FastModel  # two layers
+    long: FastModel  # three
+    model_args: ModelArguments
+    is_packed: bool
+    offloads: bool
+    peaks: dict[tuple[int, int, bool], int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sizes = (count_weight_bytes(fast.model, self.model_args) for fast in (self.short, self.long))
+        self.weight_bytes = [self.extrapolate(*pair) for pair in zip(*sizes, strict=True)]
+        self.trained = self.extrapolate(self.short.flat.weights.numel(), self.long.flat.weights.numel())
+
+    def extrapolate(self, of_short: int, of_long: int) -> int:
+        return of_short + (self.layers - 2) * (of_long - of_short)
+
+    def find_peak(self, rows: int, tokens: int, layers: int, recomputed: bool) -> int:
+        """Bytes of a micro-batch of `tokens` at its peak, with all of `layers` kept or all recomputed."""
+        fast = self.short if layers == 2 else self.long
+        key = (rows * tokens, layers, recomputed)
+        if key not in self.peaks:
+            fast.recomputed_layers = layers if recomputed else 0
+            fast.store = RehearsedOffload() if self.offloads else None  # type: ignore[assignment]
+            batch = make_packed_batch(tokens) if self.is_packed else make_padded_batch(rows, tokens)
+            self.peaks[key] = rehearse_step(fast, batch)
+        return self.peaks[key]
+
+    def find_activations(self, rows: int, tokens: int, recomputed: int) -> int:
+        """Bytes of a micro-batch at its peak, with the first `recomputed` layers recomputed.
+
+        The last layer costs nothing more when it is kept: recomputed, it would be there at the same moment.
+        """
+        kept2, kept3, again2, again3 = (
+            self.find_peak(rows, tokens, layers, again) for again in (False, True) for layers in (2, 3)
+        )
+        inputs = again3 - again2
+        all_recomputed = again2 + (self.layers - 2) * inputs
+        kept = self.layers - recomputed
+        if kept == 0:
+            return all_recomputed
+        return max(kept2 + (kept - 2) * (kept3 - kept2) + recomputed * inputs, all_recomputed - inputs * kept)
+
+    def measure(self, rows: int, tokens: int, recomputed: int, optim: str) -> Needs:
+        """`tokens` of each of `rows`; a packed micro-batch is one row."""
+        state = count_state_bytes(optim) * self.trained
+        copy = 0 if self.short.dtype == torch.float32 else 2
+        is_paged = optim.startswith("paged")
+        codes, scales, others = self.weight_bytes
+        return Needs(
+            codes,
+            scales,
+            others,
+            adapter=(4 + copy) * self.trained,
+            gradients=4 * self.trained,
+            optimizer=0 if is_paged else state,
+            paged_optimizer=state if is_paged else 0,
+            activations=self.find_activations(rows, tokens, recomputed),
+        )
+
+
+def count_state_bytes(optim: str) -> int:
+    """Bytes that the optimizer `optim` (its name in the Trainer) keeps of each weight."""
+    bits32 = next((size for name, size in STATE_BYTES.items() if name in optim), 8)
+    return bits32 // 4 if "8bit" in optim else bits32
+
+
+def rehearse_model(
+    config: Any,
+    model_args: ModelArguments,
+    lora_args: LoraArguments,
+    dtype: torch.dtype,
+    is_packed: bool,
+    offload: bool,
+) -> StepNeeds | str:
+    """The needs of training `config`'s model; a line why they cannot be foreseen."""
+    try:
+        return rehearse(config, model_args, lora_args, dtype, is_packed, offload)
+    except Exception as error:  # whatever a model's code does with tensors that have no data
+        return f"its step cannot be rehearsed: {(str(error) or type(error).__name__).splitlines()[0]}"
+
+
+def rehearse(
+    config: Any,
+    model_args: ModelArguments,
+    lora_args: LoraArguments,
+    dtype: torch.dtype,
+    is_packed: bool,
+    offload: bool,
+) -> StepNeeds | str:
+    models = []
+    for layers in (2, 3):
+        model = build_rehearsed(config, layers, model_args, lora_args, dtype)
+        fast = prepare_fast_model(model, dtype, offload=False)
+        if isinstance(fast, str):
+            return fast
+        rehearse_norms(model)
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+        models.append(fast)
+    text = config.get_text_config()
+    offloads = offload and text.hidden_size >= SMALLEST_WIDTH
+    short, long = models
+    step = StepNeeds(text.num_hidden_layers, short, long, model_args, is_packed, offloads)
+    step.measure(1, 64, 0, "adamw_torch")  # what cannot be rehearsed shows now
+    return step
