@@ -84,17 +84,23 @@ def apply_template(
             return render([convert_arguments(message, dict) for message in messages])
         except TypeError:  # DeepSeek-V3's adds the arguments to a text
             return render([convert_arguments(message, str) for message in messages])
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    template = _compile_jinja_template(tokenizer.chat_template)
-    template.globals = dict(template.globals)  # each rendering copies them: a ChainMap takes 5 us longer
-    return template.render(
+    return compile_template(tokenizer.chat_template).render(
         tokenizer.special_tokens_map,
         messages=messages,
         add_generation_prompt=add_generation_prompt,
         tools=None,
         documents=None,
     )
+
+
+@functools.cache
+def compile_template(source: str) -> Any:
+    """transformers' jinja template. A rendering copies its globals: 5 us faster from a dict than a ChainMap."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    template = _compile_jinja_template(source)
+    template.globals = dict(template.globals)
+    return template
 
 
 def convert_arguments(message: dict[str, Any], kind: type) -> dict[str, Any]:
