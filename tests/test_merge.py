@@ -260,7 +260,7 @@ def test_adapter_that_is_no_sum_of_weights_is_refused_by_name(field, call_main, 
     config = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | REFUSED[field]
     get_peft_model(model, LoraConfig(**config)).save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match=f"has {field} .* cannot be merged"):
-        merge_bare(call_main, tmp_path / "adapter", small_model, tmp_path / "merged")
+        merge_bare(call_main, tmp_path / "adapter", small_model, tmp_path / "merged", "--bits", "16")
 
 
 def change_adapter(folder, change):

@@ -19,7 +19,6 @@ from transformers import (
     XGLMConfig,
 )
 
-from utils.data.packing import PackingCollator
 from utils.fast.attention import attend_packed, find_attention_obstacle, packed_attention
 from utils.fast.model import patch_if_equal
 from utils.fast.trials import find_packing_obstacle
@@ -146,21 +145,17 @@ def test_attention_refuses_what_it_would_leave_out(extra):
 
 
 def test_a_model_that_mixes_rows_is_padded_and_a_line_says_why(capsys):
-    import numpy as np
+    from utils.arguments import TrainingArguments
+    from utils.train.build import find_packing
 
-    from utils.arguments import DataArguments, ModelArguments, TrainingArguments
-    from utils.train.build import choose_collator
-
-    tokenizer = type("Tokenizer", (), {"pad_token_id": 0})
-    lengths = np.array([5, 6])
-    flags = (ModelArguments(use_cpu=True), DataArguments(), TrainingArguments())
-    packed = choose_collator(build_base("gpt2"), tokenizer, lengths, *flags)
-    assert isinstance(packed, PackingCollator) and "--packing" not in capsys.readouterr().out
-    padded = choose_collator(build_base("xglm"), tokenizer, lengths, *flags)
-    assert not isinstance(padded, PackingCollator)
+    training_args = TrainingArguments()
+    assert find_packing(build_base("gpt2"), training_args)
+    assert "--packing" not in capsys.readouterr().out
+    assert not find_packing(build_base("xglm"), training_args)
     assert capsys.readouterr().out == (
         "--packing: xglm gets padded batches instead (a row changes the logits of the next)\n"
     )
+    assert not find_packing(build_base("gpt2"), training_args.with_values(packing=False))
 
 
 def test_a_patch_that_computes_something_else_is_taken_back(monkeypatch):

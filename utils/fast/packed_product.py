@@ -57,10 +57,10 @@ class RowsProduct(ctypes.Structure):
 class Shape:
     """How a launch is laid out: chosen by eval.decode_speed, no part of the result."""
 
-    warps: int = 8  # of a block
+    warps: int = 16  # of a block
     tiles: int = 2  # of 16 rows that a block does at once
     stages: int = 2  # chunks that a warp has under way
-    blocks: int = 2  # of a multiprocessor
+    blocks: int = 1  # of a multiprocessor
     register_rows: int = 0  # of a lane's 2 * tiles rows, unpacked without the table
 
     def count_shared_bytes(self, tokens: int) -> int:
