@@ -95,10 +95,11 @@ def apply_template(
 
 @functools.cache
 def compile_template(source: str) -> Any:
+    """transformers' jinja template. Renderings copy its globals, 5 us faster from a dict than a ChainMap."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     template = _compile_jinja_template(source)
-    template.globals = dict(template.globals)  # each rendering copies them: a ChainMap takes 5 us longer
+    template.globals = dict(template.globals)
     return template
 
 

@@ -32,8 +32,11 @@ def find_role(name: Any) -> str:
 
 def build_message(turn: Message, role_key: str, content_key: str) -> Message:
     """The turn as {role, content, ...}: parts joined, calls as `tool_calls`, marked where it is untrained."""
-    name, (content, calls) = turn.get(role_key), split_parts(write_cell(turn.get(content_key)))
+    name, content = turn.get(role_key), write_cell(turn.get(content_key))
     role = find_role(name)
+    if len(turn) == 2 and isinstance(content, str) and str(name).lower() not in CALLS:  # most turns
+        return {"role": role, "content": content}
+    content, calls = split_parts(content)
     own = {role_key, content_key, "function_call", *MARKS}
     kept = {key: value for key, value in turn.items() if value is not None and key not in own}
     if str(name).lower() in CALLS and not calls:

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 from utils.data.cells import is_metadata
+from utils.data.layouts import TURNS
 from utils.data.preferences import REJECTED
 from utils.messages import UNTRAINED, Chat, Messages, Row
 
-LEFT_OUT = ("rejected", *REJECTED)  # said with the format
+KNOWN = {"rejected", *REJECTED, *TURNS}  # said with the format, or the chat itself
 SHOWN_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name", UNTRAINED}  # of a turn
 MIN_UNSPACED = 8  # letters of a Chinese or Japanese text, which are one word
 
@@ -36,7 +37,7 @@ def find_unread(row: Row, said: str, read: Callable[[Row], Chat]) -> tuple[str, 
     left = {
         name: value
         for name, value in row.items()
-        if name not in LEFT_OUT and not is_said(value, said) and not is_metadata(name)
+        if name not in KNOWN and not is_said(value, said) and not is_metadata(name)
     }
     if not left:
         return ()
