@@ -34,8 +34,8 @@ def load_model(
 ) -> "tuple[PeftModel | PreTrainedModel, torch.dtype]":
     """What is trained or evaluated: the frozen base with its adapter, and the dtype that it computes in."""
     dtype = choose_compute_dtype(model_args)
-    set_seed(training_args.seed)  # the adapter's first weights follow from it
     base = load_base(model_args, dtype)
+    set_seed(training_args.seed)  # the adapter's first weights follow from it, whatever loading drew
     return add_adapter(base, model_args, lora_args, trainable=training_args.do_train), dtype
 
 

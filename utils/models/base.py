@@ -33,6 +33,7 @@ from utils.fast.rope import follow_each_batch
 from utils.models.baichuan import build_llama_config, is_baichuan, load_baichuan
 from utils.models.cpu import choose_cpu_dtype, keep_weights_unpacked, repacks_weights
 from utils.models.folder import CONVERT, read_model_config
+from utils.models.stored_quantized import compute_in
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -77,11 +78,13 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
     """
     config = read_model_config(model_args)
     report_experts(model_args, config)
+    is_stored = "quantization_config" in config  # in bits that model_args know (stored_quantized.py)
     options: dict[str, Any] = {
         "dtype": choose_weight_dtype(model_args, dtype),
-        "quantization_config": build_quantization(model_args, dtype),
         "use_safetensors": None if model_args.allow_pickle else True,
     }
+    if not is_stored:
+        options["quantization_config"] = build_quantization(model_args, dtype)
     options |= model_args.where | choose_placement(model_args)
     if options["device_map"] != "auto":  # else accelerate keeps to the cap, layer by layer
         cap_memory(model_args, options["device_map"][""])
@@ -93,6 +96,8 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
             model = AutoModelForCausalLM.from_pretrained(
                 name, trust_remote_code=model_args.trust_remote_code, **options
             )
+    if is_stored:
+        compute_in(model, dtype)
     if model_args.bits == 8:
         unpack_8bit_layers(model)  # bitsandbytes' own product rounds the input to 8 bits, too
     # On a CPU bitsandbytes may repack 4-bit weights, which no gradient survives; a chat without that layout
