@@ -48,6 +48,7 @@ class AdapterGroup:
     """Adapted layers that read one input, or a single layer; their adapter as views of the flat buffers."""
 
     flat: FlatAdapter | None  # None of an adapter that is not trained
+    rounded: list[torch.Tensor] | None  # A and each B in the compute dtype; None where none are kept
 
     def __init__(self, layers: list[AdaptedLayer]):
         self.layers = layers
@@ -64,16 +65,32 @@ class AdapterGroup:
         ]
 
     def bind(self, flat: FlatAdapter) -> None:
-        self.flat, self.dtype = flat, flat.copy.dtype
-        self.A, *self.B = (flat.view(flat.copy, segment) for segment in self.segments)
+        self.flat, self.dtype = flat, flat.dtype
+        copy, segments = flat.copy, self.segments
+        self.rounded = None if copy is None else [flat.view(copy, segment) for segment in segments]
+        self.exact = [flat.view(flat.weights.data, segment) for segment in segments]
         self.A_grad, *self.B_grads = (flat.view(flat.grads, segment) for segment in self.segments)
 
     def bind_frozen(self, dtype: torch.dtype) -> None:
         """For calls without gradient only: a copy of the adapter as it is now."""
         self.flat, self.dtype = None, dtype
-        self.A, *self.B = (
+        self.rounded = [
             torch.cat([weight.detach() for weight in segment]).to(dtype) for segment in self.segments
-        )
+        ]
+
+    def read(self, matrix: int) -> torch.Tensor:
+        """A (0), or B of a layer (from 1 on), in the compute dtype."""
+        return self.exact[matrix].to(self.dtype) if self.rounded is None else self.rounded[matrix]
+
+    @property
+    def A(self) -> torch.Tensor:
+        """Of all layers, one below the other  # [ranks, in]"""
+        return self.read(0)
+
+    @property
+    def B(self) -> list[torch.Tensor]:
+        """Of each layer  # [out, rank]"""
+        return [self.read(1 + i) for i in range(len(self.layers))]
 
     @property
     def anchor(self) -> torch.Tensor | None:

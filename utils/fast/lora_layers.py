@@ -90,7 +90,9 @@ def forward_mlp(
     return y.view(*x.shape[:-1], -1)
 
 
-def install_fast_lora(model: nn.Module, dtype: torch.dtype) -> tuple[FlatAdapter, list[str]]:
+def install_fast_lora(
+    model: nn.Module, dtype: torch.dtype, keeps_copy: bool = True
+) -> tuple[FlatAdapter, list[str]]:
     """Replace the forward of every adapted layer that the fused path covers.
 
     Returns the flat adapter and what is not covered: that keeps PEFT's forward, under autocast as in
@@ -102,7 +104,7 @@ def install_fast_lora(model: nn.Module, dtype: torch.dtype) -> tuple[FlatAdapter
     rest = [
         parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in known
     ]
-    flat = FlatAdapter(segments + [[parameter] for parameter in rest], dtype)
+    flat = FlatAdapter(segments + [[parameter] for parameter in rest], dtype, keeps_copy)
     uncovered = {layer: obstacle for layer, obstacle in obstacles.items() if obstacle}
     is_cast = dtype != torch.float32 and not flat.grads.is_meta
     for layer in uncovered if is_cast else ():

@@ -27,9 +27,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging
 
 from utils.arguments import ModelArguments
-from utils.console import UserError, notice
+from utils.console import UserError, notice, notice_once
 from utils.fast.frozen_weights import replace_by_dense, unpack_8bit_layers
 from utils.fast.rope import follow_each_batch
+from utils.fast.streamed_layers import stream_layers
 from utils.models.baichuan import build_llama_config, is_baichuan, load_baichuan
 from utils.models.cpu import choose_cpu_dtype, keep_weights_unpacked, repacks_weights
 from utils.models.folder import CONVERT, read_model_config
@@ -56,7 +57,7 @@ def choose_compute_dtype(model_args: ModelArguments) -> torch.dtype:
     if has_gpu(model_args):
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         if model_args.bf16 and not has_bf16:
-            notice("this GPU has no bfloat16: computing in float16 with a loss scale")
+            notice_once("this GPU has no bfloat16: computing in float16 with a loss scale")
         return torch.bfloat16 if has_bf16 and asked != torch.float16 else torch.float16
     if choose_cpu_dtype() == torch.bfloat16 and asked != torch.float16:
         return torch.bfloat16
@@ -71,10 +72,13 @@ def has_gpu(model_args: ModelArguments) -> bool:
     return torch.cuda.is_available() and not model_args.use_cpu
 
 
-def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = True) -> "PreTrainedModel":
+def load_base(
+    model_args: ModelArguments, dtype: torch.dtype, trainable: bool = True, streams: bool = False
+) -> "PreTrainedModel":
     """The base model in 4, 8, 16 or 32 bits, frozen unless all of it is trained.
 
     `trainable`: gradients will flow through it; a process that only chats has faster ways on a CPU.
+    `streams`: its quantized layers stay in host memory (fast/streamed_layers.py).
     """
     config = read_model_config(model_args)
     report_experts(model_args, config)
@@ -85,9 +89,12 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
     }
     if not is_stored:
         options["quantization_config"] = build_quantization(model_args, dtype)
-    options |= model_args.where | choose_placement(model_args)
-    if options["device_map"] != "auto":  # else accelerate keeps to the cap, layer by layer
-        cap_memory(model_args, options["device_map"][""])
+    placement = choose_placement(model_args)
+    options |= model_args.where | placement
+    if placement["device_map"] != "auto":  # else accelerate keeps to the cap, layer by layer
+        cap_memory(model_args, placement["device_map"][""])
+    if streams:
+        options["device_map"] = {"": "cpu"}
     name = model_args.base
     with unknown_models_explained(model_args):
         if is_baichuan(config):
@@ -106,6 +113,10 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
         keep_weights_unpacked(model)
         if not trainable and not has_gpu(model_args):
             replace_by_dense(model, dtype)
+    if streams:
+        device = torch.device(placement["device_map"][""])
+        stream_layers(model, device)
+        model.hf_device_map = placement["device_map"]  # where accelerate is to believe it is
     follow_each_batch(model)  # rotary frequencies by the rows at hand (fast/rope.py)
     model.requires_grad_(model_args.full_finetune)
     return model

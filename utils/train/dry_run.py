@@ -1,6 +1,7 @@
 """--dry_run: what a run would hold in memory and how long it would take, before weights are loaded."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -11,8 +12,10 @@ from utils.fast.loss import CHUNK_ELEMENTS
 from utils.fast.trials import takes_positions
 from utils.messages import TRAIN
 from utils.models.base import CUDA_CONTEXT, build_without_weights, choose_compute_dtype, has_gpu, load_config
+from utils.run.resume import read_resolved
 from utils.train.needs import WORKSPACE
 from utils.train.plan import Arguments, Machine, Plan, find_machine, make_plan
+from utils.train.savings import LAYERS
 
 GIB = 2**30
 
@@ -43,10 +46,32 @@ def choose_machine(model_args: ModelArguments) -> Machine:
     return Machine(True, dtype, cap * 10**6 - CUDA_CONTEXT if cap else None)
 
 
-def plan_without_weights(datasets: dict[str, TokenRows], arguments: Arguments, machine: Machine) -> Plan:
+def needs_streaming(
+    datasets: dict[str, TokenRows],
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    lora_args: LoraArguments,
+    training_args: TrainingArguments,
+) -> bool:
+    """Whether the layers must be loaded into host memory, as the GPU has no room for them."""
+    if not has_gpu(model_args) or model_args.bits != 4 or not training_args.do_train:
+        return False
+    arguments = (model_args, data_args, lora_args, training_args)
+    machine = find_machine(model_args, choose_compute_dtype(model_args))
+    return LAYERS in plan_without_weights(datasets, arguments, machine, read_resolved(training_args)).savings
+
+
+def plan_without_weights(
+    datasets: dict[str, TokenRows],
+    arguments: Arguments,
+    machine: Machine,
+    earlier: dict[str, Any] | None = None,
+) -> Plan:
     model_args, _, _, training_args = arguments
     packs = training_args.packing and takes_positions(build_without_weights(model_args))
-    return make_plan(load_config(model_args), arguments, machine, datasets[TRAIN].lengths, packs, {})
+    return make_plan(
+        load_config(model_args), arguments, machine, datasets[TRAIN].lengths, packs, earlier or {}
+    )
 
 
 def find_change(datasets: dict[str, TokenRows], arguments: Arguments, machine: Machine) -> str | None:
@@ -85,6 +110,7 @@ def render_table(plan: Plan) -> list[str]:
         "CUDA's context and kernels": CUDA_CONTEXT,
     }
     lines = [f"{size / GIB:9.2f} GiB  {part}" for part, size in parts.items() if size]
+    lines += plan.saving_lines
     total = (needs.total + CUDA_CONTEXT) / GIB
     verdict = ""
     if plan.budget is not None:
