@@ -27,7 +27,9 @@ def test_tiles_compute_what_the_whole_does(name, recomputed, monkeypatch):
         results.append((fast.run(batch, torch.tensor(0.5)), fast.flat.grads.clone()))
         tokens = batch["input_ids"].numel()
         assert set(sizes) == ({tokens} if tile > tokens else {7, tokens % 7} - {0})
-        passes = {True: 2, False: 1 + bool(recomputed)}[tile < tokens]  # forward and backward; a recomputed layer
+        passes = {True: 2, False: 1 + bool(recomputed)}[
+            tile < tokens
+        ]  # forward and backward; a recomputed layer
         assert len(sizes) == 2 * passes * -(-tokens // tile)
     (loss, gradient), (tiled_loss, tiled_gradient) = results
     assert torch.allclose(loss, tiled_loss, rtol=1e-6) and gradient.any()

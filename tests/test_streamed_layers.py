@@ -1,5 +1,7 @@
 """Layers that come from elsewhere compute what layers in place do, to the bit, forward and backward."""
 
+import json
+
 import pytest
 import torch
 from helpers.architectures import build_batch, build_model
@@ -52,8 +54,8 @@ def test_two_layers_are_on_the_device_and_the_others_hold_nothing_there():
     streamed = build(prepare=lambda base: (bases.append(base), stream_layers(base, CPU)))
     store = find_store(streamed.model)
     slots = {slot.data_ptr() for slot in store.slots}
-    storages = {piece.owner.data.untyped_storage().data_ptr() for pieces in store.pieces for piece in pieces
-                if piece.name == "data"}  # fmt: skip
+    weights = [piece.linear.weight for pieces in store.pieces for piece in pieces]
+    storages = {x.untyped_storage().data_ptr() for w in weights for x in (w.data, w.quant_state.absmax)}
     assert storages == slots and len(slots) == 2
     assert all(len(held) <= len(store.slots[0]) for held in store.held) and len(store.held) == 4
 
@@ -114,3 +116,27 @@ def test_adapter_rounded_at_its_use_is_the_adapter_whose_copy_is_kept():
 def test_layers_of_a_model_are_found_in_their_order():
     base = build().causal_model
     assert find_layers(base) == list(base.model.layers)
+
+
+def test_run_on_streamed_layers_that_is_stopped_and_goes_on_is_the_run_in_place(
+    tiny_model, tmp_path, float32_cpu, monkeypatch
+):
+    """The scripts themselves: loaded into host memory, trained, evaluated, saved, resumed."""
+    from helpers import IDENTITY
+    from helpers.runs import run_in_process
+    from safetensors.torch import load_file
+
+    from utils.train import dry_run
+
+    flags = f"""--model_name_or_path {tiny_model} --dataset_name {IDENTITY} --model_max_length 200 --lora_r 4
+        --gradient_accumulation_steps 2 --eval_dataset_size 4 --save_steps 2 --do_train --do_eval
+        --gradient_checkpointing True --lora_dropout 0.1""".split()
+    adapters = []
+    for name, streams, ends in (("placed", False, [4]), ("streamed", True, [2, 4])):
+        monkeypatch.setattr(dry_run, "needs_streaming", lambda *_, streams=streams: streams)
+        for end in ends:
+            run_in_process("qlora_finetune", *flags, "--max_steps", end, "--output_dir", tmp_path / name)
+        adapters.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    assert all(torch.equal(weight, adapters[1][name]) for name, weight in adapters[0].items())
+    losses = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("placed", "streamed")]
+    assert losses[0]["eval_loss"] == losses[1]["eval_loss"]

@@ -4,7 +4,7 @@ It comes in two autograd functions, so that recomputation can stop early. Checkp
 only up to the last tensor that it saved. If the down product belonged to the function that saves, the second
 run would compute it too, only to throw y away: a fifth of the layer's time. So FusedMLP saves all that its
 backward pass needs and returns an empty y with [hidden | ha]; DownProduct, which saves nothing, multiplies y
-out. Of the forward pass gate and up are kept and not their product: the backward pass makes it again, in place.
+out. Of the forward pass gate and up are kept, not their product: the backward pass makes it again, in place.
 
 Rows of more than TILE tokens come in tiles: gate and up of 131,072 tokens of LLaMA-3-8B are 7.5 GB, of 8,192
 tokens 0.5. There x alone is kept, and the backward pass makes all else again, tile by tile. In a layer that

@@ -32,13 +32,21 @@ ALIGNMENT = 512  # bytes
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor of a layer, `owner.name`, and the byte of the layer at which it starts."""
+    """Codes or scales of a linear layer, and the byte of the decoder's layer at which they start."""
 
-    owner: Any
-    name: str
+    linear: Linear4bit
+    are_codes: bool
     start: int
     shape: torch.Size
     dtype: torch.dtype
+
+    def place(self, x: torch.Tensor) -> None:
+        """Let the linear layer have them in `x`."""
+        weight: Any = self.linear.weight
+        if self.are_codes:
+            weight.data = x
+        else:
+            weight.quant_state.absmax = x
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
         size = self.shape.numel() * self.dtype.itemsize
@@ -60,16 +68,14 @@ class StreamedLayers:
 
     def hold(self, layer: nn.Module) -> None:
         """Move the quantized weights of the next layer to the host."""
-        pieces, size = [], 0
-        for owner, name in list_tensors(layer):
-            x = getattr(owner, name)
-            pieces.append(Piece(owner, name, size, x.shape, x.dtype))
+        tensors, pieces, size = list_tensors(layer), [], 0
+        for linear, are_codes, x in tensors:
+            pieces.append(Piece(linear, are_codes, size, x.shape, x.dtype))
             size += -(-x.nbytes // ALIGNMENT) * ALIGNMENT
         buffer = allocate_pinned(size)
-        for piece in pieces:
-            x = getattr(piece.owner, piece.name)
+        for piece, (*_, x) in zip(pieces, tensors, strict=True):
             piece.view(buffer).copy_(x)
-            setattr(piece.owner, piece.name, x.new_empty(0))
+            piece.place(x.new_empty(0))
         self.layers.append(layer)
         self.pieces.append(pieces)
         self.held.append(buffer)
@@ -80,7 +86,7 @@ class StreamedLayers:
         self.slots = [torch.zeros(size, dtype=torch.uint8, device=self.device) for _ in range(SLOTS)]
         for i, layer in enumerate(self.layers):
             for piece in self.pieces[i]:
-                setattr(piece.owner, piece.name, piece.view(self.slots[i % SLOTS]))
+                piece.place(piece.view(self.slots[i % SLOTS]))
             for child in list_parts(layer):
                 child.register_forward_pre_hook(partial(self.prepare, i, layer))
         for i in range(min(SLOTS, len(self.layers))):
@@ -117,10 +123,11 @@ class StreamedLayers:
             self.arrived[slot].record()
 
 
-def list_tensors(layer: nn.Module) -> list[tuple[Any, str]]:
-    """(owner, name) of what is streamed of a layer: codes and the scales of their blocks."""
-    weights: list[Any] = [module.weight for module in layer.modules() if isinstance(module, Linear4bit)]
-    return [pair for weight in weights for pair in ((weight, "data"), (weight.quant_state, "absmax"))]
+def list_tensors(layer: nn.Module) -> list[tuple[Linear4bit, bool, torch.Tensor]]:
+    """What is streamed of a layer: (linear layer, True, its codes), (the same, False, their scales), ..."""
+    linears: list[Any] = [module for module in layer.modules() if isinstance(module, Linear4bit)]
+    codes = [(linear, True, linear.weight.data) for linear in linears]
+    return codes + [(linear, False, linear.weight.quant_state.absmax) for linear in linears]
 
 
 def list_parts(layer: nn.Module) -> list[nn.Module]:
@@ -140,7 +147,13 @@ def stream_layers(model: Any, device: torch.device) -> None:
     store = StreamedLayers(device)
     for layer in find_layers(model):
         store.hold(layer)
-    nn.Module.to(model, device)
+    for module in model.modules():
+        for weight in module.parameters(recurse=False):
+            weight.data = weight.data.to(device)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer if buffer is None else buffer.to(device)
+        if isinstance(module, Linear4bit):
+            module.weight.quant_state.to(device)
     store.bind()
     model.streamed_layers = store
 
