@@ -26,6 +26,7 @@ from utils.data.packing import choose_capacity, choose_sizes, pack_rows
 from utils.fast.memory import read_host_memory
 from utils.models.base import CUDA_CONTEXT, has_gpu
 from utils.train.engine import find_flag_obstacle
+from utils.train.host_adam import count_piece_bytes
 from utils.train.needs import Needs, StepNeeds, rehearse_model
 from utils.train.savings import LAYERS, Savings, count_tokens, describe_savings, list_savings
 
@@ -53,7 +54,6 @@ class Plan:
     obstacle: str | None = None
     savings: Savings = ()  # what lies in host memory, ... (savings.py)
     saving_lines: tuple[str, ...] = ()
-    longest: str | None = None  # the longest row that would fit, in a line
 
     @property
     def fits(self) -> bool:
@@ -183,7 +183,8 @@ def list_ladder(
     """What may be saved. `streams`: whether the model's layers lie on the host; None: it is not loaded."""
     if not machine.has_gpu:
         return [()]
-    ladder = list_savings(step.embedding_bytes > 0, optim, machine.dtype != torch.float32, bits)
+    is_large = optim == "adamw_torch_fused" and count_piece_bytes(step.trained) < 8 * step.trained
+    ladder = list_savings(step.embedding_bytes > 0, is_large, machine.dtype != torch.float32, bits)
     return [savings for savings in ladder if streams in (None, LAYERS in savings)]
 
 
