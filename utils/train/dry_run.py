@@ -19,6 +19,7 @@ from utils.train.plan import MARGIN, Arguments, Machine, Plan, find_machine, lis
 from utils.train.savings import LAYERS
 
 GIB = 2**30
+LONG = 2**16  # tokens from which bytes grow evenly, of any model
 
 
 def print_plan(
@@ -90,14 +91,14 @@ def find_longest_row(arguments: Arguments, machine: Machine) -> list[str]:
     optim = "adamw_torch_fused" if training_args.optim == "auto" else training_args.optim
     savings = list_ladder(step, machine, optim, model_args.bits, None)[-1]
     tokens, limit = 4 * TILE, ""
-    for _ in range(3):  # bytes grow evenly between lengths like these, so the third time is near
+    for _ in range(2):  # bytes grow evenly between lengths like these, so the second time is near
         few, many = (step.measure(1, size, step.layers, optim, savings) for size in (tokens, 2 * tokens))
         room = {"the GPU": extend(tokens, few.total, many.total, (1 - MARGIN) * machine.budget)}
         if machine.host_budget is not None:
             room["host memory"] = extend(tokens, few.host, many.host, machine.host_budget)
         limit = min(room, key=lambda name: room[name])
         longest = max(0, int(room[limit]) // 64 * 64)
-        tokens = max(64, longest * 3 // 4)
+        tokens = min(max(64, longest * 3 // 4), LONG)
     return [
         f"longest row that fits, with all that can wait in host memory: {longest:,} tokens ({limit} ends it)"
     ]
