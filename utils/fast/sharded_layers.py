@@ -12,6 +12,7 @@ it multiplies (frozen_weights.py) and keeps none for its backward pass, so nothi
 All processes take the same layers in the same order, so they run equally many micro-batches (even_out).
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from torch import distributed, nn
 
 from utils.messages import IGNORE_INDEX
 
+# torch 2.13 has new names for these two, and torch 2.11 only the old ones.
+warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated")
 ALIGNMENT = 64  # bytes: where a tensor of any dtype may begin
 BLOCK, OUTER_BLOCK = 64, 256  # weights of a scale; scales of a double-quantized one's
 
@@ -166,6 +169,8 @@ class ShardedLayers:
             return
         ahead = 1 if number > self.at or number == 0 else -1
         self.at = number
+        slot, (_, linear) = self.slots[number % 2], self.linears[number][0]
+        assert linear.weight.data_ptr() == slot.data_ptr(), "the layers were moved out of their slots"
         self.gather(number)
         self.wait(number % 2)
         if 0 <= number + ahead < len(self.shards):

@@ -235,7 +235,7 @@ class QLoraTrainer(transformers.Trainer):
         dataloader = self.get_eval_dataloader(eval_dataset)
         model = self._wrap_model(self.model, training=False)
         if not self.accelerator._models:
-            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+            model = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         model.eval()
         loss_sum, token_count, row_count = self.sum_losses(model, dataloader)
         model.train(was_training)
