@@ -137,7 +137,8 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         positive = """
-            source_max_len target_max_len model_max_length eval_dataset_size max_train_samples max_eval_samples
+            source_max_len target_max_len model_max_length
+            eval_dataset_size max_train_samples max_eval_samples
         """
         require_positive(self, *positive.split())
 

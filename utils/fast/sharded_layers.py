@@ -7,9 +7,9 @@ next layer runs meanwhile, so there are two slots and even and odd layers take t
                slot 1        layer 1   layer 3 ...
     backward   the other way round; the last two layers lie in the slots already
 
-Of a 65B in NF4 (32 GB) on eight GPUs each holds 4 GB, and 0.8 GB of slots. The fused path reads a weight where
-it multiplies (frozen_weights.py) and keeps none for its backward pass, so nothing in it knows of the slots.
-All processes take the same layers in the same order, so they run equally many micro-batches (even_out).
+Of a 65B in NF4 (32 GB) on eight GPUs each holds 4 GB, and 0.8 GB of slots. The fused path reads a weight
+where it multiplies (frozen_weights.py) and keeps none for its backward pass, so nothing in it knows of the
+slots. All processes take the same layers in the same order, and equally many micro-batches (even_out).
 """
 
 import warnings
@@ -113,7 +113,7 @@ class ShardedLayers:
                 views.append(slot[start : start + size].view(dtype).view(shape))
                 start += measure(shape, dtype)
             self.bind(linear, views)
-            linear.read_from = (self, number)  # what read_weight looks for
+            vars(linear)["read_from"] = (self, number)  # what read_weight looks for
 
     def bind(self, linear: Any, views: list[torch.Tensor]) -> None:
         codes, absmax, *nested = views

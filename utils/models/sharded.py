@@ -61,7 +61,7 @@ def load_sharded(model_args: ModelArguments, dtype: torch.dtype) -> Any:
 
 
 class WeightReader:
-    """Reads weights of a model by their names in it; `files` knows them by the names that they are saved by."""
+    """Reads weights of a model by their names in it; `files` knows them by those that they are saved by."""
 
     def __init__(self, files: dict[str, Path], model: Any, dtype: torch.dtype, device: torch.device):
         self.files, self.prefix, self.dtype, self.device = files, f"{model.base_model_prefix}.", dtype, device
@@ -71,8 +71,8 @@ class WeightReader:
         found = next((each for each in (name, name.removeprefix(self.prefix)) if each in self.files), None)
         if found is None:
             raise UserError(
-                f"--shard_layers: no file of the base has {name}, as this kind of model is saved by other names: "
-                "leave the flag out"
+                f"--shard_layers: no file of the base has {name}, as this kind of model is saved by other "
+                "names: leave the flag out"
             )
         with safe_open(self.files[found], framework="pt") as file:
             weight = file.get_slice(found)[rows] if rows else file.get_tensor(found)
@@ -159,8 +159,8 @@ def check_memory(model: Any, others: int) -> None:
         own = [pair for pair in model.named_parameters() if pair[1].untyped_storage().data_ptr() not in views]
         name, weight = max(own, key=lambda pair: pair[1].nbytes)
         raise UserError(
-            f"--shard_layers: each of {processes} processes would hold {sizes}, as {name} ({weight.nbytes / GIB:.2f} "
-            "GiB) and the like stay whole: leave the flag out"
+            f"--shard_layers: each of {processes} processes would hold {sizes}, as {name} "
+            f"({weight.nbytes / GIB:.2f} GiB) and the like stay whole: leave the flag out"
         )
     notice(
         f"--shard_layers: each of {processes} processes holds {sizes}, {slots / GIB:.2f} of it for two layers"

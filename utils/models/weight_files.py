@@ -42,7 +42,7 @@ def find_weight_files(model_args: ModelArguments) -> dict[str, Path]:
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(model_args.base, allow_patterns="*.safetensors", **model_args.where))
-    found = {}
+    found: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="numpy") as tensors:
             found |= dict.fromkeys(tensors.keys(), file)

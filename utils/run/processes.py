@@ -1,4 +1,4 @@
-"""The processes of one run, each with a copy or a share of the model: started by accelerate launch or torchrun."""
+"""The processes of one run, which accelerate launch or torchrun starts: each has a copy or a share of the model."""
 
 from datetime import timedelta
 
