@@ -117,6 +117,11 @@ def check_shards(
     model_args: ModelArguments, training_args: TrainingArguments, config: dict[str, Any]
 ) -> None:
     """Raises UserError where --shard_layers does not go with the other flags, or has nobody to share with."""
+    if training_args.num_gpus > 1 and not training_args.dry_run:
+        raise UserError(
+            f"--num_gpus {training_args.num_gpus} is what --dry_run plans for: to train on them, start "
+            f"`accelerate launch --multi_gpu --num_processes {training_args.num_gpus} qlora_finetune.py ...`"
+        )
     if not model_args.shard_layers or training_args.dry_run:
         return
     if read_rank_and_size()[1] == 1:

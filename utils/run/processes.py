@@ -1,4 +1,4 @@
-"""The processes of one run, which accelerate launch or torchrun starts: each has a copy or a share of the model."""
+"""The processes of one run, that accelerate launch or torchrun starts: each has the base or a share."""
 
 from datetime import timedelta
 
