@@ -26,7 +26,7 @@ from utils.console import UserError, notice
 from utils.fast.rope import find_shared_length, follow_each_batch
 from utils.fast.sharded_layers import Quantization, ShardedLayers
 from utils.fast.sharded_vocabulary import ShardedVocabulary
-from utils.models.base import choose_weight_dtype, load_config, quantize_linears
+from utils.models.base import cap_memory, choose_weight_dtype, has_gpu, load_config, quantize_linears
 from utils.models.cpu import keep_weights_unpacked
 from utils.models.weight_files import find_weight_files
 
@@ -38,6 +38,7 @@ def load_sharded(model_args: ModelArguments, dtype: torch.dtype) -> Any:
     """As base.load_base, of which this process holds a share. Raises UserError for what is not covered."""
     config, state = load_config(model_args), PartialState()
     weight_dtype = choose_weight_dtype(model_args, dtype)
+    cap_memory(model_args, state.device.index if has_gpu(model_args) else "cpu")
     with init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=weight_dtype)
         quantize_linears(model, model_args, dtype)
