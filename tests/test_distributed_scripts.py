@@ -19,8 +19,9 @@ SRUN = """#!/usr/bin/env bash
 # Two machines: what follows --kill-on-bad-exit=1 runs once for each of them.
 shift
 SLURM_NODEID=1 "$@" & other=$!
-trap 'kill -TERM -- -$$' TERM
 SLURM_NODEID=0 "$@" & first=$!
+trap 'kill -TERM $first $other' TERM
+while kill -0 $first 2>/dev/null; do wait $first; done
 wait $first && wait $other
 """
 SCONTROL = """#!/usr/bin/env bash
@@ -65,6 +66,7 @@ def test_script_is_valid_bash_and_names_only_flags_that_exist(script):
     assert ours and ours <= known
 
 
+@pytest.mark.slow
 def test_one_node(small_model, tmp_path):
     run = tmp_path / "run"
     process = start("one_node.sh", *train_flags(small_model, run), "--shard_layers", GPUS="2")

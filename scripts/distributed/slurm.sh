@@ -14,11 +14,11 @@
 set -euo pipefail
 
 gpus=${SLURM_GPUS_ON_NODE:-${GPUS:?processes on each machine}}
-FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export FIRST NODES=$SLURM_NNODES GPUS=$gpus PORT=$((20000 + SLURM_JOB_ID % 20000))
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export FIRST=${hosts[0]} NODES=$SLURM_NNODES GPUS=$gpus PORT=$((20000 + SLURM_JOB_ID % 20000))
 
 stopped=
-srun --kill-on-bad-exit=1 bash -c 'NODE=$SLURM_NODEID bash scripts/distributed/several_nodes.sh "$@"' _ "$@" &
+srun --kill-on-bad-exit=1 bash -c 'NODE=$SLURM_NODEID exec bash scripts/distributed/several_nodes.sh "$@"' _ "$@" &
 job=$!
 trap 'stopped=yes; kill -TERM "$job"' TERM
 code=0
