@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from utils.fast.kernels import cross_entropy_
+from utils.fast.sharded_vocabulary import find_vocabulary
 from utils.fast.trials import ROW, draw_tokens, evaluating, is_near, shallow
 from utils.messages import IGNORE_INDEX
 
@@ -24,6 +25,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, targets: torch.Tensor, head: "OutputLayer"):
         """`hidden`  # [tokens, hidden_size]; `targets`  # [tokens], IGNORE_INDEX where there is none"""
+        if vocabulary := find_vocabulary(head.linear):
+            shared_losses, grads = vocabulary.find_losses(head, hidden, targets, with_grads=True)
+            ctx.save_for_backward(grads)
+            return shared_losses.sum()
         weight, bias = head.linear.weight.detach(), head.linear.bias
         rows = max(1, CHUNK_ELEMENTS // len(weight))
         losses, grads = [], torch.empty_like(hidden)
@@ -57,8 +62,16 @@ class OutputLayer:
 
     def find_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The model's real logits  # [..., vocabulary], from hidden states  # [..., hidden_size]"""
-        logits = self.linear(hidden.to(self.linear.weight.dtype)).float() * self.scale
+        return self.bend(self.linear(hidden.to(self.linear.weight.dtype)))
+
+    def bend(self, logits: torch.Tensor) -> torch.Tensor:
+        """What the model makes of its output layer's product  # float32"""
+        logits = logits.float() * self.scale
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+    def slope(self, logits: torch.Tensor) -> torch.Tensor | float:
+        """The derivative of bend where it gives `logits`."""
+        return self.scale * (1 - (logits / self.softcap).square()) if self.softcap else self.scale
 
     def sum_losses(self, hidden: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Cross entropy of the label after each of `positions`, summed  # []

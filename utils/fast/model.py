@@ -23,6 +23,7 @@ from utils.fast.keyed_noise import key_dropout
 from utils.fast.lora_layers import find_obstacles, install_fast_evaluation, install_fast_lora
 from utils.fast.loss import OutputLayer, find_loss_obstacle, pick_targets
 from utils.fast.offload import SMALLEST_WIDTH, HostOffload, checkpoint_layer
+from utils.fast.sharded_layers import ShardedLayers
 from utils.fast.trials import ROW, draw_tokens, evaluating, find_layers, is_near, shallow
 from utils.messages import IGNORE_INDEX
 
@@ -43,6 +44,7 @@ class FastModel:
         causal_model: Any = model.get_base_model()
         self.causal_model: PreTrainedModel = causal_model
         self.keys = key_dropout(model)
+        self.shards: ShardedLayers | None = getattr(causal_model, "shards", None)  # several processes' layers
         self.flat, self.uncovered = install_fast_lora(model, dtype)
         # Every forward pass begins at the embedding.
         self.causal_model.get_input_embeddings().register_forward_pre_hook(self.refresh_for_evaluation)

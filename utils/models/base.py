@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging
 
@@ -166,6 +168,21 @@ def choose_weight_dtype(model_args: ModelArguments, dtype: torch.dtype) -> torch
     if model_args.bits == 32 or (model_args.full_finetune and dtype == torch.float16):
         return torch.float32
     return dtype
+
+
+def quantize_linears(model: Any, model_args: ModelArguments, dtype: torch.dtype) -> None:
+    """Every linear layer but the output layer, which transformers leaves as it is."""
+    head = model.get_output_embeddings()
+    for name, layer in list(model.named_modules()):
+        if type(layer) is not nn.Linear or layer is head or model_args.bits not in (4, 8):
+            continue
+        new: Any
+        if model_args.bits == 4:
+            new = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=dtype)
+        else:
+            new = Linear8bitLt(layer.in_features, layer.out_features, False, has_fp16_weights=False)
+        new.bias = layer.bias
+        model.set_submodule(name, new)
 
 
 def build_quantization(model_args: ModelArguments, dtype: torch.dtype) -> BitsAndBytesConfig | None:
