@@ -140,6 +140,8 @@ def test_dry_run_needs_no_weights_and_names_what_would_fit(tiny_model, tmp_path)
     command += ["--model_max_length", "256"]
     wide = subprocess.run([*command, "--max_memory_MB", "9000"], capture_output=True, text=True, check=True)
     table = wide.stdout[wide.stdout.index("memory plan:") :].splitlines()
+    *table, longest = table
+    assert longest.startswith("longest row that fits")
     sizes = [float(line.split()[0]) for line in table[1:]]
     assert sizes[-1] == pytest.approx(sum(sizes[:-1]), abs=0.06) and ": it fits" in table[-1]
     assert sizes[-2] == pytest.approx(CUDA_CONTEXT / GIB, abs=0.01)

@@ -21,6 +21,7 @@ from utils.console import UserError
 from utils.models.base import build_without_weights, choose_compute_dtype, load_base
 from utils.models.folder import ADAPTER_FILE, has_adapter, read_model_config
 from utils.models.trained_biases import keep_biases_in_float32
+from utils.run.processes import join_processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +41,13 @@ def load_model(
     `streams`: the layers of the base wait in host memory.
     """
     dtype = choose_compute_dtype(model_args)
-    base = load_base(model_args, dtype, streams=streams)
+    join_processes(model_args.use_cpu, training_args.extra.get("ddp_timeout"))
+    if model_args.shard_layers:
+        from utils.models.sharded import load_sharded
+
+        base = load_sharded(model_args, dtype)
+    else:
+        base = load_base(model_args, dtype, streams=streams)
     set_seed(training_args.seed)  # the adapter's first weights follow from it, whatever loading drew
     return add_adapter(base, model_args, lora_args, trainable=training_args.do_train), dtype
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from utils.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments
-from utils.console import notice
+from utils.console import notice, read_rank_and_size
 from utils.data.packing import choose_capacity, choose_sizes, pack_rows
 from utils.fast.memory import read_host_memory
 from utils.models.base import CUDA_CONTEXT, has_gpu
@@ -87,6 +87,7 @@ class Machine:
     has_gpu: bool
     dtype: torch.dtype  # that it computes in
     budget: int | None  # bytes for this process; None: not known
+    shares: int = 1  # processes that hold one base together
     host_budget: int | None = None  # bytes of host memory that may be pinned; None: not known
 
 
@@ -97,12 +98,13 @@ def fits(needs: Needs, budget: int) -> bool:
 def find_machine(model_args: ModelArguments, dtype: torch.dtype) -> Machine:
     """The one at hand. Its budget leaves out CUDA's context, and on a CPU half of the free memory."""
     cap = model_args.max_memory_MB * 10**6 - CUDA_CONTEXT if model_args.max_memory_MB else None
+    shares = read_rank_and_size()[1] if model_args.shard_layers else 1
     if not has_gpu(model_args):
-        return Machine(False, dtype, read_host_memory()[1] // 2)
+        return Machine(False, dtype, read_host_memory()[1] // 2, shares)
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     total, host_free = read_host_memory()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return Machine(True, dtype, min(free, cap or free), max(0, host_free - total // 4) // processes)
+    host_budget = max(0, host_free - total // 4) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Machine(True, dtype, min(free, cap or free), shares, host_budget)
 
 
 def make_plan(
@@ -129,6 +131,7 @@ def make_plan(
     )
     if isinstance(step, str):
         return plan_blindly(training_args, rows, machine.has_gpu, step)
+    step.shares = machine.shares
     optim = training_args.optim
     if optim == "auto":
         optim = earlier.get("optim") or ("adamw_torch_fused" if machine.has_gpu else "adamw_torch")
@@ -181,7 +184,7 @@ def list_ladder(
     step: StepNeeds, machine: Machine, optim: str, bits: int, streams: bool | None
 ) -> list[Savings]:
     """What may be saved. `streams`: whether the model's layers lie on the host; None: it is not loaded."""
-    if not machine.has_gpu:
+    if not machine.has_gpu or machine.shares > 1:
         return [()]
     is_large = optim == "adamw_torch_fused" and count_piece_bytes(step.trained) < 8 * step.trained
     ladder = list_savings(step.embedding_bytes > 0, is_large, machine.dtype != torch.float32, bits)
@@ -207,7 +210,8 @@ def find_obstacle(model_args: ModelArguments, training_args: TrainingArguments) 
         return "every weight is trained"
     if not training_args.fast_lora:
         return "--fast_lora False"
-    if has_gpu(model_args) and torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
+    is_spread = torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ
+    if has_gpu(model_args) and is_spread and training_args.num_gpus == 1:
         return "the layers are spread over several GPUs"
     # What auto stands for is covered.
     return None if training_args.optim == "auto" else find_flag_obstacle(training_args)
