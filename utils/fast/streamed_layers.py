@@ -25,6 +25,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from utils.fast.memory import allocate_pinned
+from utils.fast.trials import find_layers
 
 SLOTS = 2
 ALIGNMENT = 512  # bytes
@@ -133,13 +134,6 @@ def list_tensors(layer: nn.Module) -> list[tuple[Linear4bit, bool, torch.Tensor]
 def list_parts(layer: nn.Module) -> list[nn.Module]:
     """Attention and MLP of a layer. Recomputing calls them again; of the layer itself it may call forward."""
     return [child for child in layer.children() if list_tensors(child)]
-
-
-def find_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder's layers, in their order."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def stream_layers(model: Any, device: torch.device) -> None:
