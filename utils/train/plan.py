@@ -171,7 +171,7 @@ def choose_plan(
             None,
         )
         for savings in ladder
-        for size in capacities
+        for size in (list_capacities(rows) if LAYERS in savings and rows.is_packed else capacities)
         if list_layers(layers, savings)
     ]
     fitting = [plan for plan in plans if plan and fits_host(plan, machine)]
@@ -189,8 +189,9 @@ def list_ladder(
     """What may be saved. `streams`: whether the model's layers lie on the host; None: it is not loaded."""
     if not machine.has_gpu or machine.shares > 1:
         return [()]
+    can_stream = bits == 4 and len(step.short.layers) == 2
     is_large = optim == "adamw_torch_fused" and count_piece_bytes(step.trained) < 8 * step.trained
-    ladder = list_savings(step.embedding_bytes > 0, is_large, machine.dtype != torch.float32, bits)
+    ladder = list_savings(step.embedding_bytes > 0, is_large, machine.dtype != torch.float32, can_stream)
     return [savings for savings in ladder if streams in (None, LAYERS in savings)]
 
 
