@@ -48,8 +48,7 @@ class SharedDecoder:
 
         `kept`: so many of the latest conversations are kept for their next turn.
         """
-        self.engine.most = count
-        self.engine.most_kept = self.engine.most_kept if kept is None else kept
+        self.engine.limit(count, self.engine.most_kept if kept is None else kept)
 
     @property
     def is_busy(self) -> bool:
