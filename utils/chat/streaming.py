@@ -94,6 +94,7 @@ def cut_at_stops(pieces: Iterable[str], stops: Sequence[str], reply: Reply) -> I
         found = [held.index(stop) for stop in stops if stop in held]
         if found:
             reply.cancel("stop")
+            reply.finish_reason = "stop"  # also where all tokens had come by then
             if min(found):
                 yield held[: min(found)]
             return
