@@ -89,7 +89,9 @@ class PromptReader:
         heads = qkv.view(tokens, -1, shape.size).transpose(0, 1)[None]
         q, k, v = heads.split([shape.heads, shape.kv_heads, shape.kv_heads], 1)
         if layer.head_norms[0] is not None:
-            q, k = (normalize(x, (norm, shape.epsilon)) for x, norm in zip((q, k), layer.head_norms, strict=True))
+            q, k = (
+                normalize(x, (norm, shape.epsilon)) for x, norm in zip((q, k), layer.head_norms, strict=True)
+            )
         both = torch.cat([q, k], 1)
         low, high = both.chunk(2, -1)
         both = both * rotations[0] + torch.cat([-high, low], -1) * rotations[1]

@@ -121,7 +121,9 @@ class OwnDraws:
 
     def __init__(self, device: torch.device, seed: int):
         is_gpu = device.type == "cuda"
-        self.generator = torch.cuda.default_generators[device.index or 0] if is_gpu else torch.default_generator
+        self.generator = (
+            torch.cuda.default_generators[device.index or 0] if is_gpu else torch.default_generator
+        )
         self.state = torch.Generator(device).manual_seed(seed).get_state()
 
     @contextmanager
