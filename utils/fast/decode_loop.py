@@ -85,10 +85,8 @@ class GrowingSteps:
 
     def cut(self, cache: Any, length: int) -> None:
         self.owner = lambda: None
-        is_whole = all(
-            type(layer) is DynamicLayer for layer in cache.layers
-        )  # no window of the latest tokens
-        if is_whole and cache.get_seq_length() > length:
+        keeps_all = all(type(layer) is DynamicLayer for layer in cache.layers)  # no window of them
+        if keeps_all and cache.get_seq_length() > length:
             cache.crop(length - cache.get_seq_length())
 
     def holds(self, cache: Any) -> bool:
