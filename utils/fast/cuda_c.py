@@ -1,7 +1,7 @@
 """CUDA C that is compiled while the program runs, by NVRTC: torch brings it, and no toolkit is needed.
 
 The sources lie in utils/fast/cuda/; what they are compiled to stays in the cache's folder. A kernel takes one
-argument, a struct, which ctypes lays out as C does. Kernels start by the driver's own call, as torch's wrapper
+argument, a struct, which ctypes lays out as C does. Kernels start by the driver's own call: torch's wrapper
 of it cannot let one start before the one in front of it has ended (programmatic dependent launch: its first
 weights are on the way by then).
 """
