@@ -9,7 +9,6 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from utils.fast.decode_loop import Steps, read_prompt, stream_tokens
@@ -50,8 +49,7 @@ class Turns:
         self.turns: dict[Reply, Generator[None]] = {}
         self.kept: list[Kept] = []  # the latest last
         self.most_kept = kept
-        config = steps.base.config.get_text_config()
-        self.can_keep = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+        self.can_keep = all(type(layer) is DynamicLayer for layer in steps.make_cache().layers)
 
     @property
     def is_busy(self) -> bool:
@@ -108,7 +106,7 @@ class Turns:
         """That of the conversation that goes on, cut to what the prompt shares with it; or an empty one."""
         best = max(self.kept, key=lambda kept: kept.count_shared(reply), default=None)
         if best is None or not best.count_shared(reply):
-            return DynamicCache(config=self.steps.base.config.get_text_config())
+            return self.steps.make_cache()
         self.kept.remove(best)
         self.steps.cut(best.cache, best.count_shared(reply))
         return best.cache
