@@ -10,8 +10,8 @@ stream of copies fills the other slot:
 The backward pass needs a layer once more, to compute it again: every layer must be recomputed. Codes and
 their scales are copied; small tensors stay on the GPU. Measured on an H100 (PCIe 5): a step of LLaMA-65B on
 512 tokens moves 62 GB in 1.4 s, 44 GB/s, and what it computes is hidden behind that. LLaMA-7B moves 6 GB,
-0.14 s; but a micro-batch of 2,048 tokens took 0.35 s, twice as long as in place, most likely for its launches,
-which no CUDA graph makes. So a plan that streams prefers large micro-batches.
+0.14 s; but a micro-batch of 2,048 tokens took 0.35 s, twice as long as in place, most likely for its
+launches, which no CUDA graph makes. So a plan that streams prefers large micro-batches.
 
 Who wants the layers from elsewhere (other GPUs, a disk) needs another `fetch`: what calls this says no more
 than `layer i is next, after it j`.
