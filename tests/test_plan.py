@@ -210,7 +210,12 @@ def test_layers_from_the_host_are_all_recomputed_and_need_host_memory(wide_step)
     needs = wide_step.measure(1, plan_for(80 * GIB).capacity, LAYERS, "adamw_torch_fused", SAVINGS)
     budget = int(needs.total / 0.97) + 1
     assert plan_for(budget).savings == SAVINGS and plan_for(budget).fits
-    assert not plan_for(budget, host=needs.host - 1).fits and plan_for(budget, host=needs.host).fits
+    assert (
+        needs.least_host
+        == needs.host - (LAYERS * plan_for(80 * GIB).capacity * HIDDEN * 2 * wide_step.offloads) // 2
+    )
+    least = needs.least_host
+    assert not plan_for(budget, host=least - 1).fits and plan_for(budget, host=least).fits
     assert (
         not plan_for(budget, streams=False).fits and "layers" not in plan_for(budget, streams=False).savings
     )

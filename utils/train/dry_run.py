@@ -133,7 +133,7 @@ def find_room(
     few, many = (step.measure(1, size, step.layers, optim, savings) for size in (tokens, 2 * tokens))
     room = {"the GPU": extend(tokens, few.total, many.total, (1 - MARGIN) * machine.budget)}
     if machine.host_budget is not None:
-        room["host memory"] = extend(tokens, few.host, many.host, machine.host_budget)
+        room["host memory"] = extend(tokens, few.least_host, many.least_host, machine.host_budget)
     limit = min(room, key=lambda name: room[name])
     return max(0, int(room[limit]) // 64 * 64), limit
 

@@ -175,6 +175,10 @@ def choose_plan(
         if list_layers(layers, savings)
     ]
     fitting = [plan for plan in plans if plan and fits_host(plan, machine)]
+    placed = [
+        plan for plan in fitting if LAYERS not in plan.savings
+    ]  # layers are streamed where they must be
+    fitting = placed or fitting
     # Where nothing fits, the least is tried: the loop cuts a step smaller still (step_memory.py).
     leasts = (build(capacities[0], layers[-1], savings) for savings in reversed(ladder))
     least = next(
@@ -203,7 +207,7 @@ def list_layers(layers: list[int], savings: Savings) -> list[int]:
 def fits_host(plan: Plan, machine: Machine) -> bool:
     """Whether host memory has room for what waits there; inputs of layers stay on the GPU otherwise."""
     assert plan.needs
-    return not plan.savings or machine.host_budget is None or plan.needs.host <= machine.host_budget
+    return not plan.savings or machine.host_budget is None or plan.needs.least_host <= machine.host_budget
 
 
 def find_obstacle(model_args: ModelArguments, training_args: TrainingArguments) -> str | None:
