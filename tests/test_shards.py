@@ -305,11 +305,7 @@ def save_1b(folder):
             f"model.layers.{layer}.{name}.weight": draw_weight(shape) for name, shape in shapes.items()
         }
         save_file(tensors, folder / f"model-{layer}.safetensors", {"format": "pt"})
-    ends = {
-        "model.embed_tokens": (vocabulary, hidden),
-        "model.norm": (hidden,),
-        "lm_head": (vocabulary, hidden),
-    }
+    ends = {"model.embed_tokens": (vocabulary, hidden), "model.norm": (hidden,)}
     tensors = {f"{name}.weight": draw_weight(shape) for name, shape in ends.items()}
     save_file(tensors, folder / "model-ends.safetensors", {"format": "pt"})
     files = {}
@@ -322,8 +318,9 @@ def save_1b(folder):
         hidden_size=hidden,
         intermediate_size=gate,
         num_hidden_layers=layers,
-        num_attention_heads=32,
+        num_attention_heads=24,
         num_key_value_heads=4,
+        tie_word_embeddings=True,
         dtype="bfloat16",
         architectures=["LlamaForCausalLM"],
     ).save_pretrained(folder)
@@ -380,7 +377,7 @@ def measure_1b(rank, folder, shared):
 
 
 @pytest.mark.slow
-def test_memory_of_a_process_falls_as_more_share_a_model_of_a_billion_weights(tmp_path):
+def test_memory_of_a_process_falls_as_more_share_a_model_of_a_billion_weights(tmp_path, float32_cpu):
     folder = save_1b(tmp_path / "1b")
     ((alone, alone_training, loss),) = run_function(1, measure_1b, folder, False)
     for loading, training, shared_loss in run_function(2, measure_1b, folder, True):
