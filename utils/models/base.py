@@ -30,6 +30,7 @@ from transformers.utils import logging
 
 from utils.arguments import ModelArguments
 from utils.console import UserError, notice
+from utils.fast.capability import has_bfloat16
 from utils.fast.frozen_weights import replace_by_dense, unpack_8bit_layers
 from utils.fast.rope import follow_each_batch
 from utils.models.baichuan import build_llama_config, is_baichuan, load_baichuan
@@ -55,10 +56,9 @@ def choose_compute_dtype(model_args: ModelArguments) -> torch.dtype:
     if asked is None and model_args.bits == 32:
         return torch.float32
     if has_gpu(model_args):
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        if model_args.bf16 and not has_bf16:
+        if model_args.bf16 and not has_bfloat16():
             notice("this GPU has no bfloat16: computing in float16 with a loss scale")
-        return torch.bfloat16 if has_bf16 and asked != torch.float16 else torch.float16
+        return torch.bfloat16 if has_bfloat16() and asked != torch.float16 else torch.float16
     if choose_cpu_dtype() == torch.bfloat16 and asked != torch.float16:
         return torch.bfloat16
     if asked is not None or model_args.bits == 16:
