@@ -14,6 +14,7 @@ from utils.console import notice
 from utils.fast.graph_capture import CaptureError, capture_graph, round_to_power
 from utils.fast.model import FastModel, MicroBatch
 from utils.fast.rope import find_ropes, is_dynamic
+from utils.fast.streamed_layers import find_store
 
 Size = tuple[int, ...]  # what graph_key makes of a micro-batch
 EagerTime = tuple[torch.cuda.Event, torch.cuda.Event]  # its start and end on the GPU
@@ -174,6 +175,8 @@ def find_graph_obstacle(fast: FastModel) -> str | None:
         obstacle = "its layers come from several GPUs"
     if fast.has_own_dropout:
         obstacle = "the base model has dropout of its own"
+    if find_store(fast.model):
+        obstacle = "its layers come from host memory"
     if obstacle:
         notice(f"fast path: without CUDA graphs ({obstacle})")
     return obstacle

@@ -100,7 +100,11 @@ def rehearse_step(fast: FastModel, batch: MicroBatch) -> int:
     """Bytes at the peak of one micro-batch's forward and backward pass, beside the model and `batch`."""
     scale = torch.zeros((), device="meta")
     given = [*fast.model.parameters(), *fast.model.buffers(), fast.flat.weights, fast.flat.grads]
-    given += [fast.flat.copy, scale, *(x for x in batch.values() if isinstance(x, torch.Tensor))]
+    given += [
+        *([] if fast.flat.copy is None else [fast.flat.copy]),
+        scale,
+        *(x for x in batch.values() if isinstance(x, torch.Tensor)),
+    ]
     with LiveBytes(given) as bytes_:
         fast.run(batch, scale)
     return bytes_.peak
