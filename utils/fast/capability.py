@@ -6,6 +6,7 @@ QLORA_GPU_CAPABILITY=7.5 makes a newer GPU do without these, so that this path i
 
 import functools
 import os
+import time
 
 import torch
 
@@ -39,3 +40,23 @@ def is_before_ampere() -> bool:
 def has_bfloat16() -> bool:
     """Whether the current GPU computes in it, not by emulation."""
     return torch.cuda.is_bf16_supported(including_emulation=False) and not is_before_ampere()
+
+
+def measure_matmul_tflops(device: str, dtype: torch.dtype) -> float:
+    """What large products of random numbers reach here, kept up for a second as training does, TFLOP/s."""
+    size, at_once, least = (8192, 20, 1.0) if device == "cuda" else (1024, 3, 0.0)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    left @ right
+    synchronize(device)
+    count, seconds, start = 0, 0.0, time.perf_counter()
+    while not count or seconds < least:
+        for _ in range(at_once):
+            left @ right
+        synchronize(device)
+        count, seconds = count + at_once, time.perf_counter() - start
+    return 2 * size**3 * count / seconds / 1e12
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
