@@ -32,6 +32,8 @@ def test_losses_fall_and_are_the_same_with_every_saving():
     "held, last, verdict", [(5.9, 9.0, "kept"), (6.3, 9.0, "BROKEN"), (5.9, 11.0, "BROKEN")]
 )
 def test_promise_is_kept_by_memory_and_loss(held, last, verdict):
-    promise = Promise("llama-7b:64:1x512:6.2", 6.0, held - 0.5, 0.0, 0.5, 1.5, 10.4, last, 2.0, 1024.0, [])
+    promise = Promise(
+        "llama-7b:64:1x512:6.2", 6.0, held - 0.5, 0.0, 0.5, 1.5, 10.4, last, 2.0, 1024.0, [], 28, 10
+    )
     line = describe(promise)
     assert line.endswith(verdict) and f"{held:.2f} GiB" in line and "2.00 steps/s" in line

@@ -51,6 +51,8 @@ class Promise:
     steps_per_second: float
     tokens_per_second: float
     savings: list[str]
+    recomputed_layers: int
+    steps: int
 
     @property
     def held(self) -> float:
@@ -61,26 +63,34 @@ def keep_promises(arguments: "MemoryArguments") -> None:
     """Print a line for each case and save them."""
     if not torch.cuda.is_available():
         raise UserError("eval.memory measures a GPU, and there is none")
-    kept = []
+    kept, waiting = [], start_process()
     for case in arguments.promises:
-        command = [sys.executable, "-m", "eval.speed.promises", case, str(arguments.steps)]
-        process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        lines = process.stdout.splitlines()
+        process, waiting = waiting, start_process()
+        answer, _ = process.communicate(f"{case} {arguments.steps}")
+        lines = answer.splitlines()
         if process.returncode:
             notice("\n".join([*lines, f"{case} failed"]))
             continue
         promise = Promise(**json.loads(lines[-1]))
         notice("\n".join([*lines[:-1], describe(promise)]))
         kept.append(asdict(promise) | {"held": promise.held})
+    waiting.kill()
     path = Path(arguments.output_dir, "promises.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"torch": torch.__version__, "promises": kept}, indent=2))
     notice(f"saved to {path}")
 
 
+def start_process() -> "subprocess.Popen[str]":
+    """A process for one case, which it reads after its imports."""
+    command = [sys.executable, "-m", "eval.speed.promises"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 def describe(promise: Promise) -> str:
     cap = float(promise.case.split(":")[3])
-    verdict = "kept" if promise.held <= cap and promise.last_loss < promise.first_loss else "BROKEN"
+    learns = promise.steps == 1 or promise.last_loss < promise.first_loss
+    verdict = "kept" if promise.held <= cap and learns else "BROKEN"
     return (
         f"{promise.case}: {promise.held:.2f} GiB ({promise.reserved:.2f} reserved, {promise.managed:.2f} "
         f"managed, {promise.context:.2f} context; planned {promise.planned:.2f}), {promise.host:.1f} on the "
@@ -117,6 +127,8 @@ def keep(case: str, steps: int) -> Promise:
         1 / seconds,
         rows * width / seconds,
         list(plan.savings),
+        plan.recomputed_layers or 0,
+        steps,
     )
 
 
@@ -165,4 +177,5 @@ def train(
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(keep(sys.argv[1], int(sys.argv[2])))))
+    case, steps = sys.stdin.readline().split()
+    print(json.dumps(asdict(keep(case, int(steps)))))

@@ -33,15 +33,16 @@ class FlatAdapter:
                 self.starts[parameter] = size
                 size += parameter.numel()
         self.weights = nn.Parameter(torch.zeros(size, device=device))  # what the optimizer is given
-        self.grads = torch.zeros(size, device=device)
-        is_float32 = dtype == torch.float32
-        self.copy: torch.Tensor | None = self.weights.data if is_float32 else None
-        if keeps_copy and not is_float32:
-            self.copy = torch.zeros(size, device=device, dtype=dtype)
         for parameter in self.starts:
             view = self.view(self.weights.data, [parameter])
             view.copy_(parameter.data)
             parameter.data = view
+        if self.weights.is_cuda:  # the parameters' own memory makes room for what follows
+            torch.cuda.empty_cache()
+        self.grads = torch.zeros(size, device=device)
+        self.copy: torch.Tensor | None = self.weights.data if dtype == torch.float32 else None
+        if keeps_copy and dtype != torch.float32:
+            self.copy = torch.zeros(size, device=device, dtype=dtype)
         self.refresh_copy()
         self.attach_gradients()
 

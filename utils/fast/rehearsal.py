@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from utils.fast.graphed_step import count_rows
 from utils.fast.model import FastModel, MicroBatch
 from utils.fast.offload import checkpoint_layer
 
@@ -116,7 +117,7 @@ def make_packed_batch(tokens: int) -> MicroBatch:
     with torch.device("meta"):
         batch: MicroBatch = {name: torch.zeros(1, tokens, dtype=torch.int64) for name in names}
         batch["label_positions"] = torch.zeros(-(-tokens // 2), dtype=torch.int64)
-        batch["cu_seqlens"] = torch.zeros(max(16, tokens // 128) + 1, dtype=torch.int32)
+        batch["cu_seqlens"] = torch.zeros(count_rows(tokens) + 1, dtype=torch.int32)
     return batch | {"max_length": min(1024, tokens)}
 
 

@@ -64,7 +64,7 @@ class StreamedLayers:
         self.resident: list[int | None] = [None] * SLOTS
         on_gpu = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if on_gpu else None
-        self.arrived = [torch.cuda.Event() if on_gpu else None for _ in range(SLOTS)]
+        self.arrived = [torch.cuda.Event() for _ in range(SLOTS)] if on_gpu else []  # a copy into each slot
 
     def hold(self, layer: nn.Module) -> None:
         """Move the quantized weights of the next layer to the host."""
@@ -153,7 +153,8 @@ def stream_layers(model: Any, device: torch.device) -> None:
         for name, buffer in module._buffers.items():
             module._buffers[name] = buffer if buffer is None else buffer.to(device)
         if isinstance(module, Linear4bit):
-            module.weight.quant_state.to(device)
+            quantized: Any = module.weight
+            quantized.quant_state.to(device)
     store.bind()
     model.streamed_layers = store
 

@@ -8,16 +8,18 @@ import torch
 from utils.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments
 from utils.console import notice
 from utils.data.token_rows import TokenRows
+from utils.fast.fused_mlp import TILE
 from utils.fast.loss import CHUNK_ELEMENTS
 from utils.fast.trials import takes_positions
 from utils.messages import TRAIN
 from utils.models.base import CUDA_CONTEXT, build_without_weights, choose_compute_dtype, has_gpu, load_config
 from utils.run.resume import read_resolved
-from utils.train.needs import WORKSPACE
-from utils.train.plan import Arguments, Machine, Plan, find_machine, make_plan
+from utils.train.needs import WORKSPACE, rehearse_model
+from utils.train.plan import MARGIN, Arguments, Machine, Plan, find_machine, list_ladder, make_plan
 from utils.train.savings import LAYERS
 
 GIB = 2**30
+LONG = 2**16  # tokens from which bytes grow evenly, of any model
 
 
 def print_plan(
@@ -34,7 +36,7 @@ def print_plan(
         plan = print_ways(datasets, arguments, machine)
     else:
         plan = plan_without_weights(datasets, arguments, machine)
-    notice("\n".join(render_table(plan)))
+    notice("\n".join(render_table(plan) + find_longest_row(arguments, machine)))
     if not plan.fits:
         change = find_change(datasets, arguments, machine)
         notice(f"it fits with {change}" if change else "no single flag makes it fit: take a smaller model")
@@ -82,7 +84,7 @@ def needs_streaming(
     if not has_gpu(model_args) or model_args.bits != 4 or not training_args.do_train:
         return False
     if model_args.shard_layers:
-        return False
+        return False  # each GPU holds a share
     arguments = (model_args, data_args, lora_args, training_args)
     machine = find_machine(model_args, choose_compute_dtype(model_args))
     return LAYERS in plan_without_weights(datasets, arguments, machine, read_resolved(training_args)).savings
@@ -99,6 +101,39 @@ def plan_without_weights(
     packs = training_args.packing and takes_positions(build_without_weights(model_args))
     config, lengths = load_config(model_args), datasets[TRAIN].lengths
     return make_plan(config, arguments, machine, lengths, packs, earlier or {}, streams)
+
+
+def find_longest_row(arguments: Arguments, machine: Machine) -> list[str]:
+    """A line with the longest row that can be trained on, and what ends it; none where no memory is named.
+
+    All layers are recomputed and all waits in host memory that can.
+    """
+    model_args, _, lora_args, training_args = arguments
+    if not machine.has_gpu or machine.budget is None:
+        return []
+    offload = training_args.offload_checkpoints
+    step = rehearse_model(load_config(model_args), model_args, lora_args, machine.dtype, True, offload)
+    if isinstance(step, str):
+        return []
+    optim = "adamw_torch_fused" if training_args.optim == "auto" else training_args.optim
+    savings = list_ladder(step, machine, optim, model_args.bits, None)[-1]
+    tokens, limit = 4 * TILE, ""
+    for _ in range(2):  # bytes grow evenly between lengths like these, so the second time is near
+        few, many = (step.measure(1, size, step.layers, optim, savings) for size in (tokens, 2 * tokens))
+        room = {"the GPU": extend(tokens, few.total, many.total, (1 - MARGIN) * machine.budget)}
+        if machine.host_budget is not None:
+            room["host memory"] = extend(tokens, few.host, many.host, machine.host_budget)
+        limit = min(room, key=lambda name: room[name])
+        longest = max(0, int(room[limit]) // 64 * 64)
+        tokens = min(max(64, longest * 3 // 4), LONG)
+    return [
+        f"longest row that fits, with all that can wait in host memory: {longest:,} tokens ({limit} ends it)"
+    ]
+
+
+def extend(tokens: int, few: int, many: int, room: float) -> float:
+    """Tokens that `room` bytes hold where `tokens` take `few` and twice as many `many`."""
+    return tokens + tokens * (room - few) / (many - few) if many > few else 2.0**40
 
 
 def find_change(datasets: dict[str, TokenRows], arguments: Arguments, machine: Machine) -> str | None:

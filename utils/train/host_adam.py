@@ -24,6 +24,11 @@ PIECES = 3  # on the GPU at the same time
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def count_piece_bytes(weights: int) -> int:
+    """What an optimizer of so many weights holds on the GPU."""
+    return 4 * len(MOMENTS) * PIECES * min(PIECE, weights)
+
+
 class HostAdamW(torch.optim.AdamW):
     def __init__(self, params: Any, **options: Any):
         super().__init__(params, **options | {"fused": True})
@@ -42,8 +47,11 @@ class HostAdamW(torch.optim.AdamW):
 
     def begin_pieces(self, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
+        largest = max(weight.numel() for group in self.param_groups for weight in group["params"])
         self.streams = [torch.cuda.Stream(device) if on_gpu else None for _ in range(PIECES)]
-        self.pieces = [[torch.empty(PIECE, device=device) for _ in MOMENTS] for _ in range(PIECES)]
+        self.pieces = [
+            [torch.empty(min(PIECE, largest), device=device) for _ in MOMENTS] for _ in range(PIECES)
+        ]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

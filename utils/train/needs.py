@@ -29,7 +29,7 @@ from utils.fast.rehearsal import (
     rehearse_step,
 )
 from utils.models.rehearsed import build_rehearsed, count_weight_bytes
-from utils.train.host_adam import MOMENTS, PIECE, PIECES
+from utils.train.host_adam import count_piece_bytes
 from utils.train.savings import COPY, EMBEDDING, LAYERS, OPTIMIZER
 
 MIB = 2**20
@@ -138,7 +138,7 @@ class StepNeeds:
             host += codes + scales
             codes, scales, _ = count_weight_bytes(self.short.model, self.model_args)
         if OPTIMIZER in savings:
-            host, state = host + state, 4 * len(MOMENTS) * PIECES * PIECE
+            host, state = host + state, count_piece_bytes(self.trained)
         if self.offloads:
             host += recomputed * rows * tokens * self.hidden_bytes
         return Needs(

@@ -26,6 +26,7 @@ from utils.data.packing import choose_capacity, choose_sizes, pack_rows
 from utils.fast.memory import read_host_memory
 from utils.models.base import CUDA_CONTEXT, has_gpu
 from utils.train.engine import find_flag_obstacle
+from utils.train.host_adam import count_piece_bytes
 from utils.train.needs import Needs, StepNeeds, rehearse_model
 from utils.train.savings import LAYERS, Savings, count_tokens, describe_savings, list_savings
 
@@ -53,7 +54,6 @@ class Plan:
     obstacle: str | None = None
     savings: Savings = ()  # what lies in host memory, ... (savings.py)
     saving_lines: tuple[str, ...] = ()
-    longest: str | None = None  # the longest row that would fit, in a line
 
     @property
     def fits(self) -> bool:
@@ -87,8 +87,8 @@ class Machine:
     has_gpu: bool
     dtype: torch.dtype  # that it computes in
     budget: int | None  # bytes for this process; None: not known
-    shares: int = 1  # processes that hold one base together
     host_budget: int | None = None  # bytes of host memory that may be pinned; None: not known
+    shares: int = 1  # processes that hold one base together
 
 
 def fits(needs: Needs, budget: int) -> bool:
@@ -100,12 +100,11 @@ def find_machine(model_args: ModelArguments, dtype: torch.dtype) -> Machine:
     cap = model_args.max_memory_MB * 10**6 - CUDA_CONTEXT if model_args.max_memory_MB else None
     shares = read_rank_and_size()[1] if model_args.shard_layers else 1
     if not has_gpu(model_args):
-        return Machine(False, dtype, read_host_memory()[1] // 2, shares)
+        return Machine(False, dtype, read_host_memory()[1] // 2, shares=shares)
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     total, host_free = read_host_memory()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    host = max(0, host_free - total // 4) // processes
-    return Machine(True, dtype, min(free, cap or free), shares, host)
+    host_budget = max(0, host_free - total // 4) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Machine(True, dtype, min(free, cap or free), host_budget, shares)
 
 
 def make_plan(
@@ -189,8 +188,9 @@ def list_ladder(
     """What may be saved. `streams`: whether the model's layers lie on the host; None: it is not loaded."""
     if not machine.has_gpu:
         return [()]
-    has_embedding = step.embedding_bytes > 0 and step.shares == 1
-    ladder = list_savings(has_embedding, optim, machine.dtype != torch.float32, bits)
+    is_large = optim == "adamw_torch_fused" and count_piece_bytes(step.trained) < 8 * step.trained
+    has_embedding = step.embedding_bytes > 0 and step.shares == 1  # else the GPUs share it
+    ladder = list_savings(has_embedding, is_large, machine.dtype != torch.float32, bits)
     return [savings for savings in ladder if streams in (None, LAYERS in savings)]
 
 

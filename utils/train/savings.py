@@ -27,12 +27,12 @@ LINES = {
 Savings = tuple[str, ...]
 
 
-def list_savings(has_embedding: bool, optim: str, in_16_bits: bool, bits: int) -> list[Savings]:
+def list_savings(has_embedding: bool, has_large_state: bool, in_16_bits: bool, bits: int) -> list[Savings]:
     """Those that this run can take, one more in each: (), (embedding,), (embedding, copy), ..."""
     can = {
         EMBEDDING: has_embedding,
         COPY: in_16_bits,
-        OPTIMIZER: optim == "adamw_torch_fused",
+        OPTIMIZER: has_large_state,
         LAYERS: bits == 4,
     }
     able = [name for name in SAVINGS if can[name]]
