@@ -177,7 +177,7 @@ def plan_for(budget, host=None, streams=None, earlier=None):
         LoraArguments(lora_r=256),
         TrainingArguments(gradient_accumulation_steps=32, gradient_checkpointing="True"),
     )
-    machine = Machine(True, torch.bfloat16, budget, host)
+    machine = Machine(True, torch.bfloat16, budget, host_budget=host)
     return make_plan(CONFIG, arguments, machine, np.array(LENGTHS), True, earlier or {}, streams)
 
 

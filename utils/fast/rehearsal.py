@@ -118,7 +118,8 @@ def make_packed_batch(tokens: int) -> MicroBatch:
         batch: MicroBatch = {name: torch.zeros(1, tokens, dtype=torch.int64) for name in names}
         batch["label_positions"] = torch.zeros(-(-tokens // 2), dtype=torch.int64)
         batch["cu_seqlens"] = torch.zeros(count_rows(tokens) + 1, dtype=torch.int32)
-    return batch | {"max_length": min(1024, tokens)}
+    longest = 1024 if count_rows(tokens) * 1024 != tokens else 1000  # not rows of one length
+    return batch | {"max_length": min(longest, tokens)}
 
 
 def make_padded_batch(rows: int, width: int) -> MicroBatch:

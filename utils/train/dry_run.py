@@ -14,9 +14,9 @@ from utils.fast.trials import takes_positions
 from utils.messages import TRAIN
 from utils.models.base import CUDA_CONTEXT, build_without_weights, choose_compute_dtype, has_gpu, load_config
 from utils.run.resume import read_resolved
-from utils.train.needs import WORKSPACE, rehearse_model
+from utils.train.needs import WORKSPACE, StepNeeds, rehearse_model
 from utils.train.plan import MARGIN, Arguments, Machine, Plan, find_machine, list_ladder, make_plan
-from utils.train.savings import LAYERS
+from utils.train.savings import LAYERS, Savings
 
 GIB = 2**30
 LONG = 2**16  # tokens from which bytes grow evenly, of any model
@@ -106,7 +106,7 @@ def plan_without_weights(
 def find_longest_row(arguments: Arguments, machine: Machine) -> list[str]:
     """A line with the longest row that can be trained on, and what ends it; none where no memory is named.
 
-    All layers are recomputed and all waits in host memory that can.
+    All layers are recomputed, and as much waits in host memory as gives the longest.
     """
     model_args, _, lora_args, training_args = arguments
     if not machine.has_gpu or machine.budget is None:
@@ -116,19 +116,26 @@ def find_longest_row(arguments: Arguments, machine: Machine) -> list[str]:
     if isinstance(step, str):
         return []
     optim = "adamw_torch_fused" if training_args.optim == "auto" else training_args.optim
-    savings = list_ladder(step, machine, optim, model_args.bits, None)[-1]
-    tokens, limit = 4 * TILE, ""
+    ladder = list_ladder(step, machine, optim, model_args.bits, None)
+    tokens, longest, limit = 4 * TILE, 0, ""
     for _ in range(2):  # bytes grow evenly between lengths like these, so the second time is near
-        few, many = (step.measure(1, size, step.layers, optim, savings) for size in (tokens, 2 * tokens))
-        room = {"the GPU": extend(tokens, few.total, many.total, (1 - MARGIN) * machine.budget)}
-        if machine.host_budget is not None:
-            room["host memory"] = extend(tokens, few.host, many.host, machine.host_budget)
-        limit = min(room, key=lambda name: room[name])
-        longest = max(0, int(room[limit]) // 64 * 64)
+        found = [find_room(step, machine, optim, savings, tokens) for savings in ladder]
+        longest, limit = max(found)
         tokens = min(max(64, longest * 3 // 4), LONG)
-    return [
-        f"longest row that fits, with all that can wait in host memory: {longest:,} tokens ({limit} ends it)"
-    ]
+    return [f"longest row that fits, every layer recomputed: {longest:,} tokens ({limit} ends it)"]
+
+
+def find_room(
+    step: StepNeeds, machine: Machine, optim: str, savings: Savings, tokens: int
+) -> tuple[int, str]:
+    """(tokens of the longest row, what ends it), by what `tokens` and twice as many need."""
+    assert machine.budget is not None
+    few, many = (step.measure(1, size, step.layers, optim, savings) for size in (tokens, 2 * tokens))
+    room = {"the GPU": extend(tokens, few.total, many.total, (1 - MARGIN) * machine.budget)}
+    if machine.host_budget is not None:
+        room["host memory"] = extend(tokens, few.host, many.host, machine.host_budget)
+    limit = min(room, key=lambda name: room[name])
+    return max(0, int(room[limit]) // 64 * 64), limit
 
 
 def extend(tokens: int, few: int, many: int, room: float) -> float:

@@ -178,7 +178,10 @@ def choose_plan(
     ]
     fitting = [plan for plan in plans if plan and fits_host(plan, machine)]
     # Where nothing fits, the least is tried: the loop cuts a step smaller still (step_memory.py).
-    least = build(capacities[0], layers[-1], ladder[-1])
+    leasts = (build(capacities[0], layers[-1], savings) for savings in reversed(ladder))
+    least = next(
+        (plan for plan in leasts if fits_host(plan, machine)), build(capacities[0], layers[-1], ladder[0])
+    )
     return min(fitting, key=lambda plan: measure_cost(rows, plan, step.trained)) if fitting else least
 
 
