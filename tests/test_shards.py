@@ -49,7 +49,9 @@ def test_two_that_share_a_base_equal_one_that_has_it(call_main, small_model, tmp
     argv += ["--do_train", "--do_eval", "--max_eval_samples", 5]
     printed = train_forked(2, *argv, *flags_for(2), "--shard_layers", "--output_dir", two)
     assert "each of 2 processes holds" in printed and "9 steps of 12 rows" in printed
-    call_main("qlora_finetune", *argv, *flags_for(1), "--output_dir", one)
+    alone = call_main("qlora_finetune", *argv, *flags_for(1), "--output_dir", one)
+    counts = [re.search(r"training [\d,]+ of [\d,]+ parameters", text)[0] for text in (printed, alone)]
+    assert counts[0] == counts[1]
     assert_same(two, one, 1e-4)
     evaluated = [json.loads((path / "metrics.json").read_text())["eval_loss"] for path in (two, one)]
     assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-5)
