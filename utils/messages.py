@@ -7,7 +7,7 @@ Row = dict[str, Any]  # of a data file, by its columns
 Message = dict[str, Any]  # {role, content, ...}
 Messages = list[Message]
 TEXT_ROLE = "text"  # a row that is trained whole, without a template
-UNTRAINED = "train"  # the message's key, False where its answer is context and not label
+LEARNED = "train"  # the message's key, False where its answer is context and not label
 IGNORE_INDEX = -100
 TRAIN, EVAL, TEST = "train", "eval", "test"
 

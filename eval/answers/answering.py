@@ -5,7 +5,7 @@ from typing import Any
 from eval.answers.questions import Question, name_answer
 from utils.arguments import GenerationArguments
 from utils.chat.generation import BatchAnswerer, ChatModel, trim_history
-from utils.prompts import render_chat
+from utils.rendering import render_chat
 
 
 def answer_batch(

@@ -37,7 +37,7 @@ from utils.data.turns import (
     tidy_turns,
 )
 from utils.data.unread import find_unread
-from utils.messages import TEXT_ROLE, UNTRAINED, Chat, Message, Row
+from utils.messages import LEARNED, TEXT_ROLE, Chat, Message, Row
 
 
 def read_text(row: Row, column: str) -> str:
@@ -281,7 +281,7 @@ def read_row(row: Any, dataset_format: str, marker: str = "\n\n") -> Chat:
     contents = [message["content"] for message in chat.messages]
     check_media(row, contents)
     answers = list_answers(chat)
-    if not any(message.get(UNTRAINED, True) for message in answers):
+    if not any(message.get(LEARNED, True) for message in answers):
         raise UserError("has no answer to train on" + (": all are marked as context" if answers else ""))
     said = "\0".join(contents)
     try:

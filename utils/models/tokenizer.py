@@ -25,10 +25,10 @@ from utils.prompts import (
     find_border,
     find_stop_tokens,
     read_template,
-    render_chat,
     split_prompt,
     template_names,
 )
+from utils.rendering import render_chat
 from utils.run.record import hash_text
 
 

@@ -7,7 +7,7 @@ from accelerate.utils import gather_object
 
 from utils.chat.generation import BatchAnswerer
 from utils.console import is_main_process, notice, read_rank_and_size
-from utils.messages import UNTRAINED, Chat
+from utils.messages import LEARNED, Chat
 from utils.run.record import next_free_path
 from utils.train.metrics import score_answers
 
@@ -15,7 +15,7 @@ from utils.train.metrics import score_answers
 def find_answered(chats: list[Chat]) -> list[Chat]:
     """Those whose last turn answers something, and is no mere context."""
     answered = [chat for chat in chats if len(chat.messages) > 1 and chat.messages[-1]["role"] == "assistant"]
-    return [chat for chat in answered if chat.messages[-1].get(UNTRAINED, True)]
+    return [chat for chat in answered if chat.messages[-1].get(LEARNED, True)]
 
 
 def answer_chats(answerer: BatchAnswerer, chats: list[Chat]) -> list[dict[str, str]]:
