@@ -19,7 +19,7 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 
 from utils.console import UserError, notice_once
-from utils.messages import LEARNED, Message, Messages
+from utils.messages import LEARNED, Message, Messages, Thinking
 
 OPEN, CLOSE = "<think>", "</think>"
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # names of one thing in files and templates
@@ -60,7 +60,7 @@ class ThoughtStyle:
         """Whether the template knows thoughts at all; to others they are text like any other."""
         return self.taken != "text" or self.has_switch or self.opened
 
-    def is_opened(self, mode: str) -> bool:
+    def is_opened(self, mode: Thinking) -> bool:
         """Whether a reply in this mode begins within its thought."""
         is_on = self.default if mode == "auto" else mode == "on"
         return self.opened and (is_on or not self.has_switch)
@@ -80,16 +80,16 @@ def probe_style(source: str) -> ThoughtStyle:
         unused = {"tools": None, "documents": None}
         return compile_template(source).render(marks, messages=[asked, *said], **flags, **unused)
 
-    def render_turn(prompt: str, thinking: bool, **keys: str) -> str:
+    def find_lead(prompt: str, thinking: bool, said: Message) -> str:
         """What stands between the prompt and the answer; nothing where the prompt is no part of the text."""
-        text = render({"role": "assistant", "content": answer} | keys, **name_mode(thinking))
+        text = render({"role": "assistant", "content": answer} | said, **name_mode(thinking))
         return text.removeprefix(prompt).rpartition(answer)[0] if text.startswith(prompt) else ""
 
     try:
         on, off, default = render(**name_mode(True)), render(**name_mode(False)), render()
-        by_key = render_turn(on, True, **dict.fromkeys(THOUGHT_KEYS, thought))
-        by_text = render_turn(on, True, content=join_thought(thought, answer))
-        lead = render_turn(off, False)
+        by_key = find_lead(on, True, dict.fromkeys(THOUGHT_KEYS, thought))
+        by_text = find_lead(on, True, {"content": join_thought(thought, answer)})
+        lead = find_lead(off, False, {})
     except (TemplateError, TypeError):  # a template that wants more than a question
         return ThoughtStyle()
     has_switch, opened = on != off, on.rstrip().endswith(OPEN)
@@ -144,7 +144,7 @@ def has_thought(message: Message) -> bool:
     return message["role"] == "assistant" and bool(split_thought(message)[0])
 
 
-def choose_thoughts(messages: Messages, mode: str) -> Messages:
+def choose_thoughts(messages: Messages, mode: Thinking) -> Messages:
     """What --thinking trains of a chat: off drops its thoughts, on has answers without one as context."""
     if mode == "auto":
         return messages
