@@ -127,12 +127,17 @@ def split_thought(message: Message) -> tuple[str, str]:
     """(thought, answer) of an assistant's message, the thought without the blanks around it."""
     keys = (message.get(key) for key in THOUGHT_KEYS)
     thought = next((value.strip() for value in keys if isinstance(value, str) and value.strip()), "")
-    content = message["content"]
-    head, close, tail = content.partition(CLOSE)
+    inner, answer = split_tags(message["content"])
+    return thought or inner, answer
+
+
+def split_tags(text: str) -> tuple[str, str]:
+    """(thought, answer) of a text that may begin with a thought in <think> tags, or without the first."""
+    head, close, tail = text.partition(CLOSE)
     before, opened, inner = head.partition(OPEN)
     if before.strip() if opened else not close:  # no thought, or words before it
-        return thought, content
-    return thought or (inner if opened else head).strip(), tail.lstrip()
+        return "", text
+    return (inner if opened else head).strip(), tail.lstrip()
 
 
 def join_thought(thought: str, answer: str) -> str:

@@ -36,7 +36,7 @@ def build_page(
     speaker = Speaker(chat, generation_args, page_args, about)
     sessions = Sessions(speaker, ConversationCaches(page_args.kept_conversations))
     with gr.Blocks(title="Chinese-Guanaco", fill_height=True, analytics_enabled=False) as page:
-        parts = add_parts(generation_args, page_args, about, speaker.has_adapter)
+        parts = add_parts(generation_args, page_args, about, speaker.has_adapter, speaker.thinks)
         connect_replies(parts, sessions, page_args)
         connect_buttons(parts, sessions)
         page.load(sessions.restore, parts.said, [parts.chatbot, parts.said], **QUICK)

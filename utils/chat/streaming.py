@@ -75,7 +75,7 @@ class ReplyStreamer(TextIteratorStreamer):
     """Text of the reply only: without the prompt and without the stop token, special or not."""
 
     def __init__(self, tokenizer: ChatTokenizer, kept: ConversationCache):
-        super().__init__(tokenizer.raw, skip_prompt=True, skip_special_tokens=True)
+        super().__init__(tokenizer.raw, skip_prompt=True, skip_special_tokens=tokenizer.skips_special)
         self.stop_ids, self.kept, self.start = tokenizer.stop_ids, kept, time.perf_counter()
         self.came_to_stop = False
 
@@ -128,7 +128,7 @@ def stream_reply(
     tuned: bool = True,
     max_seconds: float | None = None,
 ) -> Generator[str]:
-    """Pieces of the reply as they are generated. Closing the iterator stops the generation.
+    """Pieces of the reply as they are generated, a thought in <think> tags first. Closing it ends the reply.
 
     `kept` saves reading again what the last turn read. `tuned` False: the base without its adapter.
     """
@@ -153,7 +153,7 @@ def stream_reply(
     thread = threading.Thread(target=generate, daemon=True)
     thread.start()
     try:
-        yield from drop_leading_blanks(streamer)
+        yield from drop_leading_blanks(chat.tokenizer.tag(streamer))
         thread.join()
     finally:
         between.stopped.set()
@@ -200,7 +200,7 @@ def generate_streamed(
     else:
         output = generate_plainly(chat, prompt, config, streamer, between, cache)
     if beams:
-        streamer.on_finalized_text(chat.tokenizer.decode_reply(output[len(prompt) :]))
+        streamer.on_finalized_text(chat.tokenizer.decode_written(output[len(prompt) :]))
         kept.new_tokens, kept.seconds = len(output) - len(prompt), time.perf_counter() - streamer.start
     elif cache is not None and kept.reuse:
         kept.ids, kept.cache = output[: cache.get_seq_length()], cache

@@ -18,7 +18,8 @@ def tag_thought(pieces: Iterable[str], style: ThoughtStyle, is_opened: bool) -> 
 
     `is_opened`: the prompt has opened the thought.
     """
-    pieces, begun = iter(pieces), ""
+    begun = ""
+    pieces = (piece for piece in pieces)  # asked again at its end it ends again; a queue would wait
     opening, closing, lead = style.opening.strip() or OPEN, style.closing.strip(), style.lead.strip()
     if is_opened:
         yield f"{OPEN}\n"

@@ -67,6 +67,11 @@ class ChatTokenizer:
         """What the template does with thoughts."""
         return find_style(self.raw)
 
+    @property
+    def thinks(self) -> bool:
+        """Whether the prompts are those of thinking on."""
+        return self.style.default if self.thinking == "auto" else self.thinking == "on"
+
     @functools.cached_property
     def skips_special(self) -> bool:
         """Whether special tokens are left out of a reply's text; gpt-oss's marks of a thought are such."""
@@ -74,13 +79,14 @@ class ChatTokenizer:
         return self.raw.decode(ids) == self.raw.decode(ids, skip_special_tokens=True)
 
     def decode_reply(self, ids: list[int]) -> str:
-        """Text up to the first stop token; of a reply without one, up to its last whole character.
+        """Text up to the first stop token, a thought in <think> tags before the answer."""
+        return "".join(self.tag([self.decode_written(ids)])).strip()
 
-        A thought stands in <think> tags before the answer.
-        """
+    def decode_written(self, ids: list[int]) -> str:
+        """The same with the model's own marks; of a reply without an end, up to its last whole character."""
         end = self.find_stop(ids)
         text = self.raw.decode(ids[:end], skip_special_tokens=self.skips_special)
-        return "".join(self.tag([drop_cut_character(text) if end == len(ids) else text])).strip()
+        return drop_cut_character(text) if end == len(ids) else text
 
     def tag(self, pieces: Iterable[str]) -> Iterator[str]:
         """The pieces of a reply with its thought in <think> tags (reply_text.py)."""
@@ -91,6 +97,10 @@ class ChatTokenizer:
         if thinking != "auto":
             self.raw.chat_template = set_default(self.raw.chat_template, thinking == "on")
         return dataclasses.replace(self, thinking=thinking)
+
+    def switch(self, thinks: bool) -> "ChatTokenizer":
+        """For the replies of one chat; the template stays as it is."""
+        return dataclasses.replace(self, thinking="on" if thinks else "off")
 
     def describe(self) -> dict[str, Any]:
         """What run.json keeps."""

@@ -8,6 +8,7 @@ from accelerate.utils import gather_object
 from utils.chat.generation import BatchAnswerer
 from utils.console import is_main_process, notice, read_rank_and_size
 from utils.messages import LEARNED, Chat
+from utils.rendering import split_tags, split_thought
 from utils.run.record import next_free_path
 from utils.train.metrics import score_answers
 
@@ -19,7 +20,10 @@ def find_answered(chats: list[Chat]) -> list[Chat]:
 
 
 def answer_chats(answerer: BatchAnswerer, chats: list[Chat]) -> list[dict[str, str]]:
-    """{prompt, reference, prediction} of each chat's last answer; several processes share the chats."""
+    """{prompt, reference, prediction} of each chat's last answer, without thoughts.
+
+    Several processes share the chats.
+    """
     rank, size = read_rank_and_size()
     mine = list(range(rank, len(chats), size))
     asked = [Chat(chats[i].messages[:-1], chats[i].tools) for i in mine]
@@ -27,8 +31,8 @@ def answer_chats(answerer: BatchAnswerer, chats: list[Chat]) -> list[dict[str, s
     return [
         {
             "prompt": chat.messages[-2]["content"],
-            "reference": chat.messages[-1]["content"],
-            "prediction": answered[i],
+            "reference": split_thought(chat.messages[-1])[1],
+            "prediction": split_tags(answered[i])[1],
         }
         for i, chat in enumerate(chats)
     ]
