@@ -10,11 +10,21 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, repeat_kv
 
+from utils.fast import cuda_c
 from utils.fast.cuda_c import compile_kernel
 from utils.fast.decode_attention import DecodeAttention, HeadShape
 from utils.fast.decode_layers import find_kernel_fault, install_decode_layers
 from utils.fast.decode_model import WholeStep, find_whole_obstacle
-from utils.fast.packed_product import Kernels, PackedGroup, Shape, find_packed_obstacle, is_alike
+from utils.fast.growing_cache import keep_all
+from utils.fast.packed_product import (
+    MOST_BLOCKS,
+    Kernels,
+    PackedGroup,
+    Shape,
+    find_packed_obstacle,
+    is_alike,
+)
+from utils.fast.prompt_reader import PromptReader
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not COMPILER, reason="needs g++ or a GPU")
 TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 4e-4}  # of a result that is rounded once
@@ -171,6 +181,7 @@ ATTENTION = {
     "two conversations of unlike lengths": (8, 1, 128, 1, [5, 130], 160, False),
     "an empty one, two tokens each": (6, 2, 80, 2, [0, 33, 64], 96, False),
     "more queries than a block has": (9, 1, 64, 2, [300], 512, True),
+    "a window of the latest tokens": (4, 2, 64, 3, [5, 0, 90, 33], 128, False, 33),
 }
 
 
@@ -178,7 +189,7 @@ ATTENTION = {
 @pytest.mark.parametrize("case", ATTENTION)
 def test_attention_is_over_the_tokens_that_exist_and_the_new_ones_are_kept(dtype, case):
     torch.manual_seed(0)
-    heads, kv_heads, size, fresh, lengths, capacity, has_norms = ATTENTION[case]
+    heads, kv_heads, size, fresh, lengths, capacity, has_norms, window = (*ATTENTION[case], 0)[:8]
     count = len(lengths)
     attention = DecodeAttention(
         make_kernels(dtype), HeadShape(heads, kv_heads, size, 0.1, 1e-6), count, fresh, torch.device(DEVICE)
@@ -197,7 +208,7 @@ def test_attention_is_over_the_tokens_that_exist_and_the_new_ones_are_kept(dtype
     before, out = (keys.clone(), values.clone()), empty(count * fresh, heads * size, dtype=dtype)
     counts = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
     for _ in range(2):  # a second launch finds everything as the first did
-        attention.attend(qkv, keys, values, (cos, sin), counts, out, weights)
+        attention.attend(qkv, keys, values, (cos, sin), counts, out, weights, window=window)
     for i, (length, rows, got) in enumerate(zip(lengths, qkv.split(fresh), out.split(fresh), strict=True)):
         parts = rows.view(fresh, -1, size).transpose(0, 1)[None].split([heads, kv_heads, kv_heads], 1)
         q, k = (norm(part) for norm, part in zip(norms, parts, strict=False)) if has_norms else parts[:2]
@@ -208,20 +219,47 @@ def test_attention_is_over_the_tokens_that_exist_and_the_new_ones_are_kept(dtype
         assert torch.equal(values[i : i + 1, :, : length + fresh], all_values)
         assert relative(keys[i, :, : length + fresh], all_keys[0]) < TOLERANCE[dtype] / 3
         scores = q.double() @ repeat_kv(all_keys, heads // kv_heads).double().mT * 0.1
-        hidden = torch.arange(length + fresh, device=DEVICE) > places[:, None]
+        distance = places[:, None] - torch.arange(length + fresh, device=DEVICE)
+        hidden = (distance < 0) | (distance >= window) if window else distance < 0
         shares = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         expected = shares @ repeat_kv(all_values, heads // kv_heads).double()
         assert relative(got, expected[0].transpose(0, 1).reshape(fresh, -1)) < TOLERANCE[dtype]
 
 
-@pytest.fixture(params=["llama with grouped queries", "qwen2 with biases", "qwen3"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_conversations_at_places_of_their_own_leaves_the_other_places_alone(dtype):
+    """To the bit what each is alone; and nobody's place is not looked at."""
+    torch.manual_seed(0)
+    kernels, shape, size = make_kernels(dtype), HeadShape(4, 2, 64, 0.1), 64
+    lengths = torch.tensor([70, -(1 << 30), 20, 41, -(1 << 30)], dtype=torch.int32, device=DEVICE)
+    keys, values = (torch.randn(4, 2, 96, size).to(DEVICE, dtype) for _ in range(2))
+    angles = torch.rand(96, size).to(DEVICE)
+    turns = angles.cos().to(dtype), angles.sin().to(dtype)
+    qkv = torch.randn(4, 8 * size).to(DEVICE, dtype)
+    asked = [2, 4, 0, 1]
+    places = torch.tensor(asked, device=DEVICE)
+    before, out = (keys.clone(), values.clone()), empty(4, 4 * size, dtype=dtype)
+    together = DecodeAttention(kernels, shape, 4, 1, torch.device(DEVICE))
+    together.attend(qkv, keys, values, turns, lengths, out, places=places)
+    single = DecodeAttention(kernels, shape, 1, 1, torch.device(DEVICE))
+    for row, place in ((0, 2), (2, 0)):
+        own = [part[place : place + 1].clone() for part in before]
+        alone = empty(1, 4 * size, dtype=dtype)
+        single.attend(qkv[row : row + 1], *own, turns, lengths[place : place + 1].clone(), alone)
+        assert torch.equal(out[row], alone[0])
+        assert torch.equal(keys[place], own[0][0]) and torch.equal(values[place], own[1][0])
+    assert all(torch.equal(keys[place], before[0][place]) for place in (1, 3))
+    assert out[1].isnan().all() and out[3].isnan().all()
+
+
+@pytest.fixture(params=["llama with grouped queries", "qwen2 with biases", "qwen3", "mistral with a window"])
 def whole(request):
     """(model with adapter, its whole step, caches and ids of a conversation of 18 tokens)"""
     model = build_model(request.param, dtype=torch.bfloat16, bits=4).eval()
     base, kernels = model.get_base_model(), make_kernels(torch.bfloat16)
     ids = torch.randint(3, 90, (1, 26), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     with torch.no_grad():
-        cache = DynamicCache(config=base.config)
+        cache = DynamicCache(config=keep_all(base.config))
         base(input_ids=ids[:, :18], past_key_values=cache, use_cache=True)
         heads, size = cache.layers[0].keys.shape[1], cache.layers[0].keys.shape[3]
         caches = [[empty(1, heads, 32, size, dtype=base.dtype) for _ in "kv"] for _ in cache.layers]
@@ -229,7 +267,7 @@ def whole(request):
             keys[:, :, :18], values[:, :, :18] = layer.keys, layer.values
         expected = {}
         for name in ("on", "off"):
-            copy = DynamicCache(config=base.config)
+            copy = DynamicCache(config=keep_all(base.config))
             [copy.update(layer.keys, layer.values, i) for i, layer in enumerate(cache.layers)]
             if name == "off":
                 with model.disable_adapter():
@@ -254,6 +292,29 @@ def test_whole_step_gives_the_logits_of_the_model(whole):
     with model.disable_adapter():
         off = step.run(ids[:, 18:], caches, rotations, lengths.fill_(18))
         assert relative(off, expected["off"]) < 0.015 < relative(off, expected["on"])
+
+
+@torch.no_grad()
+def test_prompt_is_read_to_the_logits_of_the_model(whole):
+    """At once and in parts, with the adapter on and off; keys and values are those of the model too."""
+    model, step, caches, ids, expected = whole
+    reader = PromptReader(step)
+    for sizes in ([26], [18, 8], [7, 3, 15, 1]):
+        own, past = [[torch.full_like(part, float("nan")) for part in pair] for pair in caches], 0
+        for size in sizes:
+            got = reader.read(ids[0, past : past + size], own, past)
+            past += size
+        assert relative(got, expected["on"][:, -1]) < 0.015
+        for pair, wanted in zip(own, caches, strict=True):
+            assert all(
+                relative(a[:, :, :18], b[:, :, :18]) < 0.015 for a, b in zip(pair, wanted, strict=True)
+            )
+    with model.disable_adapter():
+        reader.read(ids[0, :18], own, 0)
+    kept = [[part.clone() for part in pair] for pair in caches]
+    with model.disable_adapter():
+        off = reader.read(ids[0, 18:], kept, 18)
+    assert relative(off, expected["off"][:, -1]) < 0.015 < relative(off, expected["on"][:, -1])
 
 
 @torch.no_grad()
@@ -297,21 +358,58 @@ def test_layers_where_they_stand_give_the_logits_of_the_model(name):
             assert relative(got, wanted) < 0.03
 
 
+@pytest.mark.parametrize("blocks", [1, 2, MOST_BLOCKS])
 @pytest.mark.parametrize("processors", [1, 5, 13])
-def test_product_is_the_same_by_any_number_of_blocks(processors):
+def test_product_is_the_same_by_any_number_of_blocks(processors, blocks):
     """Also where many blocks share one tile, and again with the flags that the launch before has left."""
     torch.manual_seed(0)
     dtype, kernels = torch.bfloat16, make_kernels(torch.bfloat16)
-    kernels.processors, kernels.handed = (
-        processors,
-        kernels.handed.new_full((processors * 512,), float("nan")),
-    )
-    kernels.is_handed = kernels.is_handed.new_zeros(processors)
+    kernels.spread(processors)
     for sizes, width, tokens in (([16], 1152, 1), ([96, 32], 640, 8)):
         layers = [make_layer(rows, width, dtype) for rows in sizes]
         group, x = PackedGroup(layers, dtype), torch.randn(tokens, width).to(DEVICE, dtype)
         expected = x.double() @ torch.cat([unpack(layer, dtype) for layer in layers]).double().T
         for _ in range(2):
             y = empty(tokens, sum(sizes), dtype=dtype)
-            kernels.multiply(group, x, y, shape=Shape(4, 2, 2))
+            kernels.multiply(group, x, y, shape=Shape(4, 2, 2, blocks))
             assert relative(y, expected) < TOLERANCE[dtype] and not kernels.is_handed.any()
+
+
+def test_every_block_of_a_launch_has_a_place_for_its_sums(monkeypatch):
+    """As many of both as the launch has blocks, whatever its shape."""
+    kernels, grids = make_kernels(torch.bfloat16), []
+    layer = make_layer(4096, 64, torch.bfloat16)
+    group, x = PackedGroup([layer], torch.bfloat16), torch.randn(8, 64).to(DEVICE, torch.bfloat16)
+
+    class Noted:
+        def launch(self, grid, threads, shared_bytes, argument):
+            grids.append(grid[0])
+
+    monkeypatch.setattr(kernels, "compile", lambda *args: Noted())
+    for processors in (3, 132):
+        kernels.spread(processors)
+        for shape in (Shape(), Shape(16, 2, 2, 1), Shape(8, 1, 2, 3), Shape(4, 2, 2, MOST_BLOCKS)):
+            kernels.multiply(group, x, empty(8, 4096, dtype=torch.bfloat16), shape=shape)
+            sums = shape.tiles * 16 * 8
+            assert grids[-1] <= kernels.is_handed.numel()
+            assert grids[-1] * sums <= kernels.handed.numel()
+    assert max(grids) > 132  # more than one on a multiprocessor
+
+
+def test_kernel_is_compiled_once_for_all_starts_of_the_program(monkeypatch, tmp_path):
+    """For each source, GPU and compiler version; where nothing can be kept it is compiled again."""
+    made = []
+    monkeypatch.setattr(cuda_c, "read_nvrtc_version", lambda: versions[-1])
+    monkeypatch.setattr(cuda_c, "run_nvrtc", lambda *words: made.append(words) or f"{words}".encode())
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    versions, compile_anew = ["13.0"], cuda_c.compile_source.__wrapped__  # as a new start of the program does
+    asked = [("int a;", "sm_90"), ("int b;", "sm_90"), ("int a;", "sm_80")]
+    first = [compile_anew(*words) for words in asked]
+    assert len(made) == 3 and [compile_anew(*words) for words in asked] == first and len(made) == 3
+    assert len(list((tmp_path / "cache" / "kernels").glob("*"))) == 3
+    versions.append("13.1")
+    compile_anew(*asked[0])
+    assert len(made) == 4
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "file"))
+    assert [compile_anew(*asked[0]) for _ in range(2)] == [first[0]] * 2 and len(made) == 6

@@ -14,11 +14,13 @@ from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
 from utils.fast.token_choice import TokenChoice
 
 LONGEST_MATCH = 3  # tokens that must have come before, to propose what came after them
+READ_TOGETHER = 512  # tokens of a prompt: others wait no longer for theirs than for these
 MOST_PROPOSED = 7  # with the newest token 8, which the kernels read at once
 
 
@@ -30,6 +32,9 @@ class Steps(Protocol):
 
     def find_choice(self, config: GenerationConfig) -> TokenChoice:
         """How `config` chooses a token; raises NotCovered."""
+
+    def make_cache(self) -> Any:
+        """Of a new conversation."""
 
     def read(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
         """Logits of the last of the new tokens `ids`  # [1, tokens] -> [1, vocabulary]"""
@@ -64,6 +69,9 @@ class GrowingSteps:
     def find_choice(self, config: GenerationConfig) -> TokenChoice:
         return TokenChoice(self.base, config)
 
+    def make_cache(self) -> Any:
+        return DynamicCache(config=self.base.config.get_text_config())
+
     def read(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
         return self.base(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
@@ -83,7 +91,8 @@ class GrowingSteps:
 
     def cut(self, cache: Any, length: int) -> None:
         self.owner = lambda: None
-        if cache.get_seq_length() > length:
+        keeps_all = all(type(layer) is DynamicLayer for layer in cache.layers)  # no window of them
+        if keeps_all and cache.get_seq_length() > length:
             cache.crop(length - cache.get_seq_length())
 
     def holds(self, cache: Any) -> bool:
@@ -91,7 +100,7 @@ class GrowingSteps:
 
 
 class Fetched:
-    """A token on its way from the GPU."""
+    """Tokens on their way from the GPU."""
 
     def __init__(self, token: torch.Tensor):
         self.host, self.event = token, None
@@ -101,10 +110,36 @@ class Fetched:
             self.event = torch.cuda.Event()
             self.event.record()
 
-    def wait(self) -> int:
+    def wait(self) -> list[int]:
         if self.event is not None:
             self.event.synchronize()
-        return int(self.host)
+        return self.host.tolist()
+
+    def wait_for_one(self) -> int:
+        (token,) = self.wait()
+        return token
+
+
+def read_prompt(steps: Steps, ids: Sequence[int], cache: Any) -> Generator[None, None, torch.Tensor]:
+    """Logits after `ids`, of which the cache holds the first; with a pause between parts of it.
+
+    The parts follow from the prompt alone: whoever else is replied to, the same products are made.
+    """
+    new = torch.tensor([ids[cache.get_seq_length() :]], device=steps.base.device)
+    *parts, last = new.split(READ_TOGETHER, 1)
+    for part in parts:
+        steps.read(part, cache)
+        yield
+    return steps.read(last, cache)
+
+
+def finish(generator: Generator[None, None, torch.Tensor]) -> torch.Tensor:
+    """What it returns, without its pauses."""
+    while True:
+        try:
+            next(generator)
+        except StopIteration as end:
+            return end.value
 
 
 def stream_tokens(
@@ -115,20 +150,22 @@ def stream_tokens(
     max_new_tokens: int,
     stop_ids: Sequence[int],
     proposed: int = 0,
+    logits: torch.Tensor | None = None,
 ) -> Generator[int]:
     """The reply's tokens, the stop token last where it comes to one. `cache` holds the prompt's first tokens
     already, or none; in the end it holds all but the last token. Between two tokens others may use `steps`.
 
     `proposed`: this many tokens at most are taken from what was said before and verified in one step.
+    `logits`: those of the prompt, where it has been read.
     """
     ids = list(prompt)
     try:
-        new = torch.tensor([ids[cache.get_seq_length() :]], device=choice.seen.device)
-        logits = steps.read(new, cache)
+        if logits is None:
+            logits = finish(read_prompt(steps, ids, cache))
         choice.begin(ids)
         found = Fetched(choice.choose(logits))
         if proposed and choice.is_likeliest:
-            tokens = speculate(steps, ids, cache, found.wait(), min(proposed, MOST_PROPOSED))
+            tokens = speculate(steps, ids, cache, found.wait_for_one(), min(proposed, MOST_PROPOSED))
         else:
             tokens = look_ahead(steps, ids, cache, choice, found, max_new_tokens)
         for count, token in enumerate(tokens, 1):
@@ -163,9 +200,9 @@ def look_ahead(
 
     while True:
         is_last = len(ids) - begun + 1 >= max_new_tokens
-        ahead = start(found.wait) if steps.runs_ahead and not is_last else None
-        yield found.wait()
-        found = ahead or start(found.wait)
+        ahead = start(found.wait_for_one) if steps.runs_ahead and not is_last else None
+        yield found.wait_for_one()
+        found = ahead or start(found.wait_for_one)
 
 
 def speculate(steps: Steps, ids: list[int], cache: Any, token: int, proposed: int) -> Iterator[int]:
