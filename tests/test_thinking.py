@@ -205,6 +205,46 @@ def test_reply_is_read_with_its_thought_in_tags(load, kind, mode):
     assert ("</think>" in "".join(tagged)) == any("</think>" in piece for piece in tagged)
 
 
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"x": 1}}}
+LOOK = {"name": "look", "description": "d", "parameters": {"type": "object", "properties": {}}}
+CALLED = "<tool_call>\n<function=look>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call>"
+QWEN_CALL = '<tool_call>\n{"name": "look", "arguments": {"x": 1}}\n</tool_call>'
+GPT_CALL = (
+    "<|channel|>analysis<|message|>{t}<|end|><|start|>assistant to=functions.look<|channel|>commentary json"
+)
+
+
+@pytest.mark.skipif(PUBLISHED is None, reason="shared/data/templates is not here")
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        (
+            "qwen3",
+            "<think>\n{t}\n</think>\n\n" + QWEN_CALL.replace("{", "{{").replace("}", "}}") + "<|im_end|>",
+        ),
+        ("qwen3_5_think", "{t}\n</think>\n\n" + CALLED + "<|im_end|>"),
+        ("nemotron_3_nano", "{t}\n</think>\n" + CALLED + "\n<|im_end|>"),
+        ("gptoss", GPT_CALL + '<|message|>{{"x": 1}}<|call|>'),
+    ],
+)
+def test_thoughts_before_a_call_and_behind_its_result_are_trained(load, name, call):
+    kind = next(kind for kind in KINDS if kind.name == name)
+    tokenizer = load(kind)
+    if name == "gptoss":  # as its generation_config.json has it
+        tokenizer.raw.add_tokens(["<|call|>"], special_tokens=True)
+        stop_ids = tokenizer.raw.convert_tokens_to_ids(["<|return|>", "<|call|>"])
+        tokenizer = dataclasses.replace(tokenizer, stop_ids=stop_ids)
+    chat = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL], "reasoning_content": "I must look."},
+        {"role": "tool", "content": "seen"},
+        {"role": "assistant", "content": "Seen.", "reasoning_content": "There it is."},
+    ]
+    rows = split_chat(tokenizer.raw, Chat(chat, [{"type": "function", "function": LOOK}]), tokenizer.stops)
+    trained = [row.text[start:end] for row in rows for start, end in row.trained]
+    assert trained == [call.format(t="I must look."), kind.write("There it is.", "Seen.")]
+
+
 def test_small_templates_refuse_nothing():
     from transformers.utils.chat_template_utils import _compile_jinja_template
 

@@ -187,11 +187,11 @@ def test_a_chat_of_thoughts_is_a_row_an_answer_and_is_counted(smol_tokenizer, tm
     assert all(np.array(row["labels"]).max() > 0 for row in kept)
 
 
-def test_runs_of_versions_without_the_flag_go_on():
-    was = {"arguments": {"learning_rate": 1e-4}}
-    now = {"arguments": {"learning_rate": 1e-4, "thinking": "auto"}}
-    assert find_changes(was, now) == []
-    assert find_lasting_arguments(was["arguments"]) == find_lasting_arguments(now["arguments"])
-    assert find_changes(was, {"arguments": {"learning_rate": 1e-4, "thinking": "off"}}) == [
-        "--thinking None -> off"
-    ]
+def test_runs_of_versions_without_the_flag_go_on(run):
+    record = json.loads((run / "run.json").read_text())
+    now = record["arguments"]
+    was = {name: value for name, value in now.items() if name != "thinking"}
+    assert find_changes(record | {"arguments": was}, {"arguments": now}) == []
+    assert find_lasting_arguments(was) == find_lasting_arguments(now)
+    changed = find_changes(record | {"arguments": was}, {"arguments": now | {"thinking": "off"}})
+    assert changed == ["--thinking None -> off"]

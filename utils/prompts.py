@@ -13,21 +13,20 @@ what is learned. So the same code tells training what to learn and chat where to
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from utils.console import UserError
 from utils.messages import LEARNED, TEXT_ROLE, Chat, Messages
-from utils.rendering import has_thought, render_chat, split_thought, write_reply
+from utils.rendering import find_style, has_thought, render_chat, split_thought, write_reply
 
 TEMPLATES_DIR = Path(__file__).parent / "templates"
 TOOLS_CURE = (
     "(those of Qwen2.5, Qwen3 and Llama 3.1 show them; where <|im_end|> is a token, --template chatml does)"
 )
-# (messages, whether a generation prompt follows, whether with thinking) -> text
-Render = Callable[..., str]
+# render_chat of a tokenizer: (messages, whether a generation prompt follows, whether with thinking) -> text
+Render = functools.partial[str]
 Span = tuple[int, int]  # characters [start, end) of a rendered text
 
 
@@ -189,7 +188,9 @@ def render_turn(
     prompt = render(messages[:turn], True, thinking=bool(thought)) if prompt is None else prompt
     whole = render(messages[: turn + 1], False, thinking=bool(thought))
     is_shown = whole.startswith(prompt) and thought in whole[len(prompt) :]
-    rest = whole[len(prompt) :] if is_shown else write_reply(prompt, thought, said.strip())
+    rest = whole[len(prompt) :]
+    if not is_shown:
+        rest = write_reply(find_style(render.args[0]), prompt, thought, said.strip())
     ends = [rest.find(stop) + len(stop) for stop in stops if stop in rest]
     return prompt, rest[: min(ends)] if ends else rest + find_closing(render, messages[: turn + 1], stops)
 

@@ -97,18 +97,16 @@ def probe_style(source: str) -> ThoughtStyle:
         opening, _, closing = (by_key if thought in by_key else by_text).partition(thought)
         taken: Literal["key", "text"] = "key" if thought in by_key else "text"
         return ThoughtStyle(taken, has_switch, default == on, opened, opening, closing, lead)
-    opening, _, closing = write_reply(on, thought, "").partition(thought)
+    blank = on.rpartition(OPEN)[2] if opened else "\n"  # as the prompt writes it, so the model closes it
+    opening, closing = "" if opened else OPEN + blank, blank + CLOSE + blank * 2
     return ThoughtStyle("dropped", has_switch, default == on, opened, opening, closing, lead)
 
 
-def write_reply(prompt: str, thought: str, answer: str) -> str:
-    """What a model writes behind `prompt` where its template does not show thoughts, or opens one itself."""
-    opened = prompt.rstrip().endswith(OPEN)
-    blank = prompt.rpartition(OPEN)[2] if opened else "\n"
-    opening, closing = "" if opened else OPEN + blank, blank + CLOSE + blank * 2
+def write_reply(style: ThoughtStyle, prompt: str, thought: str, answer: str) -> str:
+    """What the model writes behind `prompt`, where the template shows it otherwise once it is said."""
     if thought:
-        return opening + thought + closing + answer
-    return (closing if opened else "") + answer
+        return style.opening + thought + style.closing + answer
+    return (style.closing if prompt.rstrip().endswith(OPEN) else style.lead) + answer
 
 
 def name_mode(thinking: bool | None) -> dict[str, bool]:
