@@ -39,7 +39,7 @@ def build_page(
     chat.decoder.open_slots(page_args.concurrent_replies, tokens, page_args.kept_conversations)
     sessions = Sessions(speaker)
     with gr.Blocks(title="Chinese-Guanaco", fill_height=True, analytics_enabled=False) as page:
-        parts = add_parts(generation_args, page_args, about, speaker.has_adapter)
+        parts = add_parts(generation_args, page_args, about, speaker.has_adapter, speaker.thinks)
         connect_replies(parts, sessions, page_args)
         connect_buttons(parts, sessions)
         page.load(sessions.restore, parts.said, [parts.chatbot, parts.said], **QUICK)
