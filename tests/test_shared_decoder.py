@@ -390,3 +390,22 @@ def test_users_who_come_and_go_get_their_own_replies_in_turns(llama):
 def test_an_hour_of_users_in_two_minutes(slots):
     counts = soak(slots, expect_all(slots), 120, users=12)
     assert counts["whole"] > 100 and counts["cancelled"] > 20
+
+
+@needs_compiler
+def test_answers_to_a_question_file_are_those_of_one_conversation_each(slots):
+    """As many as there are, in order, tuned and base; slots that are too short are made anew."""
+    from types import SimpleNamespace
+
+    from eval.answers.answering import stream_replies
+    from utils.arguments import GenerationArguments
+    from utils.models.tokenizer import ChatTokenizer
+
+    tokenizer = ChatTokenizer(SimpleNamespace(pad_token_id=0), [NEVER])
+    chat = SimpleNamespace(decoder=slots, tokenizer=tokenizer)
+    for tuned, count in ((True, 9), (False, 9), (True, 60)):
+        flags = GenerationArguments(max_new_tokens=count)
+        said = list(stream_replies(chat, PROMPTS, flags, seed=0, batch_size=3, tuned=tuned))
+        wait_until_idle(slots)
+        assert said == [alone(slots, prompt, config_of(count), tuned) for prompt in PROMPTS]
+    assert slots.engine.steps.capacity == 80
