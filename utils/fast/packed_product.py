@@ -186,7 +186,7 @@ class Kernels:
     def spread(self, processors: int) -> None:
         """Let launches have `MOST_BLOCKS` blocks on each of so many multiprocessors, each with its sums."""
         self.processors, most = processors, MOST_BLOCKS * processors
-        self.handed = torch.full((most, MOST_SUMS), float("nan"), device=self.device)
+        self.handed = torch.empty(most, MOST_SUMS, dtype=torch.float32, device=self.device)
         self.is_handed = torch.zeros(most, dtype=torch.int32, device=self.device)
 
     def compile(self, name: str, file: str, macros: dict[str, int], constants: str = "") -> Kernel:
