@@ -387,7 +387,7 @@ def test_users_who_come_and_go_get_their_own_replies_in_turns(llama):
 
 @pytest.mark.slow
 @needs_compiler
-def test_an_hour_of_users_in_two_minutes(slots):
+def test_users_who_come_and_go_for_two_minutes_get_their_own_replies(slots):
     counts = soak(slots, expect_all(slots), 120, users=12)
     assert counts["whole"] > 100 and counts["cancelled"] > 20
 

@@ -130,6 +130,25 @@ class WholeStep:
         self.spaces: dict[int, Workspace] = {}
         self.attentions: dict[tuple[int, int], DecodeAttention] = {}
 
+    def compile_ahead(self) -> None:
+        """For one new token of one conversation, of several, and for proposals to verify."""
+        shape, lengths = (
+            self.layers[0].shape,
+            torch.zeros(MOST_TOKENS, dtype=torch.int32, device=self.embedding.device),
+        )
+        caches = [(self.embedding.new_empty(MOST_TOKENS, shape.kv_heads, 1, shape.size),) * 2] * len(
+            self.layers
+        )
+        ids = torch.zeros(MOST_TOKENS, 1, dtype=torch.long, device=self.embedding.device)
+        rotations = self.prepare_rotations(1)
+
+        def run() -> None:
+            for some in (ids[:1], ids, ids.view(1, -1)):
+                self.run(some, caches, rotations, lengths[: len(some)])
+
+        self.kernels.compile_ahead(run)
+        self.attentions.clear()  # they hold what was not compiled
+
     def prepare_rotations(self, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of every position that the buffers have  # [capacity, head size]"""
         positions = torch.arange(capacity, device=self.embedding.device)[None]

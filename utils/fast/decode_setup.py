@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from utils.console import notice
-from utils.fast.cuda_c import find_kernel_obstacle
+from utils.fast.cuda_c import KernelError, find_kernel_obstacle
 from utils.fast.decode_layers import find_kernel_fault, install_decode_layers
 from utils.fast.decode_model import WholeStep, find_whole_obstacle
 from utils.fast.graph_decode import MAX_DIFFERENCE, GraphDecoder
@@ -47,9 +47,15 @@ def build_whole(
     base: PreTrainedModel, kernels: Kernels, groups: dict[nn.Module, PackedGroup]
 ) -> WholeStep | None:
     obstacle = find_whole_obstacle(base, groups)
-    if obstacle:
-        notice(f"replies: steps of the model's own modules ({obstacle})")
-    return None if obstacle else WholeStep(base, kernels, groups)
+    if obstacle is None:
+        try:
+            whole = WholeStep(base, kernels, groups)
+            whole.compile_ahead()
+            return whole
+        except KernelError as error:
+            obstacle = str(error)
+    notice(f"replies: steps of the model's own modules ({obstacle})")
+    return None
 
 
 @torch.no_grad()
