@@ -132,15 +132,11 @@ class WholeStep:
 
     def compile_ahead(self) -> None:
         """For one new token of one conversation, of several, and for proposals to verify."""
-        shape, lengths = (
-            self.layers[0].shape,
-            torch.zeros(MOST_TOKENS, dtype=torch.int32, device=self.embedding.device),
-        )
-        caches = [(self.embedding.new_empty(MOST_TOKENS, shape.kv_heads, 1, shape.size),) * 2] * len(
-            self.layers
-        )
-        ids = torch.zeros(MOST_TOKENS, 1, dtype=torch.long, device=self.embedding.device)
-        rotations = self.prepare_rotations(1)
+        shape, like = self.layers[0].shape, self.embedding
+        ids = torch.zeros(MOST_TOKENS, 1, dtype=torch.long, device=like.device)
+        lengths, rotations = ids.flatten().int(), self.prepare_rotations(1)
+        pair = (like.new_empty(MOST_TOKENS, shape.kv_heads, 1, shape.size),) * 2
+        caches = [pair] * len(self.layers)
 
         def run() -> None:
             for some in (ids[:1], ids, ids.view(1, -1)):
