@@ -156,8 +156,8 @@ def test_so_they_are_by_the_kernels_themselves():
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["qwen2 with biases", "qwen3"])
-def test_family_with_biases_or_normed_heads_shares_steps_too(name):
+@pytest.mark.parametrize("name", ["qwen2 with biases", "qwen3", "mistral with a window"])
+def test_family_with_biases_normed_heads_or_a_window_shares_steps_too(name):
     decoder = build_slots_decoder(name, 2, 48)
     replies = [decoder.reply(prompt, config_of(8)) for prompt in PROMPTS[:3]]
     said = [list(reply.tokens()) for reply in replies]
