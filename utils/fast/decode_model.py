@@ -14,6 +14,8 @@ LLaMA, Mistral, Qwen2, Qwen3, Yi, DeepSeek and Baichuan-7B are built so. Whether
 names say first, and then its own logits, which these must equal (graph_decode.py); others keep their modules.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch.nn import functional as F
 
 from utils.fast.decode_attention import LARGEST_HEAD, DecodeAttention, HeadShape
 from utils.fast.packed_product import MOST_TOKENS, Kernels, PackedGroup
+from utils.fast.trials import shallow
 
 MODEL_PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
 LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -144,6 +147,17 @@ class WholeStep:
 
         self.kernels.compile_ahead(run)
         self.attentions.clear()  # they hold what was not compiled
+
+    @contextmanager
+    def shallow(self, base: Any) -> Iterator[None]:
+        """Within it the first layers alone run, here and in the model, as rounding grows with depth."""
+        layers = self.layers
+        with shallow(base):
+            self.layers = layers[: len(base.model.layers)]
+            try:
+                yield
+            finally:
+                self.layers = layers
 
     def prepare_rotations(self, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of every position that the buffers have  # [capacity, head size]"""
