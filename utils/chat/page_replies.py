@@ -25,6 +25,7 @@ from utils.console import UserError
 from utils.messages import Messages
 
 Wish = Callable[[], str | None]  # "", "stop" or "clear": what to do with the reply under way
+SHOW_SECONDS = 0.04  # eight fast replies would keep the server at work with showing them
 STORE_SECONDS = 1.0  # the browser encrypts what it stores: not with each token of a long conversation
 
 
@@ -125,13 +126,14 @@ class Speaker:
             return f"{self.about} · {describe_reply(under_way, ended, prompt.dropped, self.page_args, words)}"
 
         with closing(stream_text(chat.tokenizer, under_way)) as pieces:
-            text, stored = "", time.monotonic()
+            text, stored, shown = "", time.monotonic(), 0.0
             for piece in pieces:
                 text += piece
                 now = [*prompt.turns, reply | {"content": text.strip()}]
                 if wish():
                     break
-                if stream:
+                if stream and time.monotonic() > shown + SHOW_SECONDS:
+                    shown = time.monotonic()
                     store = time.monotonic() > stored + STORE_SECONDS
                     stored = time.monotonic() if store else stored
                     storage = now if store else gr.skip()

@@ -50,8 +50,11 @@ class SharedDecoder:
         """Let `count` replies of at most `tokens` tokens, prompt included, be under way at once.
 
         One step for all, 8 at most, where kernels apply and memory has room; else a token each in turn.
-        `kept`: so many of the latest conversations are kept for their next turn.
+        `kept`: so many of the latest conversations are kept for their next turn. Waits for what is under way.
         """
+        thread = self.thread
+        if thread is not None:
+            thread.join()
         kept = self.engine.most_kept if kept is None else kept
         slots = self.engine if isinstance(self.engine, Slots) else None
         if isinstance(self.steps, GraphDecoder) and not (slots and slots.has(count, tokens)):
