@@ -27,7 +27,7 @@ from utils.models.folder import resolve_model
 
 if TYPE_CHECKING:
     from utils.chat.generation import ChatModel
-    from utils.chat.streaming import ConversationCache
+    from utils.fast.reply import Reply
 
 COMMANDS = """\
 /clear        start a new conversation
@@ -54,7 +54,6 @@ class Side:
     """A model and its own course of the conversation; --compare has two, the model being one in memory."""
 
     tuned: bool
-    kept: "ConversationCache"
     messages: Messages = field(default_factory=list)
 
 
@@ -69,7 +68,6 @@ def main() -> None:
     from transformers import set_seed
 
     from utils.chat.generation import load_run
-    from utils.chat.streaming import ConversationCache
 
     set_seed(chat_args.seed)
     chat = load_run(resolved)
@@ -77,7 +75,7 @@ def main() -> None:
     print(f"{args.base}, {args.bits} bits, adapter {args.checkpoint_dir or 'none'}")
     if sys.stdin.isatty():
         print("/help lists the commands; Ctrl-C interrupts the reply, Ctrl-D leaves")
-    sides = [Side(tuned, ConversationCache()) for tuned in ([False, True] if chat_args.compare else [True])]
+    sides = [Side(tuned) for tuned in ([False, True] if chat_args.compare else [True])]
     hold_conversation(chat, sides, generation_args, chat_args.system)
 
 
@@ -135,7 +133,7 @@ def regenerate(chat: "ChatModel", sides: list[Side], generation_args: Generation
 def ask(chat: "ChatModel", sides: list[Side], question: str, generation_args: GenerationArguments) -> bool:
     """Print the reply, or both, as they come; the conversation grows by it. False where it was refused."""
     from utils.chat.generation import trim_history
-    from utils.chat.streaming import stream_reply
+    from utils.chat.streaming import open_reply, stream_text
 
     try:
         asked = []
@@ -150,21 +148,21 @@ def ask(chat: "ChatModel", sides: list[Side], question: str, generation_args: Ge
     except UserError as error:
         print(error)
         return False
-    streams = [
-        stream_reply(chat, messages, generation_args, side.kept, side.tuned)
+    replies = [
+        open_reply(chat, messages, generation_args, side.tuned)
         for side, messages in zip(sides, asked, strict=True)
     ]
-    replies = print_replies(streams)
-    for side, messages, reply in zip(sides, asked, replies, strict=True):
-        side.messages = [*messages, {"role": "assistant", "content": reply.strip()}]
-    figures = [describe_reply(side.kept, generation_args) for side in sides]
+    texts = print_replies([stream_text(chat.tokenizer, reply) for reply in replies])
+    for side, messages, text in zip(sides, asked, texts, strict=True):
+        side.messages = [*messages, {"role": "assistant", "content": text.strip()}]
+    figures = [describe_reply(reply, generation_args) for reply in replies]
     print(f"[{'; '.join(figures)}]", file=sys.stderr, flush=True)
     return True
 
 
-def describe_reply(kept: "ConversationCache", generation_args: GenerationArguments) -> str:
-    cut = f", cut by --max_new_tokens {generation_args.max_new_tokens}" if kept.ended == "length" else ""
-    return f"{kept.describe()}{cut}"
+def describe_reply(reply: "Reply", generation_args: GenerationArguments) -> str:
+    is_cut = reply.finish_reason == "length"
+    return f"{reply.describe()}{f', cut by --max_new_tokens {generation_args.max_new_tokens}' * is_cut}"
 
 
 def print_replies(streams: list[Generator[str]]) -> list[str]:

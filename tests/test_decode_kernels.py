@@ -14,7 +14,14 @@ from utils.fast.cuda_c import compile_kernel
 from utils.fast.decode_attention import DecodeAttention, HeadShape
 from utils.fast.decode_layers import find_kernel_fault, install_decode_layers
 from utils.fast.decode_model import WholeStep, find_whole_obstacle
-from utils.fast.packed_product import Kernels, PackedGroup, Shape, find_packed_obstacle, is_alike
+from utils.fast.packed_product import (
+    MOST_BLOCKS,
+    Kernels,
+    PackedGroup,
+    Shape,
+    find_packed_obstacle,
+    is_alike,
+)
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not COMPILER, reason="needs g++ or a GPU")
 TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 4e-4}  # of a result that is rounded once
@@ -297,21 +304,39 @@ def test_layers_where_they_stand_give_the_logits_of_the_model(name):
             assert relative(got, wanted) < 0.03
 
 
+@pytest.mark.parametrize("blocks", [1, 2, MOST_BLOCKS])
 @pytest.mark.parametrize("processors", [1, 5, 13])
-def test_product_is_the_same_by_any_number_of_blocks(processors):
+def test_product_is_the_same_by_any_number_of_blocks(processors, blocks):
     """Also where many blocks share one tile, and again with the flags that the launch before has left."""
     torch.manual_seed(0)
     dtype, kernels = torch.bfloat16, make_kernels(torch.bfloat16)
-    kernels.processors, kernels.handed = (
-        processors,
-        kernels.handed.new_full((processors * 512,), float("nan")),
-    )
-    kernels.is_handed = kernels.is_handed.new_zeros(processors)
+    kernels.spread(processors)
     for sizes, width, tokens in (([16], 1152, 1), ([96, 32], 640, 8)):
         layers = [make_layer(rows, width, dtype) for rows in sizes]
         group, x = PackedGroup(layers, dtype), torch.randn(tokens, width).to(DEVICE, dtype)
         expected = x.double() @ torch.cat([unpack(layer, dtype) for layer in layers]).double().T
         for _ in range(2):
             y = empty(tokens, sum(sizes), dtype=dtype)
-            kernels.multiply(group, x, y, shape=Shape(4, 2, 2))
+            kernels.multiply(group, x, y, shape=Shape(4, 2, 2, blocks))
             assert relative(y, expected) < TOLERANCE[dtype] and not kernels.is_handed.any()
+
+
+def test_every_block_of_a_launch_has_a_place_for_its_sums(monkeypatch):
+    """As many of both as the launch has blocks, whatever its shape."""
+    kernels, grids = make_kernels(torch.bfloat16), []
+    layer = make_layer(4096, 64, torch.bfloat16)
+    group, x = PackedGroup([layer], torch.bfloat16), torch.randn(8, 64).to(DEVICE, torch.bfloat16)
+
+    class Noted:
+        def launch(self, grid, threads, shared_bytes, argument):
+            grids.append(grid[0])
+
+    monkeypatch.setattr(kernels, "compile", lambda *args: Noted())
+    for processors in (3, 132):
+        kernels.spread(processors)
+        for shape in (Shape(), Shape(16, 2, 2, 1), Shape(8, 1, 2, 3), Shape(4, 2, 2, MOST_BLOCKS)):
+            kernels.multiply(group, x, empty(8, 4096, dtype=torch.bfloat16), shape=shape)
+            sums = shape.tiles * 16 * 8
+            assert grids[-1] <= kernels.is_handed.numel()
+            assert grids[-1] * sums <= kernels.handed.numel()
+    assert max(grids) > 132  # more than one on a multiprocessor

@@ -1,6 +1,7 @@
 """What was trained is what is chatted with: same prompt, same stop, same model."""
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,7 +12,7 @@ from helpers.chats import encode_row
 
 from utils.arguments import GenerationArguments, ModelArguments
 from utils.chat.generation import BatchAnswerer, build_generation_config, load_run, trim_history
-from utils.chat.streaming import ConversationCache, ReplyStreamer, drop_leading_blanks, stream_reply
+from utils.chat.streaming import decode_pieces, drop_leading_blanks, open_reply, stream_reply, stream_text
 from utils.console import UserError
 from utils.fast.decode_setup import install_graph_decode
 from utils.fast.frozen_weights import read_weight
@@ -132,12 +133,9 @@ def test_reply_shows_no_leading_blank(run):
     chat = open_run(run)[1]
     prompt = chat.tokenizer.encode_prompt([{"role": "user", "content": "Hi"}])
     assert chat.tokenizer.raw.decode(prompt).endswith("ASSISTANT:")
-    streamer = ReplyStreamer(chat.tokenizer, ConversationCache())
-    streamer.put(torch.tensor([prompt]))
-    for token in chat.tokenizer.raw(" I am here.<|im_end|>").input_ids:
-        streamer.put(torch.tensor([token]))
-    streamer.end()
-    assert "".join(drop_leading_blanks(streamer)) == "I am here."
+    said = chat.tokenizer.raw(" I am here.<|im_end|>").input_ids
+    pieces = decode_pieces(chat.tokenizer, said)
+    assert "".join(drop_leading_blanks(pieces)) == "I am here."
 
 
 def test_prompt_of_a_row_with_tools_is_the_trained_one(smol_tokenizer):
@@ -165,8 +163,8 @@ def test_chat_prompt_is_the_training_prompt_token_for_token(run, monkeypatch):
     row = encode_row(chat.tokenizer.raw, draft)
     trained_prompt = row["input_ids"][: row["labels"].count(IGNORE_INDEX)]
     sent = []
-    read = chat.steps.read
-    monkeypatch.setattr(chat.steps, "read", lambda ids, cache: (sent.append(ids), read(ids, cache))[1])
+    read = chat.decoder.steps.read
+    monkeypatch.setattr(chat.decoder.steps, "read", lambda ids, cache: (sent.append(ids), read(ids, cache))[1])
     list(stream_reply(chat, QUESTION, SHORT))
     assert sent[0].tolist() == [trained_prompt]
 
@@ -184,10 +182,15 @@ def test_streamed_pieces_are_the_generated_reply(smollm2):
 def test_closing_the_stream_stops_the_generation(run):
     _, chat = open_run(run)
     flags = GenerationArguments(max_new_tokens=400, min_new_tokens=400)
-    stream = stream_reply(chat, QUESTION, flags)
+    reply = open_reply(chat, QUESTION, flags)
+    stream = stream_text(chat.tokenizer, reply)
     next(stream)
-    stream.close()  # returns only once the generating thread has ended
-    assert len("".join(stream)) == 0
+    stream.close()
+    end = time.monotonic() + 20
+    while chat.decoder.is_busy:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert reply.finish_reason == "cancelled" and 0 < reply.new_tokens < 400
 
 
 def test_failure_while_generating_reaches_the_reader(run, monkeypatch):
@@ -196,7 +199,7 @@ def test_failure_while_generating_reaches_the_reader(run, monkeypatch):
     def fail(*args):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(chat.steps, "read", fail)
+    monkeypatch.setattr(chat.decoder.steps, "read", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(stream_reply(chat, QUESTION, SHORT))
 
@@ -250,80 +253,102 @@ def smol_chat(smollm2):
     return load_run(resolve_model(ModelArguments(str(smollm2), bits=32), {"bits"}))
 
 
-def converse(chat, questions, flags, kept=None):
-    """The replies of a conversation; with `kept` each turn goes on from the last one's keys and values."""
+def converse(chat, questions, flags, kept=2):
+    """The replies of a conversation, and how much of each prompt had been read by then."""
+    chat.decoder.open_slots(8, 2048, kept)
     messages, replies, reused = [], [], []
     for question in questions:
-        turn = ConversationCache() if kept is None else kept
         messages = [*messages, {"role": "user", "content": question}]
-        reply = "".join(stream_reply(chat, messages, flags, turn))
-        messages = [*messages, {"role": "assistant", "content": reply.strip()}]
-        replies.append(reply)
-        reused.append(turn.reused_tokens)
+        reply = open_reply(chat, messages, flags)
+        text = "".join(stream_text(chat.tokenizer, reply))
+        messages = [*messages, {"role": "assistant", "content": text.strip()}]
+        replies.append(text)
+        reused.append(reply.reused_tokens)
     return replies, reused
 
 
-def test_kept_cache_gives_the_same_tokens_as_a_fresh_prefill(smol_chat):
+def test_kept_conversation_gives_the_same_tokens_as_a_fresh_prefill(smol_chat):
     questions = ["Name three animals.", "And three plants?", "Which of all these is the tallest?"]
     flags = GenerationArguments(max_new_tokens=24)
-    fresh, nothing_reused = converse(smol_chat, questions, flags)
-    kept, reused = converse(smol_chat, questions, flags, ConversationCache())
+    fresh, nothing_reused = converse(smol_chat, questions, flags, kept=0)
+    kept, reused = converse(smol_chat, questions, flags)
     assert kept == fresh
-    assert nothing_reused == [0, 0, 0] and 0 < reused[1] < reused[2]
+    assert nothing_reused == [0, 0, 0] and reused[0] == 0 < reused[1] < reused[2]
 
 
-def test_kept_cache_is_cut_where_the_conversation_changes(smol_chat):
-    flags = GenerationArguments(max_new_tokens=12)
-    kept = ConversationCache()
-    converse(smol_chat, ["Name three animals.", "And three plants?"], flags, kept)
-    other = [{"role": "user", "content": "Name three rivers."}]
-    reply = "".join(stream_reply(smol_chat, other, flags, kept))
-    assert reply == "".join(stream_reply(smol_chat, other, flags))
-    assert 0 < kept.reused_tokens < kept.prompt_tokens  # the system message that the template adds
+def test_kept_conversation_is_cut_where_another_goes_on_from_it(smol_chat):
+    flags = GenerationArguments(max_new_tokens=4)
+    first = "Here is what I think about it: " + "llama, " * 60
+    replies, _ = converse(smol_chat, [first], flags)
+    ways = ["And what do you think?", "Name three rivers."]
+    asked = [
+        [
+            {"role": "user", "content": first},
+            {"role": "assistant", "content": replies[0].strip()},
+            {"role": "user", "content": way},
+        ]
+        for way in ways
+    ]
+    said = []
+    for messages in asked:
+        reply = open_reply(smol_chat, messages, flags)
+        said.append("".join(stream_text(smol_chat.tokenizer, reply)))
+        assert 60 < reply.reused_tokens < len(reply.prompt)
+    smol_chat.decoder.open_slots(8, 2048, kept=0)
+    assert said == ["".join(stream_reply(smol_chat, messages, flags)) for messages in asked]
 
 
 def test_second_turn_of_1500_tokens_starts_in_15_percent_of_a_full_prefill(smol_chat):
     flags = GenerationArguments(max_new_tokens=4)
     first = [{"role": "user", "content": "Here is a list. " + "llama, " * 370}]
-    kept = ConversationCache()
-    reply = "".join(stream_reply(smol_chat, first, flags, kept)).strip()
-    second = [*first, {"role": "assistant", "content": reply}, {"role": "user", "content": "How many?"}]
-    list(stream_reply(smol_chat, second, flags, kept))
-    fresh = ConversationCache()
-    list(stream_reply(smol_chat, second, flags, fresh))
-    share = kept.first_token_seconds / fresh.first_token_seconds
-    print(
-        f"{kept.prompt_tokens} tokens: first after {kept.first_token_seconds:.3f} s, {share:.1%} of a prefill"
-    )
-    assert kept.prompt_tokens > 1500 and share <= 0.15
+    smol_chat.decoder.open_slots(8, 2048, kept=2)
+    text = "".join(stream_reply(smol_chat, first, flags)).strip()
+    second = [*first, {"role": "assistant", "content": text}, {"role": "user", "content": "How many?"}]
+    seconds = []
+    for kept in (2, 0):
+        smol_chat.decoder.open_slots(8, 2048, kept)
+        reply = open_reply(smol_chat, second, flags)
+        list(stream_text(smol_chat.tokenizer, reply))
+        seconds.append(reply.first_token_seconds)
+    print(f"{len(reply.prompt)} tokens: first after {seconds[0]:.3f} s, not {seconds[1]:.3f} s")
+    assert len(reply.prompt) > 1500 and seconds[0] <= 0.15 * seconds[1]
 
 
 @pytest.mark.parametrize("fixed_buffers", [False, True])
 def test_base_beside_adapter_in_one_model_and_replies_in_turns_never_mix(run, fixed_buffers):
     _, chat = open_run(run)
-    for layer in chat.lock.layers:  # two steps of training change no word yet
+    for layer in chat.decoder.adapter.layers:  # two steps of training change no word yet
         layer.lora_B["default"].weight.data.normal_()
-    if fixed_buffers:  # as on a GPU
-        decoder = install_graph_decode(chat.model)
     flags = GenerationArguments(max_new_tokens=20, min_new_tokens=20)
-    alone = {tuned: "".join(stream_reply(chat, QUESTION, flags, tuned=tuned)) for tuned in (True, False)}
-    chat.lock.set_adapter(True)  # PEFT's context leaves the adapter as it finds it
-    with chat.model.disable_adapter(), torch.no_grad():
-        chat.lock.layers, layers = [], chat.lock.layers
-        assert "".join(stream_reply(chat, QUESTION, flags)) == alone[False] != alone[True]
-        chat.lock.layers = layers
+    with chat.model.disable_adapter():
+        base = BatchAnswerer(chat.model, chat.tokenizer, flags, seed=0).answer([QUESTION])
+    if fixed_buffers:  # as on a GPU
+        chat.decoder.engine.steps = decoder = install_graph_decode(chat.model)
+    alone = {tuned: "".join(stream_reply(chat, QUESTION, flags, tuned)) for tuned in (True, False)}
+    assert [alone[False].strip()] == base != [alone[True].strip()]
     sides = [True, False, True, False, True]
-    streams = [stream_reply(chat, QUESTION, flags, tuned=tuned) for tuned in sides]
+    replies = [open_reply(chat, QUESTION, flags, tuned) for tuned in sides]
     with ThreadPoolExecutor(len(sides)) as pool:
-        replies = list(pool.map("".join, streams))
-    assert replies == [alone[tuned] for tuned in sides]
-    assert not chat.lock.held and not chat.lock.line
+        texts = list(pool.map(lambda reply: "".join(stream_text(chat.tokenizer, reply)), replies))
+    assert texts == [alone[tuned] for tuned in sides]
     assert not fixed_buffers or (decoder.buffers and not decoder.obstacle)
 
 
 def test_reply_ends_at_its_time_limit(run):
     _, chat = open_run(run)
-    kept = ConversationCache()
     flags = GenerationArguments(max_new_tokens=400, min_new_tokens=400)
-    list(stream_reply(chat, QUESTION, flags, kept, max_seconds=0.2))
-    assert kept.ended == "time" and kept.new_tokens < 400
+    reply = open_reply(chat, QUESTION, flags, max_seconds=0.2)
+    list(stream_text(chat.tokenizer, reply))
+    assert reply.finish_reason == "time" and reply.new_tokens < 400
+
+
+def test_stop_string_ends_the_reply_before_it(smol_chat):
+    flags = GenerationArguments(max_new_tokens=48)
+    question = [{"role": "user", "content": "Count from one to ten, in words."}]
+    whole = "".join(stream_reply(smol_chat, question, flags))
+    for stop in (whole[9:14], whole[20:21], whole[-6:]):
+        reply = open_reply(smol_chat, question, flags)
+        pieces = list(stream_text(smol_chat.tokenizer, reply, ["never said", stop]))
+        assert "".join(pieces) == whole[: whole.index(stop)] and reply.finish_reason == "stop"
+    reply = open_reply(smol_chat, question, flags)  # what only begins like one is said in the end
+    assert "".join(stream_text(smol_chat.tokenizer, reply, [whole[-3:] + "x"])) == whole

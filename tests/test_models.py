@@ -99,7 +99,7 @@ def test_run_on_layers_that_are_stored_transposed_is_chatted_with(bits, tiny_mod
     tokenizer.save_pretrained(tmp_path / "base")
     argv = ["--model_name_or_path", tmp_path / "base", *FLAGS, "--output_dir", tmp_path / "run"]
     call_main("qlora_finetune", *argv, "--bits", bits)
-    assert load_chat(tmp_path / "run").lock.layers
+    assert load_chat(tmp_path / "run").decoder.adapter.layers
 
 
 def test_adapter_on_layers_that_are_used_twice_is_chatted_with(tiny_model, tmp_path):
@@ -109,7 +109,7 @@ def test_adapter_on_layers_that_are_used_twice_is_chatted_with(tiny_model, tmp_p
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     config = LoraConfig(target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]], task_type="CAUSAL_LM")
     get_peft_model(base, config).save_pretrained(tmp_path)
-    assert len(load_chat(tmp_path).lock.layers) == 3
+    assert len(load_chat(tmp_path).decoder.adapter.layers) == 3
 
 
 @each_family

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from utils.arguments import GenerationArguments, ModelArguments
 from utils.chat.generation import load_run
 from utils.chat.page_arguments import PageArguments, check_port, read_auth
-from utils.chat.streaming import stream_reply
+from utils.chat.streaming import stream_reply, stream_text
 from utils.console import UserError
 from utils.models.folder import resolve_model
 
@@ -258,7 +258,7 @@ def test_reply_streams_and_stop_keeps_what_was_said(open_tab, server):
     tab.wait(lambda: "la la la" in "".join(tab.replies()))
     tab.page.locator("#box .stop-button").dispatch_event("click")  # at once: the song goes on
     tab.page.locator("#box .submit-button").wait_for()
-    tab.wait(lambda: not server.chat.lock.held, seconds=5)
+    tab.wait(lambda: not server.chat.decoder.is_busy, seconds=5)
     said = tab.replies()[-1]
     tab.page.wait_for_timeout(500)
     assert tab.replies() == [said] and 3 < len(said.split()) < 390
@@ -271,7 +271,7 @@ def test_generation_stops_when_the_browser_leaves(open_tab, server):
     tab.wait(lambda: "la la la" in "".join(tab.replies()))
     tab.page.close()
     end = time.monotonic() + 20
-    while server.chat.lock.held:
+    while server.chat.decoder.is_busy:
         assert time.monotonic() < end
         time.sleep(0.05)
 
@@ -299,11 +299,11 @@ def test_what_is_typed_during_a_reply_stays_and_the_reader_may_scroll_up(open_ta
     from utils.chat import page_replies
 
     def speak_slowly(*args):
-        for piece in stream_reply(*args):
+        for piece in stream_text(*args):
             time.sleep(0.01)
             yield piece
 
-    monkeypatch.setattr(page_replies, "stream_reply", speak_slowly)
+    monkeypatch.setattr(page_replies, "stream_text", speak_slowly)
     tab = open_tab(viewport={"width": 500, "height": 500})
     log = "document.querySelector('#chat [role=log]')"
     below = f"{log}.scrollHeight - {log}.clientHeight - {log}.scrollTop"
@@ -543,7 +543,7 @@ def ask_many(server, questions, users, rounds):
                 time.sleep(0.2)
                 continue
             reply = {"role": "assistant", "content": expected[question, side]}
-            reply |= {"side": side} if server.chat.lock.layers else {}
+            reply |= {"side": side} if server.chat.has_adapter else {}
             if said != [{"role": "user", "content": question}, reply]:
                 with lock:
                     wrong.append((question, side, said))
@@ -566,13 +566,13 @@ def test_next_turn_reads_only_what_is_new_and_says_the_same(chat, monkeypatch):
     """The latest conversations' keys and values are kept, of base and tuned apart; none with 0."""
     from utils.chat import page_replies
 
-    figures, stream = [], page_replies.stream_reply
+    figures = []
 
-    def watch(chat, messages, flags, kept, *rest):
-        yield from stream(chat, messages, flags, kept, *rest)
-        figures.append((kept.reused_tokens, kept.prompt_tokens))
+    def watch(tokenizer, reply):
+        yield from stream_text(tokenizer, reply)
+        figures.append((reply.reused_tokens, len(reply.prompt)))
 
-    monkeypatch.setattr(page_replies, "stream_reply", watch)
+    monkeypatch.setattr(page_replies, "stream_text", watch)
     shown = {}
     turns = [("a", "tuned"), ("a", "tuned"), ("b", "tuned"), ("a", "base"), ("c", "base"), ("a", "tuned")]
     for size in (2, 0):

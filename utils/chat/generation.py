@@ -1,9 +1,8 @@
 """A run on disk -> a model that replies.
 
 Base, quantization, template and stop tokens are read from run.json, so that a reply is asked for exactly as
-the run was trained: the original trained with one prompt and chatted with another. Replies of many prompts at
-once are made here, a reply that streams in streaming.py; on a GPU both replay a CUDA graph for each token
-(utils/fast/graph_decode.py).
+the run was trained: the original trained with one prompt and chatted with another. Replies that stream come
+from streaming.py, all of them by one decoder (utils/fast/shared_decoder.py).
 """
 
 import functools
@@ -16,10 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from utils.arguments import GenerationArguments
-from utils.chat.model_lock import ModelLock
 from utils.console import UserError, notice
-from utils.fast.decode_loop import GrowingSteps, Steps
+from utils.fast.decode_loop import GrowingSteps
 from utils.fast.decode_setup import install_graph_decode
+from utils.fast.shared_decoder import SharedDecoder
 from utils.messages import Chat, Messages
 from utils.models.adapter import load_adapter
 from utils.models.base import choose_compute_dtype, load_base
@@ -36,8 +35,11 @@ class ChatModel:
     model: Any
     tokenizer: ChatTokenizer
     context: int | None  # tokens
-    lock: ModelLock
-    steps: Steps | None = None  # tokens one at a time, faster than by generate; None where generate must do
+    decoder: SharedDecoder
+
+    @property
+    def has_adapter(self) -> bool:
+        return bool(self.decoder.adapter.layers)
 
 
 def load_run(resolved: ResolvedModel, dtype: torch.dtype | None = None) -> ChatModel:
@@ -47,13 +49,14 @@ def load_run(resolved: ResolvedModel, dtype: torch.dtype | None = None) -> ChatM
     if resolved.has_adapter:
         model = load_adapter(model, str(args.checkpoint_dir))
     model.eval()
-    steps = install_graph_decode(model) if model.device.type == "cuda" else GrowingSteps(model)
+    steps = install_graph_decode(model) if model.device.type == "cuda" else None
     if tokenizer.keeps_blank:
         notice(
             f"{args.checkpoint_dir} was trained by an older version, which tokenized prompts and answers "
             "apart: it is asked as it was trained, and training anew gives better answers"
         )
-    return ChatModel(model, tokenizer, find_context(resolved.config), ModelLock(model), steps)
+    decoder = SharedDecoder(model, steps or GrowingSteps(model))
+    return ChatModel(model, tokenizer, find_context(resolved.config), decoder)
 
 
 def build_generation_config(

@@ -15,7 +15,6 @@ from utils.chat.page_labels import LABELS, choose_words
 from utils.chat.page_messages import read_messages, show_messages
 from utils.chat.page_parts import PageParts, add_parts
 from utils.chat.page_replies import Sent, Speaker, empty_page
-from utils.chat.streaming import ConversationCaches
 from utils.console import UserError, notice
 
 SCRIPT, LOOKS = (Path(__file__).with_name(f"page.{kind}") for kind in ("js", "css"))
@@ -34,7 +33,11 @@ def build_page(
 ) -> gr.Blocks:
     """The page around `chat`. The browser alone keeps the conversation, and sends it with each message."""
     speaker = Speaker(chat, generation_args, page_args, about)
-    sessions = Sessions(speaker, ConversationCaches(page_args.kept_conversations))
+    tokens = page_args.limit_prompt_tokens + page_args.limit_new_tokens
+    if chat.context is not None:
+        tokens = min(tokens, chat.context)
+    chat.decoder.open_slots(page_args.concurrent_replies, tokens, page_args.kept_conversations)
+    sessions = Sessions(speaker)
     with gr.Blocks(title="Chinese-Guanaco", fill_height=True, analytics_enabled=False) as page:
         parts = add_parts(generation_args, page_args, about, speaker.has_adapter)
         connect_replies(parts, sessions, page_args)
@@ -49,7 +52,6 @@ class Sessions:
     """What each event does; those of a reply give (box, asked, chatbot, said, status)."""
 
     speaker: Speaker
-    recent: ConversationCaches
     # By session, of each reply under way: "", "stop" or "clear".
     wishes: dict[str | None, str] = field(default_factory=dict)
 
@@ -60,12 +62,9 @@ class Sessions:
             return
         self.wishes[session] = ""
         sent = Sent(said, settings, choose_words(request.headers), *asked)
-        place = session, sent.side  # base and tuned read with other keys and values
-        kept = self.recent.take(place)
         try:
-            yield from self.speaker.stream_answer(sent, functools.partial(self.wishes.get, session), kept)
+            yield from self.speaker.stream_answer(sent, functools.partial(self.wishes.get, session))
         finally:
-            self.recent.put_back(place, kept)
             del self.wishes[session]
 
     def answer(self, request: gr.Request, question: Any, said: Any, *settings: Any) -> Iterator[tuple]:

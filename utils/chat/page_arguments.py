@@ -21,7 +21,7 @@ class PageArguments:
     limit_new_tokens: int = flag(1024, "Longest reply that may be asked for.")
     limit_seconds: float = flag(120.0, "Longest time for one reply.")
     limit_queue: int = flag(32, "Users waiting at most; the next one is asked to come back.")
-    concurrent_replies: int = flag(4, "Replies written at once, a token each in turn.")
+    concurrent_replies: int = flag(8, "Replies written at once.")
     kept_conversations: int = flag(
         4, "Latest conversations whose keys and values stay in memory for the next turn."
     )

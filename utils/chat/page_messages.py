@@ -12,8 +12,8 @@ from typing import Any
 
 from utils.chat.generation import ChatModel
 from utils.chat.page_arguments import PageArguments
-from utils.chat.streaming import ConversationCache
 from utils.console import UserError
+from utils.fast.reply import Reply
 from utils.messages import Messages
 
 CODE = re.compile(  # page.js has it too
@@ -103,12 +103,12 @@ def fit_turns(
 
 
 def describe_reply(
-    kept: ConversationCache, ended: str, dropped: int, page_args: PageArguments, words: dict
+    reply: Reply, ended: str, dropped: int, page_args: PageArguments, words: dict
 ) -> str:
     """Tokens, speed, why the reply ended if not by itself, and what of the conversation was not read."""
-    speed = kept.new_tokens / kept.seconds if kept.seconds else 0.0
+    speed = reply.new_tokens / reply.seconds if reply.seconds else 0.0
     parts = [
-        words["speed"].format(tokens=kept.new_tokens, speed=speed),
+        words["speed"].format(tokens=reply.new_tokens, speed=speed),
         words.get(ended, "").format(seconds=page_args.limit_seconds),
         words["dropped"].format(count=dropped) if dropped else "",
     ]

@@ -20,7 +20,7 @@ from utils.chat.page_messages import (
     show_messages,
 )
 from utils.chat.page_parts import MAX_BEAMS, MAX_TEMPERATURE, MIN_TOP_P, busy_box
-from utils.chat.streaming import ConversationCache, stream_reply
+from utils.chat.streaming import open_reply, stream_text
 from utils.console import UserError
 from utils.messages import Messages
 
@@ -67,9 +67,9 @@ class Speaker:
 
     @property
     def has_adapter(self) -> bool:
-        return bool(self.chat.lock.layers)
+        return self.chat.has_adapter
 
-    def stream_answer(self, sent: Sent, wish: Wish, kept: ConversationCache) -> Iterator[tuple]:
+    def stream_answer(self, sent: Sent, wish: Wish) -> Iterator[tuple]:
         """(box, asked, chatbot, said, status) as the reply comes. What is refused is left in `asked`."""
         words = sent.words
         refused, shown = gr.skip(), gr.skip()
@@ -85,7 +85,7 @@ class Speaker:
             gr.Warning(str(error))
             yield gr.skip(), refused, shown, gr.skip(), str(error)
             return
-        yield from self.stream_prompt(prompt, sent, wish, kept)
+        yield from self.stream_prompt(prompt, sent, wish)
 
     def build_prompt(self, turns: Messages, sent: Sent) -> Prompt:
         """Raises UserError for a setting that is none, and where the question is too long."""
@@ -98,22 +98,19 @@ class Speaker:
         read = [{"role": turn["role"], "content": turn["content"]} for turn in opening + fitting]
         return Prompt(turns, read, len(turns) - len(fitting), generation_args)
 
-    def stream_prompt(
-        self, prompt: Prompt, sent: Sent, wish: Wish, kept: ConversationCache
-    ) -> Iterator[tuple]:
+    def stream_prompt(self, prompt: Prompt, sent: Sent, wish: Wish) -> Iterator[tuple]:
         words, stream = sent.words, sent.settings[-1]
         reply = {"role": "assistant", "content": ""} | ({"side": sent.side} if self.has_adapter else {})
         now = [*prompt.turns, reply]
         yield busy_box(), "", show_messages(prompt.turns, words), now, self.about
 
-        def describe(ended: str) -> str:
-            return f"{self.about} · {describe_reply(kept, ended, prompt.dropped, self.page_args, words)}"
-
         limit = self.page_args.limit_seconds
-        pieces = stream_reply(
-            self.chat, prompt.read, prompt.generation_args, kept, sent.side == "tuned", limit
-        )
-        with closing(pieces):
+        under_way = open_reply(self.chat, prompt.read, prompt.generation_args, sent.side == "tuned", limit)
+
+        def describe(ended: str) -> str:
+            return f"{self.about} · {describe_reply(under_way, ended, prompt.dropped, self.page_args, words)}"
+
+        with closing(stream_text(self.chat.tokenizer, under_way)) as pieces:
             text, stored = "", time.monotonic()
             for piece in pieces:
                 text += piece
@@ -128,7 +125,7 @@ class Speaker:
         if wish() == "clear":
             yield empty_page(self.about)
             return
-        ended = "interrupted" if wish() else kept.ended
+        ended = "interrupted" if wish() else under_way.finish_reason
         yield gr.skip(), gr.skip(), show_messages(now, words), now, describe(ended)
 
 

@@ -15,10 +15,12 @@ from typing import Any, Protocol
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
 from utils.fast.token_choice import TokenChoice
 
 LONGEST_MATCH = 3  # tokens that must have come before, to propose what came after them
+READ_TOGETHER = 512  # tokens of a prompt: others wait no longer for theirs than for these
 MOST_PROPOSED = 7  # with the newest token 8, which the kernels read at once
 
 
@@ -83,7 +85,8 @@ class GrowingSteps:
 
     def cut(self, cache: Any, length: int) -> None:
         self.owner = lambda: None
-        if cache.get_seq_length() > length:
+        is_whole = all(type(layer) is DynamicLayer for layer in cache.layers)  # no window of the latest tokens
+        if is_whole and cache.get_seq_length() > length:
             cache.crop(length - cache.get_seq_length())
 
     def holds(self, cache: Any) -> bool:
@@ -107,6 +110,30 @@ class Fetched:
         return int(self.host)
 
 
+def read_prompt(
+    steps: Steps, ids: Sequence[int], cache: Any
+) -> Generator[None, None, torch.Tensor]:
+    """Logits after `ids`, of which the cache holds the first; with a pause between parts of it.
+
+    The parts follow from the prompt alone: whoever else is replied to, the same products are made.
+    """
+    new = torch.tensor([ids[cache.get_seq_length() :]], device=steps.base.device)
+    *parts, last = new.split(READ_TOGETHER, 1)
+    for part in parts:
+        steps.read(part, cache)
+        yield
+    return steps.read(last, cache)
+
+
+def finish(generator: Generator[None, None, torch.Tensor]) -> torch.Tensor:
+    """What it returns, without its pauses."""
+    while True:
+        try:
+            next(generator)
+        except StopIteration as end:
+            return end.value
+
+
 def stream_tokens(
     steps: Steps,
     prompt: Sequence[int],
@@ -115,16 +142,18 @@ def stream_tokens(
     max_new_tokens: int,
     stop_ids: Sequence[int],
     proposed: int = 0,
+    logits: torch.Tensor | None = None,
 ) -> Generator[int]:
     """The reply's tokens, the stop token last where it comes to one. `cache` holds the prompt's first tokens
     already, or none; in the end it holds all but the last token. Between two tokens others may use `steps`.
 
     `proposed`: this many tokens at most are taken from what was said before and verified in one step.
+    `logits`: those of the prompt, where it has been read.
     """
     ids = list(prompt)
     try:
-        new = torch.tensor([ids[cache.get_seq_length() :]], device=choice.seen.device)
-        logits = steps.read(new, cache)
+        if logits is None:
+            logits = finish(read_prompt(steps, ids, cache))
         choice.begin(ids)
         found = Fetched(choice.choose(logits))
         if proposed and choice.is_likeliest:

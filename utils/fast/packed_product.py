@@ -57,10 +57,10 @@ class RowsProduct(ctypes.Structure):
 class Shape:
     """How a launch is laid out: chosen by eval.decode_speed, no part of the result."""
 
-    warps: int = 16  # of a block
+    warps: int = 8  # of a block
     tiles: int = 2  # of 16 rows that a block does at once
     stages: int = 2  # chunks that a warp has under way
-    blocks: int = 1  # of a multiprocessor
+    blocks: int = 2  # of a multiprocessor
     register_rows: int = 0  # of a lane's 2 * tiles rows, unpacked without the table
 
     def count_shared_bytes(self, tokens: int) -> int:
@@ -179,12 +179,15 @@ class Kernels:
     ):
         self.half, self.compiler = int(dtype == torch.float16), compiler
         self.made: dict[Any, Kernel] = {}
-        is_gpu = device.type == "cuda"
-        self.processors = torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else 3
+        self.device, is_gpu = device, device.type == "cuda"
         self.shape = self.gated_shape = DEFAULT_SHAPE
-        most = MOST_BLOCKS * self.processors  # blocks of a launch
-        self.handed = torch.empty(most * MOST_SUMS, dtype=torch.float32, device=device)
-        self.is_handed = torch.zeros(most, dtype=torch.int32, device=device)
+        self.spread(torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else 3)
+
+    def spread(self, processors: int) -> None:
+        """Let launches have `MOST_BLOCKS` blocks on each of so many multiprocessors, each with its sums."""
+        self.processors, most = processors, MOST_BLOCKS * processors
+        self.handed = torch.full((most, MOST_SUMS), float("nan"), device=self.device)
+        self.is_handed = torch.zeros(most, dtype=torch.int32, device=self.device)
 
     def compile(self, name: str, file: str, macros: dict[str, int], constants: str = "") -> Kernel:
         macros = {"HALF": self.half} | macros
@@ -215,6 +218,7 @@ class Kernels:
         `residual`  # as y, which it may be, is added: to a single layer's
         """
         shape = shape or (self.gated_shape if gated else self.shape)
+        assert shape.blocks <= MOST_BLOCKS and shape.tiles * 16 * MOST_TOKENS <= MOST_SUMS
         p = group.describe(x, xa, y, shape)
         assert residual is None or len(group.sizes) == 1
         p.residual = address(residual)
