@@ -22,7 +22,18 @@ from utils.models.folder import resolve_model
 from utils.models.tokenizer import ChatTokenizer, load_run_tokenizer
 from utils.prompts import read_template, render_chat, template_names
 
-WRITTEN = ["llama1", "decapoda", "llama2", "llama3", "baichuan", "mistral", "qwen2", "qwen3", "yi", "deepseek"]
+WRITTEN = [
+    "llama1",
+    "decapoda",
+    "llama2",
+    "llama3",
+    "baichuan",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "yi",
+    "deepseek",
+]
 OTHERS = [family.id for family in FAMILIES if family.id not in WRITTEN]
 TEXT = "Who are you?  你是谁？ I'm 12345, she'll\n\n  go <b>💡</b>"
 
@@ -89,7 +100,9 @@ def test_llama_cpp_reads_texts_and_prompts_as_our_tokenizer_does(family, build_f
 
 
 @pytest.mark.parametrize("family", OTHERS)
-def test_other_family_gets_llama_cpps_command_or_the_reason_why_not(family, build_family, call_main, tmp_path):
+def test_other_family_gets_llama_cpps_command_or_the_reason_why_not(
+    family, build_family, call_main, tmp_path
+):
     said = "llama.cpp does not compute it" if family == "opt" else r"convert_hf_to_gguf\.py MERGED --outfile"
     with pytest.raises(UserError, match=said):
         call_main("utils.export_gguf", build_family(family), tmp_path / "out")
@@ -123,7 +136,9 @@ def test_llama_31_frequencies_and_q8_matrices_are_those_of_transformers(call_mai
     head_dim = config["hidden_size"] // config["num_attention_heads"]
     plain = 500000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
     scaled = AutoModelForCausalLM.from_pretrained(base).model.rotary_emb.inv_freq
-    assert torch.allclose(torch.from_numpy(tensors["rope_freqs.weight"].data.copy()), plain / scaled, rtol=1e-5)
+    assert torch.allclose(
+        torch.from_numpy(tensors["rope_freqs.weight"].data.copy()), plain / scaled, rtol=1e-5
+    )
     assert tensors["blk.0.ffn_up.weight"].tensor_type.name == "Q8_0"
     assert tensors["blk.0.attn_norm.weight"].tensor_type.name == "F32"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="out-q8_0.gguf")
@@ -179,7 +194,9 @@ def test_composed_chat_is_what_the_template_renders(name, smol_tokenizer):
 
 def test_template_of_another_form_gets_no_modelfile(smol_tokenizer):
     other = "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
-    numbered = "{% for message in messages %}<|im_start|>{{ loop.index }}{{ message.content }}<|im_end|>{% endfor %}"
+    numbered = (
+        "{% for message in messages %}<|im_start|>{{ loop.index }}{{ message.content }}<|im_end|>{% endfor %}"
+    )
     for template in (other, numbered):
         smol_tokenizer.chat_template = template
         with pytest.raises(UserError, match="no Modelfile: Ollama's templates are written in Go"):
@@ -233,7 +250,9 @@ def test_llama_cpp_says_what_the_chat_of_the_135m_model_says(call_main, smollm2,
     """50 prompts, after a short training: the certificate of the file."""
     pytest.importorskip("llama_cpp")
     rows = [json.loads(line) for line in (ROOT / IDENTITY).read_text(encoding="utf-8").splitlines()]
-    (tmp_path / "held_out.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:50]), encoding="utf-8")
+    (tmp_path / "held_out.jsonl").write_text(
+        "\n".join(json.dumps(row) for row in rows[:50]), encoding="utf-8"
+    )
     flags = """--lora_r 16 --learning_rate 1e-3 --max_steps 24 --per_device_train_batch_size 8
         --gradient_accumulation_steps 1 --gradient_checkpointing False""".split()
     train(call_main, smollm2, tmp_path / "run", *flags)

@@ -9,7 +9,7 @@ RUN is a run, a checkpoint of it, a bare adapter, or the folder of a whole model
     parity.json    llama.cpp's replies beside this chat's, where llama-cpp-python is installed
 
 The adapter is merged on the way, tensor by tensor (see utils/merge_adapter.py): no 16-bit model is written in
-between. Layouts of LLaMA (Mistral, Yi, Baichuan-7B) and Qwen2, Qwen3; for others the command of llama.cpp is named.
+between. Layouts of LLaMA (Mistral, Yi, Baichuan-7B) and Qwen2, Qwen3; for others llama.cpp's command is named.
 """
 
 import importlib.util
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def name_folders(argv: list[str]) -> list[str]:
-    """`RUN OUT flags` as flags: a folder with an adapter or a run.json is --checkpoint_dir, another a model."""
+    """`RUN OUT flags` as flags: a folder with an adapter or a run.json is a run, another a model."""
     if len(argv) < 2 or argv[0].startswith("-") or argv[1].startswith("-"):
         return argv
     folder = Path(argv[0]).expanduser()
@@ -84,7 +84,9 @@ def find_prompts(resolved: ResolvedModel, export_args: ExportArguments):  # type
     if not export_args.parity:
         return None
     if importlib.util.find_spec("llama_cpp") is None:
-        notice("llama-cpp-python is not installed: the file will not be compared (pip install llama-cpp-python)")
+        notice(
+            "llama-cpp-python is not installed: the file will not be compared (pip install llama-cpp-python)"
+        )
         return None
     if resolved.record is None and export_args.eval_dataset_name is None:
         notice("no run.json, so no held-out rows to compare on: --eval_dataset_name FILE names some")

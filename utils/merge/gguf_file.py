@@ -1,8 +1,8 @@
 """The merged model as one GGUF file, the format of llama.cpp and Ollama.
 
-A GGUF file holds fields (sizes, rotary base, tokenizer, chat template), a table of its tensors, and their data:
-for SmolLM2-135M 29 fields and 272 tensors, 271 MB in F16. Matrices are F16 or Q8_0 (32 weights as 8-bit numbers
-with one scale), vectors F32. Each tensor is merged when its turn comes, so memory is that of the largest one.
+A GGUF file holds fields (sizes, rotary base, tokenizer, chat template), a table of its tensors, and their
+data: for SmolLM2-135M 272 tensors, 271 MB in F16. Matrices are F16 or Q8_0 (32 weights as 8-bit numbers with
+one scale), vectors F32. Each tensor is merged when its turn comes: memory is that of the largest.
 
 Layouts written here are those of LLaMA and Qwen. Others go through llama.cpp's own converter, which reads the
 merged folder; check_layout names that command.
@@ -31,7 +31,13 @@ from utils.merge.weights import MergedTensors
 from utils.models.tokenizer import ChatTokenizer
 
 # model_type -> llama.cpp's name of its layout
-ARCHITECTURES = {"llama": "llama", "baichuan": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURES = {
+    "llama": "llama",
+    "baichuan": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+}
 UNKNOWN_TO_LLAMA_CPP = {"opt"}
 ROPE_TYPES = {"default", "linear", "llama3"}
 TYPES = {
@@ -41,7 +47,7 @@ TYPES = {
 
 
 def check_layout(config: dict[str, Any]) -> None:
-    """Raises UserError where a model of this config.json is not written here: what does write it, or why not."""
+    """Raises UserError for a config.json whose model is not written here: what does write it, or why not."""
     kind = str(config.get("model_type"))
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -53,7 +59,9 @@ def check_layout(config: dict[str, Any]) -> None:
     }
     found = next((reason for reason, holds in reasons.items() if holds), None)
     if kind in UNKNOWN_TO_LLAMA_CPP:
-        raise UserError(f"a model of the kind {kind} cannot become a GGUF file: llama.cpp does not compute it")
+        raise UserError(
+            f"a model of the kind {kind} cannot become a GGUF file: llama.cpp does not compute it"
+        )
     if found:
         raise UserError(
             f"a model {found} is not written here, llama.cpp's converter does it: python -m "
@@ -86,7 +94,9 @@ def save_gguf(
         writer.add_tensor_info(written, *describe_data(shape, stored))
     factors = find_rope_factors(config)
     if factors is not None:
-        writer.add_tensor_info("rope_freqs.weight", *describe_data(list(factors.shape), GGMLQuantizationType.F32))
+        writer.add_tensor_info(
+            "rope_freqs.weight", *describe_data(list(factors.shape), GGMLQuantizationType.F32)
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -133,7 +143,7 @@ def find_rope_factors(config: Any) -> np.ndarray | None:
 
 
 def name_tensors(merged: MergedTensors, config: Any) -> dict[str, str]:
-    """{name on disk: name in the GGUF} of all that is written. Raises UserError for a tensor without a place."""
+    """{name on disk: name in the GGUF} of all that is written. Raises UserError for one without a place."""
     layout = {short: arch for arch, short in MODEL_ARCH_NAMES.items()}[ARCHITECTURES[config.model_type]]
     known = get_tensor_name_map(layout, config.num_hidden_layers)
     is_tied = config.tie_word_embeddings
@@ -183,6 +193,6 @@ def build_data(
 
 
 def interleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """llama.cpp turns neighbouring rows of a head, transformers rows of its two halves: rows 0, half, 1, ..."""
+    """llama.cpp rotates neighbouring rows of a head, transformers rows of its halves: rows 0, half, 1, ..."""
     half = len(tensor) // heads // 2
     return tensor.view(heads, 2, half, -1).transpose(1, 2).reshape(tensor.shape).contiguous()

@@ -1,8 +1,8 @@
 """parity.json of a GGUF file: does llama.cpp say what this chat says?
 
-Both are asked the run's held-out questions. llama.cpp renders the template and tokenizes by itself, so the file's
-tokenizer is part of what is compared. Ours computes in float32: in bfloat16 its own rounding, 0.05 and more, would
-be most of the difference.
+Both are asked the run's held-out questions. llama.cpp renders the template and tokenizes by itself, so the
+file's tokenizer is part of what is compared. Ours computes in float32: in bfloat16 its own rounding, 0.05 and
+more, would be most of the difference.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ def certify(resolved: ResolvedModel, rows: tuple[Rows, DataArguments], file: Pat
     notice(
         f"llama.cpp on {len(questions)} prompts: log-probabilities of the first token within "
         f"{result['first_token_difference']:.4f}, {result['other_prompts']} other prompts, "
-        f"{result['identical_replies']} of {len(questions)} replies identical, {result['endless_replies']} endless"
+        f"{result['identical_replies']} replies identical, {result['endless_replies']} endless"
     )
     failed = ", ".join(f"{name} {value} (limit {LIMITS[name]})" for name, value in exceeded.items())
     notice(f"parity FAILED: {failed}" if exceeded else f"parity passed: {file.with_name('parity.json')}")
@@ -69,7 +69,9 @@ def read_questions(rows: Rows, chat: ChatModel) -> list[Messages]:
     told = [one.messages for one in chats if not one.tools]
     questions = [messages[: answer_turns(messages)[-1]] for messages in told if answer_turns(messages)]
     if not questions:
-        raise UserError("the held-out rows hold no question to compare on: --eval_dataset_name FILE names some")
+        raise UserError(
+            "the held-out rows hold no question to compare on: --eval_dataset_name FILE names some"
+        )
     return questions
 
 

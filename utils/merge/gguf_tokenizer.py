@@ -1,9 +1,9 @@
 """The tokenizer's fields of a GGUF file, from what the chat itself tokenizes with.
 
-llama.cpp has two tokenizers for these models. "llama" merges as SentencePiece does, the piece with the best score
-first; "gpt2" is byte-level BPE, with merges and one of llama.cpp's own ways of splitting text into words, chosen by
-name (`tokenizer.ggml.pre`). A wrong name is not refused by llama.cpp, it gives other tokens. So the name follows
-from the tokenizer's own rule of splitting, and a rule that is not known here is refused.
+llama.cpp has two tokenizers for these models. "llama" merges as SentencePiece does, the piece with the best
+score first; "gpt2" is byte-level BPE, with merges and one of llama.cpp's own ways of splitting text into words,
+chosen by name (`tokenizer.ggml.pre`). A wrong name is not refused by llama.cpp, it gives other tokens. So the
+name follows from the tokenizer's own rule of splitting, and a rule that is not known here is refused.
 """
 
 import json
@@ -58,8 +58,8 @@ def read_content(raw: Any) -> dict[str, Any]:
         kind = "BPE" if "▁" in rules else "word-level BPE"
     if kind != "BPE":
         raise UserError(
-            f"the tokenizer ({kind}) is neither byte-level BPE nor SentencePiece's: llama.cpp's converter may "
-            "read it"
+            f"the tokenizer ({kind}) is neither byte-level BPE nor SentencePiece's: llama.cpp's converter "
+            "may read it"
         )
     return content
 
@@ -91,7 +91,7 @@ def find_pre_tokenizer(content: dict[str, Any]) -> str:
 
 
 def has_space_prefix(raw: Any, content: dict[str, Any]) -> bool:
-    """Whether "▁" is put before a text; asked where the prompt's own text begins, behind a special token or not.
+    """Whether "▁" is put before a text: where the prompt's own begins, behind a special token or not.
 
     llama.cpp puts it in both places or in none.
     """
@@ -134,7 +134,7 @@ def list_tokens(content: dict[str, Any], rows: int) -> tuple[list[str], list[int
 
 
 def add_special_tokens(writer: GGUFWriter, tokenizer: ChatTokenizer) -> None:
-    """BOS, padding and all that ends a reply: eos, then what the template closes an answer with (eot, eom)."""
+    """BOS, padding and all that ends a reply: eos, then what else the template closes answers with."""
     raw = tokenizer.raw
     if raw.bos_token_id is not None:
         writer.add_bos_token_id(raw.bos_token_id)

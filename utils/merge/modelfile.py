@@ -1,6 +1,6 @@
 """Ollama's Modelfile beside a GGUF file: the prompt format as a Go template, the stop tokens, greedy replies.
 
-Ollama does not run the chat template in the GGUF file, it knows templates of its own in Go's language. Ours are
+Ollama does not run the chat template in the GGUF file, it has templates of its own in Go's language. Ours are
 all of one form, so that their texts are read off three rendered chats. Of vicuna with the question Q:
 
     default_head  A chat between ... questions. USER:       before Q; with a system message system_head
@@ -8,7 +8,7 @@ all of one form, so that their texts are read off three rendered chats. Of vicun
     gap           (a blank)                                 what middle lacks before an answer that is known
     between       </s>USER:                                 between an answer and the next question
 
-compose() puts a chat together from them; where that is not what the template renders, no Modelfile is written.
+compose() puts a chat together from them; where the template renders another text, no Modelfile is written.
 """
 
 import functools
@@ -23,7 +23,9 @@ from utils.prompts import Render, read_template, render_chat, template_names
 
 SYSTEM, QUESTION, ANSWER = "Obey me", "What now", "Nothing yet"
 CHATML = ("<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n<|im_start|>user\n")  # middle, between
-VANILLA = "{{ range $i, $_ := .Messages }}{{ if eq (len (slice $.Messages $i)) 1 }}{{ .Content }}{{ end }}{{ end }}"
+VANILLA = (
+    "{{ range $i, $_ := .Messages }}{{ if eq (len (slice $.Messages $i)) 1 }}{{ .Content }}{{ end }}{{ end }}"
+)
 REFUSED = "no Modelfile: Ollama's templates are written in Go, and this run's is none that is known here"
 
 
@@ -51,8 +53,8 @@ def render_modelfile(tokenizer: ChatTokenizer, gguf_name: str) -> str:
         if texts is None or (name is None and (texts.middle, texts.between) != CHATML):
             raise UserError(REFUSED)
         template = write_go(texts)
-    note = "\n# Questions with an input get the heading of those without one: Go's templates cannot look into a text."
-    stops = "".join(f"PARAMETER stop {quote(stop)}\n" for stop in tokenizer.stops)
+    note = "\n# A question with an input gets the heading of one without: Go's templates cannot look into a text."
+    stops = "".join(f'PARAMETER stop "{stop}"\n' for stop in tokenizer.stops)
     return (
         f"# Not tried with Ollama itself: ollama create NAME -f Modelfile; ollama run NAME"
         f"{note if name == 'alpaca' else ''}\n"
@@ -102,7 +104,9 @@ def read_turn_texts(render: Render) -> TurnTexts | None:
 def compose(texts: TurnTexts, messages: Messages) -> str:
     """The prompt that the Go template makes of `messages`, which end with a question."""
     has_system = messages[0]["role"] == "system"
-    text = texts.system_head + messages[0]["content"] + texts.system_tail if has_system else texts.default_head
+    text = (
+        texts.system_head + messages[0]["content"] + texts.system_tail if has_system else texts.default_head
+    )
     for message in messages[has_system:]:
         content = message["content"]
         text += content + texts.middle if message["role"] == "user" else texts.gap + content + texts.between
@@ -120,7 +124,3 @@ def write_go(texts: TurnTexts) -> str:
         f'{{{{ else if eq .Role "assistant" }}}}{texts.gap}{{{{ .Content }}}}'
         f"{{{{ if gt (len (slice $.Messages $i)) 1 }}}}{texts.between}{{{{ end }}}}{{{{ end }}}}{{{{ end }}}}"
     )
-
-
-def quote(text: str) -> str:
-    return f'"{text}"'

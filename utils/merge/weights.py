@@ -113,9 +113,11 @@ def open_adapter(model_args: ModelArguments, stack: ExitStack) -> Any:
 
 
 def plan_tensors(stored: dict[str, Stored], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """What is written, on the meta device: the base's tensors under their names on disk, floats as `dtype`."""
+    """What is written, on the meta device: the base's tensors by their names on disk, floats as `dtype`."""
     return {
-        name: torch.empty(tensor.shape, dtype=dtype if tensor.dtype in FLOATS else tensor.dtype, device="meta")
+        name: torch.empty(
+            tensor.shape, dtype=dtype if tensor.dtype in FLOATS else tensor.dtype, device="meta"
+        )
         for name, tensor in stored.items()
     }
 
