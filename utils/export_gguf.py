@@ -9,7 +9,7 @@ RUN is a run, a checkpoint of it, a bare adapter, or the folder of a whole model
     parity.json    llama.cpp's replies beside this chat's, where llama-cpp-python is installed
 
 The adapter is merged on the way, tensor by tensor (see utils/merge_adapter.py): no 16-bit model is written in
-between. Layouts of LLaMA (Mistral, Yi, Baichuan-7B) and Qwen2, Qwen3; for others llama.cpp's command is named.
+between. Layouts of LLaMA (Mistral, Yi, Baichuan-7B) and Qwen2, Qwen3; for others llama.cpp's command.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from utils.arguments import ModelArguments, flag, require_positive
 from utils.console import UserError, notice, run_main
@@ -79,7 +79,7 @@ def name_folders(argv: list[str]) -> list[str]:
     return [name, argv[0], "--output_dir", argv[1], *argv[2:]]
 
 
-def find_prompts(resolved: ResolvedModel, export_args: ExportArguments):  # type: ignore[no-untyped-def]
+def find_prompts(resolved: ResolvedModel, export_args: ExportArguments) -> Any:
     """Rows to compare on; None, with a line, where nothing is compared."""
     if not export_args.parity:
         return None

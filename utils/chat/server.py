@@ -3,7 +3,7 @@
     POST /v1/chat/completions    GET /v1/models    GET /health (without a key)
 
 The event loop takes a request, renders and tokenizes it, and begins its reply; a thread of the reply's own
-turns tokens into text and hands that to the loop. A client that hangs up ends its reply, under way or waiting.
+turns tokens into text and hands that to the loop. A client that hangs up ends its reply, under way or not yet.
 Of those that find no slot so many wait as --limit_queue says, the next one is answered 429.
 """
 
@@ -145,7 +145,7 @@ def build_app(server: Server, api_key: str | None, hosts: list[str]) -> FastAPI:
     app, created, watchers = FastAPI(openapi_url=None), int(time.time()), set[asyncio.Task[None]]()
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
 
-    def check_key(request: Request) -> None:
+    async def check_key(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if api_key and not secrets.compare_digest(given.encode(), api_key.encode()):
             raise Refused(401, "this server wants its key: Authorization: Bearer KEY", "invalid_api_key")

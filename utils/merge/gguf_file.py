@@ -20,6 +20,7 @@ from gguf import (
     GGMLQuantizationType,
     GGUFWriter,
     LlamaFileType,
+    RopeScalingType,
     get_tensor_name_map,
     quants,
 )
@@ -123,7 +124,7 @@ def add_sizes(writer: GGUFWriter, config: Any) -> None:
     rope = config.rope_parameters
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "linear":
-        writer.add_rope_scaling_type("linear")
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
 
 

@@ -53,7 +53,7 @@ def render_modelfile(tokenizer: ChatTokenizer, gguf_name: str) -> str:
         if texts is None or (name is None and (texts.middle, texts.between) != CHATML):
             raise UserError(REFUSED)
         template = write_go(texts)
-    note = "\n# A question with an input gets the heading of one without: Go's templates cannot look into a text."
+    note = "\n# A question with an input gets the heading of one without: Go cannot look into a text."
     stops = "".join(f'PARAMETER stop "{stop}"\n' for stop in tokenizer.stops)
     return (
         f"# Not tried with Ollama itself: ollama create NAME -f Modelfile; ollama run NAME"

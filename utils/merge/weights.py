@@ -76,7 +76,7 @@ def open_merged(
     model, dtype = build_without_weights(model_args), choose_compute_dtype(model_args)
     with ExitStack() as stack:
         stored = open_tensors(base, is_baichuan(read_json(base / "config.json")), stack)
-        adapter = open_adapter(model_args, stack) if adapter_config else None
+        adapter: Any = open_adapter(model_args, stack) if adapter_config else None
         keys = list(adapter.keys()) if adapter else []
         updates, names = find_updates(keys), find_names_on_disk(model, list(stored))
         is_untied = untie_embeddings(model, updates, stored, names)
@@ -102,7 +102,7 @@ def open_merged(
                 used.update(updates[name].values())
             return weight.to(planned[on_disk].dtype)
 
-        changes = {"dtype": str(out).removeprefix("torch.")}
+        changes: dict[str, Any] = {"dtype": str(out).removeprefix("torch.")}
         changes |= {"tie_word_embeddings": False} if is_untied else {}
         yield MergedTensors(planned, build, in_model, changes)
         check_all_used(keys, used)
