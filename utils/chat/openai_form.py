@@ -109,36 +109,31 @@ def split_marked(pieces: Iterable[str], in_thought: bool, with_calls: bool) -> I
     A thought is told only where a reply begins, so that an answer may speak of <think>. `in_thought`: the
     prompt has opened it. Blanks that begin a thought, an answer or what follows a call are dropped.
     """
-    kind, held, call, begun = "reasoning_content" if in_thought else "content", "", "", False
+    kind, held, begun = "reasoning_content" if in_thought else "start", "", False
+    ends = {"reasoning_content": THOUGHT[1], "call": CALL[1], "content": CALL[0] if with_calls else ""}
     for piece in pieces:
         held += piece
         while True:
-            marks = list_marks(kind, begun, with_calls)
-            found = min(((held.find(mark), mark) for mark in marks if mark in held), default=None)
-            ready = found[0] if found else len(held) - count_begun(held, list(marks))
+            if kind == "start":
+                held = held.lstrip()
+                if held != THOUGHT[0] and THOUGHT[0].startswith(held):
+                    break  # it may become the mark
+                kind = "reasoning_content" if held.startswith(THOUGHT[0]) else "content"
+                held = held.removeprefix(THOUGHT[0])
+            end = ends[kind]
+            at = held.find(end) if end else -1
+            ready = at if at >= 0 else 0 if kind == "call" else len(held) - count_begun(held, [end])
             text, held = held[:ready], held[ready:]
-            if kind == "call":
-                call += text
-            elif text := text if begun else text.lstrip():
+            text = text if begun or kind == "call" else text.lstrip()
+            if text:
                 begun = True
                 yield kind, text
-            if not found:
+            if at < 0:
                 break
-            if kind == "call":
-                yield kind, call
-                call = ""
-            begun, held = begun and kind == "content", held[len(found[1]) :]
-            kind = marks[found[1]]
-    rest = CALL[0] + call + held if kind == "call" else held
+            kind, held, begun = "call" if kind == "content" else "content", held[len(end) :], False
+    rest = CALL[0] + held if kind == "call" else held
     if rest.strip():
-        yield "content" if kind == "call" else kind, rest
-
-
-def list_marks(kind: str, begun: bool, with_calls: bool) -> dict[str, str]:
-    """{mark: the kind that follows it}"""
-    if kind != "content":
-        return {THOUGHT[1] if kind == "reasoning_content" else CALL[1]: "content"}
-    return ({} if begun else {THOUGHT[0]: "reasoning_content"}) | ({CALL[0]: "call"} if with_calls else {})
+        yield kind if kind == "reasoning_content" else "content", rest
 
 
 def read_call(text: str, index: int) -> dict[str, Any] | None:

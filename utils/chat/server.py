@@ -3,8 +3,8 @@
     POST /v1/chat/completions    GET /v1/models    GET /health (without a key)
 
 The event loop takes a request, renders and tokenizes it, and begins its reply; a thread of the reply's own
-turns tokens into text and hands that to the loop. A client that hangs up ends its reply, under way or not yet.
-Of those that find no slot so many wait as --limit_queue says, the next one is answered 429.
+turns tokens into text and hands that to the loop. A client that hangs up ends its reply, also one
+that waits. Of those that find no slot so many wait as --limit_queue says, the next one is answered 429.
 """
 
 import asyncio

@@ -2,8 +2,8 @@
 
 llama.cpp has two tokenizers for these models. "llama" merges as SentencePiece does, the piece with the best
 score first; "gpt2" is byte-level BPE, with merges and one of llama.cpp's own rules of splitting text into
-words, chosen by name (`tokenizer.ggml.pre`). A wrong name is not refused by llama.cpp, it gives other tokens. So the
-name follows from the tokenizer's own rule of splitting, and a rule that is not known here is refused.
+words, chosen by name (`tokenizer.ggml.pre`). A wrong name is not refused by llama.cpp, it gives other
+tokens. So the name follows from the tokenizer's own rule, and a rule that is not known here is refused.
 """
 
 import json
