@@ -94,6 +94,7 @@ def cut_at_stops(pieces: Iterable[str], stops: Sequence[str], reply: Reply) -> I
         found = [held.index(stop) for stop in stops if stop in held]
         if found:
             reply.cancel("stop")
+            reply.finish_reason = "stop"  # also where all tokens had come by then
             if min(found):
                 yield held[: min(found)]
             return
@@ -107,5 +108,5 @@ def cut_at_stops(pieces: Iterable[str], stops: Sequence[str], reply: Reply) -> I
 
 def count_begun(text: str, stops: Sequence[str]) -> int:
     """Characters at the end of `text` that one of `stops` begins with."""
-    lengths = range(max(map(len, stops), default=1) - 1, 0, -1)
-    return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in stops if n < len(stop))), 0)
+    lengths = range(min(len(text), max(map(len, stops), default=1) - 1), 0, -1)
+    return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in stops)), 0)

@@ -20,7 +20,7 @@ MOST_STRETCHES = 64  # of the keys of one head
 class Attention(ctypes.Structure):
     _fields_ = (
         [(name, Pointer) for name in ("q", "k", "v", "keys", "values", "cos", "sin", "q_norm", "k_norm")]
-        + [(name, Pointer) for name in ("lengths", "partials", "arrived", "out")]
+        + [(name, Pointer) for name in ("lengths", "places", "partials", "arrived", "out")]
         + [(name, Int) for name in ("kv_heads", "group", "fresh", "capacity", "q_stride", "kv_stride")]
         + [("scale", ctypes.c_float), ("epsilon", ctypes.c_float)]
     )
@@ -52,7 +52,9 @@ class DecodeAttention:
         macros = {"HEAD_DIM": shape.size, "QUERIES": self.queries}
         self.kernel = kernels.compile("attend", "attention.cu", macros)
         self.arrived = torch.zeros(conversations * self.rows, dtype=torch.int32, device=device)
-        wanted = BLOCKS_PER_PROCESSOR * kernels.processors // (self.rows * conversations)
+        # As many for any number of conversations: sums are then added in the same order, and each is said what
+        # it would be said alone.
+        wanted = BLOCKS_PER_PROCESSOR * kernels.processors // self.rows
         self.split(max(1, min(MOST_STRETCHES, wanted)))
 
     def split(self, stretches: int) -> None:
@@ -77,12 +79,13 @@ class DecodeAttention:
         lengths: torch.Tensor,
         out: torch.Tensor,
         norms: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+        places: torch.Tensor | None = None,
     ) -> None:
         """Fill `out`  # [tokens, heads * size]
 
-        `qkv`  # [tokens, (heads + 2 kv_heads) * size]; `keys` and `values`  # [conversations, kv_heads,
-        capacity, size] are written behind `lengths`  # int32 [conversations]; `rotations` are cos and sin  #
-        [positions, size]
+        `qkv`  # [tokens, (heads + 2 kv_heads) * size]; `keys` and `values`  # [places, kv_heads, capacity,
+        size] are written behind `lengths`  # int32 [places]; `rotations` are cos and sin  # [positions, size];
+        `places`  # int64 [conversations], where they are not 0, 1, 2, ...
         """
         shape, bytes_each = self.shape, qkv.element_size()
         p = Attention(kv_heads=shape.kv_heads, group=shape.group, fresh=self.fresh, capacity=keys.shape[2])
@@ -90,6 +93,7 @@ class DecodeAttention:
         p.k = qkv.data_ptr() + shape.heads * shape.size * bytes_each
         p.v = qkv.data_ptr() + (shape.heads + shape.kv_heads) * shape.size * bytes_each
         p.keys, p.values, p.out, p.lengths = (t.data_ptr() for t in (keys, values, out, lengths))
+        p.places = address(places)
         p.cos, p.sin = (part.data_ptr() for part in rotations)
         p.q_norm, p.k_norm = map(address, norms)
         p.partials, p.arrived = self.partials.data_ptr(), self.arrived.data_ptr()

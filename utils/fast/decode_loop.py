@@ -94,7 +94,7 @@ class GrowingSteps:
 
 
 class Fetched:
-    """A token on its way from the GPU."""
+    """Tokens on their way from the GPU."""
 
     def __init__(self, token: torch.Tensor):
         self.host, self.event = token, None
@@ -104,10 +104,14 @@ class Fetched:
             self.event = torch.cuda.Event()
             self.event.record()
 
-    def wait(self) -> int:
+    def wait(self) -> list[int]:
         if self.event is not None:
             self.event.synchronize()
-        return int(self.host)
+        return self.host.tolist()
+
+    def wait_for_one(self) -> int:
+        (token,) = self.wait()
+        return token
 
 
 def read_prompt(
@@ -157,7 +161,7 @@ def stream_tokens(
         choice.begin(ids)
         found = Fetched(choice.choose(logits))
         if proposed and choice.is_likeliest:
-            tokens = speculate(steps, ids, cache, found.wait(), min(proposed, MOST_PROPOSED))
+            tokens = speculate(steps, ids, cache, found.wait_for_one(), min(proposed, MOST_PROPOSED))
         else:
             tokens = look_ahead(steps, ids, cache, choice, found, max_new_tokens)
         for count, token in enumerate(tokens, 1):
@@ -192,9 +196,9 @@ def look_ahead(
 
     while True:
         is_last = len(ids) - begun + 1 >= max_new_tokens
-        ahead = start(found.wait) if steps.runs_ahead and not is_last else None
-        yield found.wait()
-        found = ahead or start(found.wait)
+        ahead = start(found.wait_for_one) if steps.runs_ahead and not is_last else None
+        yield found.wait_for_one()
+        found = ahead or start(found.wait_for_one)
 
 
 def speculate(steps: Steps, ids: list[int], cache: Any, token: int, proposed: int) -> Iterator[int]:

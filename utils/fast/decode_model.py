@@ -131,10 +131,12 @@ class WholeStep:
         caches: list[tuple[torch.Tensor, torch.Tensor]],
         rotations: tuple[torch.Tensor, torch.Tensor],
         lengths: torch.Tensor,
+        places: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits  # [conversations, fresh, vocabulary] of `ids`  # [conversations, fresh]
 
-        Keys and values of the new tokens are written behind `lengths`  # int32 [conversations], which grows.
+        Keys and values of the new tokens are written behind `lengths`  # int32 [places], which grow; `places`
+        # int64 [conversations], where they are not 0, 1, 2, ...
         """
         conversations, fresh = ids.shape
         if ids.numel() not in self.spaces:
@@ -149,7 +151,9 @@ class WholeStep:
         for layer, (keys, values) in zip(self.layers, caches, strict=True):
             xa = self.multiply_A(layer.qkv, hidden, space, layer.norms[0])
             kernels.multiply(layer.qkv, space.normed, space.qkv, xa)
-            attention.attend(space.qkv, keys, values, rotations, lengths, space.attended, layer.head_norms)
+            attention.attend(
+                space.qkv, keys, values, rotations, lengths, space.attended, layer.head_norms, places
+            )
             xa = self.multiply_A(layer.out, space.attended, space)
             kernels.multiply(layer.out, space.attended, hidden, xa, residual=hidden)
             xa = self.multiply_A(layer.gate_up, hidden, space, layer.norms[1])
@@ -160,7 +164,10 @@ class WholeStep:
         kernels.multiply_rows(
             self.head, hidden, space.logits, *self.norm, rows_at_once=HEAD_ROWS, blocks=blocks
         )
-        lengths.add_(fresh)
+        if places is None:
+            lengths.add_(fresh)
+        else:
+            lengths.index_add_(0, places, torch.full_like(places, fresh, dtype=lengths.dtype))
         return space.logits.view(conversations, fresh, -1)
 
     def multiply_A(

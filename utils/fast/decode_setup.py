@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
@@ -12,8 +13,11 @@ from utils.console import notice
 from utils.fast.cuda_c import find_kernel_obstacle
 from utils.fast.decode_layers import find_kernel_fault, install_decode_layers
 from utils.fast.decode_model import WholeStep, find_whole_obstacle
-from utils.fast.graph_decode import GraphDecoder
-from utils.fast.packed_product import Kernels
+from utils.fast.graph_decode import MAX_DIFFERENCE, GraphDecoder
+from utils.fast.packed_product import Kernels, PackedGroup
+from utils.fast.prompt_reader import PromptReader
+
+TRIED = 16  # tokens of a prompt, before the first reply
 
 
 def install_graph_decode(model: nn.Module) -> GraphDecoder | None:
@@ -27,10 +31,8 @@ def install_graph_decode(model: nn.Module) -> GraphDecoder | None:
     if obstacle:
         notice(f"replies: without CUDA graphs ({obstacle})")
         return None
-    whole = None
-    if kernels and groups and find_whole_obstacle(base, groups) is None:
-        whole = WholeStep(base, kernels, groups)
-    decoder = GraphDecoder(base, whole)
+    whole = build_whole(base, kernels, groups) if kernels else None
+    decoder = GraphDecoder(base, whole, build_reader(base, whole) if whole else None)
 
     @functools.wraps(base.forward)  # generate reads its signature
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -38,6 +40,28 @@ def install_graph_decode(model: nn.Module) -> GraphDecoder | None:
 
     base.forward = forward
     return decoder
+
+
+def build_whole(
+    base: PreTrainedModel, kernels: Kernels, groups: dict[nn.Module, PackedGroup]
+) -> WholeStep | None:
+    obstacle = find_whole_obstacle(base, groups)
+    if obstacle:
+        notice(f"replies: steps of the model's own modules ({obstacle})")
+    return None if obstacle else WholeStep(base, kernels, groups)
+
+
+@torch.no_grad()
+def build_reader(base: PreTrainedModel, whole: WholeStep) -> PromptReader | None:
+    """None where it gives other logits than the model's own forward, and a line says so."""
+    reader = PromptReader(whole)
+    ids = torch.randint(len(whole.head), (TRIED,), generator=torch.Generator().manual_seed(0)).to(base.device)
+    expected = base(input_ids=ids[None]).logits[0, -1].float()
+    got = reader.read_into(DynamicCache(config=base.config.get_text_config()), ids)[0].float()
+    if (got - expected).norm() <= MAX_DIFFERENCE * expected.norm():
+        return reader
+    notice("replies: prompts by the model's own forward (another gives other logits)")
+    return None
 
 
 def build_kernels(base: PreTrainedModel) -> Kernels | None:

@@ -19,6 +19,7 @@ from utils.console import notice
 from utils.fast.cuda_c import KernelError
 from utils.fast.decode_model import WholeStep
 from utils.fast.graph_capture import CaptureError, capture_graph, round_to_power
+from utils.fast.prompt_reader import PromptReader
 from utils.fast.token_choice import TokenChoice
 
 SMALLEST_CAPACITY = 1024  # tokens
@@ -43,8 +44,10 @@ class GraphDecoder:
 
     runs_ahead = True
 
-    def __init__(self, base: PreTrainedModel, whole: WholeStep | None = None):
-        self.base: Any = base
+    def __init__(
+        self, base: PreTrainedModel, whole: WholeStep | None = None, reader: PromptReader | None = None
+    ):
+        self.base, self.reader = base, reader  # reader: None where the model's own forward reads prompts
         self.plain, self.config = base.forward, base.config.get_text_config()
         self.whole = whole
         self.adapted = next((module for module in base.modules() if isinstance(module, BaseTunerLayer)), None)
@@ -89,9 +92,10 @@ class GraphDecoder:
         return self.choices.setdefault(choice.key, choice)
 
     def read(self, ids: torch.Tensor, cache: GrowingCache) -> torch.Tensor:
-        return self.plain(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[
-            :, -1
-        ]
+        if self.reader:
+            return self.reader.read_into(cache, ids[0])
+        flags = {"use_cache": True, "logits_to_keep": 1}
+        return self.plain(input_ids=ids, past_key_values=cache, **flags).logits[:, -1]
 
     def holds(self, cache: GrowingCache) -> bool:
         return self.is_placed and self.owner() is cache

@@ -27,7 +27,9 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.streamers import BaseStreamer
 
 from utils.fast.decode_loop import Steps
+from utils.fast.graph_decode import GraphDecoder
 from utils.fast.reply import AdapterSwitch, OwnDraws, Reply
+from utils.fast.slots import Slots, open_slots
 from utils.fast.token_choice import NotCovered
 from utils.fast.turns import Turns
 
@@ -36,7 +38,8 @@ class SharedDecoder:
     def __init__(self, model: Any, steps: Steps, kept: int = 2):
         self.model, self.steps = model, steps
         self.adapter = AdapterSwitch(model)
-        self.engine: Turns = Turns(steps, self.adapter, kept=kept)
+        self.turns = Turns(steps, self.adapter, kept=kept)
+        self.engine: Turns | Slots = self.turns
         self.guard = threading.Lock()
         self.waiting: deque[Reply] = deque()
         self.plain: deque[Reply] = deque()  # those that wait for generate
@@ -46,10 +49,20 @@ class SharedDecoder:
     def open_slots(self, count: int, tokens: int, kept: int | None = None) -> None:
         """Let `count` replies of at most `tokens` tokens, prompt included, be under way at once.
 
+        One step for all of them, 8 at most, where kernels apply and memory has room, else a token each in turn.
         `kept`: so many of the latest conversations are kept for their next turn.
         """
-        self.engine.most = count
-        self.engine.most_kept = self.engine.most_kept if kept is None else kept
+        kept = self.engine.most_kept if kept is None else kept
+        slots = self.engine if isinstance(self.engine, Slots) else None
+        if isinstance(self.steps, GraphDecoder) and not (slots and slots.has(count, tokens)):
+            self.engine = self.turns  # the old buffers go first
+            del slots
+            self.engine = open_slots(self.steps, self.adapter, count, tokens, kept) or self.turns
+        self.engine.limit(count, kept)
+
+    @property
+    def shares_steps(self) -> bool:
+        return isinstance(self.engine, Slots)
 
     @property
     def is_busy(self) -> bool:

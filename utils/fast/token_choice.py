@@ -41,6 +41,7 @@ class TokenChoice:
             raise NotCovered(str(prepared.get_generation_mode()))
         model._prepare_special_tokens(prepared, device=base.device)
         self.samples = bool(prepared.do_sample)
+        self.generator: torch.Generator | None = None  # of its draws; None: torch's own
         self.processors: list[Any] = list(
             model._get_logits_processor(prepared, input_ids_seq_length=1, device=base.device)
         )
@@ -79,7 +80,7 @@ class TokenChoice:
             scores = self.process(processor, scores)
         if self.samples:  # torch.multinomial's own draw of one, without what waits for the GPU
             shares = scores.softmax(-1)
-            token = (shares / torch.empty_like(shares).exponential_(1)).argmax(-1)
+            token = (shares / torch.empty_like(shares).exponential_(1, generator=self.generator)).argmax(-1)
         else:
             token = scores.argmax(-1)
         self.seen.scatter_(1, token[:, None], True)

@@ -61,6 +61,10 @@ class Turns:
     def has_room(self) -> bool:
         return len(self.turns) < self.most
 
+    def limit(self, most: int, kept: int) -> None:
+        self.most, self.most_kept = most, kept
+        self.kept = self.kept[len(self.kept) - min(kept, len(self.kept)) :]
+
     def start(self, reply: Reply) -> None:
         """Raises NotCovered where generate must do it."""
         self.turns[reply] = self.speak(reply, self.steps.find_choice(reply.config))
@@ -110,8 +114,9 @@ class Turns:
         return best.cache
 
     def keep(self, kept: Kept) -> None:
-        if self.can_keep and self.most_kept:
-            self.kept = [*self.kept, kept][-self.most_kept :]
+        if self.can_keep:
+            self.kept.append(kept)
+            self.limit(self.most, self.most_kept)
 
     def fail(self, error: Exception) -> None:
         for reply in self.turns:

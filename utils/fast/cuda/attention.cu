@@ -9,13 +9,14 @@ struct Attention {
   const bits16* q;  // [tokens, q_stride]; token = conversation * new + i, the i-th of `new` tokens
   const bits16* k;  // [tokens, kv_stride]
   const bits16* v;
-  bits16* keys;         // [conversations, kv_heads, capacity, HEAD_DIM]
+  bits16* keys;         // [places, kv_heads, capacity, HEAD_DIM]
   bits16* values;
   const bits16* cos;    // [positions, HEAD_DIM]
   const bits16* sin;
   const bits16* q_norm;  // [HEAD_DIM], or null
   const bits16* k_norm;
-  const int* lengths;   // [conversations]: tokens in the cache
+  const int* lengths;   // [places]: tokens in the cache; below 0 where there is no conversation
+  const long long* places;  // [conversations]: where in lengths, keys and values each is; or null, in order
   float* partials;      // [conversations, gridDim.y, QUERIES, gridDim.x, HEAD_DIM + 2]
   unsigned* arrived;    // [conversations, gridDim.y], zeros
   bits16* out;          // [tokens, heads * HEAD_DIM]
@@ -142,7 +143,9 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32) attend(const 
   const bool is_last = blockIdx.x == gridDim.x - 1;
   let_next_start();
   wait_for_previous();
-  const int past = p.lengths[conversation];
+  const int place = p.places ? (int)p.places[conversation] : conversation;
+  const int past = p.lengths[place];
+  if (past < 0) return;
 
   for (int j = warp; j < QUERIES; j += ATTENTION_WARPS) {
     const int query = min(first_query + j, all_queries - 1), i = query / p.group;
@@ -150,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32) attend(const 
                          (kv_head * p.group + query % p.group) * HEAD_DIM;
     prepare_head(p, from, p.q_norm, past + i, queries + j * HEAD_DIM);
   }
-  const size_t cache = ((size_t)conversation * p.kv_heads + kv_head) * p.capacity * HEAD_DIM;
+  const size_t cache = ((size_t)place * p.kv_heads + kv_head) * p.capacity * HEAD_DIM;
   for (int i = warp; i < p.fresh && is_last; i += ATTENTION_WARPS) {
     const size_t from = (size_t)(first_token + i) * p.kv_stride + kv_head * HEAD_DIM;
     const size_t to = cache + (size_t)(past + i) * HEAD_DIM;
@@ -215,11 +218,11 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32) attend(const 
   __syncthreads();
 
   float* partials = p.partials + ((size_t)blockIdx.z * gridDim.y + blockIdx.y) * QUERIES * gridDim.x * STATE;
-  for (int place = threadIdx.x; place < QUERIES * HEAD_DIM; place += ATTENTION_WARPS * 32) {
-    const int j = place / HEAD_DIM, d = place % HEAD_DIM;
+  for (int at = threadIdx.x; at < QUERIES * HEAD_DIM; at += ATTENTION_WARPS * 32) {
+    const int j = at / HEAD_DIM, d = at % HEAD_DIM;
     float most, sum;
-    const float result = merge(ATTENTION_WARPS * KEYS, d, [&](int i, int at) {
-      return states[(i * QUERIES + j) * STATE + at];
+    const float result = merge(ATTENTION_WARPS * KEYS, d, [&](int i, int number) {
+      return states[(i * QUERIES + j) * STATE + number];
     }, most, sum);
     float* partial = partials + ((size_t)j * gridDim.x + blockIdx.x) * STATE;
     partial[d] = result;
@@ -236,12 +239,12 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32) attend(const 
   __syncthreads();
   if (*order != gridDim.x - 1) return;
   __threadfence();
-  for (int place = threadIdx.x; place < QUERIES * HEAD_DIM; place += ATTENTION_WARPS * 32) {
-    const int j = place / HEAD_DIM, d = place % HEAD_DIM, query = first_query + j;
+  for (int at = threadIdx.x; at < QUERIES * HEAD_DIM; at += ATTENTION_WARPS * 32) {
+    const int j = at / HEAD_DIM, d = at % HEAD_DIM, query = first_query + j;
     if (query >= all_queries) continue;
     float most, sum;
-    const float result = merge(gridDim.x, d, [&](int i, int at) {
-      return load_fresh(partials + ((size_t)j * gridDim.x + i) * STATE + at);
+    const float result = merge(gridDim.x, d, [&](int i, int number) {
+      return load_fresh(partials + ((size_t)j * gridDim.x + i) * STATE + number);
     }, most, sum);
     const size_t to = (size_t)(first_token + query / p.group) * p.kv_heads * p.group * HEAD_DIM;
     p.out[to + (kv_head * p.group + query % p.group) * HEAD_DIM + d] = (bits16)round_pair(result / sum, 0.f);
