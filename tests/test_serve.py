@@ -272,36 +272,25 @@ def test_thought_and_call_reach_the_client_in_their_own_fields(chat, client, mon
     assert [call.function.name for delta in deltas for call in delta.tool_calls or []] == ["f"]
 
 
-def test_judge_and_lm_eval_ask_it_unchanged(chat, url, call_main, tmp_path, monkeypatch):
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.api_models import JsonChatStr
-    from lm_eval.models.openai_completions import LocalChatCompletion
-
+def test_judge_asks_it_unchanged(url, call_main, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     monkeypatch.setenv("OPENAI_BASE_URL", url)
     (tmp_path / "questions.jsonl").write_text('{"question_id": 1, "text": "What?", "category": "x"}\n')
     for name in ("one", "two"):
-        row = {
-            "question_id": 1,
-            "text": f"Answer {name}",
-            "answer_id": name,
-            "model_id": name,
-            "metadata": {},
-        }
+        row = {"question_id": 1, "text": f"Answer {name}", "answer_id": name, "model_id": name, "metadata": {}}
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     argv = [tmp_path / "one.jsonl", tmp_path / "two.jsonl", "--questions", tmp_path / "questions.jsonl"]
-    argv += [
-        "--model",
-        "mine",
-        "--attempts",
-        "1",
-        "--max_review_tokens",
-        "8",
-        "--output_dir",
-        tmp_path / "out",
-    ]
+    argv += ["--model", "mine", "--attempts", "1", "--max_review_tokens", "8", "--output_dir", tmp_path / "out"]
     with pytest.raises(UserError, match="no verdict in 1 replies"):  # the server answered, the model is tiny
         call_main("eval.judge", *argv)
+
+
+def test_lm_eval_asks_it_unchanged(chat, url):
+    pytest.importorskip("tenacity", reason="of lm_eval[api]")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.api_models import JsonChatStr
+    from lm_eval.models.openai_completions import LocalChatCompletion
+
     model = LocalChatCompletion(model="mine", base_url=f"{url}/chat/completions", tokenized_requests=False)
     asked = JsonChatStr(json.dumps(HI))
     request = Instance("generate_until", {}, (asked, {"until": ["\n\n\n"], "max_gen_toks": 12}), 0)
