@@ -249,14 +249,12 @@ def test_go_itself_renders_every_modelfile_as_our_template_does(smol_tokenizer, 
 def test_llama_cpp_says_what_the_chat_of_the_135m_model_says(call_main, smollm2, tmp_path):
     """50 prompts, after a short training: the certificate of the file."""
     pytest.importorskip("llama_cpp")
-    rows = [json.loads(line) for line in (ROOT / IDENTITY).read_text(encoding="utf-8").splitlines()]
-    (tmp_path / "held_out.jsonl").write_text(
-        "\n".join(json.dumps(row) for row in rows[:50]), encoding="utf-8"
-    )
-    flags = """--lora_r 16 --learning_rate 1e-3 --max_steps 24 --per_device_train_batch_size 8
+    rows = (ROOT / IDENTITY).read_text(encoding="utf-8").splitlines()[:50]
+    (tmp_path / "held_out.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    flags = """--lora_r 16 --learning_rate 2e-3 --max_steps 40 --per_device_train_batch_size 4
         --gradient_accumulation_steps 1 --gradient_checkpointing False""".split()
     train(call_main, smollm2, tmp_path / "run", *flags)
-    argv = ["--eval_dataset_name", tmp_path / "held_out.jsonl"]
+    argv = ["--eval_dataset_name", tmp_path / "held_out.jsonl", "--replies", "50"]
     call_main("utils.export_gguf", tmp_path / "run", tmp_path / "out", *argv)
     parity = json.loads((tmp_path / "out" / "parity.json").read_text())
     print(parity)

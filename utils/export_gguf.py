@@ -37,10 +37,11 @@ class ExportArguments:
     )
     parity: bool = flag(True, "Compare with llama-cpp-python, where it is installed: parity.json.")
     eval_dataset_name: str | None = flag(None, "Prompts to compare on; default: the run's own held-out rows.")
-    max_eval_samples: int = flag(50, "Compare on this many prompts at most.")
+    max_eval_samples: int = flag(50, "Compare the first token of this many prompts at most.")
+    replies: int = flag(8, "Compare the whole replies to the first of them.")
 
     def __post_init__(self) -> None:
-        require_positive(self, "max_eval_samples")
+        require_positive(self, "max_eval_samples", "replies")
 
 
 def main() -> None:
@@ -65,7 +66,7 @@ def main() -> None:
     if rows is not None:
         from utils.merge.gguf_parity import certify
 
-        if not certify(resolved, rows, output_dir / file):
+        if not certify(resolved, rows, output_dir / file, export_args.replies):
             raise SystemExit(1)
 
 

@@ -7,7 +7,6 @@ more, would be most of the difference.
 
 import dataclasses
 import gc
-import os
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ LIMITS = {"first_token_difference": 0.05, "other_prompts": 0, "endless_replies":
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What one program makes of a question."""
+    """What one program makes of a question; `reply` is empty where none was written."""
 
     prompt: list[int]
     log_probs: np.ndarray  # of the first token  # [vocabulary]
@@ -39,14 +38,17 @@ class Answer:
     ended: bool
 
 
-def certify(resolved: ResolvedModel, rows: tuple[Rows, DataArguments], file: Path) -> bool:
-    """Compare, write parity.json beside `file`, print the verdict; True where it is within LIMITS."""
+def certify(resolved: ResolvedModel, rows: tuple[Rows, DataArguments], file: Path, replies: int) -> bool:
+    """Compare, write parity.json beside `file`, print the verdict; True where it is within LIMITS.
+
+    So many `replies` are written by either; of all prompts the first token is compared.
+    """
     chat = load_run(find_reference(resolved), torch.float32)
     questions = read_questions(rows[0], chat)
-    ours = answer_all(chat, questions)
+    ours = answer_all(chat, questions, replies)
     del chat
     gc.collect()
-    theirs = ask_llama_cpp(file, questions)
+    theirs = ask_llama_cpp(file, questions, replies)
     result = compare(ours, theirs)
     exceeded = {key: result[key] for key, limit in LIMITS.items() if not result[key] <= limit}
     verdict = {"verdict": "failed" if exceeded else "passed", "limits": LIMITS}
@@ -55,7 +57,7 @@ def certify(resolved: ResolvedModel, rows: tuple[Rows, DataArguments], file: Pat
     notice(
         f"llama.cpp on {len(questions)} prompts: log-probabilities of the first token within "
         f"{result['first_token_difference']:.4f}, {result['other_prompts']} other prompts, "
-        f"{result['identical_replies']} replies identical, {result['endless_replies']} endless"
+        f"{result['identical_replies']} of {result['replies']} replies identical, {result['endless_replies']} endless"
     )
     failed = ", ".join(f"{name} {value} (limit {LIMITS[name]})" for name, value in exceeded.items())
     notice(f"parity FAILED: {failed}" if exceeded else f"parity passed: {file.with_name('parity.json')}")
@@ -76,20 +78,20 @@ def read_questions(rows: Rows, chat: ChatModel) -> list[Messages]:
 
 
 @torch.no_grad()
-def answer_all(chat: ChatModel, questions: list[Messages]) -> list[Answer]:
+def answer_all(chat: ChatModel, questions: list[Messages], replies: int) -> list[Answer]:
     flags, answers = GenerationArguments(max_new_tokens=REPLY_TOKENS), []
     answerer = BatchAnswerer(chat.model, chat.tokenizer, flags, seed=0, batch_size=1)
-    for question in questions:
+    for number, question in enumerate(questions):
         prompt = chat.tokenizer.encode_prompt(question)
         logits = chat.model(input_ids=torch.tensor([prompt], device=chat.model.device)).logits[0, -1]
-        reply = answerer.generate([prompt])[0]
-        ended = reply[-1] in chat.tokenizer.stop_ids
+        reply = answerer.generate([prompt])[0] if number < replies else []
+        ended = bool(reply) and reply[-1] in chat.tokenizer.stop_ids
         log_probs = logits.float().log_softmax(-1).cpu().numpy()
         answers.append(Answer(prompt, log_probs, reply[: len(reply) - ended], ended))
     return answers
 
 
-def ask_llama_cpp(file: Path, questions: list[Messages]) -> list[Answer]:
+def ask_llama_cpp(file: Path, questions: list[Messages], replies: int) -> list[Answer]:
     """The same of llama.cpp: prompts by the template and the tokenizer in the file, greedy replies."""
     from llama_cpp import Llama, llama_vocab_is_eog
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
@@ -101,20 +103,20 @@ def ask_llama_cpp(file: Path, questions: list[Messages]) -> list[Answer]:
         model.metadata["tokenizer.chat_template"], eos_token=texts["eos"], bos_token=texts["bos"]
     )
     answers = []
-    for question in questions:
+    for number, question in enumerate(questions):
         text = formatter(messages=question).prompt
         prompt = model.tokenize(text.encode(), add_bos=False, special=True)
+        model.reset()
+        model.eval(prompt)
+        logits = np.ctypeslib.as_array(model._ctx.get_logits_ith(-1), shape=(model.n_vocab(),))
+        log_probs = torch.from_numpy(logits.copy()).log_softmax(-1).numpy()
         reply: list[int] = []
-        log_probs, ended = None, False
-        for token in model.generate(prompt, temp=0.0):
-            if log_probs is None:
-                logits = torch.from_numpy(model.scores[model.n_tokens - 1].copy())
-                log_probs = logits.log_softmax(-1).numpy()
+        ended = False
+        for token in model.generate(prompt, temp=0.0) if number < replies else ():
             ended = llama_vocab_is_eog(vocabulary, token)
             if ended or len(reply) == REPLY_TOKENS:
                 break
             reply.append(token)
-        assert log_probs is not None
         answers.append(Answer(prompt, log_probs, reply, ended))
     return answers
 
@@ -129,14 +131,13 @@ def compare(ours: list[Answer], theirs: list[Answer]) -> dict[str, Any]:
     for our, their in pairs:
         likeliest = np.argsort(our.log_probs)[-LIKELIEST:]
         differences.append(np.abs(our.log_probs - their.log_probs)[likeliest].max())
-    same = [len(os.path.commonprefix([our.reply, their.reply])) for our, their in pairs]
     return {
         "prompts": len(pairs),
+        "replies": sum(bool(their.reply) for their in theirs),
         "first_token_difference": round(float(max(differences)), 5),
         "first_token_difference_mean": round(float(np.mean(differences)), 5),
         "other_prompts": sum(our.prompt != their.prompt for our, their in pairs),
-        "identical_replies": sum(our.reply == their.reply for our, their in pairs),
-        "same_tokens_before_the_first_difference": round(float(np.mean(same)), 1),
+        "identical_replies": sum(bool(our.reply) and our.reply == their.reply for our, their in pairs),
         "endless_replies": sum(our.ended and not their.ended for our, their in pairs),
         "ended_replies": sum(their.ended for their in theirs),
     }

@@ -95,7 +95,7 @@ def open_merged(
         def build(on_disk: str) -> torch.Tensor:
             name, weight = in_model.get(on_disk, on_disk), stored[on_disk].read()
             if name in quantized:
-                weight = dequantize(weight.to(dtype), model_args)
+                weight = dequantize(weight.to(dtype_out or dtype), model_args)  # unrounded in float32
             if name in updates:
                 parts = {part: adapter.get_tensor(key) for part, key in updates[name].items()}
                 weight = update_tensor(weight, parts, find_scale(name, parts, adapter_config or {}))
