@@ -56,8 +56,7 @@ def main() -> None:
     tuned = Path(args.checkpoint_dir).resolve().name if args.checkpoint_dir else base
     write_answers(chat, questions, tuned, generation_args, answer_args)
     if answer_args.base_too:
-        with chat.model.disable_adapter():
-            write_answers(chat, questions, base, generation_args, answer_args)
+        write_answers(chat, questions, base, generation_args, answer_args, tuned=False)
 
 
 def write_answers(
@@ -66,25 +65,24 @@ def write_answers(
     name: str,
     generation_args: GenerationArguments,
     answer_args: AnswerArguments,
+    tuned: bool = True,
 ) -> None:
-    """Answer batch by batch into answer-NAME.jsonl, so that a stopped run leaves what it had."""
+    """Answer into answer-NAME.jsonl, each row when it is there, so that a stopped run leaves what it had."""
     from tqdm import tqdm
 
-    from eval.answers.answering import answer_batch
+    from eval.answers.answering import answer_questions
 
     folder = Path(answer_args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = next_free_path(folder / f"answer-{name}.jsonl")
-    size = answer_args.batch_size
     settings = {"seed": answer_args.seed, "model_id": name, "generation_args": vars(generation_args)}
+    how = generation_args, answer_args.seed, answer_args.batch_size, tuned
     with open(path, "x", encoding="utf-8") as file, tqdm(total=len(questions), unit="answer") as bar:
-        for start in range(0, len(questions), size):
-            batch = questions[start : start + size]
-            for row in answer_batch(chat, batch, generation_args, answer_args.seed + start, size):
-                del row["ids"]
-                file.write(json.dumps(row | settings, ensure_ascii=False) + "\n")
+        for row in answer_questions(chat, questions, *how):
+            del row["ids"]
+            file.write(json.dumps(row | settings, ensure_ascii=False) + "\n")
             file.flush()
-            bar.update(len(batch))
+            bar.update()
     notice(f"{len(questions)} answers of {name} are in {path}")
 
 

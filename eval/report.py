@@ -79,14 +79,16 @@ def measure_run(
     report_args: ReportArguments,
 ) -> dict[str, Any]:
     """What report.json holds: every measure compared, the benchmarks' `measures` too, and answers."""
-    from eval.answers.answering import answer_batch
+    from eval.answers.answering import answer_questions
     from eval.measures.held_out import load_held_out
 
     held_out = load_held_out(record, chat, report_args.max_held_out)
     asked = held_out.questions[: report_args.max_held_out_answers]
     how = (generation_args, report_args.seed, report_args.batch_size)
-    answers = ask_both(chat, lambda: answer_batch(chat, questions, *how))
-    held_out_answers = ask_both(chat, lambda: answer_batch(chat, asked, *how))
+    answers, held_out_answers = (
+        tuple(list(answer_questions(chat, some, *how, tuned)) for tuned in (False, True))
+        for some in (questions, asked)
+    )
     measures = [
         *measure_loss(chat, held_out.encoded),
         *measures,

@@ -11,12 +11,12 @@ from helpers.rows import alpaca_rows, list_questions, load, write_rows
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.console import UserError
 from utils.data import tokenizing
-from utils.data.cache import find_cache_dir
 from utils.data.rows import find_copies, load_rows
 from utils.data.scanning import Scan
 from utils.data.sources import Source
 from utils.messages import EVAL, IGNORE_INDEX, TEST, TRAIN
 from utils.prompts import read_template
+from utils.repository import find_cache_dir
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

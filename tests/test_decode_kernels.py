@@ -10,6 +10,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, repeat_kv
 
+from utils.fast import cuda_c
 from utils.fast.cuda_c import compile_kernel
 from utils.fast.decode_attention import DecodeAttention, HeadShape
 from utils.fast.decode_layers import find_kernel_fault, install_decode_layers
@@ -340,3 +341,22 @@ def test_every_block_of_a_launch_has_a_place_for_its_sums(monkeypatch):
             assert grids[-1] <= kernels.is_handed.numel()
             assert grids[-1] * sums <= kernels.handed.numel()
     assert max(grids) > 132  # more than one on a multiprocessor
+
+
+def test_kernel_is_compiled_once_for_all_starts_of_the_program(monkeypatch, tmp_path):
+    """For each source, GPU and compiler version; where nothing can be kept it is compiled again."""
+    made = []
+    monkeypatch.setattr(cuda_c, "read_nvrtc_version", lambda: versions[-1])
+    monkeypatch.setattr(cuda_c, "run_nvrtc", lambda *words: made.append(words) or f"{words}".encode())
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    versions, compile_anew = ["13.0"], cuda_c.compile_source.__wrapped__  # as a new start of the program does
+    asked = [("int a;", "sm_90"), ("int b;", "sm_90"), ("int a;", "sm_80")]
+    first = [compile_anew(*words) for words in asked]
+    assert len(made) == 3 and [compile_anew(*words) for words in asked] == first and len(made) == 3
+    assert len(list((tmp_path / "cache" / "kernels").glob("*"))) == 3
+    versions.append("13.1")
+    compile_anew(*asked[0])
+    assert len(made) == 4
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "file"))
+    assert [compile_anew(*asked[0]) for _ in range(2)] == [first[0]] * 2 and len(made) == 6

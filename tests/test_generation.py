@@ -164,7 +164,9 @@ def test_chat_prompt_is_the_training_prompt_token_for_token(run, monkeypatch):
     trained_prompt = row["input_ids"][: row["labels"].count(IGNORE_INDEX)]
     sent = []
     read = chat.decoder.steps.read
-    monkeypatch.setattr(chat.decoder.steps, "read", lambda ids, cache: (sent.append(ids), read(ids, cache))[1])
+    monkeypatch.setattr(
+        chat.decoder.steps, "read", lambda ids, cache: (sent.append(ids), read(ids, cache))[1]
+    )
     list(stream_reply(chat, QUESTION, SHORT))
     assert sent[0].tolist() == [trained_prompt]
 

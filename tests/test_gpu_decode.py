@@ -1,6 +1,8 @@
 """Replies of a real model on a GPU: what the plain model says, by our kernels, and faster from its own prompt."""
 
+import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from utils.arguments import ModelArguments
 from utils.fast.cuda_c import find_kernel_obstacle
 from utils.fast.decode_loop import stream_tokens
 from utils.fast.decode_setup import install_graph_decode
+from utils.fast.shared_decoder import SharedDecoder
 from utils.models.base import load_base
 
 pytestmark = [
@@ -94,3 +97,103 @@ def test_prompt_lookup_is_faster_where_the_reply_repeats_the_prompt(smollm2):
     print({proposed: f"{96 / seconds:.0f} tokens/s" for proposed, (_, seconds) in results.items()})
     assert results[7][0] == results[0][0]
     assert results[0][1] / results[7][1] > 1.5
+
+
+QUESTIONS = ["Who are you?", "Name three rivers.", "Why is the sky blue?", "Write a poem on rain.", "2 + 2?"]
+GREEDY = {"pad_token_id": 0, "eos_token_id": None}
+
+
+@pytest.fixture(scope="module")
+def shared(smollm2):
+    """(a decoder of eight slots, prompts of 10 to 900 tokens, what each alone is replied, tuned and base)"""
+    model, tokenizer = load(smollm2, torch.bfloat16)
+    decoder = SharedDecoder(model, install_graph_decode(model))
+    decoder.open_slots(8, 1200, kept=0)
+    prompts = [
+        ask(tokenizer, text) for text in (*QUESTIONS, TEXT + "Sum this up.", TEXT * 9 + "Sum this up.")
+    ]
+    alone = {}
+    for i, prompt in enumerate(prompts):
+        for tuned in (True, False):
+            with decoder.adapter.turned(tuned):
+                alone[i, tuned] = reply(decoder.steps, prompt, 64)[0]
+    return decoder, prompts, alone
+
+
+def test_replies_that_share_steps_are_token_for_token_those_of_one_conversation(shared, capsys):
+    """To the bit: nothing is rounded otherwise beside others. More replies than slots, tuned and base."""
+    decoder, prompts, alone = shared
+    assert decoder.shares_steps and decoder.engine.steps.stream and not decoder.steps.obstacle
+    cases = [(i % len(prompts), i % 3 != 1, 16 + 5 * (i % 10)) for i in range(24)]
+    configs = [GenerationConfig(max_new_tokens=count, **GREEDY) for _, _, count in cases]
+    replies = [
+        decoder.reply(prompts[i], config, tuned) for (i, tuned, _), config in zip(cases, configs, strict=True)
+    ]
+    said = [list(one.tokens()) for one in replies]
+    assert said == [alone[i, tuned][:count] for i, tuned, count in cases]
+    assert {(size, tuned) for size in (1, 2, 4, 8) for tuned in (True, False)} >= set(
+        decoder.engine.steps.graphs
+    )
+    assert len(decoder.engine.steps.graphs) >= 5 and "replies:" not in capsys.readouterr().out
+
+
+def test_logits_are_the_same_to_the_bit_in_steps_of_every_size(shared):
+    decoder, prompts, _ = shared
+    steps, seen = decoder.engine.steps, []
+    with torch.no_grad():
+        for beside in ([], [1], [1, 3, 2], [7, 6, 5, 4, 3, 2, 1]):
+            for place, prompt in zip([0, *beside], prompts + prompts, strict=False):
+                logits = steps.read(place, prompt[:512], 0)
+                steps.place(place, len(prompt[:512]), logits.argmax(-1))
+            rows = sorted([0, *beside], reverse=len(beside) == 1)
+            for _ in range(20):
+                logits = steps.step(rows, True)[rows.index(0)].clone()
+            seen.append(logits)
+    assert all(torch.equal(seen[0], other) for other in seen)
+
+
+def test_sampled_replies_follow_from_their_seeds_whoever_is_beside(shared):
+    decoder, prompts, _ = shared
+    config = GenerationConfig(max_new_tokens=40, do_sample=True, top_p=0.9, repetition_penalty=1.1, **GREEDY)
+    cases = [(prompt, config, i % 2 == 0, i) for i, prompt in enumerate(prompts)]
+    alone = [list(decoder.reply(*case).tokens()) for case in cases]
+    replies = [decoder.reply(*case) for case in cases]
+    assert [list(one.tokens()) for one in replies] == alone
+    assert list(decoder.reply(prompts[0], config, seed=50).tokens()) != alone[0]
+
+
+def test_prompt_is_read_as_the_model_reads_it(shared):
+    """Whole and in parts, with adapter and without: near the plain model's logits."""
+    decoder, prompts, _ = shared
+    steps, base = decoder.engine.steps, decoder.steps
+    for tuned in (True, False):
+        with decoder.adapter.turned(tuned), torch.no_grad():
+            for prompt in prompts[-2:]:
+                expected = base.plain(input_ids=torch.tensor([prompt], device="cuda")).logits[0, -1].float()
+                for size in (64, 512, 2048):
+                    for past in range(0, len(prompt), size):
+                        got = steps.read(3, prompt[past : past + size], past)[0].float()
+                    assert (got - expected).norm() < 0.03 * expected.norm()
+
+
+def test_users_who_come_hang_up_and_wait_get_their_own_replies(shared):
+    decoder, prompts, alone = shared
+    end, wrong, whole = time.monotonic() + 20, [], []
+
+    def use(user):
+        chance = random.Random(user)
+        while time.monotonic() < end:
+            i, tuned, count = chance.randrange(len(prompts)), chance.random() < 0.6, chance.randrange(1, 65)
+            one = decoder.reply(prompts[i], GenerationConfig(max_new_tokens=count, **GREEDY), tuned)
+            listens = chance.randrange(1, count + 1) if chance.random() < 0.3 else count
+            tokens = one.tokens()
+            said = [token for token, _ in zip(tokens, range(listens), strict=False)]
+            tokens.close()
+            whole.append(listens == count)
+            if said != alone[i, tuned][:listens]:
+                wrong.append((i, tuned, count))
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(use, range(12)))
+    print(f"{len(whole)} replies, {sum(whole)} of them to their end")
+    assert wrong == [] and sum(whole) > 50

@@ -202,6 +202,7 @@ def test_timing_command_prints_both_speeds(tmp_path, monkeypatch, capsys):
     argv = ["--model", "tiny", "--prompt_tokens", "8", "--max_new_tokens", "6", "--output_dir", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["chat_speed", *argv])
     chat_speed.main()
-    plain, other = json.loads((tmp_path / "tiny.json").read_text())["replies"]
-    assert plain["tokens_per_second"] > 0 and other["tokens_per_second"] > 0
+    rows = json.loads((tmp_path / "tiny.json").read_text())["replies"]
+    assert len(rows) == (4 if DEVICE == "cuda" else 3) and all(row["tokens_per_second"] > 0 for row in rows)
+    assert rows[-2]["ready_seconds"] > 0 and rows[-1]["conversations"] == 8
     assert "plain" in capsys.readouterr().out

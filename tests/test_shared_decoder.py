@@ -10,6 +10,7 @@ import torch
 from helpers.architectures import DEVICE, VOCABULARY, build_model
 from helpers.cuda_on_cpu import COMPILER, compile_on_cpu
 from helpers.families import FAMILIES
+from torch.nn import functional as F
 from transformers import DynamicCache, GenerationConfig
 
 from utils.fast.cuda_c import compile_kernel
@@ -17,6 +18,7 @@ from utils.fast.decode_layers import install_decode_layers
 from utils.fast.decode_loop import GrowingSteps, stream_tokens
 from utils.fast.decode_model import WholeStep
 from utils.fast.decode_setup import build_reader, install_graph_decode
+from utils.fast.frozen_weights import read_weight
 from utils.fast.graph_decode import GraphDecoder
 from utils.fast.packed_product import Kernels, Shape
 from utils.fast.shared_decoder import SharedDecoder
@@ -71,13 +73,37 @@ def turns(request, llama):
     return llama, SharedDecoder(model, steps)
 
 
-def build_slots_decoder(name, count, tokens, kept=0):
-    """A bfloat16 model in 4 bits whose replies share steps; the kernels run on a CPU too, by their source."""
+class TokenByToken(Kernels):
+    """The two products by torch, one token at a time: on a CPU the source of the kernels takes seconds."""
+
+    def multiply(self, group, x, y, xa=None, residual=None, gated=False, shape=None):
+        if not hasattr(group, "unpacked"):
+            group.unpacked = [read_weight(base, torch.float32) for base in group.bases]
+        for i, row in enumerate(x.float()):
+            parts = [weight @ row for weight in group.unpacked]
+            if xa is not None:
+                own = xa[i].float().split(group.ranks)
+                parts = [part + B.float() @ a for part, B, a in zip(parts, group.B, own, strict=True)]
+            biases = [0 if bias is None else bias.float() for bias in group.biases]
+            parts = [part + bias for part, bias in zip(parts, biases, strict=True)]
+            out = F.silu(parts[0]) * parts[1] if gated else torch.cat(parts)
+            y[i] = out if residual is None else out.to(y.dtype) + residual[i]
+
+    def multiply_rows(self, weight, x, y, norm=None, epsilon=0.0, normed=None, rows_at_once=1, blocks=None):
+        for i, row in enumerate(x):
+            row = row if norm is None else F.rms_norm(row, row.shape, norm, epsilon)
+            if normed is not None:
+                normed[i] = row
+            if weight is not None:
+                y[i] = weight.float() @ row.float()
+
+
+def build_slots_decoder(name, count, tokens, kept=0, kind=TokenByToken if DEVICE == "cpu" else Kernels):
+    """A bfloat16 model in 4 bits whose replies share steps; kernels run on a CPU too, by their source."""
     model = build_model(name, dtype=torch.bfloat16, bits=4).eval()
     base = model.get_base_model()
-    kernels = Kernels(
-        torch.device(DEVICE), torch.bfloat16, compile_kernel if DEVICE == "cuda" else compile_on_cpu
-    )
+    compiler = compile_kernel if DEVICE == "cuda" else compile_on_cpu
+    kernels = kind(torch.device(DEVICE), torch.bfloat16, compiler)
     if DEVICE == "cpu":
         kernels.shape = kernels.gated_shape = Shape(warps=4, blocks=1)  # fewer coroutines
     whole = WholeStep(base, kernels, install_decode_layers(base, torch.bfloat16, kernels))
@@ -105,9 +131,7 @@ def alone(decoder, prompt, config, tuned=True):
     cache = DynamicCache(config=steps.base.config)
     with decoder.adapter.turned(tuned):
         choice = steps.find_choice(config)
-        return list(
-            stream_tokens(steps, prompt, cache, choice, config.max_new_tokens, config.eos_token_id)
-        )
+        return list(stream_tokens(steps, prompt, cache, choice, config.max_new_tokens, config.eos_token_id))
 
 
 @needs_compiler
@@ -120,3 +144,249 @@ def test_greedy_replies_that_share_steps_are_those_of_one_conversation(slots):
     assert said == [alone(slots, *case) for case in cases]
     assert [reply.finish_reason for reply in replies] == ["length"] * len(cases)
     assert alone(slots, PROMPTS[0], config_of(), True) != alone(slots, PROMPTS[0], config_of(), False)
+
+
+@needs_compiler
+def test_so_they_are_by_the_kernels_themselves():
+    decoder = build_slots_decoder("llama with grouped queries", 2, 48, kind=Kernels)
+    replies = [decoder.reply(prompt, config_of(3)) for prompt in PROMPTS[:3]]
+    said = [list(reply.tokens()) for reply in replies]
+    wait_until_idle(decoder)
+    assert said == [alone(decoder, prompt, config_of(3)) for prompt in PROMPTS[:3]]
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["qwen2 with biases", "qwen3"])
+def test_family_with_biases_or_normed_heads_shares_steps_too(name):
+    decoder = build_slots_decoder(name, 2, 48)
+    replies = [decoder.reply(prompt, config_of(8)) for prompt in PROMPTS[:3]]
+    said = [list(reply.tokens()) for reply in replies]
+    wait_until_idle(decoder)
+    assert said == [alone(decoder, prompt, config_of(8)) for prompt in PROMPTS[:3]]
+
+
+@needs_compiler
+def test_logits_are_the_same_to_the_bit_whoever_is_beside(slots):
+    steps, seen = slots.engine.steps, []
+    for beside in ([], [1], [1, 3, 2], [3]):
+        for place, prompt in zip([0, *beside], PROMPTS, strict=False):
+            logits = steps.read(place, prompt, 0)
+            steps.place(place, len(prompt), logits.argmax(-1))
+        rows = sorted([0, *beside], reverse=len(seen) % 2 == 1)
+        for _ in range(3):
+            logits = steps.step(rows, True)[rows.index(0)].clone()
+        seen.append(logits)
+    assert all(torch.equal(seen[0], other) for other in seen)
+
+
+@needs_compiler
+def test_sampled_replies_follow_from_their_seeds_and_settings_alone(slots):
+    cases = [(PROMPTS[i], SETTINGS[i], i % 4 != 2, i) for i in range(len(PROMPTS))]
+    by_themselves = [list(slots.reply(*case).tokens()) for case in cases]
+    wait_until_idle(slots)
+    together = [slots.reply(*case) for case in reversed(cases)][::-1]
+    assert [list(reply.tokens()) for reply in together] == by_themselves
+    assert all(
+        1 <= len(said) <= config.max_new_tokens for said, config in zip(by_themselves, SETTINGS, strict=True)
+    )
+    other = list(slots.reply(PROMPTS[2], SETTINGS[2], seed=99).tokens())
+    assert other != by_themselves[2]
+
+
+@needs_compiler
+def test_conversation_that_goes_on_is_not_read_again_and_a_full_house_forgets_it():
+    decoder = build_slots_decoder("llama with grouped queries", 2, 96, kept=1)
+    first = decoder.reply(PROMPTS[2], config_of(12))
+    said = list(first.tokens())
+    wait_until_idle(decoder)
+    longer = [*PROMPTS[2], *said, 33, 34]
+    again = decoder.reply(longer, config_of(12))
+    tokens = list(again.tokens())
+    assert first.reused_tokens == 0 and again.reused_tokens == len(PROMPTS[2]) + len(said) - 1
+    with torch.no_grad():  # each token is the likeliest, but for 16 bits of rounding
+        ids = torch.tensor([longer + tokens], device=DEVICE)
+        logits = decoder.steps.plain(input_ids=ids).logits[0, len(longer) - 1 : -1].float()
+    chosen = logits.gather(1, ids[0, len(longer) :, None])[:, 0]
+    assert (logits.max(1).values - chosen <= 0.02 * logits.std(1)).all()
+    base = decoder.reply([*longer, *tokens, 5], config_of(2), tuned=False)
+    others = [decoder.reply(PROMPTS[i], config_of(2)) for i in (0, 1)]
+    for reply in (base, *others):
+        list(reply.tokens())
+    assert base.reused_tokens == 0  # other keys and values than the adapter's
+    forgotten = decoder.reply([*longer, *tokens, 5], config_of(2))
+    assert len(list(forgotten.tokens())) == 2 and forgotten.reused_tokens == 0
+
+
+def read_some(reply, count):
+    tokens = reply.tokens()
+    said = [next(tokens) for _ in range(count)]
+    tokens.close()
+    return said
+
+
+@needs_compiler
+def test_who_hangs_up_leaves_room_for_who_waits(slots):
+    long = config_of(40)
+    expected = {i: alone(slots, PROMPTS[i], long) for i in range(5)}
+    talkers = [slots.reply(PROMPTS[i], long) for i in range(4)]
+    waiting = slots.reply(PROMPTS[4], config_of(5))
+    gone = slots.reply(PROMPTS[5], config_of(5))
+    gone.cancel()
+    assert read_some(talkers[1], 3) == expected[1][:3]
+    assert list(waiting.tokens()) == expected[4][:5]
+    assert talkers[1].finish_reason == gone.finish_reason == "cancelled" and list(gone.tokens()) == []
+    for i in (0, 2, 3):
+        assert list(talkers[i].tokens()) == expected[i]
+
+
+@needs_compiler
+def test_prompt_read_in_parts_lets_others_speak_between_them(monkeypatch):
+    from utils.fast import decode_loop, slots
+
+    for module in (slots, decode_loop):
+        monkeypatch.setattr(module, "READ_TOGETHER", 4)
+    decoder = build_slots_decoder("llama with grouped queries", 2, 64)
+    expected = [alone(decoder, prompt, config_of(12)) for prompt in (PROMPTS[0], PROMPTS[2])]
+    order, read, step = [], decoder.engine.steps.read, decoder.engine.steps.step
+    monkeypatch.setattr(decoder.engine.steps, "read", lambda *args: (order.append("read"), read(*args))[1])
+    monkeypatch.setattr(decoder.engine.steps, "step", lambda *args: (order.append("step"), step(*args))[1])
+    first = decoder.reply(PROMPTS[0], config_of(12))
+    tokens = first.tokens()
+    said = [next(tokens)]
+    second = decoder.reply(PROMPTS[2], config_of(12))
+    assert [said + list(tokens), list(second.tokens())] == expected
+    begun = order.index("read", 2)
+    assert order[begun : begun + 9] == ["read", "step"] * 4 + ["read"]
+
+
+@needs_compiler
+def test_failure_ends_the_replies_it_concerns_and_the_next_ones_are_as_ever(slots, monkeypatch):
+    expected = alone(slots, PROMPTS[0], config_of())
+    steps = slots.engine.steps
+    too_long = slots.reply([5] * 60, config_of())
+    with pytest.raises(ValueError, match="prompt and reply are 76 tokens, a slot has 64"):
+        list(too_long.tokens())
+    with monkeypatch.context() as patched:
+        patched.setattr(steps, "read", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            list(slots.reply(PROMPTS[0], config_of()).tokens())
+    wait_until_idle(slots)
+    with monkeypatch.context() as patched:
+        patched.setattr(steps, "step", lambda *args: 1 / 0)
+        for reply in [slots.reply(PROMPTS[i], config_of()) for i in (0, 1)]:
+            with pytest.raises(ZeroDivisionError):
+                list(reply.tokens())
+    wait_until_idle(slots)
+    assert list(slots.reply(PROMPTS[0], config_of()).tokens()) == expected
+
+
+def test_fewer_slots_where_memory_is_short_in_one_line(capsys):
+    assert plan_slots(8, 10**9, 20 * 10**9) == 8 and capsys.readouterr().out == ""
+    assert plan_slots(8, 2 * 10**9, 7 * 10**9) == 3
+    assert "3 at once by one step, not 8" in capsys.readouterr().out
+    assert plan_slots(8, 2 * 10**9, -1) == 0 and "none at once" in capsys.readouterr().out
+
+
+def test_replies_that_take_turns_are_those_of_generate(turns):
+    """Of unlike settings, joining while others are under way: the same seed gives the same draws."""
+    plain, decoder = turns
+    replies = []
+    for i, (prompt, config) in enumerate(zip(PROMPTS, SETTINGS, strict=True)):
+        replies.append(decoder.reply(prompt, config, seed=i))
+        time.sleep(0.01 * (i % 2))
+    said = [list(reply.tokens()) for reply in replies]
+    wait_until_idle(decoder)
+    assert said == [
+        by_generate(plain, prompt, config, i)
+        for i, (prompt, config) in enumerate(zip(PROMPTS, SETTINGS, strict=True))
+    ]
+
+
+def test_beams_are_left_to_generate_and_the_others_go_on(turns):
+    plain, decoder = turns
+    beams = config_of(12, num_beams=3)
+    grams = config_of(12, no_repeat_ngram_size=2)
+    replies = [decoder.reply(PROMPTS[0], beams), decoder.reply(PROMPTS[1], grams, seed=3)]
+    replies += [
+        decoder.reply(prompt, config_of(12), tuned=i % 2 == 0) for i, prompt in enumerate(PROMPTS[2:5])
+    ]
+    said = [list(reply.tokens()) for reply in replies]
+    wait_until_idle(decoder)
+    expected = [by_generate(plain, PROMPTS[0], beams), by_generate(plain, PROMPTS[1], grams)]
+    for i, prompt in enumerate(PROMPTS[2:5]):
+        with decoder.adapter.turned(True) if i % 2 == 0 else plain.disable_adapter():
+            expected.append(by_generate(plain, prompt, config_of(12)))
+    assert said == expected and all(reply.finish_reason == "length" for reply in replies)
+    assert replies[4].seconds < replies[0].seconds or replies[2].seconds < replies[0].seconds
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.id)
+def test_replies_of_every_family_under_way_at_once_are_those_of_generate(families, family):
+    from utils.arguments import ModelArguments
+    from utils.models.base import load_base
+
+    model = load_base(ModelArguments(str(families(family)), bits=16), torch.float32, trainable=False).eval()
+    decoder = SharedDecoder(model, GrowingSteps(model))
+    config = config_of(10, stops=(model.config.vocab_size + 7,))
+    replies = [decoder.reply(prompt, config) for prompt in PROMPTS[:4]]
+    said = [list(reply.tokens()) for reply in replies]
+    assert said == [by_generate(model, prompt, config) for prompt in PROMPTS[:4]]
+
+
+def soak(decoder, expect, seconds, users=6):
+    """Users who ask, listen, hang up or wait; every reply is compared to `expect`."""
+    wrong, counts, end = [], {"whole": 0, "cancelled": 0}, time.monotonic() + seconds
+
+    def use(user):
+        chance = random.Random(user)
+        while time.monotonic() < end:
+            i, tuned = chance.randrange(len(PROMPTS)), chance.random() < 0.6
+            config = config_of(chance.choice([1, 2, 9, 20]))
+            reply, wanted = (
+                decoder.reply(PROMPTS[i], config, tuned),
+                expect[i, tuned][: config.max_new_tokens],
+            )
+            if chance.random() < 0.3:
+                said = read_some(reply, chance.randrange(config.max_new_tokens))
+                counts["cancelled"] += 1
+            else:
+                said = list(reply.tokens())
+                counts["whole"] += 1
+                if len(said) != len(wanted):
+                    wrong.append((i, tuned, said))
+            if said != wanted[: len(said)]:
+                wrong.append((i, tuned, said))
+            time.sleep(chance.random() * 0.01)
+
+    with ThreadPoolExecutor(users) as pool:
+        list(pool.map(use, range(users)))
+    wait_until_idle(decoder)
+    assert wrong == [] and counts["whole"] > users
+    return counts
+
+
+def expect_all(decoder):
+    return {
+        (i, tuned): alone(decoder, prompt, config_of(20), tuned)
+        for i, prompt in enumerate(PROMPTS)
+        for tuned in (True, False)
+    }
+
+
+@needs_compiler
+def test_users_who_come_and_go_get_their_own_replies_from_slots(slots):
+    soak(slots, expect_all(slots), 4)
+
+
+def test_users_who_come_and_go_get_their_own_replies_in_turns(llama):
+    decoder = SharedDecoder(llama, GrowingSteps(llama), kept=0)
+    decoder.open_slots(3, 64, 0)
+    soak(decoder, expect_all(decoder), 3)
+    assert threading.active_count() < 20
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_an_hour_of_users_in_two_minutes(slots):
+    counts = soak(slots, expect_all(slots), 120, users=12)
+    assert counts["whole"] > 100 and counts["cancelled"] > 20

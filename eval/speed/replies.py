@@ -1,8 +1,10 @@
 """Times the replies that eval.chat_speed asks for."""
 
+import gc
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +15,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from eval.speed.shapes import SHAPES, build_random_model
 from utils.console import notice
+from utils.fast.decode_layers import install_decode_layers
 from utils.fast.decode_loop import GrowingSteps, Steps, stream_tokens
 from utils.fast.decode_setup import install_graph_decode
 from utils.fast.frozen_weights import unpack_8bit_layers
 from utils.fast.graph_decode import GraphDecoder
+from utils.fast.reply import Reply
+from utils.fast.shared_decoder import SharedDecoder
 from utils.run.record import write_json
 
 if TYPE_CHECKING:
@@ -24,11 +29,20 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Reply:
+class Timed:
     variant: str
-    tokens_per_second: float  # after the first token
-    first_token_seconds: float
+    tokens_per_second: float  # after the first token; of all replies where there are several
+    first_token_seconds: float  # the longest, where there are several
     peak_gib: float
+    conversations: int = 1
+    ready_seconds: float | None = None  # from the loaded model to the first token of the first reply
+
+    def describe(self) -> str:
+        ready = "" if self.ready_seconds is None else f", ready in {self.ready_seconds:.1f} s"
+        return (
+            f"{self.variant:<26} {self.tokens_per_second:8.1f} tokens/s, first after "
+            f"{1e3 * self.first_token_seconds:5.0f} ms, peak {self.peak_gib:.2f} GiB{ready}"
+        )
 
 
 class TokenTimes(BaseStreamer):
@@ -48,11 +62,13 @@ class TokenTimes(BaseStreamer):
     def end(self) -> None:
         pass
 
-    def describe(self, is_gpu: bool) -> Reply:
-        seconds = self.times[-1] - self.times[0]
-        peak = torch.cuda.max_memory_allocated() / 2**30 if is_gpu else 0.0
-        speed = (len(self.times) - 1) / seconds
-        return Reply("", round(speed, 1), round(self.times[0] - self.start, 4), round(peak, 2))
+    def describe(self, is_gpu: bool) -> Timed:
+        speed = (len(self.times) - 1) / (self.times[-1] - self.times[0])
+        return Timed("", round(speed, 1), round(self.times[0] - self.start, 4), read_peak(is_gpu))
+
+
+def read_peak(is_gpu: bool) -> float:
+    return round(torch.cuda.max_memory_allocated() / 2**30, 2) if is_gpu else 0.0
 
 
 def begin(prompt: torch.Tensor) -> TokenTimes:
@@ -62,7 +78,7 @@ def begin(prompt: torch.Tensor) -> TokenTimes:
     return TokenTimes()
 
 
-def time_by_generate(model: Any, prompt: torch.Tensor, count: int) -> tuple[Reply, list[int]]:
+def time_by_generate(model: Any, prompt: torch.Tensor, count: int) -> tuple[Timed, list[int]]:
     """The second of two replies by transformers' generate: the first one captures and warms up."""
     for _ in range(2):
         times = begin(prompt)
@@ -73,12 +89,12 @@ def time_by_generate(model: Any, prompt: torch.Tensor, count: int) -> tuple[Repl
 
 @torch.no_grad()
 def time_by_steps(
-    steps: Steps, prompt: torch.Tensor, count: int, proposed: int = 0, **flags: Any
-) -> tuple[Reply, list[int]]:
-    """The second of two replies, token by token as a chat gets them."""
+    steps: Steps, prompt: torch.Tensor, count: int, proposed: int = 0, repeats: int = 2, **flags: Any
+) -> tuple[Timed, list[int]]:
+    """The last of some replies, token by token as a chat gets them."""
     base: Any = steps.base
     config = GenerationConfig(max_new_tokens=count, pad_token_id=0, eos_token_id=None, **flags)
-    for _ in range(2):
+    for _ in range(repeats):
         times = begin(prompt)
         cache = DynamicCache(config=base.config.get_text_config())
         choice = steps.find_choice(config)
@@ -100,29 +116,77 @@ def build_adapted_model(name: str, bits: int, rank: int, dtype: torch.dtype, dev
     return model
 
 
+@torch.no_grad()
+def time_together(decoder: SharedDecoder, prompts: list[list[int]], count: int) -> Timed:
+    """The second of two times that all are replied to at once: tokens while all of them are speaking."""
+    config = GenerationConfig(max_new_tokens=count, pad_token_id=0, eos_token_id=None)
+    is_gpu = decoder.steps.base.device.type == "cuda"
+
+    def note_times(reply: Reply) -> list[float]:
+        return [time.perf_counter() for _ in reply.tokens()]
+
+    for _ in range(2):
+        start = time.perf_counter()
+        replies = [decoder.reply(prompt, config) for prompt in prompts]
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            times = list(pool.map(note_times, replies))
+    begin, end = max(own[0] for own in times), min(own[-1] for own in times)
+    spoken = sum(begin < moment <= end for own in times for moment in own)
+    speed = spoken / (end - begin) if end > begin else 0.0
+    return Timed("", round(speed, 1), round(begin - start, 4), read_peak(is_gpu), len(prompts))
+
+
+def time_variants(model: Any, prompt: torch.Tensor, arguments: "ChatSpeedArguments") -> Iterator[Timed]:
+    """PEFT's own forward; on a GPU the same as one graph a token, as it was; our steps; and those shared."""
+    base, count, is_gpu = model.get_base_model(), arguments.max_new_tokens, prompt.is_cuda
+    reply, _ = time_by_generate(model, prompt, count)
+    yield replace(reply, variant="plain")
+    forward = base.forward
+    if is_gpu:
+        install_decode_layers(base, base.dtype, None)
+        decoder = GraphDecoder(base)
+        base.forward = decoder.forward
+        reply, _ = time_by_generate(model, prompt, count)
+        yield replace(reply, variant="graph, bitsandbytes")
+        base.forward = forward
+        del decoder
+        torch.cuda.empty_cache()
+    start = time.perf_counter()
+    steps = (install_graph_decode(model) if is_gpu else None) or GrowingSteps(model)
+    shared = SharedDecoder(model, steps)
+    shared.open_slots(arguments.conversations, arguments.prompt_tokens + count, kept=0)
+    first, _ = time_by_steps(steps, prompt, 2, repeats=1)
+    ready = time.perf_counter() - start
+    reply, _ = time_by_steps(steps, prompt, count)
+    kind = "steps of our own" if getattr(steps, "whole", None) else "steps of its modules"
+    has_graph = isinstance(steps, GraphDecoder) and steps.graphs
+    yield replace(
+        reply, variant=kind if has_graph or not is_gpu else f"{kind}, no graph", ready_seconds=round(ready, 2)
+    )
+    vocabulary = base.config.vocab_size
+    others = [torch.randint(5, vocabulary, prompt.shape)[0].tolist() for _ in range(arguments.conversations)]
+    reply = time_together(shared, others, count)
+    how = "one step" if shared.shares_steps else "in turn"
+    yield replace(reply, variant=f"{len(others)} conversations, {how}")
+
+
 def time_replies(arguments: "ChatSpeedArguments") -> None:
-    """Print a row for each way of decoding, and save them."""
+    """Print a row for each way of decoding of each model, and save them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    notice(f"{arguments.model}, {arguments.bits} bits, on {name}, torch {torch.__version__}")
-    model = build_adapted_model(arguments.model, arguments.bits, arguments.lora_r, dtype, device)
-    prompt = torch.randint(5, model.config.vocab_size, (1, arguments.prompt_tokens), device=device)
-    replies = []
-    for variant in ("plain", "graph") if device == "cuda" else ("plain", "our loop"):
-        if variant == "plain":
-            reply, _ = time_by_generate(model, prompt, arguments.max_new_tokens)
-        else:
-            steps = install_graph_decode(model) if device == "cuda" else None
-            reply, _ = time_by_steps(steps or GrowingSteps(model), prompt, arguments.max_new_tokens)
-            if isinstance(steps, GraphDecoder) and not steps.graphs:
-                variant = "no graph"
-        reply.variant = variant
-        notice(
-            f"{reply.variant:<13} {reply.tokens_per_second:8.1f} tokens/s, first after "
-            f"{reply.first_token_seconds:.3f} s, peak {reply.peak_gib:.2f} GiB"
-        )
-        replies.append(reply)
-    path = Path(arguments.output_dir, f"{arguments.model}.json")
-    write_json({"device": name, "replies": [asdict(reply) for reply in replies]}, path)
-    notice(f"saved to {path}")
+    for shape in arguments.model:
+        notice(f"{shape}, {arguments.bits} bits, on {name}, torch {torch.__version__}")
+        model = build_adapted_model(shape, arguments.bits, arguments.lora_r, dtype, device)
+        prompt = torch.randint(5, model.config.vocab_size, (1, arguments.prompt_tokens), device=device)
+        replies = []
+        for reply in time_variants(model, prompt, arguments):
+            notice(reply.describe())
+            replies.append(asdict(reply))
+        path = Path(arguments.output_dir, f"{shape}.json")
+        write_json({"device": name, "replies": replies}, path)
+        notice(f"saved to {path}")
+        del model
+        if device == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()

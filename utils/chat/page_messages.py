@@ -102,9 +102,7 @@ def fit_turns(
     return turns[starts[first] :]
 
 
-def describe_reply(
-    reply: Reply, ended: str, dropped: int, page_args: PageArguments, words: dict
-) -> str:
+def describe_reply(reply: Reply, ended: str, dropped: int, page_args: PageArguments, words: dict) -> str:
     """Tokens, speed, why the reply ended if not by itself, and what of the conversation was not read."""
     speed = reply.new_tokens / reply.seconds if reply.seconds else 0.0
     parts = [

@@ -1,8 +1,8 @@
 """A reply as it is generated, piece by piece.
 
-    reply = open_reply(chat, messages, generation_args)
-    for piece in stream_text(chat.tokenizer, reply): ...     # closing the iterator cancels the reply
-    reply.describe(), reply.finish_reason
+reply = open_reply(chat, messages, generation_args)
+for piece in stream_text(chat.tokenizer, reply): ...     # closing the iterator cancels the reply
+reply.describe(), reply.finish_reason
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence

@@ -16,18 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from utils.repository import REPOSITORY
+from utils.repository import REPOSITORY, find_cache_dir
 
 # What else makes rows: another version may read, render or tokenize them otherwise.
 ROW_LIBRARIES = ("tokenizers", "transformers", "jinja2", "markdownify", "beautifulsoup4", "pyarrow")
-
-
-def find_cache_dir() -> Path:
-    """$QLORA_CACHE, else qlora/ in the user's cache folder."""
-    chosen = os.environ.get("QLORA_CACHE")
-    return (
-        Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "qlora"
-    )
 
 
 def build_key(**parts: Any) -> str:

@@ -1,17 +1,24 @@
 """CUDA C that is compiled while the program runs, by NVRTC: torch brings it, and no toolkit is needed.
 
-The sources lie in utils/fast/cuda/. A kernel takes one argument, a struct, which ctypes lays out as C does.
-Kernels start by the driver's own call, as torch's wrapper of it cannot let one start before the one in front
-of it has ended (programmatic dependent launch: its first weights are on the way by then).
+The sources lie in utils/fast/cuda/; what they are compiled to stays in the cache's folder. A kernel takes one
+argument, a struct, which ctypes lays out as C does. Kernels start by the driver's own call: torch's wrapper
+of it cannot let one start before the one in front of it has ended (programmatic dependent launch: its first
+weights are on the way by then).
 """
 
+import contextlib
 import ctypes
 import functools
+import hashlib
+import os
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+
+from utils.repository import find_cache_dir
 
 SOURCES = Path(__file__).parent / "cuda"
 MAX_SHARED_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -96,7 +103,28 @@ def compile_kernel(
 
 @functools.cache
 def compile_source(source: str, architecture: str) -> bytes:
-    """Machine code; KernelError with the compiler's first complaint."""
+    """Machine code, from the cache's folder where it has been made before."""
+    words = f"{architecture} {read_nvrtc_version()} {source}"
+    path = find_cache_dir() / "kernels" / f"{hashlib.sha256(words.encode()).hexdigest()[:32]}.cubin"
+    if path.is_file():
+        return path.read_bytes()
+    code = run_nvrtc(source, architecture)
+    with contextlib.suppress(OSError):  # a folder that cannot be written to: the next start compiles again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as beside:
+            beside.write(code)
+        os.replace(beside.name, path)  # whole or not there
+    return code
+
+
+def read_nvrtc_version() -> str:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    load_nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value}"
+
+
+def run_nvrtc(source: str, architecture: str) -> bytes:
+    """KernelError with the compiler's first complaint."""
     nvrtc, program, size = load_nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
     options = [f"--gpu-architecture={architecture}", "--std=c++17"]
     array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))

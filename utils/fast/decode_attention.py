@@ -52,8 +52,7 @@ class DecodeAttention:
         macros = {"HEAD_DIM": shape.size, "QUERIES": self.queries}
         self.kernel = kernels.compile("attend", "attention.cu", macros)
         self.arrived = torch.zeros(conversations * self.rows, dtype=torch.int32, device=device)
-        # As many for any number of conversations: sums are then added in the same order, and each is said what
-        # it would be said alone.
+        # As many for any number of conversations: their sums are then added as they would be for each alone.
         wanted = BLOCKS_PER_PROCESSOR * kernels.processors // self.rows
         self.split(max(1, min(MOST_STRETCHES, wanted)))
 
@@ -84,8 +83,8 @@ class DecodeAttention:
         """Fill `out`  # [tokens, heads * size]
 
         `qkv`  # [tokens, (heads + 2 kv_heads) * size]; `keys` and `values`  # [places, kv_heads, capacity,
-        size] are written behind `lengths`  # int32 [places]; `rotations` are cos and sin  # [positions, size];
-        `places`  # int64 [conversations], where they are not 0, 1, 2, ...
+        size] are written behind `lengths`  # int32 [places]; `rotations` are cos and sin  #
+        [positions, size]; `places`  # int64 [conversations], where they are not 0, 1, 2, ...
         """
         shape, bytes_each = self.shape, qkv.element_size()
         p = Attention(kv_heads=shape.kv_heads, group=shape.group, fresh=self.fresh, capacity=keys.shape[2])

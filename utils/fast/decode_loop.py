@@ -85,8 +85,8 @@ class GrowingSteps:
 
     def cut(self, cache: Any, length: int) -> None:
         self.owner = lambda: None
-        is_whole = all(type(layer) is DynamicLayer for layer in cache.layers)  # no window of the latest tokens
-        if is_whole and cache.get_seq_length() > length:
+        keeps_all = all(type(layer) is DynamicLayer for layer in cache.layers)  # no window of them
+        if keeps_all and cache.get_seq_length() > length:
             cache.crop(length - cache.get_seq_length())
 
     def holds(self, cache: Any) -> bool:
@@ -114,9 +114,7 @@ class Fetched:
         return token
 
 
-def read_prompt(
-    steps: Steps, ids: Sequence[int], cache: Any
-) -> Generator[None, None, torch.Tensor]:
+def read_prompt(steps: Steps, ids: Sequence[int], cache: Any) -> Generator[None, None, torch.Tensor]:
     """Logits after `ids`, of which the cache holds the first; with a pause between parts of it.
 
     The parts follow from the prompt alone: whoever else is replied to, the same products are made.

@@ -37,8 +37,7 @@ class PromptReader:
         for layer, (keys, values) in zip(whole.layers, caches, strict=True):
             x = normalize(hidden, layer.norms[0])
             q = self.write_heads(layer, self.multiply(layer.qkv, x), (cos, sin), keys, values, past)
-            own = (part[:, :, :end] for part in (keys, values))
-            attended = attend(layer, q, *own, seen)
+            attended = attend(layer, q, keys[:, :, :end], values[:, :, :end], seen)
             hidden += self.multiply(layer.out, attended)
             gate, up = self.multiply(layer.gate_up, normalize(hidden, layer.norms[1])).chunk(2, -1)
             hidden += self.multiply(layer.down, F.silu(gate) * up)
@@ -57,8 +56,8 @@ class PromptReader:
             layer.lazy_initialization(keys, values)
             pairs.append((keys, values))
         logits = self.read(ids, pairs, past)
-        for layer, (layer.keys, layer.values) in zip(cache.layers, pairs, strict=True):
-            pass
+        for layer, (keys, values) in zip(cache.layers, pairs, strict=True):
+            layer.keys, layer.values = keys, values
         return logits
 
     def find_rotations(self, length: int) -> Pair:
@@ -89,7 +88,8 @@ class PromptReader:
         heads = qkv.view(tokens, -1, shape.size).transpose(0, 1)[None]
         q, k, v = heads.split([shape.heads, shape.kv_heads, shape.kv_heads], 1)
         if layer.head_norms[0] is not None:
-            q, k = (normalize(x, (norm, shape.epsilon)) for x, norm in zip((q, k), layer.head_norms, strict=True))
+            norms: Any = layer.head_norms
+            q, k = normalize(q, (norms[0], shape.epsilon)), normalize(k, (norms[1], shape.epsilon))
         both = torch.cat([q, k], 1)
         low, high = both.chunk(2, -1)
         both = both * rotations[0] + torch.cat([-high, low], -1) * rotations[1]

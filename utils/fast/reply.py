@@ -31,7 +31,8 @@ class Reply:
         self.start = time.perf_counter()
         self.first_token_seconds = self.seconds = 0.0
         self.deadline = math.inf if max_seconds is None else self.start + max_seconds
-        self.finish_reason, self.error = "", None
+        self.finish_reason = ""
+        self.error: Exception | None = None
         self.guard = threading.Lock()
         self.arrived: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 
@@ -117,11 +118,13 @@ class AdapterSwitch:
 
 
 class OwnDraws:
-    """A reply's own random numbers, by its seed, of torch's default generator: nobody else's draws change them."""
+    """A reply's own random numbers of torch's default generator, by its seed, whoever else draws from it."""
 
     def __init__(self, device: torch.device, seed: int):
         is_gpu = device.type == "cuda"
-        self.generator = torch.cuda.default_generators[device.index or 0] if is_gpu else torch.default_generator
+        self.generator = (
+            torch.cuda.default_generators[device.index or 0] if is_gpu else torch.default_generator
+        )
         self.state = torch.Generator(device).manual_seed(seed).get_state()
 
     @contextmanager

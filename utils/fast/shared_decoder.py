@@ -1,7 +1,7 @@
 """One model, many replies under way: they advance together, and each is what it would be alone.
 
     decoder = SharedDecoder(model, steps)            # any model: a token each in turn (turns.py)
-    decoder.open_slots(count=8, tokens=3072)         # one step for all of them, where kernels apply (slots.py)
+    decoder.open_slots(count=8, tokens=3072)         # one step for all, where kernels apply (slots.py)
     reply = decoder.reply(prompt_ids, config, tuned=True, seed=7, max_seconds=60)
     for token in reply.tokens(): ...                 # from any thread; the stop token last
     reply.cancel()                                   # from any thread, at any time: its place is free
@@ -11,7 +11,7 @@
 do_sample, temperature, top_k, top_p, typical_p, repetition_penalty, min_new_tokens. `tuned` False: the base
 without its adapter. Replies beyond the room there is wait in order of arrival: how many may wait is the
 caller's business. What a reply says follows from its prompt, config and seed, whoever else is replied to;
-only a conversation that goes on from kept keys and values (`kept` of the latest stay) rounds otherwise in 16 bits.
+only a conversation that goes on from keys and values that were kept rounds otherwise, in 16 bits.
 Beams and n-gram rules are left to transformers' generate, one such reply after another, while others go on.
 
 One thread has the model while there is something to do; nobody else may use it then.
@@ -49,7 +49,7 @@ class SharedDecoder:
     def open_slots(self, count: int, tokens: int, kept: int | None = None) -> None:
         """Let `count` replies of at most `tokens` tokens, prompt included, be under way at once.
 
-        One step for all of them, 8 at most, where kernels apply and memory has room, else a token each in turn.
+        One step for all, 8 at most, where kernels apply and memory has room; else a token each in turn.
         `kept`: so many of the latest conversations are kept for their next turn.
         """
         kept = self.engine.most_kept if kept is None else kept
@@ -77,9 +77,10 @@ class SharedDecoder:
         max_seconds: float | None = None,
         lookup: int = 0,
     ) -> Reply:
-        """Begin a reply to these token ids, now or as soon as there is room. Without a seed: the next of `random`.
+        """Begin a reply to these token ids, now or as soon as there is room.
 
-        `lookup`: tokens guessed from the prompt and verified at once; of no effect among slots.
+        `seed` None: one of `random`. `lookup`: tokens guessed from the prompt and verified at once, of no
+        effect among slots.
         """
         reply = Reply(prompt, config, tuned, random.getrandbits(62) if seed is None else seed, max_seconds)
         reply.lookup = lookup

@@ -1,9 +1,9 @@
 """Up to eight conversations a step: the weights, which are most of what a step reads, are read once for all.
 
 Each conversation has a slot, room for its keys and values; a step is told where (cuda/attention.cu). A kernel
-adds up a conversation's sums in the same order whoever is beside it, so a reply is to the bit the one that it
-would be alone. Between steps a part of a waiting prompt is read (prompt_reader.py). What a slot holds when its
-reply has ended stays until it is needed: the next turn of the same conversation goes on from it.
+adds up a conversation's sums in the same order whoever is beside it, so a reply is to the bit what it would
+be alone. Between steps a part of a waiting prompt is read (prompt_reader.py). When a reply has ended its slot
+stays as it is until it is needed: the next turn of the conversation goes on from there.
 
     slots     0: Ann, 412 tokens    1: kept of Bob    2: Eve, 77 tokens    3: free
     a step    places [0, 2] -> their next tokens, written where the next step looks for them
@@ -85,7 +85,7 @@ class BatchSteps:
         self.tokens[place : place + 1].copy_(token)
 
     def step(self, places: list[int], tuned: bool) -> torch.Tensor:
-        """Logits  # [size, vocabulary] of each conversation's next token; the likeliest ones are in `tokens`."""
+        """Logits  # [size, vocabulary] of each conversation's next token; the likeliest are in `tokens`."""
         size = next(size for size in SIZES if size >= len(places))
         places = places + [self.count] * (size - len(places))
         if self.placed.get(size) != places:
@@ -248,7 +248,7 @@ class Slots:
 def open_slots(
     decoder: GraphDecoder, adapter: AdapterSwitch, wanted: int, tokens: int, kept: int
 ) -> Slots | None:
-    """Slots of `tokens` tokens for as many conversations as memory has room for; None, and a line, for none."""
+    """Slots of `tokens` tokens for as many as memory has room for; None, and a line, for none."""
     whole, reader = decoder.whole, decoder.reader
     if whole is None or reader is None:
         return None

@@ -4,7 +4,7 @@ So every reply is to the bit what it would be alone, at the price that the weigh
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +47,7 @@ class Turns:
 
     def __init__(self, steps: Steps, adapter: AdapterSwitch, most: int = 8, kept: int = 2):
         self.steps, self.adapter, self.most = steps, adapter, most
-        self.turns: dict[Reply, Iterator[int | None]] = {}
+        self.turns: dict[Reply, Generator[None]] = {}
         self.kept: list[Kept] = []  # the latest last
         self.most_kept = kept
         config = steps.base.config.get_text_config()
@@ -83,7 +83,7 @@ class Turns:
             if reply.is_over():
                 del self.turns[reply]
 
-    def speak(self, reply: Reply, choice: TokenChoice) -> Iterator[None]:
+    def speak(self, reply: Reply, choice: TokenChoice) -> Generator[None]:
         """Pauses after each token, and after each part of the prompt."""
         cache, said = self.find_cache(reply), reply.prompt
         reply.reused_tokens = cache.get_seq_length()
