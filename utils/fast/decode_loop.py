@@ -62,6 +62,7 @@ class GrowingSteps:
         self.base = base
         self.token = torch.zeros(1, 1, dtype=torch.long, device=self.base.device)
         self.owner: Callable[[], Any] = lambda: None
+        self.read_ahead: dict[int, torch.Tensor] = {}  # {id of a cache: logits after its newest token}
 
     def find_choice(self, config: GenerationConfig) -> TokenChoice:
         return TokenChoice(self.base, config)
@@ -70,7 +71,8 @@ class GrowingSteps:
         return self.base(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     def advance(self, cache: Any, choice: TokenChoice) -> torch.Tensor:
-        token = choice.choose(self.read(self.token, cache))
+        logits = self.read_ahead.pop(id(cache), None)
+        token = choice.choose(self.read(self.token, cache) if logits is None else logits)
         self.token.copy_(token)
         return token.clone()
 

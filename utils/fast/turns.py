@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from utils.fast.decode_loop import Steps, read_prompt, stream_tokens
 from utils.fast.reply import AdapterSwitch, OwnDraws, Reply
+from utils.fast.shared_forward import SharedForward
 from utils.fast.token_choice import TokenChoice
 
 # A template may take the end of a prompt back in the next turn: the thoughts of an answer, say.
@@ -50,6 +51,8 @@ class Turns:
         self.turns: dict[Reply, Generator[None]] = {}
         self.kept: list[Kept] = []  # the latest last
         self.most_kept = kept
+        self.caches: dict[Reply, Any] = {}
+        self.shared: SharedForward | None = None  # reads a token of each at once
         config = steps.base.config.get_text_config()
         self.can_keep = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
 
@@ -71,6 +74,9 @@ class Turns:
 
     def step(self) -> None:
         """One token of each reply, or a part of its prompt."""
+        if self.shared is not None:
+            for tuned in (True, False):
+                self.read_ahead(self.shared, tuned)
         for reply, turn in list(self.turns.items()):
             self.adapter.turn(reply.tuned)
             try:
@@ -83,9 +89,27 @@ class Turns:
             if reply.is_over():
                 del self.turns[reply]
 
+    def read_ahead(self, shared: SharedForward, tuned: bool) -> None:
+        """Read the newest tokens of the replies that have begun, as many at once as `shared` takes."""
+        ready = {
+            reply: cache
+            for reply, cache in self.caches.items()
+            if reply in self.turns and reply.tuned == tuned and reply.said and not reply.is_over()
+            and cache.get_seq_length() == len(reply.prompt) + len(reply.said) - 1 and not reply.lookup
+        }  # fmt: skip
+        replies, most = list(ready), shared.sizes[-1]
+        for some in (replies[i : i + most] for i in range(0, len(replies), most)):
+            if shared.sizes[0] >= len(some) == 1:
+                continue  # its own step is the same
+            self.adapter.turn(tuned)
+            caches = [ready[reply] for reply in some]
+            logits = shared.read([reply.said[-1] for reply in some], caches)
+            self.steps.read_ahead |= dict(zip(map(id, caches), logits.split(1), strict=True))
+
     def speak(self, reply: Reply, choice: TokenChoice) -> Generator[None]:
         """Pauses after each token, and after each part of the prompt."""
         cache, said = self.find_cache(reply), reply.prompt
+        self.caches[reply] = cache
         reply.reused_tokens = cache.get_seq_length()
         draws = OwnDraws(self.steps.base.device, reply.seed).used if choice.samples else nullcontext
         logits = yield from read_prompt(self.steps, reply.prompt, cache)
@@ -102,6 +126,7 @@ class Turns:
                         break
                     yield
         finally:
+            del self.caches[reply]
             self.keep(Kept(said[: cache.get_seq_length()], reply, cache))
 
     def find_cache(self, reply: Reply) -> Any:
