@@ -56,6 +56,7 @@ class GrowingSteps:
     """Steps on a cache that grows, by the model's own forward: on a CPU."""
 
     runs_ahead = False
+    read_together = READ_TOGETHER
 
     def __init__(self, model: Any):
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -122,7 +123,7 @@ def read_prompt(steps: Steps, ids: Sequence[int], cache: Any) -> Generator[None,
     The parts follow from the prompt alone: whoever else is replied to, the same products are made.
     """
     new = torch.tensor([ids[cache.get_seq_length() :]], device=steps.base.device)
-    *parts, last = new.split(READ_TOGETHER, 1)
+    *parts, last = new.split(getattr(steps, "read_together", READ_TOGETHER), 1)
     for part in parts:
         steps.read(part, cache)
         yield

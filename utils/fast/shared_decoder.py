@@ -26,10 +26,10 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from utils.fast.decode_loop import GrowingSteps, Steps
+from utils.fast.decode_loop import READ_TOGETHER, GrowingSteps, Steps
 from utils.fast.graph_decode import GraphDecoder
 from utils.fast.reply import AdapterSwitch, OwnDraws, Reply
-from utils.fast.shared_forward import open_shared_forward
+from utils.fast.shared_forward import READ_BETWEEN, open_shared_forward
 from utils.fast.slots import Slots, open_slots
 from utils.fast.token_choice import NotCovered
 from utils.fast.turns import Turns
@@ -61,6 +61,7 @@ class SharedDecoder:
             self.engine = open_slots(self.steps, self.adapter, count, tokens, kept) or self.turns
         elif isinstance(self.steps, GrowingSteps) and self.model.device.type == "cpu":
             self.turns.shared = open_shared_forward(self.steps.base, count)
+            self.steps.read_together = READ_BETWEEN if self.turns.shared else READ_TOGETHER
         self.engine.limit(count, kept)
 
     @property

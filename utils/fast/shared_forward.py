@@ -1,7 +1,7 @@
 """One forward pass for a token of each of several conversations, on a CPU: the weights are read once for all.
 
 Most of a small step goes into reading weights and starting layers, so a step for eight takes little longer than
-one: 135M on two cores 130 ms and not 8 x 120. Each conversation keeps its own cache, and its attention is its own:
+one: of a 135M model in 4 bits 80 ms of one core, where one takes 42. Each conversation keeps its own cache, and its attention is its own:
 
     replies      Ann, 412 tokens   Bob, 77 tokens
     one forward  [[token of Ann], [token of Bob]] at the positions [[412], [77]]
@@ -25,6 +25,7 @@ from utils.fast.rope import find_shared_length
 SIZES = (1, 2, 4, 8)  # rows of a step
 TRIED = (5, 9, 6, 12, 7, 5, 8, 11)  # tokens of the conversations that a step is tried with
 MAX_DIFFERENCE = 0.01  # of the logits, relative: another number of rows may round otherwise, no more
+READ_BETWEEN = 32  # tokens of a prompt between two steps: on two cores 0.1 s of a 135M model
 NAME = "side_by_side"
 
 

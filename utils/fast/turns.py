@@ -77,7 +77,10 @@ class Turns:
         if self.shared is not None:
             for tuned in (True, False):
                 self.read_ahead(self.shared, tuned)
+        waits = self.list_waiting()
         for reply, turn in list(self.turns.items()):
+            if reply in waits:
+                continue
             self.adapter.turn(reply.tuned)
             try:
                 if reply.is_over():
@@ -88,6 +91,12 @@ class Turns:
                 reply.end("error", error)
             if reply.is_over():
                 del self.turns[reply]
+
+    def list_waiting(self) -> list[Reply]:
+        """Where a step is shared one prompt is read at a time: who speaks waits for one part, not for eight."""
+        return (
+            [reply for reply in self.turns if not (reply.said or reply.is_over())][1:] if self.shared else []
+        )
 
     def read_ahead(self, shared: SharedForward, tuned: bool) -> None:
         """Read the newest tokens of the replies that have begun, as many at once as `shared` takes."""
