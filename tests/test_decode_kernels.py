@@ -15,6 +15,7 @@ from utils.fast.cuda_c import compile_kernel
 from utils.fast.decode_attention import DecodeAttention, HeadShape
 from utils.fast.decode_layers import find_kernel_fault, install_decode_layers
 from utils.fast.decode_model import WholeStep, find_whole_obstacle
+from utils.fast.growing_cache import keep_all
 from utils.fast.packed_product import (
     MOST_BLOCKS,
     Kernels,
@@ -23,6 +24,7 @@ from utils.fast.packed_product import (
     find_packed_obstacle,
     is_alike,
 )
+from utils.fast.prompt_reader import PromptReader
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not COMPILER, reason="needs g++ or a GPU")
 TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 4e-4}  # of a result that is rounded once
@@ -179,6 +181,7 @@ ATTENTION = {
     "two conversations of unlike lengths": (8, 1, 128, 1, [5, 130], 160, False),
     "an empty one, two tokens each": (6, 2, 80, 2, [0, 33, 64], 96, False),
     "more queries than a block has": (9, 1, 64, 2, [300], 512, True),
+    "a window of the latest tokens": (4, 2, 64, 3, [5, 0, 90, 33], 128, False, 33),
 }
 
 
@@ -186,7 +189,7 @@ ATTENTION = {
 @pytest.mark.parametrize("case", ATTENTION)
 def test_attention_is_over_the_tokens_that_exist_and_the_new_ones_are_kept(dtype, case):
     torch.manual_seed(0)
-    heads, kv_heads, size, fresh, lengths, capacity, has_norms = ATTENTION[case]
+    heads, kv_heads, size, fresh, lengths, capacity, has_norms, window = (*ATTENTION[case], 0)[:8]
     count = len(lengths)
     attention = DecodeAttention(
         make_kernels(dtype), HeadShape(heads, kv_heads, size, 0.1, 1e-6), count, fresh, torch.device(DEVICE)
@@ -205,7 +208,7 @@ def test_attention_is_over_the_tokens_that_exist_and_the_new_ones_are_kept(dtype
     before, out = (keys.clone(), values.clone()), empty(count * fresh, heads * size, dtype=dtype)
     counts = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
     for _ in range(2):  # a second launch finds everything as the first did
-        attention.attend(qkv, keys, values, (cos, sin), counts, out, weights)
+        attention.attend(qkv, keys, values, (cos, sin), counts, out, weights, window=window)
     for i, (length, rows, got) in enumerate(zip(lengths, qkv.split(fresh), out.split(fresh), strict=True)):
         parts = rows.view(fresh, -1, size).transpose(0, 1)[None].split([heads, kv_heads, kv_heads], 1)
         q, k = (norm(part) for norm, part in zip(norms, parts, strict=False)) if has_norms else parts[:2]
@@ -216,20 +219,47 @@ def test_attention_is_over_the_tokens_that_exist_and_the_new_ones_are_kept(dtype
         assert torch.equal(values[i : i + 1, :, : length + fresh], all_values)
         assert relative(keys[i, :, : length + fresh], all_keys[0]) < TOLERANCE[dtype] / 3
         scores = q.double() @ repeat_kv(all_keys, heads // kv_heads).double().mT * 0.1
-        hidden = torch.arange(length + fresh, device=DEVICE) > places[:, None]
+        distance = places[:, None] - torch.arange(length + fresh, device=DEVICE)
+        hidden = (distance < 0) | (distance >= window) if window else distance < 0
         shares = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         expected = shares @ repeat_kv(all_values, heads // kv_heads).double()
         assert relative(got, expected[0].transpose(0, 1).reshape(fresh, -1)) < TOLERANCE[dtype]
 
 
-@pytest.fixture(params=["llama with grouped queries", "qwen2 with biases", "qwen3"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_conversations_at_places_of_their_own_leaves_the_other_places_alone(dtype):
+    """To the bit what each is alone; and nobody's place is not looked at."""
+    torch.manual_seed(0)
+    kernels, shape, size = make_kernels(dtype), HeadShape(4, 2, 64, 0.1), 64
+    lengths = torch.tensor([70, -(1 << 30), 20, 41, -(1 << 30)], dtype=torch.int32, device=DEVICE)
+    keys, values = (torch.randn(4, 2, 96, size).to(DEVICE, dtype) for _ in range(2))
+    angles = torch.rand(96, size).to(DEVICE)
+    turns = angles.cos().to(dtype), angles.sin().to(dtype)
+    qkv = torch.randn(4, 8 * size).to(DEVICE, dtype)
+    asked = [2, 4, 0, 1]
+    places = torch.tensor(asked, device=DEVICE)
+    before, out = (keys.clone(), values.clone()), empty(4, 4 * size, dtype=dtype)
+    together = DecodeAttention(kernels, shape, 4, 1, torch.device(DEVICE))
+    together.attend(qkv, keys, values, turns, lengths, out, places=places)
+    single = DecodeAttention(kernels, shape, 1, 1, torch.device(DEVICE))
+    for row, place in ((0, 2), (2, 0)):
+        own = [part[place : place + 1].clone() for part in before]
+        alone = empty(1, 4 * size, dtype=dtype)
+        single.attend(qkv[row : row + 1], *own, turns, lengths[place : place + 1].clone(), alone)
+        assert torch.equal(out[row], alone[0])
+        assert torch.equal(keys[place], own[0][0]) and torch.equal(values[place], own[1][0])
+    assert all(torch.equal(keys[place], before[0][place]) for place in (1, 3))
+    assert out[1].isnan().all() and out[3].isnan().all()
+
+
+@pytest.fixture(params=["llama with grouped queries", "qwen2 with biases", "qwen3", "mistral with a window"])
 def whole(request):
     """(model with adapter, its whole step, caches and ids of a conversation of 18 tokens)"""
     model = build_model(request.param, dtype=torch.bfloat16, bits=4).eval()
     base, kernels = model.get_base_model(), make_kernels(torch.bfloat16)
     ids = torch.randint(3, 90, (1, 26), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     with torch.no_grad():
-        cache = DynamicCache(config=base.config)
+        cache = DynamicCache(config=keep_all(base.config))
         base(input_ids=ids[:, :18], past_key_values=cache, use_cache=True)
         heads, size = cache.layers[0].keys.shape[1], cache.layers[0].keys.shape[3]
         caches = [[empty(1, heads, 32, size, dtype=base.dtype) for _ in "kv"] for _ in cache.layers]
@@ -237,7 +267,7 @@ def whole(request):
             keys[:, :, :18], values[:, :, :18] = layer.keys, layer.values
         expected = {}
         for name in ("on", "off"):
-            copy = DynamicCache(config=base.config)
+            copy = DynamicCache(config=keep_all(base.config))
             [copy.update(layer.keys, layer.values, i) for i, layer in enumerate(cache.layers)]
             if name == "off":
                 with model.disable_adapter():
@@ -262,6 +292,29 @@ def test_whole_step_gives_the_logits_of_the_model(whole):
     with model.disable_adapter():
         off = step.run(ids[:, 18:], caches, rotations, lengths.fill_(18))
         assert relative(off, expected["off"]) < 0.015 < relative(off, expected["on"])
+
+
+@torch.no_grad()
+def test_prompt_is_read_to_the_logits_of_the_model(whole):
+    """At once and in parts, with the adapter on and off; keys and values are those of the model too."""
+    model, step, caches, ids, expected = whole
+    reader = PromptReader(step)
+    for sizes in ([26], [18, 8], [7, 3, 15, 1]):
+        own, past = [[torch.full_like(part, float("nan")) for part in pair] for pair in caches], 0
+        for size in sizes:
+            got = reader.read(ids[0, past : past + size], own, past)
+            past += size
+        assert relative(got, expected["on"][:, -1]) < 0.015
+        for pair, wanted in zip(own, caches, strict=True):
+            assert all(
+                relative(a[:, :, :18], b[:, :, :18]) < 0.015 for a, b in zip(pair, wanted, strict=True)
+            )
+    with model.disable_adapter():
+        reader.read(ids[0, :18], own, 0)
+    kept = [[part.clone() for part in pair] for pair in caches]
+    with model.disable_adapter():
+        off = reader.read(ids[0, 18:], kept, 18)
+    assert relative(off, expected["off"][:, -1]) < 0.015 < relative(off, expected["on"][:, -1])
 
 
 @torch.no_grad()

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers.architectures import DEVICE, VOCABULARY, build_model
+from helpers.architectures import CONFIGS, DEVICE, GQA, VOCABULARY, build_model
 from helpers.families import FAMILIES
 from scipy.stats import chisquare
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, Gemma3TextConfig, GenerationConfig, MistralConfig, Phi3Config
 
 from utils.fast import graph_decode
 from utils.fast.decode_loop import Continuations, GrowingSteps, stream_tokens
@@ -41,7 +41,7 @@ def reply_by_generate(model, prompt, config, seed=0):
 
 def reply_by_loop(steps, prompt, config, seed=0, cache=None, proposed=0):
     torch.manual_seed(seed)
-    cache = DynamicCache(config=steps.base.config) if cache is None else cache
+    cache = steps.make_cache() if cache is None else cache
     choice = steps.find_choice(config)
     with torch.no_grad():
         return list(
@@ -179,6 +179,32 @@ def test_steps_over_buffers_say_what_generate_says(decoders, setting):
         expected = reply_by_generate(plain, PROMPT, config, seed)
         assert reply_by_loop(decoder, PROMPT, config, seed) == expected
     assert not decoder.obstacle
+
+
+WINDOWS = {
+    "mistral": lambda: MistralConfig(**GQA, sliding_window=8),
+    "gemma3": lambda: Gemma3TextConfig(**GQA | {"num_hidden_layers": 6}, head_dim=16, sliding_window=8),
+    "phi3": lambda: Phi3Config(**GQA, sliding_window=8),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_family_that_sees_a_window_of_the_latest_tokens_goes_over_buffers_too(name, monkeypatch):
+    """They keep all tokens, and masks hide the others: also of a conversation that goes on."""
+    monkeypatch.setattr(graph_decode, "SMALLEST_CAPACITY", 16)
+    monkeypatch.setitem(CONFIGS, name, WINDOWS[name])
+    plain, model = (build_model(name).eval() for _ in range(2))
+    decoder = install_graph_decode(model)
+    config = config_of("greedy", stops=(VOCABULARY + 1,), count=40)
+    expected = reply_by_generate(plain, PROMPT, config)
+    assert len(set(expected)) > 2
+    cache = decoder.make_cache()
+    assert reply_by_loop(decoder, PROMPT, config, cache=cache) == expected and not decoder.obstacle
+    longer = [*PROMPT, *expected, 11, 12]
+    assert reply_by_loop(decoder, longer, config, cache=cache) == reply_by_generate(plain, longer, config)
+    again = PROMPT + expected[:20] + PROMPT
+    proposed = reply_by_loop(decoder, again, config, proposed=5)
+    assert proposed == reply_by_generate(plain, again, config) and decoder.buffers and not decoder.obstacle
 
 
 def test_proposals_over_buffers_leave_the_greedy_reply_as_it_is(decoders):

@@ -1,5 +1,7 @@
 """Every epoch takes every row once, in an order that all processes and all starts of a run agree on."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,19 +9,26 @@ from accelerate import skip_first_batches
 from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
 from torch.utils.data import DataLoader
 
-from utils.data.epoch_order import EpochOrder
+from utils.data.epoch_order import EpochOrder, deal_out_rows
 
 LENGTHS = np.random.default_rng(0).integers(5, 400, 64)
 
 
-def read_rows(strategy: str, epoch: int, processes: int, skip: int = 0) -> list[list[list[int]]]:
-    """The batches of four rows of each process, whose generators are in different states."""
+def read_rows(
+    strategy: str, epoch: int, processes: int, rows: int = 64, skip: int = 0
+) -> list[list[list[int]]]:
+    """The batches of each process, of steps of eight rows; their generators are in different states."""
     read = []
     for index in range(processes):
         torch.manual_seed(index)
-        order = EpochOrder(LENGTHS, strategy, 8, seed=42)
-        loader = DataLoader(range(64), batch_size=4, sampler=order, collate_fn=list)
+        order = EpochOrder(LENGTHS[:rows], strategy, 8, seed=42)
+        loader = DataLoader(range(rows), batch_size=8 // processes, sampler=order, collate_fn=list)
         loader = prepare_data_loader(loader, num_processes=processes, process_index=index)
+        deal_out_rows(
+            loader,
+            order,
+            SimpleNamespace(process_index=index, world_size=processes, dataloader_drop_last=False),
+        )
         order.epoch = epoch
         read.append(list(skip_first_batches(loader, skip) if skip else loader))
     return read
@@ -29,13 +38,24 @@ def read_rows(strategy: str, epoch: int, processes: int, skip: int = 0) -> list[
 def test_processes_share_the_rows_of_every_epoch_between_them(strategy):
     orders = []
     for epoch in range(3):
-        ((*one,),) = read_rows(strategy, epoch, processes=1)
+        (one,) = read_rows(strategy, epoch, processes=1)
         first, second = read_rows(strategy, epoch, processes=2)
         assert sorted(sum(one, [])) == list(range(64))
-        assert [batch for pair in zip(first, second, strict=True) for batch in pair] == one
+        assert [sum(pair, []) for pair in zip(first, second, strict=True)] == one
         assert [ours[3:] for ours in (first, second)] == read_rows(strategy, epoch, processes=2, skip=3)
         orders.append(tuple(sum(one, [])))
     assert len(set(orders)) == (1 if strategy == "sequential" else 3)
+
+
+@pytest.mark.parametrize("rows", [64, 57, 59, 5, 1])
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 8])
+def test_every_row_comes_once_an_epoch_and_in_the_same_step_for_however_many_processes(rows, processes):
+    for epoch in range(3):
+        shares = read_rows("group_by_length", epoch, processes, rows)
+        steps = [sorted(sum(step, [])) for step in zip(*shares, strict=True)]
+        ((*one,),) = read_rows("group_by_length", epoch, 1, rows)
+        assert steps == [sorted(step) for step in one]
+        assert sorted(sum(steps, [])) == list(range(rows))
 
 
 def test_random_order_is_that_of_accelerates_seedable_sampler():

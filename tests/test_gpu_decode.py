@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer, DynamicCache, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from utils.arguments import ModelArguments
 from utils.fast.cuda_c import find_kernel_obstacle
@@ -47,7 +47,7 @@ def ask(tokenizer, text):
 
 @torch.no_grad()
 def reply(decoder, prompt, count, proposed=0):
-    cache = DynamicCache(config=decoder.config)
+    cache = decoder.make_cache()
     choice = decoder.find_choice(GenerationConfig(pad_token_id=0, eos_token_id=None))
     torch.cuda.synchronize()
     start = time.perf_counter()

@@ -50,7 +50,7 @@ def chat(run):
 def serving(chat, slots=4, slot_tokens=512, limit_queue=8, api_key=None, limit_seconds=600.0):
     """The address of a server in a thread of this process."""
     port, flags = find_free_port(), GenerationArguments(max_new_tokens=24, top_k=0)
-    chat.decoder.open_slots(slots, slot_tokens)
+    chat.decoder.open_slots(slots, slot_tokens, for_many=True)
     server = Server(
         chat, {"mine": True, "base": False}, flags, slots, slot_tokens, limit_queue, limit_seconds
     )
@@ -277,10 +277,25 @@ def test_judge_asks_it_unchanged(url, call_main, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", url)
     (tmp_path / "questions.jsonl").write_text('{"question_id": 1, "text": "What?", "category": "x"}\n')
     for name in ("one", "two"):
-        row = {"question_id": 1, "text": f"Answer {name}", "answer_id": name, "model_id": name, "metadata": {}}
+        row = {
+            "question_id": 1,
+            "text": f"Answer {name}",
+            "answer_id": name,
+            "model_id": name,
+            "metadata": {},
+        }
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     argv = [tmp_path / "one.jsonl", tmp_path / "two.jsonl", "--questions", tmp_path / "questions.jsonl"]
-    argv += ["--model", "mine", "--attempts", "1", "--max_review_tokens", "8", "--output_dir", tmp_path / "out"]
+    argv += [
+        "--model",
+        "mine",
+        "--attempts",
+        "1",
+        "--max_review_tokens",
+        "8",
+        "--output_dir",
+        tmp_path / "out",
+    ]
     with pytest.raises(UserError, match="no verdict in 1 replies"):  # the server answered, the model is tiny
         call_main("eval.judge", *argv)
 

@@ -11,7 +11,7 @@ from helpers.architectures import DEVICE, VOCABULARY, build_model
 from helpers.cuda_on_cpu import COMPILER, compile_on_cpu
 from helpers.families import FAMILIES
 from torch.nn import functional as F
-from transformers import DynamicCache, GenerationConfig
+from transformers import GenerationConfig
 
 from utils.fast.cuda_c import compile_kernel
 from utils.fast.decode_layers import install_decode_layers
@@ -128,7 +128,7 @@ def slots():
 def alone(decoder, prompt, config, tuned=True):
     """A greedy reply by the steps of one conversation, which the terminal chat has."""
     steps = decoder.steps
-    cache = DynamicCache(config=steps.base.config)
+    cache = steps.make_cache()
     with decoder.adapter.turned(tuned):
         choice = steps.find_choice(config)
         return list(stream_tokens(steps, prompt, cache, choice, config.max_new_tokens, config.eos_token_id))

@@ -7,6 +7,7 @@ from helpers.architectures import CONFIGS, DEVICE, GQA, SIZES, VOCABULARY, build
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
+    Gemma3TextConfig,
     GPT2Config,
     GptOssConfig,
     Llama4TextConfig,
@@ -21,7 +22,7 @@ from transformers import (
 
 from utils.fast.attention import attend_packed, find_attention_obstacle, packed_attention
 from utils.fast.model import patch_if_equal
-from utils.fast.trials import find_packing_obstacle
+from utils.fast.trials import find_packing_obstacle, shallow
 
 OLD = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -176,3 +177,43 @@ def test_a_patch_that_computes_something_else_is_taken_back(monkeypatch):
     assert torch.equal(model(ids).logits, expected)
     assert patch_if_equal(model, lambda: patch(1)) and "forward" in vars(norm)
     assert is_equal(model(ids).logits, expected)
+
+
+def test_a_trial_runs_two_layers_and_one_of_each_kind_and_leaves_the_model_whole():
+    kinds = ["sliding_attention"] * 4 + ["full_attention"] + ["sliding_attention"] * 3
+    config = Gemma3TextConfig(**GQA | {"num_hidden_layers": 8}, head_dim=16, layer_types=kinds)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    calls = []
+    for number, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *_, number=number: calls.append(number))
+    ids = torch.arange(12)[None]
+    before = model(ids).logits
+    assert calls == list(range(8))
+    calls.clear()
+    with pytest.raises(RuntimeError), shallow(model):
+        model(ids)
+        raise RuntimeError
+    assert calls == [0, 1, 2, 3, 4]
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_rounding_of_a_deep_random_model_is_no_mistake(monkeypatch):
+    """Norms in another order of rounding, as liger-kernel's are, are taken; a norm without its weight is not."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**GQA | {"num_hidden_layers": 40}, initializer_range=0.2)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    forward, chance = llama_code.LlamaRMSNorm.forward, torch.Generator().manual_seed(0)
+
+    def round_otherwise(norm, x):
+        y = forward(norm, x)
+        return y * (1 + 0.003 * torch.randn(y.shape, generator=chance)).to(y.dtype)
+
+    def forget_weight(norm, x):
+        return forward(norm, x) / 2
+
+    for replacement, is_taken in ((round_otherwise, True), (forget_weight, False)):
+        with monkeypatch.context() as patch:
+            taken = patch_if_equal(
+                model, lambda new=replacement, p=patch: p.setattr(llama_code.LlamaRMSNorm, "forward", new)
+            )
+        assert taken is is_taken

@@ -57,6 +57,7 @@ class ModelArguments:
     max_memory_MB: int | None = flag(
         None, "Cap on each GPU's memory, MB; everything that this process holds there counts."
     )
+    shard_layers: bool = flag(False, "Several GPUs hold one base together, each a share of every layer.")
     trust_remote_code: bool = flag(False, "Run Python code shipped in the model folder.")
     allow_pickle: bool = flag(False, "Read .bin weights too (torch.load, weights only).")
     cache_dir: str | None = flag(None, "Where downloads from the hub are kept.")
@@ -135,15 +136,11 @@ class DataArguments:
     ignore_data_report: bool = flag(False, "Train although the report is red.")
 
     def __post_init__(self) -> None:
-        require_positive(
-            self,
-            "source_max_len",
-            "target_max_len",
-            "model_max_length",
-            "eval_dataset_size",
-            "max_train_samples",
-            "max_eval_samples",
-        )
+        positive = """
+            source_max_len target_max_len model_max_length
+            eval_dataset_size max_train_samples max_eval_samples
+        """
+        require_positive(self, *positive.split())
 
     @property
     def max_len(self) -> int:
@@ -199,6 +196,7 @@ class TrainingArguments:
         bare="True",
     )
     dry_run: bool = flag(False, "Only say what memory the run would take; train nothing.")
+    num_gpus: int = flag(1, "GPUs that --dry_run plans for.")
     offload_checkpoints: bool = flag(
         True, "Recomputed layers' inputs wait in host memory (fast path, wide models)."
     )
@@ -262,7 +260,7 @@ class TrainingArguments:
         if self.output_dir is not None:
             self.output_dir = os.path.expanduser(self.output_dir)  # as the Trainer does
         positive = """
-            num_train_epochs per_device_train_batch_size per_device_eval_batch_size
+            num_gpus num_train_epochs per_device_train_batch_size per_device_eval_batch_size
             gradient_accumulation_steps learning_rate eval_steps logging_steps save_steps
             save_total_limit early_stopping_patience max_mmlu_samples mmlu_source_max_len
             adam_epsilon

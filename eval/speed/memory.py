@@ -56,7 +56,10 @@ def compare_plans(arguments: "MemoryArguments") -> None:
         if process.returncode:
             notice(f"{case:<32} failed")
             continue
-        comparison = Comparison(**json.loads(answer.splitlines()[-1]))
+        *notices, answer = answer.splitlines()
+        if notices:
+            notice("\n".join(notices))
+        comparison = Comparison(**json.loads(answer))
         rows.append(asdict(comparison) | {"error": comparison.error})
         notice(
             f"{case:<32} {comparison.recomputed_layers:>10} {comparison.planned_gib:>8.2f} "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import DynamicCache, GenerationConfig
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from eval.speed.shapes import SHAPES, build_random_model
@@ -92,11 +92,10 @@ def time_by_steps(
     steps: Steps, prompt: torch.Tensor, count: int, proposed: int = 0, repeats: int = 2, **flags: Any
 ) -> tuple[Timed, list[int]]:
     """The last of some replies, token by token as a chat gets them."""
-    base: Any = steps.base
     config = GenerationConfig(max_new_tokens=count, pad_token_id=0, eos_token_id=None, **flags)
     for _ in range(repeats):
         times = begin(prompt)
-        cache = DynamicCache(config=base.config.get_text_config())
+        cache = steps.make_cache()
         choice = steps.find_choice(config)
         tokens: Iterable[int] = stream_tokens(steps, prompt[0].tolist(), cache, choice, count, [], proposed)
         for token in tokens:

@@ -13,6 +13,7 @@ from eval.speed.shapes import SHAPES, build_random_model, count_linear_weights
 from eval.speed.variants import VARIANTS, MicroBatches, Setup, build_variant
 from eval.speed.workloads import Rows, fill_each_size, parse_workload
 from utils.console import notice
+from utils.fast.capability import measure_matmul_tflops, synchronize
 from utils.run.record import write_json
 
 HEADER = (
@@ -60,24 +61,6 @@ def time_steps(
         loss = setup.step(batches)
     synchronize(device)
     return time.perf_counter() - start, first, len(setup.graphs) - graphs, float(loss)
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def measure_matmul_tflops(device: str, dtype: torch.dtype) -> float:
-    """What large products of random numbers reach here, kept up for a second as training does, TFLOP/s."""
-    size, repeats = (8192, 700) if device == "cuda" else (1024, 3)
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    left @ right
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        left @ right
-    synchronize(device)
-    return 2 * size**3 * repeats / (time.perf_counter() - start) / 1e12
 
 
 def plan_steps(

@@ -1,10 +1,12 @@
-"""The order in which an epoch takes the rows."""
+"""The order in which an epoch takes the rows, and which of them each process takes."""
 
 from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import DataLoader, Sampler
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 
@@ -30,3 +32,35 @@ class EpochOrder(Sampler[int]):
             lengths = self.lengths.tolist()
             return iter(get_length_grouped_indices(lengths, self.rows_per_step, generator=generator))
         return iter(torch.randperm(len(self), generator=generator).tolist())
+
+
+class StepBatches(Sampler[list[int]]):
+    """Of each step's rows those of one process; none is taken twice to fill up an epoch's last step.
+
+    26 rows, steps of 12, 3 processes: the last step has 2 rows, and the third process an empty batch.
+    """
+
+    def __init__(self, order: EpochOrder, rank: int, processes: int, drop_last: bool):
+        self.order, self.rank, self.processes, self.drop_last = order, rank, processes, drop_last
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.order), self.order.rows_per_step)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows, size = list(self.order), self.order.rows_per_step
+        for start in range(0, len(self) * size, size):
+            yield np.array_split(rows[start : start + size], self.processes)[self.rank].tolist()
+
+
+def deal_out_rows(dataloader: DataLoader, order: EpochOrder, args: TrainingArguments) -> None:
+    """Let a prepared `dataloader` of several processes give each its share of every step's rows in `order`.
+
+    accelerate, which prepared it, would repeat the first rows until all have a full last batch.
+    """
+    shard = dataloader.batch_sampler
+    if isinstance(shard, BatchSamplerShard):
+        shard.batch_sampler = StepBatches(
+            order, args.process_index, args.world_size, args.dataloader_drop_last
+        )
+        shard.num_processes, shard.process_index, shard.batch_size = 1, 0, None  # it passes them through

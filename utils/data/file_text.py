@@ -72,7 +72,7 @@ def open_raw(path: Path) -> IO[bytes]:
             raise UserError(f"{disk} cannot be read as it is packed ({error}): unpack it") from error
 
 
-def hash_file(path: Path) -> str:
+def hash_content(path: Path) -> str:
     """SHA-256 of the bytes that open_raw gives."""
     digest = hashlib.sha256()
     try:

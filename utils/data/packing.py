@@ -145,6 +145,17 @@ def measure_padding(lengths: list[int], batch_size: int) -> float:
     return sum(lengths) / sum(len(batch) * max(batch) for batch in batches)
 
 
+def make_filling(collator: "PackingCollator | PaddingCollator") -> dict[str, Any]:
+    """What a process without a row computes, in step with the others: a token that is no row's, no label."""
+    nothing: Example = {
+        "input_ids": np.zeros(1, np.int64),
+        "labels": np.full(1, IGNORE_INDEX),
+        "row": np.int64(-1),
+    }
+    (part,) = find_micro_batches(collator([nothing]))
+    return part | {"num_tokens": torch.tensor(0), "rows": part["rows"][:0]}
+
+
 @dataclass(frozen=True)
 class PackingCollator:
     """The rows of one optimizer step, re-cut whole into micro-batches of at most `capacity` tokens.
@@ -164,6 +175,8 @@ class PackingCollator:
     limit: int | None = None
 
     def __call__(self, examples: list[Example]) -> dict[str, list[dict[str, Any]]]:
+        if not examples:
+            return {"micro_batches": [make_filling(self)]}
         lengths = [len(example["input_ids"]) for example in examples]
         packed = pack_apart(lengths, choose_sizes(self.capacity, self.fixed), self.limit)
         return {"micro_batches": [self.join([examples[row] for row in rows], size) for rows, size in packed]}
@@ -213,6 +226,8 @@ class PaddingCollator:
     rows: int | None = None
 
     def __call__(self, examples: list[Example]) -> dict[str, Any]:
+        if not examples:
+            return make_filling(self)
         size = self.rows or len(examples)
         batches = [examples[start : start + size] for start in range(0, len(examples), size)]
         parts = [self.pad(part) for batch in batches for part in self.split(batch)]

@@ -16,7 +16,7 @@ from typing import Any
 
 from utils.arguments import DataArguments
 from utils.console import UserError, notice
-from utils.data.file_text import hash_file
+from utils.data.file_text import hash_content
 from utils.data.formats import ALIASES, read_row, sniff_format
 from utils.data.layouts import INFO_FILE, Layout, explain_unknown, find_layout, parse_columns
 from utils.data.local_files import find_files, list_names, say_where_to_get
@@ -105,7 +105,7 @@ def find_entry(entry: str, data_args: DataArguments, flag: str) -> list[Source]:
         if layout:
             warn_of_missing(str(path), layout, "--columns" if asked else INFO_FILE, read_file(path))
         found = data_args.dataset_format or sniff_source(str(path), read_file(path), dataset_format, layout)
-        sources.append(Source(name, str(path), part, hash_file(path), found, sample, path, layout))
+        sources.append(Source(name, str(path), part, hash_content(path), found, sample, path, layout))
     return sources
 
 

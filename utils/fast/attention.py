@@ -1,10 +1,11 @@
 """Attention of packed rows: torch's variable-length kernel, which never looks across a row's end.
 
-Its signature differs between torch 2.10 and 2.13, so its parameters are looked up. Where it cannot run
-(a CPU, a GPU before Ampere, float32) sdpa gets a block-diagonal mask. Neither reads anything on the host, so
-both can be captured in a CUDA graph. For packed training only: padded batches, as evaluation and generation
-have them, keep the model's own attention. What a model hands its attention besides (a sink, a bias, a cap) is
-refused, and the whole is tried on the model before it is used.
+Its signature differs between torch 2.10 and 2.13, so its parameters are looked up. It needs an Ampere GPU and
+16 bits. Older GPUs and float32 take torch's memory-efficient kernel, which knows rows as well; a CPU, or a
+window without the first kernel, takes sdpa with a block-diagonal mask. None of them reads anything on the
+host, so all can be captured in a CUDA graph. For packed training only: padded batches, as evaluation and
+generation have them, keep the model's own attention. What a model hands its attention besides (a sink, a
+bias, a cap) is refused, and the whole is tried on the model before it is used.
 """
 
 import inspect
@@ -18,7 +19,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from utils.fast.trials import ROW, draw_tokens, evaluating, is_near
+from utils.fast.capability import is_before_ampere
+from utils.fast.trials import ROW, draw_tokens, evaluating, is_near, shallow
 
 varlen_attn: Any = None  # stays so in torch before 2.10
 with suppress(ImportError):
@@ -28,12 +30,8 @@ PARAMETERS = set(inspect.signature(varlen_attn).parameters) if varlen_attn else 
 NAME, TRIAL = "packed", "packed_trial"
 # Arguments that change nothing here: rows are causal and as long on both sides.
 WITHOUT_EFFECT = {"position_ids", "is_causal", "cu_seq_lens_k", "max_length_k", "output_attentions"}
-BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+AMPERE_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+BACKENDS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # any GPU
 
 
 def find_attention_obstacle(model: PreTrainedModel) -> str | None:
@@ -45,7 +43,7 @@ def find_attention_obstacle(model: PreTrainedModel) -> str | None:
         return "the model has an attention of its own"
     if model.device.type == "meta":  # a rehearsal takes it that the trial succeeds
         return None
-    with evaluating(model):
+    with evaluating(model), shallow(model):
         try:
             return try_packed_attention(model.base_model)
         except torch.OutOfMemoryError:
@@ -83,9 +81,19 @@ def has_varlen_kernel(query: torch.Tensor, sliding_window: int | None) -> bool:
     return (
         varlen_attn is not None
         and query.dtype in (torch.bfloat16, torch.float16)
-        and (query.is_meta or (query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)))
+        and (query.is_cuda or query.is_meta)
+        and not lacks_flash(query)
         and ("window_size" in PARAMETERS or ("is_causal" in PARAMETERS and not sliding_window))
     )
+
+
+def is_gpus(query: torch.Tensor) -> bool:
+    """Whether `query` is on the GPU at hand, or rehearses what will be."""
+    return query.is_cuda or (query.is_meta and torch.cuda.is_available())
+
+
+def lacks_flash(query: torch.Tensor) -> bool:
+    return is_gpus(query) and is_before_ampere()
 
 
 def attend_packed(
@@ -113,13 +121,15 @@ def attend_packed(
     if rows * max_length_q == tokens and not sliding_window:
         return attend_dense(query, key, value, rows, scaling), None
     if not has_varlen_kernel(query, sliding_window):
+        if is_gpus(query) and not sliding_window:
+            return attend_efficiently(query, key, value, cu_seq_lens_q, max_length_q, scaling), None
         mask = build_block_mask(tokens, cu_seq_lens_q, sliding_window)
         gqa = key.shape[1] != query.shape[1]
         out = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=gqa)
         return out.transpose(1, 2), None
+    if "enable_gqa" not in PARAMETERS:
+        key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
     query, key, value = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
-    if key.shape[1] != query.shape[1] and "enable_gqa" not in PARAMETERS:
-        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
     options: dict[str, Any] = {"scale": scaling}
     if "enable_gqa" in PARAMETERS:
         options["enable_gqa"] = key.shape[1] != query.shape[1]
@@ -129,6 +139,32 @@ def attend_packed(
         options["is_causal"] = True
     ends, longest = cu_seq_lens_q, max_length_q
     return varlen_attn(query, key, value, ends, ends, longest, longest, **options).unsqueeze(0), None
+
+
+def attend_efficiently(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ends: torch.Tensor,
+    longest: int,
+    scaling: float | None,
+) -> torch.Tensor:
+    """The same by the memory-efficient kernel, which any GPU and float32 have  # [1, tokens, heads, head_dim]
+
+    Its backward pass is given no window (derivatives.yaml in torch), so none is taken.
+    """
+    key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    attend = torch.ops.aten._efficient_attention_forward
+    causal, needs_backward = 1, query.requires_grad or key.requires_grad or value.requires_grad
+    return attend(
+        query, key, value, None, ends, ends, longest, longest, 0.0, causal, needs_backward, scale=scaling
+    )[0]
+
+
+def repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Keys or values for each of so many query `heads`  # [rows, heads, tokens, head_dim]"""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def refuse_what_is_left_out(given: dict[str, Any]) -> None:
@@ -169,8 +205,12 @@ def attend_dense(
         x.transpose(1, 2).reshape(rows, -1, x.shape[1], x.shape[3]).transpose(1, 2)
         for x in (query, key, value)
     )
+    backends = [*AMPERE_BACKENDS, *BACKENDS]
+    if lacks_flash(query):  # what is left has no grouped heads
+        backends = BACKENDS
+        key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
     gqa = key.shape[1] != query.shape[1]
-    with sdpa_kernel(BACKENDS, set_priority=True):
+    with sdpa_kernel(backends, set_priority=True):
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=gqa)
     return out.transpose(1, 2).reshape(1, -1, query.shape[1], query.shape[3])
 

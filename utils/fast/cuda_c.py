@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 
+from utils.fast.capability import is_before_ampere
 from utils.repository import find_cache_dir
 
 SOURCES = Path(__file__).parent / "cuda"
 MAX_SHARED_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 REGISTERS_ATTRIBUTE, LOCAL_ATTRIBUTE = 4, 3  # registers of a thread; bytes that did not fit into them
 OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-OLDEST = (8, 0)  # compute capability: the first with bfloat16
 
 
 class KernelError(RuntimeError):
@@ -175,7 +175,7 @@ def find_kernel_obstacle() -> str | None:
         return "there is no GPU"
     if torch.version.hip:
         return "AMD's GPUs are not covered"
-    if torch.cuda.get_device_capability() < OLDEST:
+    if is_before_ampere():
         return "the GPU is older than compute capability 8.0"
     try:
         load_nvrtc(), load_driver()

@@ -21,7 +21,10 @@ class Attention(ctypes.Structure):
     _fields_ = (
         [(name, Pointer) for name in ("q", "k", "v", "keys", "values", "cos", "sin", "q_norm", "k_norm")]
         + [(name, Pointer) for name in ("lengths", "places", "partials", "arrived", "out")]
-        + [(name, Int) for name in ("kv_heads", "group", "fresh", "capacity", "q_stride", "kv_stride")]
+        + [
+            (name, Int)
+            for name in ("kv_heads", "group", "fresh", "capacity", "q_stride", "kv_stride", "window")
+        ]
         + [("scale", ctypes.c_float), ("epsilon", ctypes.c_float)]
     )
 
@@ -79,12 +82,14 @@ class DecodeAttention:
         out: torch.Tensor,
         norms: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
         places: torch.Tensor | None = None,
+        window: int = 0,
     ) -> None:
         """Fill `out`  # [tokens, heads * size]
 
         `qkv`  # [tokens, (heads + 2 kv_heads) * size]; `keys` and `values`  # [places, kv_heads, capacity,
         size] are written behind `lengths`  # int32 [places]; `rotations` are cos and sin  #
-        [positions, size]; `places`  # int64 [conversations], where they are not 0, 1, 2, ...
+        [positions, size]; `places`  # int64 [conversations], where they are not 0, 1, 2, ...; with
+        `window` a token sees so many, itself included
         """
         shape, bytes_each = self.shape, qkv.element_size()
         p = Attention(kv_heads=shape.kv_heads, group=shape.group, fresh=self.fresh, capacity=keys.shape[2])
@@ -92,7 +97,7 @@ class DecodeAttention:
         p.k = qkv.data_ptr() + shape.heads * shape.size * bytes_each
         p.v = qkv.data_ptr() + (shape.heads + shape.kv_heads) * shape.size * bytes_each
         p.keys, p.values, p.out, p.lengths = (t.data_ptr() for t in (keys, values, out, lengths))
-        p.places = address(places)
+        p.places, p.window = address(places), window
         p.cos, p.sin = (part.data_ptr() for part in rotations)
         p.q_norm, p.k_norm = map(address, norms)
         p.partials, p.arrived = self.partials.data_ptr(), self.arrived.data_ptr()

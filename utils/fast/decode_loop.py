@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from utils.fast.token_choice import TokenChoice
@@ -32,6 +32,9 @@ class Steps(Protocol):
 
     def find_choice(self, config: GenerationConfig) -> TokenChoice:
         """How `config` chooses a token; raises NotCovered."""
+
+    def make_cache(self) -> Any:
+        """Of a new conversation."""
 
     def read(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
         """Logits of the last of the new tokens `ids`  # [1, tokens] -> [1, vocabulary]"""
@@ -67,6 +70,9 @@ class GrowingSteps:
 
     def find_choice(self, config: GenerationConfig) -> TokenChoice:
         return TokenChoice(self.base, config)
+
+    def make_cache(self) -> Any:
+        return DynamicCache(config=self.base.config.get_text_config())
 
     def read(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
         return self.base(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from utils.fast.decode_attention import LARGEST_HEAD, DecodeAttention, HeadShape
-from utils.fast.packed_product import Kernels, PackedGroup
+from utils.fast.packed_product import MOST_TOKENS, Kernels, PackedGroup
 
 MODEL_PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
 LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -62,6 +62,8 @@ def find_layer_obstacle(layer: Any, groups: dict[nn.Module, PackedGroup]) -> str
     norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if name in parts]
     if any(not hasattr(norm, "variance_epsilon") or len(list(norm.parameters())) != 1 for norm in norms):
         return "its norms are not LLaMA's"
+    if 0 < find_window(attention) < MOST_TOKENS:
+        return f"windows of {find_window(attention)} tokens"
     if attention.head_dim % 8 or attention.head_dim > LARGEST_HEAD:
         return f"heads of {attention.head_dim}"
     if type(mlp.act_fn).__name__ not in ("SiLUActivation", "SiLU"):
@@ -71,6 +73,14 @@ def find_layer_obstacle(layer: Any, groups: dict[nn.Module, PackedGroup]) -> str
         if any(groups.get(each) is None or groups[each].layers != layers for each in layers):
             return "not all of its linear layers are in 4 bits and adapted alike"
     return None
+
+
+def find_window(attention: Any) -> int:
+    """Tokens that a token sees, itself included; 0: all. Mistral's layers leave it to the config."""
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window or 0
+    is_mistral = attention.config.model_type == "mistral"
+    return (attention.config.sliding_window or 0) if is_mistral else 0
 
 
 class Workspace:
@@ -105,6 +115,7 @@ class WholeLayer:
         size = attention.head_dim
         heads, kv_heads = (self.qkv.sizes[i] // size for i in (0, 1))
         self.shape = HeadShape(heads, kv_heads, size, attention.scaling, epsilon)
+        self.window = find_window(attention)
 
 
 class WholeStep:
@@ -152,8 +163,9 @@ class WholeStep:
             xa = self.multiply_A(layer.qkv, hidden, space, layer.norms[0])
             kernels.multiply(layer.qkv, space.normed, space.qkv, xa)
             attention.attend(
-                space.qkv, keys, values, rotations, lengths, space.attended, layer.head_norms, places
-            )
+                space.qkv, keys, values, rotations, lengths, space.attended, layer.head_norms, places,
+                layer.window,
+            )  # fmt: skip
             xa = self.multiply_A(layer.out, space.attended, space)
             kernels.multiply(layer.out, space.attended, hidden, xa, residual=hidden)
             xa = self.multiply_A(layer.gate_up, hidden, space, layer.norms[1])

@@ -7,13 +7,14 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from utils.console import notice
 from utils.fast.cuda_c import find_kernel_obstacle
 from utils.fast.decode_layers import find_kernel_fault, install_decode_layers
 from utils.fast.decode_model import WholeStep, find_whole_obstacle
 from utils.fast.graph_decode import MAX_DIFFERENCE, GraphDecoder
+from utils.fast.growing_cache import keep_all
 from utils.fast.packed_product import Kernels, PackedGroup
 from utils.fast.prompt_reader import PromptReader
 
@@ -57,7 +58,7 @@ def build_reader(base: PreTrainedModel, whole: WholeStep) -> PromptReader | None
     reader = PromptReader(whole)
     ids = torch.randint(len(whole.head), (TRIED,), generator=torch.Generator().manual_seed(0)).to(base.device)
     expected = base(input_ids=ids[None]).logits[0, -1].float()
-    got = reader.read_into(DynamicCache(config=base.config.get_text_config()), ids)[0].float()
+    got = reader.read_into(DynamicCache(config=keep_all(base.config)), ids)[0].float()
     if (got - expected).norm() <= MAX_DIFFERENCE * expected.norm():
         return reader
     notice("replies: prompts by the model's own forward (another gives other logits)")
@@ -83,4 +84,4 @@ def find_decode_obstacle(base: PreTrainedModel) -> str | None:
     if not getattr(base, "_can_compile_fullgraph", False):
         return f"{type(base).__name__} takes no cache of fixed size"
     kinds = {type(layer) for layer in DynamicCache(config=base.config.get_text_config()).layers}
-    return None if kinds <= {DynamicLayer} else "its cache keeps a window of the latest tokens, not all"
+    return None if kinds <= {DynamicLayer, DynamicSlidingWindowLayer} else "its cache is of another kind"

@@ -19,6 +19,9 @@ from utils.fast.memory import read_host_memory
 
 def read_weight(base: nn.Linear, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
     """The frozen weight in the compute dtype  # [out, in]; written to `out`, if given; it may be strided."""
+    if place := vars(base).get("read_from"):  # it is not all here (sharded_layers.py)
+        store, number = place
+        store.hold(number)
     weight: Any = base.weight  # not only a tensor, where it is quantized: it has its scales
     if not isinstance(base, (Linear4bit, Linear8bitLt)):
         return weight.data if out is None else out.copy_(weight.data)

@@ -12,23 +12,21 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
-from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from utils.console import notice
 from utils.fast.cuda_c import KernelError
 from utils.fast.decode_model import WholeStep
 from utils.fast.graph_capture import CaptureError, capture_graph, round_to_power
+from utils.fast.growing_cache import GrowingCache, crop_cache, is_next_token, keep_all
 from utils.fast.prompt_reader import PromptReader
 from utils.fast.token_choice import TokenChoice
 
 SMALLEST_CAPACITY = 1024  # tokens
-PLAIN_FLAGS = {"use_cache", "return_dict", "logits_to_keep"}  # of a step that is asked for logits only
 MAX_DIFFERENCE = 0.05  # of the logits, relative: attention over a longer buffer rounds otherwise
 READ_AT_ONCE = 8  # tokens of a step that verifies proposals
 
 FAILURES = (CaptureError, KernelError, torch.OutOfMemoryError)
-GrowingCache = Any  # a DynamicCache of DynamicLayers: transformers annotates layers that may have no keys
 
 
 class GraphDecoder:
@@ -48,7 +46,7 @@ class GraphDecoder:
         self, base: PreTrainedModel, whole: WholeStep | None = None, reader: PromptReader | None = None
     ):
         self.base, self.reader = base, reader  # reader: None where the model's own forward reads prompts
-        self.plain, self.config = base.forward, base.config.get_text_config()
+        self.plain, self.config = base.forward, keep_all(base.config)
         self.whole = whole
         self.adapted = next((module for module in base.modules() if isinstance(module, BaseTunerLayer)), None)
         self.ids = {
@@ -90,6 +88,9 @@ class GraphDecoder:
         """The one that graphs were captured with; NotCovered where generate must do it."""
         choice = TokenChoice(self.base, config)
         return self.choices.setdefault(choice.key, choice)
+
+    def make_cache(self) -> GrowingCache:
+        return DynamicCache(config=self.config)
 
     def read(self, ids: torch.Tensor, cache: GrowingCache) -> torch.Tensor:
         if self.reader:
@@ -297,33 +298,3 @@ class GraphDecoder:
         self.lengths.fill_(length)
         for buffer in self.buffers.layers:
             buffer.cumulative_length.fill_(length)
-
-
-def crop_cache(cache: GrowingCache, length: int) -> None:
-    """Leave `length` tokens in every layer, also where a step broke off between two of them."""
-    for layer in cache.layers:
-        layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
-
-
-def is_next_token(
-    input_ids: torch.Tensor | None = None,
-    past_key_values: Any = None,
-    attention_mask: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
-    **others: Any,
-) -> bool:
-    """Whether this is one token of one conversation behind a cache that holds all tokens before it.
-
-    All of them seen: a prompt padded on the left has some that are not. And logits are all that is asked for.
-    """
-    cache, more = past_key_values, [value for name, value in others.items() if name not in PLAIN_FLAGS]
-    return (
-        input_ids is not None
-        and input_ids.shape == (1, 1)
-        and isinstance(cache, DynamicCache)
-        and all(type(layer) is DynamicLayer for layer in cache.layers)
-        and cache.get_seq_length() > 0
-        and (attention_mask is None or (attention_mask.ndim == 2 and bool(attention_mask.all())))
-        and (position_ids is None or position_ids.flatten().tolist() == [cache.get_seq_length()])
-        and all(value is None or value is False for value in more)
-    )

@@ -170,6 +170,8 @@ def find_graph_obstacle(fast: FastModel) -> str | None:
     obstacle = fast.attention_obstacle or fast.loss_obstacle
     if any(is_dynamic(rope) for rope in find_ropes(fast.causal_model.config)):
         obstacle = "its rotary frequencies are chosen on the host, by the longest row"
+    if fast.shards:
+        obstacle = "its layers come from several GPUs"
     if fast.has_own_dropout:
         obstacle = "the base model has dropout of its own"
     if obstacle:

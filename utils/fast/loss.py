@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from utils.fast.kernels import cross_entropy_
-from utils.fast.trials import is_near
+from utils.fast.sharded_vocabulary import find_vocabulary
+from utils.fast.trials import ROW, draw_tokens, evaluating, is_near, shallow
 from utils.messages import IGNORE_INDEX
 
 CHUNK_ELEMENTS = 2**25  # logits in memory at once: 64 MiB in 16 bits, a product large enough to be fast
@@ -24,6 +25,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, targets: torch.Tensor, head: "OutputLayer"):
         """`hidden`  # [tokens, hidden_size]; `targets`  # [tokens], IGNORE_INDEX where there is none"""
+        if vocabulary := find_vocabulary(head.linear):
+            shared_losses, grads = vocabulary.find_losses(head, hidden, targets, with_grads=True)
+            ctx.save_for_backward(grads)
+            return shared_losses.sum()
         weight, bias = head.linear.weight.detach(), head.linear.bias
         rows = max(1, CHUNK_ELEMENTS // len(weight))
         losses, grads = [], torch.empty_like(hidden)
@@ -57,8 +62,16 @@ class OutputLayer:
 
     def find_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The model's real logits  # [..., vocabulary], from hidden states  # [..., hidden_size]"""
-        logits = self.linear(hidden.to(self.linear.weight.dtype)).float() * self.scale
+        return self.bend(self.linear(hidden.to(self.linear.weight.dtype)))
+
+    def bend(self, logits: torch.Tensor) -> torch.Tensor:
+        """What the model makes of its output layer's product  # float32"""
+        logits = logits.float() * self.scale
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+    def slope(self, logits: torch.Tensor) -> torch.Tensor | float:
+        """The derivative of bend where it gives `logits`."""
+        return self.scale * (1 - (logits / self.softcap).square()) if self.softcap else self.scale
 
     def sum_losses(self, hidden: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Cross entropy of the label after each of `positions`, summed  # []
@@ -74,20 +87,15 @@ def pick_targets(labels: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX).index_select(1, positions + 1).flatten()
 
 
-@torch.no_grad()
 def find_loss_obstacle(causal_model: PreTrainedModel, head: OutputLayer) -> str | None:
     """Why the loss needs the model's own logits; None if ours are the same, tried on the model itself."""
     if type(head.linear) is not nn.Linear or head.linear.weight.requires_grad:
         return "its output layer is trained or quantized"
     if head.linear.weight.is_meta:  # a rehearsal takes it that the trial succeeds
         return None
-    was_training = causal_model.training
-    causal_model.eval()
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(head.linear.out_features, (1, 8), generator=generator).to(head.linear.weight.device)
-    expected = causal_model(input_ids=ids, use_cache=False).logits.float()
-    hidden = causal_model.base_model(input_ids=ids, use_cache=False)[0]
-    logits = head.find_logits(hidden)
-    causal_model.train(was_training)
+    ids = draw_tokens(causal_model, 1, ROW)
+    with evaluating(causal_model), shallow(causal_model):
+        expected = causal_model(input_ids=ids, use_cache=False).logits.float()
+        logits = head.find_logits(causal_model.base_model(input_ids=ids, use_cache=False)[0])
     is_same = expected.shape == logits.shape and is_near(logits, expected, 0.02)
     return None if is_same else "its logits are more than the output layer's"

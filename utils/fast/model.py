@@ -16,7 +16,6 @@ from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from utils.console import notice
 from utils.fast.attention import find_attention_obstacle, packed_attention
@@ -24,7 +23,8 @@ from utils.fast.keyed_noise import key_dropout
 from utils.fast.lora_layers import find_obstacles, install_fast_evaluation, install_fast_lora
 from utils.fast.loss import OutputLayer, find_loss_obstacle, pick_targets
 from utils.fast.offload import SMALLEST_WIDTH, HostOffload, checkpoint_layer
-from utils.fast.trials import ROW, draw_tokens, evaluating, is_near
+from utils.fast.sharded_layers import ShardedLayers
+from utils.fast.trials import ROW, draw_tokens, evaluating, find_layers, is_near, shallow
 from utils.messages import IGNORE_INDEX
 
 MicroBatch = dict[str, Any]
@@ -44,6 +44,7 @@ class FastModel:
         causal_model: Any = model.get_base_model()
         self.causal_model: PreTrainedModel = causal_model
         self.keys = key_dropout(model)
+        self.shards: ShardedLayers | None = getattr(causal_model, "shards", None)  # several processes' layers
         self.flat, self.uncovered = install_fast_lora(model, dtype)
         # Every forward pass begins at the embedding.
         self.causal_model.get_input_embeddings().register_forward_pre_hook(self.refresh_for_evaluation)
@@ -54,7 +55,7 @@ class FastModel:
         self.blocks: list[Any] = [
             module for module in model.modules() if hasattr(module, "gradient_checkpointing")
         ]
-        self.layers = [block for block in self.blocks if isinstance(block, GradientCheckpointingLayer)]
+        self.layers: list[Any] = list(find_layers(model))
         is_wide = self.causal_model.config.get_text_config().hidden_size >= SMALLEST_WIDTH
         self.store = (
             HostOffload(model.device) if offload and is_wide and model.device.type == "cuda" else None
@@ -177,16 +178,21 @@ def patch_if_equal(causal_model: Any, patch: Callable[[], None]) -> bool:
     spaces = [vars(module) for module in causal_model.modules()]
     spaces.append(vars(sys.modules[type(causal_model).__module__]))  # the functions that layers call
     before = [dict(space) for space in spaces]
-    ids = draw_tokens(causal_model, 2, ROW)
-    with evaluating(causal_model):
-        expected = causal_model.base_model(input_ids=ids, use_cache=False)[0]
-        patch()
-        is_equal = is_near(causal_model.base_model(input_ids=ids, use_cache=False)[0], expected)
+    expected = try_first_layers(causal_model)
+    patch()  # all layers
+    is_equal = is_near(try_first_layers(causal_model), expected)
     for space, old in zip(spaces, before, strict=True) if not is_equal else ():
         for name in space.keys() - old.keys():
             del space[name]
         space.update(old)
     return is_equal
+
+
+def try_first_layers(causal_model: Any) -> torch.Tensor:
+    """Hidden states of two short rows  # [2, ROW, hidden_size]"""
+    with evaluating(causal_model), shallow(causal_model):
+        ids = draw_tokens(causal_model, 2, ROW)
+        return causal_model.base_model(input_ids=ids, use_cache=False)[0]
 
 
 def has_own_dropout(model: PeftModel) -> bool:

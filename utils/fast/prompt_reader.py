@@ -31,13 +31,12 @@ class PromptReader:
         """
         whole, end = self.whole, past + len(ids)
         cos, sin = (part[past:end] for part in self.find_rotations(end))
-        places = torch.arange(end, device=ids.device)
-        seen = None if past == 0 else places <= places[past:, None]  # [tokens, end]
+        masks = {layer.window: find_seen(past, end, layer.window, ids.device) for layer in whole.layers}
         hidden = F.embedding(ids, whole.embedding)
         for layer, (keys, values) in zip(whole.layers, caches, strict=True):
             x = normalize(hidden, layer.norms[0])
             q = self.write_heads(layer, self.multiply(layer.qkv, x), (cos, sin), keys, values, past)
-            attended = attend(layer, q, keys[:, :, :end], values[:, :, :end], seen)
+            attended = attend(layer, q, keys[:, :, :end], values[:, :, :end], masks[layer.window])
             hidden += self.multiply(layer.out, attended)
             gate, up = self.multiply(layer.gate_up, normalize(hidden, layer.norms[1])).chunk(2, -1)
             hidden += self.multiply(layer.down, F.silu(gate) * up)
@@ -95,6 +94,15 @@ class PromptReader:
         both = both * rotations[0] + torch.cat([-high, low], -1) * rotations[1]
         keys[:, :, past : past + tokens], values[:, :, past : past + tokens] = both[:, shape.heads :], v
         return both[:, : shape.heads]
+
+
+def find_seen(past: int, end: int, window: int, device: torch.device) -> torch.Tensor | None:
+    """Which of all tokens each new one sees  # [tokens, end]; None: those before it and itself."""
+    if past == 0 and not 0 < window < end:
+        return None
+    places = torch.arange(end, device=device)
+    seen = places <= places[past:, None]
+    return seen & (places > places[past:, None] - window) if window else seen
 
 
 def normalize(x: torch.Tensor, norm: tuple[torch.Tensor, float]) -> torch.Tensor:

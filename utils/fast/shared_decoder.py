@@ -47,11 +47,12 @@ class SharedDecoder:
         self.generated: Reply | None = None  # the one that it is at
         self.thread: threading.Thread | None = None
 
-    def open_slots(self, count: int, tokens: int, kept: int | None = None) -> None:
+    def open_slots(self, count: int, tokens: int, kept: int | None = None, for_many: bool = False) -> None:
         """Let `count` replies of at most `tokens` tokens, prompt included, be under way at once.
 
         One step for all, 8 at most, where kernels apply and memory has room; else a token each in turn.
-        `kept`: so many of the latest conversations are kept for their next turn.
+        `kept`: so many of the latest conversations are kept for their next turn. `for_many`: on a CPU, too,
+        one step for all, though a reply alone may then take half as long again (shared_forward.py).
         """
         kept = self.engine.most_kept if kept is None else kept
         slots = self.engine if isinstance(self.engine, Slots) else None
@@ -60,7 +61,7 @@ class SharedDecoder:
             del slots
             self.engine = open_slots(self.steps, self.adapter, count, tokens, kept) or self.turns
         elif isinstance(self.steps, GrowingSteps) and self.model.device.type == "cpu":
-            self.turns.shared = open_shared_forward(self.steps.base, count)
+            self.turns.shared = open_shared_forward(self.steps.base, count) if for_many else None
             self.steps.read_together = READ_BETWEEN if self.turns.shared else READ_TOGETHER
         self.engine.limit(count, kept)
 

@@ -1,14 +1,15 @@
 """One forward pass for a token of each of several conversations, on a CPU: the weights are read once for all.
 
-Most of a small step goes into reading weights and starting layers, so a step for eight takes little longer than
-one: of a 135M model in 4 bits 80 ms of one core, where one takes 42. Each conversation keeps its own cache, and its attention is its own:
+Most of a small step goes into reading weights and starting layers, so a step for eight takes little longer
+than one: of a 135M model in 4 bits 80 ms of one core, where one takes 42. Each conversation keeps its own cache,
+and its attention is its own:
 
     replies      Ann, 412 tokens   Bob, 77 tokens
     one forward  [[token of Ann], [token of Bob]] at the positions [[412], [77]]
 
-A reply must be what it would be alone, to the bit. Whether a row of a product has the same bits among 2, 4 or 8
-rows depends on the CPU's kernels, so it is tried: where 4 and 8 agree and 1 does not, a reply that is alone goes
-as one of 4, beside rows that are nobody's.
+A reply must be what it would be alone, to the bit. Whether a row of a product has the same bits among 2, 4 or
+8 rows depends on the CPU's kernels, so it is tried: where 4 and 8 agree and 1 does not, a reply that is alone
+goes as one of 4, beside rows that are nobody's.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ NAME = "side_by_side"
 
 
 class SideBySide:
-    """The caches of several conversations as the one that a forward pass asks for; the last rows have none."""
+    """The caches of several conversations as the one that a forward pass asks for; other rows have none."""
 
     def __init__(self, caches: Sequence[DynamicCache]):
         self.caches = caches
@@ -105,7 +106,7 @@ def open_shared_forward(base: Any, count: int) -> SharedForward | None:
 
 @torch.no_grad()
 def find_equal_sizes(base: Any, largest: int) -> list[int]:
-    """The sizes up to `largest` that give the same bits in any place; none where they are not the model's own."""
+    """The sizes up to `largest` that give the same bits in any place; none where the logits are not right."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = base.get_input_embeddings().num_embeddings
     rows = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in TRIED]

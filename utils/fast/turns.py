@@ -9,7 +9,6 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from utils.fast.decode_loop import Steps, read_prompt, stream_tokens
@@ -53,8 +52,7 @@ class Turns:
         self.most_kept = kept
         self.caches: dict[Reply, Any] = {}
         self.shared: SharedForward | None = None  # reads a token of each at once
-        config = steps.base.config.get_text_config()
-        self.can_keep = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+        self.can_keep = all(type(layer) is DynamicLayer for layer in steps.make_cache().layers)
 
     @property
     def is_busy(self) -> bool:
@@ -75,6 +73,7 @@ class Turns:
     def step(self) -> None:
         """One token of each reply, or a part of its prompt."""
         if self.shared is not None:
+            self.steps.read_ahead.clear()  # a reply may have ended before it took what was read for it
             for tuned in (True, False):
                 self.read_ahead(self.shared, tuned)
         waits = self.list_waiting()
@@ -91,12 +90,12 @@ class Turns:
                 reply.end("error", error)
             if reply.is_over():
                 del self.turns[reply]
+                self.caches.pop(reply, None)
 
     def list_waiting(self) -> list[Reply]:
-        """Where a step is shared one prompt is read at a time: who speaks waits for one part, not for eight."""
-        return (
-            [reply for reply in self.turns if not (reply.said or reply.is_over())][1:] if self.shared else []
-        )
+        """Where a step is shared one prompt is read at a time: who speaks waits for one part of one."""
+        reading = [reply for reply in self.turns if not (reply.said or reply.is_over())]
+        return reading[1:] if self.shared else []
 
     def read_ahead(self, shared: SharedForward, tuned: bool) -> None:
         """Read the newest tokens of the replies that have begun, as many at once as `shared` takes."""
@@ -135,14 +134,13 @@ class Turns:
                         break
                     yield
         finally:
-            del self.caches[reply]
             self.keep(Kept(said[: cache.get_seq_length()], reply, cache))
 
     def find_cache(self, reply: Reply) -> Any:
         """That of the conversation that goes on, cut to what the prompt shares with it; or an empty one."""
         best = max(self.kept, key=lambda kept: kept.count_shared(reply), default=None)
         if best is None or not best.count_shared(reply):
-            return DynamicCache(config=self.steps.base.config.get_text_config())
+            return self.steps.make_cache()
         self.kept.remove(best)
         self.steps.cut(best.cache, best.count_shared(reply))
         return best.cache
@@ -156,3 +154,4 @@ class Turns:
         for reply in self.turns:
             reply.end("error", error)
         self.turns.clear()
+        self.caches.clear()

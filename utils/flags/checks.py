@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from utils.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments, require_choice
-from utils.console import UserError, notice
+from utils.console import UserError, notice, read_rank_and_size
 from utils.flags.trackers import check_tracker
 from utils.flags.trainer_names import list_optimizers, list_schedulers
+from utils.models.baichuan import is_baichuan
 from utils.models.folder import find_context, resolve_model
 from utils.models.hub import check_login
 from utils.run.places import find_data
@@ -58,6 +59,7 @@ def resolve_arguments(
         if "data_seed" not in given:
             training_args = training_args.with_values(data_seed=resolved.record["arguments"]["data_seed"])
     check_lengths(data_args, resolved.config)
+    check_shards(model_args, training_args, resolved.config)
     if training_args.output_dir is None:
         data, model = Path(data_args.dataset_name).stem, Path(model_args.base).name
         output_dir = f"output/{data}-{model}"
@@ -109,6 +111,34 @@ def check_lora(
                 f"--init_lora_weights {begin} takes a part of the base into the adapter and does not go with "
                 f"{other}: it needs --bits 16 or 32, no DoRA and no trained biases"
             )
+
+
+def check_shards(
+    model_args: ModelArguments, training_args: TrainingArguments, config: dict[str, Any]
+) -> None:
+    """Raises UserError where --shard_layers does not go with the other flags, or has nobody to share with."""
+    if training_args.num_gpus > 1 and not training_args.dry_run:
+        raise UserError(
+            f"--num_gpus {training_args.num_gpus} is what --dry_run plans for: to train on them, start "
+            f"`accelerate launch --multi_gpu --num_processes {training_args.num_gpus} qlora_finetune.py ...`"
+        )
+    if not model_args.shard_layers or training_args.dry_run:
+        return
+    if read_rank_and_size()[1] == 1:
+        raise UserError(
+            "--shard_layers shares the base out between processes and this is one: start several with "
+            "`accelerate launch --num_processes N qlora_finetune.py ...`, or leave it out"
+        )
+    if model_args.bits != 4:
+        raise UserError(f"--shard_layers shares out 4-bit layers, and --bits is {model_args.bits}")
+    if is_baichuan(config) or "auto_map" in config:
+        raise UserError(f"--shard_layers does not read weights of {config.get('model_type')}: leave it out")
+    names = ("sample_generate", "do_predict", "predict_with_generate", "do_mmlu_eval")
+    asked = [f"--{name}" for name in names if getattr(training_args, name)]
+    if training_args.do_train and not training_args.fast_lora:
+        asked.append("--fast_lora False")
+    if asked:
+        raise UserError(f"--shard_layers trains and measures losses only: leave {asked[0]} out")
 
 
 def check_best(training_args: TrainingArguments) -> None:

@@ -54,10 +54,11 @@ def certify(resolved: ResolvedModel, rows: tuple[Rows, DataArguments], file: Pat
     verdict = {"verdict": "failed" if exceeded else "passed", "limits": LIMITS}
     about = {"adapter": resolved.args.checkpoint_dir, "base": resolved.args.base, "file": file.name}
     write_json(verdict | result | about, file.with_name("parity.json"))
+    same = f"{result['identical_replies']} of {result['replies']} replies identical"
     notice(
         f"llama.cpp on {len(questions)} prompts: log-probabilities of the first token within "
         f"{result['first_token_difference']:.4f}, {result['other_prompts']} other prompts, "
-        f"{result['identical_replies']} of {result['replies']} replies identical, {result['endless_replies']} endless"
+        f"{same}, {result['endless_replies']} endless"
     )
     failed = ", ".join(f"{name} {value} (limit {LIMITS[name]})" for name, value in exceeded.items())
     notice(f"parity FAILED: {failed}" if exceeded else f"parity passed: {file.with_name('parity.json')}")

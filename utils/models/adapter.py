@@ -21,6 +21,7 @@ from utils.console import UserError
 from utils.models.base import build_without_weights, choose_compute_dtype, load_base
 from utils.models.folder import ADAPTER_FILE, has_adapter, read_model_config
 from utils.models.trained_biases import keep_biases_in_float32
+from utils.run.processes import join_processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +36,13 @@ def load_model(
     """What is trained or evaluated: the frozen base with its adapter, and the dtype that it computes in."""
     dtype = choose_compute_dtype(model_args)
     set_seed(training_args.seed)  # the adapter's first weights follow from it
-    base = load_base(model_args, dtype)
+    join_processes(model_args.use_cpu, training_args.extra.get("ddp_timeout"))
+    if model_args.shard_layers:
+        from utils.models.sharded import load_sharded
+
+        base = load_sharded(model_args, dtype)
+    else:
+        base = load_base(model_args, dtype)
     return add_adapter(base, model_args, lora_args, trainable=training_args.do_train), dtype
 
 

@@ -23,11 +23,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging
 
 from utils.arguments import ModelArguments
 from utils.console import UserError, notice
+from utils.fast.capability import has_bfloat16
 from utils.fast.frozen_weights import replace_by_dense, unpack_8bit_layers
 from utils.fast.rope import follow_each_batch
 from utils.models.baichuan import build_llama_config, is_baichuan, load_baichuan
@@ -53,10 +56,9 @@ def choose_compute_dtype(model_args: ModelArguments) -> torch.dtype:
     if asked is None and model_args.bits == 32:
         return torch.float32
     if has_gpu(model_args):
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        if model_args.bf16 and not has_bf16:
+        if model_args.bf16 and not has_bfloat16():
             notice("this GPU has no bfloat16: computing in float16 with a loss scale")
-        return torch.bfloat16 if has_bf16 and asked != torch.float16 else torch.float16
+        return torch.bfloat16 if has_bfloat16() and asked != torch.float16 else torch.float16
     if choose_cpu_dtype() == torch.bfloat16 and asked != torch.float16:
         return torch.bfloat16
     if asked is not None or model_args.bits == 16:
@@ -166,6 +168,21 @@ def choose_weight_dtype(model_args: ModelArguments, dtype: torch.dtype) -> torch
     if model_args.bits == 32 or (model_args.full_finetune and dtype == torch.float16):
         return torch.float32
     return dtype
+
+
+def quantize_linears(model: Any, model_args: ModelArguments, dtype: torch.dtype) -> None:
+    """Every linear layer but the output layer, which transformers leaves as it is."""
+    head = model.get_output_embeddings()
+    for name, layer in list(model.named_modules()):
+        if type(layer) is not nn.Linear or layer is head or model_args.bits not in (4, 8):
+            continue
+        new: Any
+        if model_args.bits == 4:
+            new = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=dtype)
+        else:
+            new = Linear8bitLt(layer.in_features, layer.out_features, False, has_fp16_weights=False)
+        new.bias = layer.bias
+        model.set_submodule(name, new)
 
 
 def build_quantization(model_args: ModelArguments, dtype: torch.dtype) -> BitsAndBytesConfig | None:

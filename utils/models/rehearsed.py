@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from utils.arguments import LoraArguments, ModelArguments
 from utils.models.adapter import add_lora
+from utils.models.base import quantize_linears
 
 # Of a 4-bit weight's scale, without and with double quantization (base.py).
 SCALE_BYTES = (4 / 64, 1 / 64 + 4 / (64 * 256))
@@ -41,21 +41,6 @@ def build_rehearsed(
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = model_args.bits == 4, model_args.bits == 8
     with torch.device("meta"):
         return add_lora(model, lora_args).train()
-
-
-def quantize_linears(model: Any, model_args: ModelArguments, dtype: torch.dtype) -> None:
-    """Every linear layer but the output layer, which transformers leaves as it is."""
-    head = model.get_output_embeddings()
-    for name, layer in list(model.named_modules()):
-        if type(layer) is not nn.Linear or layer is head or model_args.bits not in (4, 8):
-            continue
-        new: Any
-        if model_args.bits == 4:
-            new = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=dtype)
-        else:
-            new = Linear8bitLt(layer.in_features, layer.out_features, False, has_fp16_weights=False)
-        new.bias = layer.bias
-        model.set_submodule(name, new)
 
 
 def count_weight_bytes(model: Any, model_args: ModelArguments) -> tuple[int, int, int]:

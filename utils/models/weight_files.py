@@ -33,6 +33,22 @@ def read_base_shapes(folder: Path) -> dict[str, list[int]]:
     return read_shapes(sorted(folder.glob("*.safetensors")))
 
 
+def find_weight_files(model_args: ModelArguments) -> dict[str, Path]:
+    """{name: safetensors file} of the base's weights, downloaded where it is a hub id."""
+    from safetensors import safe_open
+
+    folder = Path(model_args.base)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(model_args.base, allow_patterns="*.safetensors", **model_args.where))
+    found: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="numpy") as tensors:
+            found |= dict.fromkeys(tensors.keys(), file)
+    return found
+
+
 def check_tokenizer(model_args: ModelArguments) -> None:
     """Raises UserError where neither the base's folder nor that of --checkpoint_dir holds a tokenizer."""
     folders = [Path(path) for path in (model_args.model_name_or_path, model_args.checkpoint_dir) if path]

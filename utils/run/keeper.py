@@ -192,10 +192,11 @@ def fingerprint_run(record: dict[str, Any], rows: Any) -> dict[str, str]:
         digest.update(rows.offsets.tobytes())
         for piece in rows.read_tokens():
             digest.update(np.ascontiguousarray(piece).data)
+    arguments = record["arguments"] | record.get("began_with", {})
     return {
         "base model": fingerprint(record["base_model"]),
         "training rows": digest.hexdigest(),
-        "arguments": fingerprint(find_lasting_arguments(record["arguments"])),
+        "arguments": fingerprint(find_lasting_arguments(arguments)),
     }
 
 

@@ -48,6 +48,9 @@ MAY_CHANGE_ON_RESUME = {
     "max_eval_samples",
     "cache_dir",
     "max_memory_MB",
+    "shard_layers",
+    "num_gpus",
+    "ddp_timeout",
     "gradient_checkpointing",
     "offload_checkpoints",
     "remove_unused_columns",
@@ -66,6 +69,8 @@ MAY_CHANGE_ON_RESUME = {
 }
 # How long a run is. One that is made longer goes on, and its checkpoints stay its own.
 LENGTHS = ("num_train_epochs", "max_steps", "early_stopping_patience")
+# With the number of processes they make the rows of a step, which must stay.
+STEP_FLAGS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 BASE_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".py", ".safetensors", ".bin"}
 SAMPLES, SAMPLE_BYTES = 64, 4096
 
@@ -88,7 +93,8 @@ def find_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
         old, new = find_fixed_arguments(was["arguments"]), find_fixed_arguments(now["arguments"])
         # False, 0 and None are one: not set, or of a later version.
         names = (name for name in sorted(old.keys() | new.keys()) if old.get(name) or new.get(name))
-        changes += list_differences("--", old, new, names)
+        changes += list_differences("--", old, new, (name for name in names if name not in STEP_FLAGS))
+        changes += find_step_changes(was, now)
     if "base_model" in now:
         # With another name the flag says it all, and a folder under another name is compared by its files.
         changes += find_base_changes(was["base_model"], now["base_model"]) if not changes else []
@@ -103,9 +109,30 @@ def find_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     parent = now.get("parent")
     if parent and was.get("parent", parent)["adapter_sha256"] != parent["adapter_sha256"]:
         changes.append(f"the adapter in {parent['folder']} has changed")
-    if "processes" in now:
-        changes += list_differences("", {"processes": 1} | was, now, ["processes"])
     return changes
+
+
+def find_step_changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The rows of a step in two records, where they differ, and the flags that would keep them."""
+    (rows, _, before), (new_rows, batch, processes) = map(count_step_rows, (was, now))
+    if rows == new_rows:
+        return []
+    share, rest = divmod(rows, processes)
+    change = f"rows of a step {rows} -> {new_rows}"
+    if before != processes:
+        change += f", as processes are {before} -> {processes}"
+    if rest:
+        return [f"{change}, and {processes} cannot share {rows}"]
+    batch = batch if share % batch == 0 else 1
+    flags = zip(STEP_FLAGS, (batch, share // batch), strict=True)
+    return [f"{change}; {' '.join(f'--{name} {value}' for name, value in flags)} keeps them"]
+
+
+def count_step_rows(record: dict[str, Any]) -> tuple[int, int, int]:
+    """(rows of a step, rows of a padded micro-batch, processes)"""
+    batch, accumulation = (record["arguments"][name] for name in STEP_FLAGS)
+    processes = record.get("processes", 1)
+    return batch * accumulation * processes, batch, processes
 
 
 def list_differences(what: str, was: dict[str, Any], now: dict[str, Any], keys: Iterable[str]) -> list[str]:

@@ -33,6 +33,7 @@ from utils.run.record import (
 )
 from utils.run.resume import (
     LENGTHS,
+    STEP_FLAGS,
     choose_checkpoint,
     find_changes,
     find_extension,
@@ -58,6 +59,7 @@ class Run:
         self.known = {
             "arguments": arguments,
             "base_model": {"name": arguments["model_name_or_path"], "fingerprint": base_fingerprint},
+            "processes": self.record["processes"],
         }
 
     @property
@@ -94,6 +96,8 @@ class Run:
                 f"--output_dir {self.folder} holds other files and no {RUN_FILE}: name a new folder{advice}"
             )
         self.earlier = earlier = self.extend(record)
+        began = {name: record["arguments"][name] for name in STEP_FLAGS}
+        self.record["began_with"] = record.get("began_with", began)  # as its checkpoints know it
         tokenized = {} if self.is_finished else {"tokenization": TOKENIZATION}
         if self.check(self.known | tokenized):
             self.earlier = earlier | {"status": "running"}  # a finished one goes on, with what changed
@@ -127,7 +131,7 @@ class Run:
         parents = (self.record.get("parent") or {}).get("prompt") or prompt
         if parents["template_sha256"] != prompt["template_sha256"]:
             notice("the prompt format is not the one that the adapter was trained with before")
-        self.describe(base_model=base, prompt=prompt, processes=self.record["processes"])
+        self.describe(base_model=base, prompt=prompt)
         if places := describe_places(base["name"], self.folder):
             self.record["base_places"] = places
 

@@ -37,6 +37,15 @@ def catch_stop_signals() -> None:
     _stop.owner = os.getpid()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _on_signal)
+    if "LOCAL_RANK" in os.environ:
+        threading.Thread(target=_stop_without_launcher, args=(os.getppid(),), daemon=True).start()
+
+
+def _stop_without_launcher(launcher: int) -> None:
+    """SIGTERM for a process whose `launcher` was killed: nobody would end it, and it holds a GPU."""
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

@@ -97,8 +97,10 @@ def save_rng(state: dict[str, Any], path: Path) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def load_rng(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
+def load_rng(folder: Path, process: int) -> dict[str, Any]:
+    """That of `process`; the first one's where fewer processes saved the checkpoint."""
+    paths = [folder / name_rng_file(number) for number in (process, 0)]
+    content = json.loads(next(path for path in paths if path.is_file()).read_text(encoding="utf-8"))
     version, keys, gauss = content["python"]
     return {
         "python": (version, tuple(keys), gauss),

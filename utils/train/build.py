@@ -55,6 +55,7 @@ def build_trainer(
     training_args = choose_optimizer(model, training_args, plan, earlier.get("optim"))
     logging_steps = choose_logging_steps(len(lengths), training_args)
     engine = choose_engine(model, training_args, dtype, plan, earlier.get("path"))
+    check_sharded(model_args, training_args, engine)
     run.record["resolved"] = {
         "optim": training_args.optim,
         "path": engine.name,
@@ -133,6 +134,17 @@ def choose_engine(
         notice(f"--fast_lora: the plain path is used ({fast}){began}")
         return PlainEngine(model)
     return FastEngine(fast)
+
+
+def check_sharded(model_args: ModelArguments, training_args: TrainingArguments, engine: Engine) -> None:
+    """Raises UserError where a layer of a shared model would be read by other than the fused path."""
+    if not model_args.shard_layers or not training_args.do_train:
+        return
+    if not isinstance(engine, FastEngine):
+        raise UserError("--shard_layers needs the fused path, which does not cover this run (see above)")
+    obstacle = ", ".join(engine.fast.uncovered) or engine.fast.loss_obstacle
+    if obstacle:
+        raise UserError(f"--shard_layers needs the fused path for every layer, and there is {obstacle}")
 
 
 def build_keeper(model: torch.nn.Module, run: Run, rows: TokenRows | None, is_writer: bool) -> Keeper:

@@ -28,10 +28,35 @@ def print_plan(
     arguments = (model_args, data_args, lora_args, training_args)
     machine = choose_machine(model_args)
     plan = plan_without_weights(datasets, arguments, machine)
+    if training_args.num_gpus > 1:
+        plan = print_ways(datasets, arguments, machine, plan)
     notice("\n".join(render_table(plan)))
     if not plan.fits:
         change = find_change(datasets, arguments, machine)
         notice(f"it fits with {change}" if change else "no single flag makes it fit: take a smaller model")
+
+
+def print_ways(datasets: dict[str, TokenRows], arguments: Arguments, machine: Machine, alone: Plan) -> Plan:
+    """What each of --num_gpus GPUs holds in each way of using them; the plan of the first that fits.
+
+    `alone`: that of one GPU, which is also that of a copy on each.
+    """
+    gpus = arguments[3].num_gpus
+    shared = plan_without_weights(datasets, arguments, replace(machine, shares=gpus))
+    ways = {
+        "one GPU alone": alone,
+        f"a copy on each of {gpus} GPUs (accelerate launch --multi_gpu --num_processes {gpus})": alone,
+        f"one base shared by {gpus} GPUs (the same with --shard_layers)": shared,
+    }
+    lines = []
+    for way, plan in ways.items():
+        if plan.needs is None:
+            lines.append(f"{way}: cannot be foreseen, {plan.obstacle}")
+        else:
+            verdict = "" if plan.budget is None else ", fits" if plan.fits else ", does not fit"
+            lines.append(f"{(plan.needs.total + CUDA_CONTEXT) / GIB:9.2f} GiB a GPU  {way}{verdict}")
+    notice("\n".join(["ways to train:", *lines]))
+    return alone if alone.fits else shared
 
 
 def choose_machine(model_args: ModelArguments) -> Machine:
@@ -75,6 +100,7 @@ def render_table(plan: Plan) -> list[str]:
         "quantized weights": needs.codes,
         "their scales": needs.scales,
         "weights in 16 bits": needs.other_weights,
+        "two whole layers and a share of the logits": needs.gathered,
         "adapter": needs.adapter,
         "gradients": needs.gradients,
         f"optimizer ({plan.optim})": needs.optimizer,

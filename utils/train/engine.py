@@ -134,6 +134,8 @@ class FastEngine:
         scaler, processes = accelerator.scaler, accelerator.num_processes
         one = torch.ones((), device=self.flat.weights.device)
         loss_scale = (scaler.scale(one) if scaler else one) / label_tokens
+        if self.fast.shards:
+            micro_batches = self.fast.shards.even_out(micro_batches)
         losses = torch.stack([self.graphed_step(part, loss_scale) for part in micro_batches])
         if processes > 1 and accelerator.sync_gradients:
             torch.distributed.all_reduce(self.flat.grads)

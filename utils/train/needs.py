@@ -1,6 +1,7 @@
 """What a training holds in GPU memory, part by part, found by rehearsing its step (utils/fast/rehearsal.py).
 
     weights        codes of the quantized layers, their scales; embeddings and norms in 16 bits
+    gathered       of layers that GPUs share (--shard_layers): the two that are whole at a time
     adapter        float32 weights and their 16-bit copy; float32 gradients
     optimizer      what it keeps of each adapter weight; a paged one keeps it in managed memory
     activations    of the largest micro-batch, at the peak between forward and backward pass
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from utils.arguments import LoraArguments, ModelArguments
+from utils.fast.loss import CHUNK_ELEMENTS
 from utils.fast.model import FastModel, prepare_fast_model
 from utils.fast.offload import SMALLEST_WIDTH
 from utils.fast.rehearsal import (
@@ -46,6 +48,7 @@ class Needs:
     optimizer: int
     paged_optimizer: int  # in managed memory, which the GPU's is short of all the same
     activations: int
+    gathered: int = 0
 
     @property
     def fragments(self) -> int:
@@ -68,6 +71,7 @@ class StepNeeds:
     model_args: ModelArguments
     is_packed: bool
     offloads: bool
+    shares: int = 1  # GPUs that share the base
     peaks: dict[tuple[int, int, bool], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -110,10 +114,14 @@ class StepNeeds:
         copy = 0 if self.short.dtype == torch.float32 else 2
         is_paged = optim.startswith("paged")
         codes, scales, others = self.weight_bytes
+        layer = (codes + scales) // self.layers
+        # Beside a share of the output layer's logits in float32 their exponentials lie, and the gradient.
+        shared = {} if self.shares == 1 else {"gathered": 2 * layer + 8 * CHUNK_ELEMENTS}
         return Needs(
-            codes,
-            scales,
-            others,
+            codes // self.shares,
+            scales // self.shares,
+            others // self.shares,
+            **shared,
             adapter=(4 + copy) * self.trained,
             gradients=4 * self.trained,
             optimizer=0 if is_paged else state,

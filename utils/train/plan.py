@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from utils.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments
-from utils.console import notice
+from utils.console import notice, read_rank_and_size
 from utils.data.packing import choose_capacity, choose_sizes, pack_rows
 from utils.fast.memory import read_host_memory
 from utils.models.base import CUDA_CONTEXT, has_gpu
@@ -83,6 +83,7 @@ class Machine:
     has_gpu: bool
     dtype: torch.dtype  # that it computes in
     budget: int | None  # bytes for this process; None: not known
+    shares: int = 1  # processes that hold one base together
 
 
 def fits(needs: Needs, budget: int) -> bool:
@@ -92,10 +93,11 @@ def fits(needs: Needs, budget: int) -> bool:
 def find_machine(model_args: ModelArguments, dtype: torch.dtype) -> Machine:
     """The one at hand. Its budget leaves out CUDA's context, and on a CPU half of the free memory."""
     cap = model_args.max_memory_MB * 10**6 - CUDA_CONTEXT if model_args.max_memory_MB else None
+    shares = read_rank_and_size()[1] if model_args.shard_layers else 1
     if not has_gpu(model_args):
-        return Machine(False, dtype, read_host_memory()[1] // 2)
+        return Machine(False, dtype, read_host_memory()[1] // 2, shares)
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    return Machine(True, dtype, min(free, cap or free))
+    return Machine(True, dtype, min(free, cap or free), shares)
 
 
 def make_plan(
@@ -120,6 +122,7 @@ def make_plan(
     )
     if isinstance(step, str):
         return plan_blindly(training_args, rows, machine.has_gpu, step)
+    step.shares = machine.shares
     optim = training_args.optim
     if optim == "auto":
         budget = (machine.budget or 2**63) if machine.has_gpu else None
@@ -153,7 +156,8 @@ def find_obstacle(model_args: ModelArguments, training_args: TrainingArguments) 
         return "every weight is trained"
     if not training_args.fast_lora:
         return "--fast_lora False"
-    if has_gpu(model_args) and torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
+    is_spread = torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ
+    if has_gpu(model_args) and is_spread and training_args.num_gpus == 1:
         return "the layers are spread over several GPUs"
     # What auto stands for is covered.
     return None if training_args.optim == "auto" else find_flag_obstacle(training_args)

@@ -32,8 +32,8 @@ class StepMemory:
     def __init__(self, collator: Collator, rows: Any, engine: Engine, processes: int):
         self.collator, self.rows, self.engine = collator, rows, engine
         self.is_shrunk = False
-        # Where autograd exchanges gradients on its way, one process cannot repeat a step by itself.
-        self.may_repeat = processes == 1 or isinstance(engine, FastEngine)
+        # Where processes exchange gradients or layers on the way, one cannot repeat a step by itself.
+        self.may_repeat = processes == 1 or (isinstance(engine, FastEngine) and not engine.fast.shards)
         self.is_probed = not (isinstance(engine, FastEngine) and engine.flat.weights.is_cuda)
 
     def run_within(

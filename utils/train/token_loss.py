@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from utils.fast.loss import CHUNK_ELEMENTS, OutputLayer, find_loss_obstacle
+from utils.fast.sharded_vocabulary import find_vocabulary
 from utils.messages import IGNORE_INDEX
 
 
@@ -55,6 +56,9 @@ class TokenLoss:
 
     def read_chunks(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """`hidden`  # [rows, positions, hidden_size]; `targets`  # [rows, positions]"""
+        if vocabulary := find_vocabulary(self.head.linear):
+            losses, _ = vocabulary.find_losses(self.head, hidden.flatten(0, 1), targets.flatten())
+            return losses.view_as(targets)
         rows, vocabulary = len(hidden), self.head.linear.out_features
         size = max(1, CHUNK_ELEMENTS // (rows * vocabulary))
         pairs = zip(hidden.split(size, 1), targets.split(size, 1), strict=True)

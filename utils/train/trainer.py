@@ -24,13 +24,13 @@ import torch
 import transformers
 from torch.utils.data import DataLoader
 
-from utils.data.epoch_order import EpochOrder
+from utils.data.epoch_order import EpochOrder, deal_out_rows
 from utils.data.packing import PaddingCollator, find_micro_batches, list_rows
 from utils.fast.keyed_noise import add_embedding_noise
 from utils.messages import IGNORE_INDEX
 from utils.run import signals
 from utils.run.keeper import Keeper, estimate_checkpoint_bytes
-from utils.run.training_state import load_rng, name_rng_file, read_rng, restore_rng, rng_kept
+from utils.run.training_state import load_rng, read_rng, restore_rng, rng_kept
 from utils.train.best import BestStep, load_best, name_best
 from utils.train.engine import Engine
 from utils.train.meter import TokenMeter
@@ -107,7 +107,7 @@ class QLoraTrainer(transformers.Trainer):
         self.meter.count(find_micro_batches(inputs))
         self.engine.keys.choose_step(self.args.seed, self.state.global_step)
         if not self.args.average_tokens_across_devices:  # then the processes' own means are averaged
-            num_items_in_batch = num_items_in_batch * self.accelerator.num_processes
+            num_items_in_batch = num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
         run_micro_batch = functools.partial(super().training_step, model)
 
         def run_step(batch: dict[str, Any]) -> torch.Tensor:
@@ -196,6 +196,8 @@ class QLoraTrainer(transformers.Trainer):
         dataloader = super()._get_dataloader(*args, **kwargs)
         inner = getattr(dataloader, "base_dataloader", dataloader)  # what accelerate wraps makes the workers
         inner.worker_init_fn = functools.partial(signals.start_data_worker, then=inner.worker_init_fn)
+        if kwargs.get("is_training"):
+            deal_out_rows(dataloader, self.order, self.args)
         return dataloader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
@@ -235,7 +237,7 @@ class QLoraTrainer(transformers.Trainer):
         dataloader = self.get_eval_dataloader(eval_dataset)
         model = self._wrap_model(self.model, training=False)
         if not self.accelerator._models:
-            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+            model = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         model.eval()
         loss_sum, token_count, row_count = self.sum_losses(model, dataloader)
         model.train(was_training)
@@ -320,7 +322,7 @@ class QLoraTrainer(transformers.Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            restore_rng(load_rng(Path(checkpoint, name_rng_file(self.args.process_index))))
+            restore_rng(load_rng(Path(checkpoint), self.args.process_index))
 
     def restore_progress(self) -> None:
         if self.resumed is not None:

@@ -21,6 +21,7 @@ struct Attention {
   unsigned* arrived;    // [conversations, gridDim.y], zeros
   bits16* out;          // [tokens, heads * HEAD_DIM]
   int kv_heads, group, fresh, capacity, q_stride, kv_stride;
+  int window;  // a token sees so many, itself included; 0: all
   float scale, epsilon;
 };
 
@@ -181,10 +182,11 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32) attend(const 
     }
   }
   const int step = ATTENTION_WARPS * KEYS * AHEAD;
-  const int stretch = ((past + (int)gridDim.x - 1) / (int)gridDim.x + step - 1) / step * step;
-  const int end = min(past, (int)(blockIdx.x + 1) * stretch);
+  const int begin = p.window ? max(0, past + 1 - p.window) : 0;  // no new token sees what is before
+  const int stretch = ((past - begin + (int)gridDim.x - 1) / (int)gridDim.x + step - 1) / step * step;
+  const int end = min(past, begin + (int)(blockIdx.x + 1) * stretch);
   const uint4 zeros = make_uint4(0, 0, 0, 0);
-  for (int first = blockIdx.x * stretch + warp * KEYS * AHEAD; first < end; first += step) {
+  for (int first = begin + blockIdx.x * stretch + warp * KEYS * AHEAD; first < end; first += step) {
     uint4 keys[AHEAD], values[AHEAD];
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) {
@@ -195,7 +197,8 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32) attend(const 
       values[i] = there ? *(const uint4*)(p.values + at) : zeros;
     }
     add_keys<AHEAD>(state, mine, keys, values, [&](int i, int j) {
-      return first + i * KEYS + lane / LANES < end;
+      const int key = first + i * KEYS + lane / LANES;
+      return key < end && (!p.window || key > past + (first_query + j) / p.group - p.window);
     });
   }
   for (int first = warp * KEYS; first < p.fresh && is_last; first += ATTENTION_WARPS * KEYS) {

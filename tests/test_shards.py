@@ -1,0 +1,277 @@
+"""--shard_layers: processes that hold one base together learn what one process learns, and each holds its share."""
+
+import json
+import re
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from helpers import IDENTITY
+from helpers.models import relative_difference
+from helpers.processes import kill_all, run, run_function, start, train_forked, wait_for
+from helpers.runs import assert_equal_runs, load_weights, read_log
+from torch import nn
+from torch.nn import functional as F
+
+from utils.arguments import ModelArguments
+from utils.console import UserError
+from utils.fast.loss import ChunkedCrossEntropy, OutputLayer
+from utils.fast.sharded_vocabulary import ShardedVocabulary
+from utils.models.base import load_base
+
+FLAGS = ["--dataset_name", IDENTITY, "--model_max_length", 400, "--lora_r", 8, "--lora_dropout", 0.1]
+FLAGS += ["--learning_rate", 1e-2, "--logging_steps", 1, "--ignore_data_report", "--disable_tqdm", "True"]
+# Three epochs of 26 rows in steps of 12: the last step of each has two rows, for however many processes.
+EPOCHS = ["--num_train_epochs", 3, "--max_train_samples", 26, "--group_by_length", "--save_steps", 2]
+
+
+def flags_for(processes, rows=12, batch=3):
+    accumulation = rows // (processes * batch)
+    return ["--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation]
+
+
+def assert_same(first, second, tolerance):
+    assert relative_difference(load_weights(first), load_weights(second)) < tolerance
+    for name in ("loss", "grad_norm"):
+        assert read_log(first, name) == pytest.approx(read_log(second, name), rel=tolerance)
+
+
+# A whole run
+
+
+def test_two_that_share_a_base_equal_one_that_has_it(call_main, small_model, tmp_path, float32_cpu):
+    two, one = tmp_path / "two", tmp_path / "one"
+    argv = ["--model_name_or_path", small_model, *FLAGS, *EPOCHS]
+    argv += ["--do_train", "--do_eval", "--max_eval_samples", 5]
+    printed = train_forked(2, *argv, *flags_for(2), "--shard_layers", "--output_dir", two)
+    assert "each of 2 processes holds" in printed and "9 steps of 12 rows" in printed
+    call_main("qlora_finetune", *argv, *flags_for(1), "--output_dir", one)
+    assert_same(two, one, 1e-4)
+    evaluated = [json.loads((path / "metrics.json").read_text())["eval_loss"] for path in (two, one)]
+    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("others", [[], ["--gradient_checkpointing", "True"], ["--packing", "False"]])
+def test_four_that_share_a_base_equal_one_that_has_it(small_model, tmp_path, others):
+    four, one = tmp_path / "four", tmp_path / "one"
+    run(4, small_model, four, *FLAGS, *EPOCHS, *others, *flags_for(4), "--shard_layers")
+    run(1, small_model, one, *FLAGS, *EPOCHS, *others, *flags_for(1))
+    assert_same(four, one, 1e-4)
+
+
+@pytest.mark.slow
+def test_killed_run_goes_on_with_two_processes_and_with_one(small_model, tmp_path):
+    flags = [*FLAGS, *EPOCHS]
+    run(2, small_model, tmp_path / "expected", *flags, *flags_for(2), "--shard_layers")
+    for name in ("two", "one"):
+        process = start(2, small_model, tmp_path / name, *flags, *flags_for(2), "--shard_layers")
+        wait_for(process, tmp_path / name / "checkpoint-4")
+        kill_all(process)
+    assert "going on from" in run(2, small_model, tmp_path / "two", *flags, *flags_for(2), "--shard_layers")
+    assert_equal_runs(tmp_path / "two", tmp_path / "expected")
+    refused = run(1, small_model, tmp_path / "one", *flags, *flags_for(2), code=2)
+    kept = "--per_device_train_batch_size 3 --gradient_accumulation_steps 4 keeps them"
+    assert "rows of a step 12 -> 6, as processes are 2 -> 1" in refused and kept in refused
+    assert "going on from" in run(1, small_model, tmp_path / "one", *flags, *flags_for(1))
+    assert_same(tmp_path / "one", tmp_path / "expected", 1e-4)
+
+
+@pytest.mark.slow
+def test_real_model_shared_by_two_equals_one_and_its_adapter_is_plain_pefts(smollm2, tmp_path):
+    two, one = tmp_path / "two", tmp_path / "one"
+    flags = [*FLAGS, "--learning_rate", 1e-3, "--max_steps", 5, "--max_train_samples", 40]
+    flags += ["--do_train", "--do_eval", "--max_eval_samples", 6]
+    run(2, smollm2, two, *flags, *flags_for(2, 8, 4), "--shard_layers")
+    run(1, smollm2, one, *flags, *flags_for(1, 8, 4))
+    assert_same(two, one, 1e-3)
+    metrics = json.loads((two / "metrics.json").read_text())
+    assert measure_with_plain_peft(smollm2, two) == pytest.approx(metrics["eval_loss"], rel=1e-3)
+
+
+def measure_with_plain_peft(base, folder):
+    """The loss of the rows that the run held out, by transformers and PEFT alone."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from utils.data.rows import load_rows
+    from utils.data.tokenizing import tokenize_rows
+    from utils.flags.finetune import parse_finetune_flags
+    from utils.models.tokenizer import load_chat_tokenizer
+
+    argv = ["--model_name_or_path", str(base), *map(str, FLAGS), "--max_eval_samples", "6", "--do_train"]
+    argv += ["--do_eval", "--output_dir", str(folder / "unused"), "--max_train_samples", "40"]
+    model_args, data_args, _, training_args, _ = parse_finetune_flags(argv, "")
+    tokenizer = load_chat_tokenizer(model_args, data_args)
+    rows = tokenize_rows(load_rows(model_args, data_args, training_args), tokenizer, data_args)["eval"]
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization, dtype=torch.float32)
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
+    model, total, count = PeftModel.from_pretrained(model, folder).eval(), 0.0, 0
+    for row in (rows[index] for index in range(len(rows))):
+        ids, labels = (torch.from_numpy(row[name])[None] for name in ("input_ids", "labels"))
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, :-1]
+        total += F.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum").item()
+        count += int((labels[0, 1:] != -100).sum())
+    return total / count
+
+
+# Its parts
+
+
+def load_and_gather(rank, model):
+    """(codes, scales) of every layer as it is put together; what this process holds; bytes of a layer."""
+    from utils.models.sharded import load_sharded, measure_held
+
+    base = load_sharded(ModelArguments(model_name_or_path=str(model)), torch.float32)
+    layers = {}
+    for number, linears in enumerate(base.shards.linears):
+        base.shards.hold(number)
+        for name, linear in linears:
+            state = linear.weight.quant_state
+            tensors = (linear.weight.data, state.absmax, state.offset, state.state2.absmax)
+            layers[f"{number}.{name}"] = [x.clone().numpy() for x in tensors]
+    ids = torch.arange(3, 20 + rank)[None]  # one token more on the second process
+    with torch.no_grad():
+        logits = base(input_ids=ids).logits
+    slots = sum(slot.nbytes for slot in base.shards.slots)
+    return layers, logits.numpy(), measure_held(base), slots
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_shared_layers_are_to_the_bit_what_bitsandbytes_makes_of_the_whole_model(
+    small_model, processes, float32_cpu
+):
+    found = run_function(processes, load_and_gather, small_model)
+    base = load_base(ModelArguments(model_name_or_path=str(small_model)), torch.float32)
+    expected = {
+        re.sub(r"^model\.layers\.", "", name): layer
+        for name, layer in base.named_modules()
+        if isinstance(layer, Linear4bit)
+    }
+    whole = sum(x.nbytes for x in base.parameters())
+    for rank, (layers, logits, held, slots) in enumerate(found):
+        assert layers.keys() == expected.keys()
+        for name, layer in expected.items():
+            state = layer.weight.quant_state
+            tensors = (layer.weight.data, state.absmax, state.offset, state.state2.absmax)
+            for mine, theirs in zip(layers[name], tensors, strict=True):
+                assert (torch.from_numpy(mine) == theirs).all(), name
+        with torch.no_grad():
+            wanted = base(input_ids=torch.arange(3, 20 + rank)[None]).logits
+        assert torch.allclose(torch.from_numpy(logits), wanted, atol=1e-5)
+        assert held - slots < 1.1 * whole / processes + 4096
+
+
+class Head(nn.Module):
+    """What OutputLayer asks of a causal model."""
+
+    def __init__(self, weight, bias, softcap):
+        super().__init__()
+        self.linear = nn.Linear(weight.shape[1], len(weight), bias=bias is not None)
+        self.linear.weight, self.linear.bias = (
+            nn.Parameter(weight),
+            bias if bias is None else nn.Parameter(bias),
+        )
+        self.requires_grad_(False)
+        self.config = self
+        self.final_logit_softcapping, self.logit_scale = softcap, 0.5
+
+    def get_text_config(self):
+        return self
+
+    def get_output_embeddings(self):
+        return self.linear
+
+
+def draw_head(vocabulary):
+    torch.manual_seed(0)
+    return torch.randn(vocabulary, 16), torch.randn(vocabulary)
+
+
+def draw_tokens(rank, vocabulary):
+    """Hidden states and targets; each process has another number of them, and the second has no label."""
+    generator = torch.Generator().manual_seed(rank)
+    hidden = torch.randn(5 + 3 * rank, 16, generator=generator)
+    targets = torch.randint(vocabulary, (len(hidden),), generator=generator)
+    targets[::2] = -100
+    return hidden, torch.full_like(targets, -100) if rank == 1 else targets
+
+
+def compute_shared_loss(rank, vocabulary, softcap, with_bias):
+    weight, bias = draw_head(vocabulary)
+    shared = ShardedVocabulary(vocabulary)
+    rows = slice(shared.first, shared.end)
+    model = Head(weight[rows], bias[rows] if with_bias else None, softcap)
+    embedding = nn.Embedding(vocabulary, 16)
+    embedding.weight = nn.Parameter(weight[rows], requires_grad=False)
+    shared.install(embedding, model.linear)
+    hidden, targets = draw_tokens(rank, vocabulary)
+    hidden.requires_grad_(True)
+    loss = ChunkedCrossEntropy.apply(hidden, targets, OutputLayer(model))
+    (2 * loss).backward()
+    ids = torch.arange(rank + 2)[None] * 7 % vocabulary
+    logits = model.linear(hidden.detach())
+    return [x.detach().numpy() for x in (loss, hidden.grad, embedding(ids), logits)]
+
+
+@pytest.mark.parametrize("softcap, with_bias", [(None, False), (3.0, True)])
+def test_loss_over_a_shared_vocabulary_has_autograds_value_and_gradient(softcap, with_bias):
+    vocabulary = 101  # which three processes cannot share evenly
+    weight, bias = draw_head(vocabulary)
+    for rank, found in enumerate(run_function(3, compute_shared_loss, vocabulary, softcap, with_bias)):
+        loss, grad, embedded, product = map(torch.from_numpy, found)
+        hidden, targets = draw_tokens(rank, vocabulary)
+        hidden.requires_grad_(True)
+        plain = F.linear(hidden, weight, bias if with_bias else None)
+        logits = softcap * torch.tanh(0.5 * plain / softcap) if softcap else 0.5 * plain
+        expected = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+        (2 * expected).backward()
+        assert torch.allclose(loss, expected, rtol=1e-5)
+        assert torch.allclose(grad, hidden.grad, atol=1e-5)
+        assert torch.equal(embedded[0], weight[torch.arange(rank + 2) * 7 % vocabulary])
+        assert torch.allclose(product, plain, atol=1e-4)
+
+
+def load_with_a_whole_part(rank, model):
+    """Norms made large, as experts are, which no linear layer quantizes."""
+    import utils.models.sharded as sharded
+
+    sharded.MOST_WHOLE = 0.5
+    try:
+        sharded.load_sharded(ModelArguments(model_name_or_path=str(model)), torch.float32)
+    except UserError as error:
+        return str(error)
+
+
+def test_process_that_holds_too_much_says_which_weight_is_whole(small_model):
+    for said in run_function(2, load_with_a_whole_part, small_model):
+        assert re.search(r"each of 2 processes would hold .* as model\.\S+ .* stay whole", said), said
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ([], "this is one: start several with `accelerate launch --num_processes N"),
+        (["--bits", "8"], "--bits is 8"),
+        (["--sample_generate"], "leave --sample_generate out"),
+        (["--fast_lora", "False"], "leave --fast_lora False out"),
+        (["--do_train", "--do_predict"], "leave --do_predict out"),
+    ],
+)
+def test_what_shared_layers_do_not_cover_is_refused_before_weights_load(
+    call_main, small_model, tmp_path, monkeypatch, flags, said
+):
+    if flags:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    argv = ["--model_name_or_path", small_model, *FLAGS, "--output_dir", tmp_path / "run"]
+    with pytest.raises(UserError, match=re.escape(said)):
+        call_main("qlora_finetune", *argv, "--shard_layers", *flags)
