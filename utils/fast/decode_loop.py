@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
+from utils.fast.shared_forward import SharedForward
 from utils.fast.token_choice import TokenChoice
 
 LONGEST_MATCH = 3  # tokens that must have come before, to propose what came after them
@@ -66,7 +67,7 @@ class GrowingSteps:
         self.base = base
         self.token = torch.zeros(1, 1, dtype=torch.long, device=self.base.device)
         self.owner: Callable[[], Any] = lambda: None
-        self.read_ahead: dict[int, torch.Tensor] = {}  # {id of a cache: logits after its newest token}
+        self.shared: SharedForward | None = None  # has read the newest token already, of several at once
 
     def find_choice(self, config: GenerationConfig) -> TokenChoice:
         return TokenChoice(self.base, config)
@@ -78,7 +79,7 @@ class GrowingSteps:
         return self.base(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     def advance(self, cache: Any, choice: TokenChoice) -> torch.Tensor:
-        logits = self.read_ahead.pop(id(cache), None)
+        logits = self.shared.found.pop(id(cache), None) if self.shared else None
         token = choice.choose(self.read(self.token, cache) if logits is None else logits)
         self.token.copy_(token)
         return token.clone()

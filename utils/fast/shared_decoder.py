@@ -62,6 +62,7 @@ class SharedDecoder:
             self.engine = open_slots(self.steps, self.adapter, count, tokens, kept) or self.turns
         elif isinstance(self.steps, GrowingSteps) and self.model.device.type == "cpu":
             self.turns.shared = open_shared_forward(self.steps.base, count) if for_many else None
+            self.steps.shared = self.turns.shared
             self.steps.read_together = READ_BETWEEN if self.turns.shared else READ_TOGETHER
         self.engine.limit(count, kept)
 

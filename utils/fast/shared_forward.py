@@ -1,8 +1,8 @@
 """One forward pass for a token of each of several conversations, on a CPU: the weights are read once for all.
 
 Most of a small step goes into reading weights and starting layers, so a step for eight takes little longer
-than one: of a 135M model in 4 bits 80 ms of one core, where one takes 42. Each conversation keeps its own cache,
-and its attention is its own:
+than one: of a 135M model in 4 bits 80 ms of one core, where one takes 42. Each conversation keeps its own
+cache, and its attention is its own:
 
     replies      Ann, 412 tokens   Bob, 77 tokens
     one forward  [[token of Ann], [token of Bob]] at the positions [[412], [77]]
@@ -71,6 +71,7 @@ class SharedForward:
 
     def __init__(self, base: Any, sizes: Sequence[int]):
         self.base, self.sizes = base, sizes
+        self.found: dict[int, torch.Tensor] = {}  # {id of a cache: logits after its newest token}
 
     @torch.no_grad()
     def read(

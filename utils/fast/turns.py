@@ -73,7 +73,7 @@ class Turns:
     def step(self) -> None:
         """One token of each reply, or a part of its prompt."""
         if self.shared is not None:
-            self.steps.read_ahead.clear()  # a reply may have ended before it took what was read for it
+            self.shared.found.clear()  # a reply may have ended before it took what was read for it
             for tuned in (True, False):
                 self.read_ahead(self.shared, tuned)
         waits = self.list_waiting()
@@ -112,7 +112,7 @@ class Turns:
             self.adapter.turn(tuned)
             caches = [ready[reply] for reply in some]
             logits = shared.read([reply.said[-1] for reply in some], caches)
-            self.steps.read_ahead |= dict(zip(map(id, caches), logits.split(1), strict=True))
+            shared.found |= dict(zip(map(id, caches), logits.split(1), strict=True))
 
     def speak(self, reply: Reply, choice: TokenChoice) -> Generator[None]:
         """Pauses after each token, and after each part of the prompt."""
