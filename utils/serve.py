@@ -64,7 +64,8 @@ def main() -> None:
     tokens = min(serve_args.slot_tokens, find_context(resolved.config) or serve_args.slot_tokens)
     chat.decoder.open_slots(serve_args.slots, tokens, for_many=True)
     limits = (serve_args.slots, tokens, serve_args.limit_queue, serve_args.limit_seconds)
-    app = build_app(Server(chat, names, generation_args, *limits), api_key, hosts)
+    server = Server(chat, names, generation_args, *limits)
+    app = build_app(server, api_key, hosts)
     config = uvicorn.Config(
         app,
         serve_args.server_name,
@@ -80,7 +81,9 @@ def main() -> None:
     try:
         uvicorn.Server(config).run()
     except KeyboardInterrupt:  # uvicorn raises the signal again when the replies under way have ended
-        notice("stopped")
+        pass
+    server.end()
+    notice("stopped")
 
 
 def choose_access(serve_args: ServeArguments) -> tuple[str | None, list[str]]:

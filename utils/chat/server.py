@@ -83,6 +83,14 @@ class Server:
         self.replies.append(reply)
         return reply
 
+    def end(self) -> None:
+        """Break off what is still said; the thread that says it may not outlive the process."""
+        for reply in self.replies:
+            reply.cancel()
+        thread = self.chat.decoder.thread
+        if thread is not None:
+            thread.join()
+
     async def stream(self, asked: ChatRequest, reply: Reply) -> AsyncIterator[tuple[str, str]]:
         """(kind, text) as they come; however it ends, the reply ends too and its place is free."""
         tokenizer = self.chat.tokenizer
