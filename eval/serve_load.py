@@ -76,7 +76,10 @@ async def measure(load_args: LoadArguments) -> dict[str, Any]:
         base_url=load_args.url, headers=headers, timeout=httpx.Timeout(600), limits=limits
     ) as http:
         asker = Asker(http, load_args)
-        prompts = await asker.start()
+        try:
+            prompts = await asker.start()
+        except httpx.HTTPError as error:
+            raise UserError(f"--url {load_args.url} does not answer: {error}") from error
         alone = Figures()
         expected = [await asker.ask(prompt, alone) for prompt in prompts]
         if alone.lost or alone.refused:

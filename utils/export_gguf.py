@@ -92,7 +92,7 @@ def find_prompts(resolved: ResolvedModel, export_args: ExportArguments) -> Any:
     if resolved.record is None and export_args.eval_dataset_name is None:
         notice("no run.json, so no held-out rows to compare on: --eval_dataset_name FILE names some")
         return None
-    from utils.merge.parity import load_held_out_rows
+    from utils.merge.held_out import load_held_out_rows
 
     return load_held_out_rows(resolved, export_args.eval_dataset_name, export_args.max_eval_samples)
 

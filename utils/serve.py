@@ -36,11 +36,15 @@ class ServeArguments:
     slot_tokens: int = flag(4096, "Longest prompt and reply together, tokens; at most the model's context.")
     limit_queue: int = flag(64, "Requests waiting at most; the next one is answered 429.")
     limit_seconds: float = flag(600.0, "Longest time for one reply, waiting included.")
+    kept_conversations: int = flag(
+        0, "Latest conversations whose next turn reads only what is new; in 16 bits it then rounds otherwise."
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "server_port", "slots", "slot_tokens", "limit_seconds")
-        if self.limit_queue < 0:
-            raise UserError(f"--limit_queue {self.limit_queue} is negative: use 0 to let nobody wait")
+        for name in ("limit_queue", "kept_conversations"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name)} is negative: use 0 for none")
 
 
 def main() -> None:
@@ -62,7 +66,7 @@ def main() -> None:
 
     chat, names = load_run(resolved), name_models(resolved)
     tokens = min(serve_args.slot_tokens, find_context(resolved.config) or serve_args.slot_tokens)
-    chat.decoder.open_slots(serve_args.slots, tokens, for_many=True)
+    chat.decoder.open_slots(serve_args.slots, tokens, serve_args.kept_conversations, for_many=True)
     limits = (serve_args.slots, tokens, serve_args.limit_queue, serve_args.limit_seconds)
     server = Server(chat, names, generation_args, *limits)
     app = build_app(server, api_key, hosts)

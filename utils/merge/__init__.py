@@ -3,5 +3,5 @@
 In: a run. Out: a standard model folder, or a GGUF file, with parity.json.
 Must not import: train.
 Read: weights (W + scale * B A, for each kind of layer), base_tensors, shards, parity; then gguf_file,
-gguf_tokenizer, modelfile (Ollama's), gguf_parity.
+gguf_tokenizer, modelfile (Ollama's), gguf_parity. held_out: the rows that both are compared on.
 """

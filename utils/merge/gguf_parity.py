@@ -17,10 +17,11 @@ from utils.arguments import DataArguments, GenerationArguments
 from utils.chat.generation import BatchAnswerer, ChatModel, load_run
 from utils.console import UserError, notice
 from utils.data.rows import Rows
+from utils.merge.held_out import read_questions
 from utils.merge.parity import find_reference
-from utils.messages import EVAL, TEST, Messages
+from utils.messages import Messages
 from utils.models.folder import ResolvedModel
-from utils.prompts import answer_turns, find_input_marker
+from utils.prompts import find_input_marker
 from utils.run.record import write_json
 
 REPLY_TOKENS = 256
@@ -44,7 +45,9 @@ def certify(resolved: ResolvedModel, rows: tuple[Rows, DataArguments], file: Pat
     So many `replies` are written by either; of all prompts the first token is compared.
     """
     chat = load_run(find_reference(resolved), torch.float32)
-    questions = read_questions(rows[0], chat)
+    questions = read_questions(rows[0], find_input_marker(chat.tokenizer.raw))
+    if not questions:
+        raise UserError("the held-out rows hold no question: --eval_dataset_name FILE names other ones")
     ours = answer_all(chat, questions, replies)
     del chat
     gc.collect()
@@ -63,19 +66,6 @@ def certify(resolved: ResolvedModel, rows: tuple[Rows, DataArguments], file: Pat
     failed = ", ".join(f"{name} {value} (limit {LIMITS[name]})" for name, value in exceeded.items())
     notice(f"parity FAILED: {failed}" if exceeded else f"parity passed: {file.with_name('parity.json')}")
     return not exceeded
-
-
-def read_questions(rows: Rows, chat: ChatModel) -> list[Messages]:
-    """The chats of the held-out rows up to their last answer; those with tools are left out."""
-    marker = find_input_marker(chat.tokenizer.raw)
-    chats = next((found for part in (EVAL, TEST) if (found := rows.read_held_out(part, marker))), [])
-    told = [one.messages for one in chats if not one.tools]
-    questions = [messages[: answer_turns(messages)[-1]] for messages in told if answer_turns(messages)]
-    if not questions:
-        raise UserError(
-            "the held-out rows hold no question to compare on: --eval_dataset_name FILE names some"
-        )
-    return questions
 
 
 @torch.no_grad()
