@@ -251,7 +251,7 @@ def test_llama_cpp_says_what_the_chat_of_the_135m_model_says(call_main, smollm2,
     pytest.importorskip("llama_cpp")
     rows = (ROOT / IDENTITY).read_text(encoding="utf-8").splitlines()[:50]
     (tmp_path / "held_out.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    flags = """--lora_r 16 --learning_rate 2e-3 --max_steps 40 --per_device_train_batch_size 4
+    flags = """--lora_r 16 --learning_rate 2e-3 --max_steps 64 --per_device_train_batch_size 4
         --gradient_accumulation_steps 1 --gradient_checkpointing False""".split()
     train(call_main, smollm2, tmp_path / "run", *flags)
     argv = ["--eval_dataset_name", tmp_path / "held_out.jsonl", "--replies", "50"]
