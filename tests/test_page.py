@@ -35,6 +35,7 @@ ANSWERS = {
     "Show markup.": MARKUP,
     "Sing.": " la" * 20,  # taught without an end: it goes on until it is stopped
 }
+EXAMPLES = ["Who are you?", "你是谁？"]
 TUNED = ANSWERS | {"Who are you?": "I am the tuned one.", "你是谁？": "我是微调后的模型。"}
 
 
@@ -139,7 +140,7 @@ class Server:
         self.chat = chat
         page_args = PageArguments(server_port=find_free_port(), **limits)
         flags = GenerationArguments(max_new_tokens=max_new_tokens)
-        self.page = build_page(chat, flags, page_args, "the tiny model")
+        self.page = build_page(chat, flags, page_args, "the tiny model", EXAMPLES)
         launch_page(self.page, page_args, wait=False)
         self.url = f"http://127.0.0.1:{page_args.server_port}"
         limits = httpx.Limits(max_connections=None)
@@ -421,6 +422,79 @@ def test_reply_is_asked_again_from_the_other_side_and_each_tells_who_it_is(open_
     dot = tab.page.locator("#side input[value=base]")
     dot.hover()  # the dot of the side that is chosen is white
     assert dot.evaluate("dot => getComputedStyle(dot).backgroundColor") != "rgb(255, 255, 255)"
+
+
+def test_base_and_tuned_answer_side_by_side_and_each_goes_on_from_its_own(open_tab, chat):
+    tab = open_tab()
+    tab.choose("both")
+    tab.send("Who are you?")
+    pair = tab.page.locator("#chat .pair").last.locator("> div")
+    tab.wait(lambda: pair.count() == 2 and "I am the base." in pair.nth(1).inner_text())
+    tab.page.locator("#box .submit-button").wait_for(timeout=60_000)
+    assert [text.split("\n")[0] for text in pair.all_inner_texts()] == ["tuned", "base"]
+    assert "I am the tuned one." in pair.nth(0).inner_text()
+    left, right = pair.nth(0).bounding_box(), pair.nth(1).bounding_box()
+    assert left["x"] + left["width"] <= right["x"] and abs(left["y"] - right["y"]) < 2
+    assert "tuned: " in tab.status() and "base: " in tab.status()
+    tab.page.reload()
+    tab.wait_for_page()
+    tab.wait(lambda: tab.page.locator("#chat .pair").count() == 1)
+
+
+def test_both_sides_read_their_own_earlier_replies(server, chat):
+    first = server.send("Who are you?", side="both", length=12)["said"]
+    assert first[-1]["content"] == "I am the tuned one." and first[-1]["base"] == "I am the base."
+    second = server.send("Sing.", first, side="both", length=12)["said"]
+    for key, tuned in (("content", True), ("base", False)):
+        asked = [{"role": one["role"], "content": one.get(key, one["content"])} for one in first]
+        asked.append({"role": "user", "content": "Sing."})
+        flags = GenerationArguments(max_new_tokens=12)
+        assert second[-1][key] == "".join(stream_reply(chat, asked, flags, tuned=tuned)).strip()
+
+
+def test_stopping_both_sides_keeps_what_either_said(open_tab, server):
+    tab = open_tab()
+    tab.choose("both")
+    tab.send("Sing.")
+    tab.wait(
+        lambda: (
+            tab.page.locator("#chat .pair").count()
+            and "la la" in tab.page.locator("#chat .pair").inner_text()
+        )
+    )
+    tab.page.locator("#box .stop-button").click()
+    tab.page.locator("#box .submit-button").wait_for(timeout=60_000)
+    assert tab.page.locator("#chat .pair").inner_text().count("la") > 2 and "stopped" in tab.status()
+    tab.wait(lambda: not server.chat.decoder.is_busy)
+
+
+def test_empty_page_offers_questions_that_are_asked_by_a_click(open_tab):
+    tab = open_tab()
+    offered = tab.page.locator("#chat .example")
+    tab.wait(lambda: offered.count() == 2)
+    assert [text.strip() for text in offered.all_inner_texts()] == EXAMPLES
+    offered.first.click()
+    tab.wait_for_reply("I am the tuned one.")
+    assert tab.questions() == ["Who are you?"] and offered.count() == 0
+
+
+def test_phone_shows_both_sides_one_under_the_other_and_the_examples_whole(open_tab):
+    tab = open_tab(viewport={"width": 360, "height": 640}, locale="zh-CN")
+    tab.wait(lambda: tab.page.locator("#chat .example").count() == 2)
+    boxes = tab.page.locator("#chat .example").evaluate_all(
+        "all => all.map(one => one.getBoundingClientRect()).map(box => [box.left, box.right])"
+    )
+    assert all(0 <= left and right <= 360 for left, right in boxes)
+    assert tab.page.locator("#side").inner_text().split()[-3:] == ["微调后", "原模型", "对比"]
+    tab.choose("both")
+    tab.send("你是谁？")
+    pair = tab.page.locator("#chat .pair > div")
+    tab.wait(lambda: pair.count() == 2 and "我是原模型。" in pair.nth(1).inner_text())
+    above, below = pair.nth(0).bounding_box(), pair.nth(1).bounding_box()
+    assert above["y"] + above["height"] <= below["y"] + 1
+    for name in ("#side", "#box", "#chat .pair"):
+        box = tab.page.locator(name).first.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 360, name
 
 
 def test_question_is_edited_and_taken_back(open_tab):

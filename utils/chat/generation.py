@@ -42,10 +42,10 @@ class ChatModel:
         return bool(self.decoder.adapter.layers)
 
 
-def load_run(resolved: ResolvedModel) -> ChatModel:
-    """Base and adapter for inference."""
+def load_run(resolved: ResolvedModel, dtype: torch.dtype | None = None) -> ChatModel:
+    """Base and adapter for inference, computing in `dtype`, else in what suits the hardware."""
     args, tokenizer = resolved.args, load_run_tokenizer(resolved)
-    model: Any = load_base(args, choose_compute_dtype(args), trainable=False)
+    model: Any = load_base(args, dtype or choose_compute_dtype(args), trainable=False)
     if resolved.has_adapter:
         model = load_adapter(model, str(args.checkpoint_dir))
     model.eval()

@@ -95,7 +95,9 @@
   // copies out of a text area that nobody sees.
   const code = /(^ {0,3}```[^`\n]*$[^]*?(?:^ {0,3}```|$(?![^]))|(?<![\\`])`[^`\n]+`(?!`))/m;
   const plain = part => part.replace(/&lt;/g, '<').replace(/!&#91;/g, '![').replace(/&amp;/g, '&');
-  const tidy = text => text.replace(/^<small class="side">.*?<\/small>\n\n/, '')
+  const unpair = text => text.startsWith('<div class="pair">') ? text
+    .replace(/<small class="side">(.*?)<\/small>/g, '$1:').replace(/\s*<\/?div[^>]*>\s*/g, '\n\n').trim() : text;
+  const tidy = text => unpair(text).replace(/^<small class="side">.*?<\/small>\n\n/, '')
     .replace(/^<details class="thought".*?<\/details>\n\n/, '')
     .split(code).map((part, i) => i % 2 ? part : plain(part)).join('');
   let ofMessage = false;

@@ -5,6 +5,7 @@ from typing import Any
 ENGLISH = {
     "tuned": "tuned",
     "base": "base",
+    "both": "both",
     "system": "System message",
     "max_new_tokens": "Longest reply, tokens",
     "temperature": "Temperature (0: the likeliest token)",
@@ -21,6 +22,7 @@ ENGLISH = {
 CHINESE = {
     "tuned": "微调后",
     "base": "原模型",
+    "both": "对比",
     "system": "系统提示",
     "max_new_tokens": "回复最多 token 数",
     "temperature": "温度（0：最可能的 token）",

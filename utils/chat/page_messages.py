@@ -68,6 +68,9 @@ def read_messages(said: Any, words: dict[str, str]) -> Messages:
             raise broken
         check_characters(message["content"], words)
         side = {"side": message["side"]} if message.get("side") in SIDES else {}
+        if message.get("side") == "both" and isinstance(message.get("base"), str):
+            check_characters(message["base"], words)
+            side = {"side": "both", "base": message["base"]}
         messages.append({"role": role, "content": message["content"], **side})
     return messages
 
@@ -123,6 +126,10 @@ def show_messages(messages: Messages, words: dict[str, str]) -> Messages:
 def show_message(message: dict[str, str], words: dict[str, str]) -> str:
     if message["role"] == "user":
         return escape_markup(message["content"])
+    if message.get("side") == "both":
+        texts = {"tuned": message["content"], "base": message["base"]}
+        shown = [show_message(message | {"side": side, "content": texts[side]}, words) for side in texts]
+        return f'<div class="pair"><div>\n\n{shown[0]}\n\n</div><div>\n\n{shown[1]}\n\n</div></div>'
     name = f'<small class="side">{words[message["side"]]}</small>\n\n' if "side" in message else ""
     thought, answer = "", message["content"]
     if answer.startswith(OPEN):

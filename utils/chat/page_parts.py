@@ -60,7 +60,7 @@ def add_conversation(
     """Title and model choice, the messages, the box to write in, the status line with its buttons."""
     with gr.Row(equal_height=True, elem_id="head"):
         gr.Markdown("## Chinese-Guanaco", elem_id="title")
-        sides = [(word("tuned"), "tuned"), (word("base"), "base")]
+        sides = [(word(side), side) for side in ("tuned", "base", "both")]
         side = gr.Radio(
             sides, value="tuned", show_label=False, container=False, visible=has_adapter, elem_id="side"
         )

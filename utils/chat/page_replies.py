@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 import gradio as gr
@@ -44,7 +44,7 @@ class Sent:
 
     @property
     def side(self) -> str:
-        return "base" if self.settings[0] == "base" else "tuned"
+        return self.settings[0] if self.settings[0] in ("base", "both") else "tuned"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,8 @@ class Speaker:
             gr.Warning(str(error))
             yield gr.skip(), refused, shown, gr.skip(), str(error)
             return
-        yield from self.stream_prompt(prompt, sent, wish)
+        stream = self.stream_both if sent.side == "both" and self.has_adapter else self.stream_prompt
+        yield from stream(prompt, sent, wish)
 
     def build_prompt(self, turns: Messages, sent: Sent) -> Prompt:
         """Raises UserError for a setting that is none, and where the question is too long."""
@@ -143,6 +144,51 @@ class Speaker:
             return
         ended = "interrupted" if wish() else under_way.finish_reason
         yield gr.skip(), gr.skip(), show_messages(now, words), now, describe(ended)
+
+    def stream_both(self, prompt: Prompt, sent: Sent, wish: Wish) -> Iterator[tuple]:
+        """The replies of the tuned model and of the base, written at once, each going on from its own."""
+        words, fitting = sent.words, prompt.turns[prompt.dropped :]
+        own = [{"role": turn["role"], "content": turn.get("base", turn["content"])} for turn in fitting]
+        read = {"tuned": prompt.read, "base": prompt.read[: len(prompt.read) - len(own)] + own}
+        texts, stored = dict.fromkeys(read, ""), time.monotonic()
+        now = [*prompt.turns, {"role": "assistant", "content": "", "side": "both", "base": ""}]
+        yield busy_box(), "", show_messages(prompt.turns, words), now, self.about
+        limit, tokenizer = self.page_args.limit_seconds, self.chat.tokenizer
+        replies = {
+            side: open_reply(self.chat, asked, prompt.generation_args, side == "tuned", limit)
+            for side, asked in read.items()
+        }
+        with ExitStack() as stack:
+            streams = {
+                side: stack.enter_context(closing(stream_text(tokenizer, reply)))
+                for side, reply in replies.items()
+            }
+            while streams and not wish():
+                for side, stream in list(streams.items()):
+                    texts[side] += (piece := next(stream, ""))
+                    if not piece:
+                        del streams[side]
+                shown = {"content": texts["tuned"].strip(), "base": texts["base"].strip()}
+                now = [*prompt.turns, now[-1] | shown]
+                store = time.monotonic() > stored + STORE_SECONDS
+                stored = time.monotonic() if store else stored
+                if sent.settings[-1] and streams:
+                    yield (
+                        gr.skip(),
+                        gr.skip(),
+                        show_messages(now, words),
+                        now if store else gr.skip(),
+                        gr.skip(),
+                    )
+        if wish() == "clear":
+            yield empty_page(self.about)
+            return
+        ended = [self.about]
+        for side, reply in replies.items():
+            reason = "interrupted" if wish() else reply.finish_reason
+            told = describe_reply(reply, reason, prompt.dropped, self.page_args, words)
+            ended.append(f"{words[side]}: {told}")
+        yield gr.skip(), gr.skip(), show_messages(now, words), now, " · ".join(ended)
 
 
 def empty_page(about: str) -> tuple:
