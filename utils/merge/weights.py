@@ -97,7 +97,8 @@ def open_merged(
             if isinstance(stored[on_disk], StoredCodes):
                 weight = weight.to(dtype_out or dtype)  # rounded as training did
             elif name in quantized:
-                weight = dequantize(weight.to(dtype_out or dtype), model_args)  # unrounded in float32
+                # What training quantized; float32 leaves what comes out unrounded.
+                weight = dequantize(weight.to(dtype).to(dtype_out or dtype), model_args)
             if name in updates:
                 parts = {part: adapter.get_tensor(key) for part, key in updates[name].items()}
                 weight = update_tensor(weight, parts, find_scale(name, parts, adapter_config or {}))
