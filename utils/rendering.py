@@ -23,8 +23,7 @@ from utils.messages import LEARNED, Message, Messages, Thinking
 
 OPEN, CLOSE = "<think>", "</think>"
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # names of one thing in files and templates
-PLAIN_KEYS = {"role", "content"}
-RENDERED_KEYS = {*PLAIN_KEYS, *THOUGHT_KEYS}  # messages of these alone need no copies and checks
+RENDERED_KEYS = {"role", "content", *THOUGHT_KEYS}  # messages of these alone need no copies and checks
 SWITCHES = ("enable_thinking", "thinking")  # Qwen3's, GLM's, SmolLM3's; that of Granite and DeepSeek-V3.1
 # What goes before a template whose default is the other mode.
 DEFAULTS = {
@@ -123,14 +122,18 @@ def set_default(template: str, thinking: bool) -> str:
 
 def split_thought(message: Message) -> tuple[str, str]:
     """(thought, answer) of an assistant's message, the thought without the blanks around it."""
-    keys = (message.get(key) for key in THOUGHT_KEYS)
-    thought = next((value.strip() for value in keys if isinstance(value, str) and value.strip()), "")
     inner, answer = split_tags(message["content"])
-    return thought or inner, answer
+    for key in THOUGHT_KEYS if len(message) > 2 else ():  # most have a role and a content alone
+        thought = message.get(key)
+        if isinstance(thought, str) and thought.strip():
+            return thought.strip(), answer
+    return inner, answer
 
 
 def split_tags(text: str) -> tuple[str, str]:
     """(thought, answer) of a text that may begin with a thought in <think> tags, or without the first."""
+    if OPEN not in text and CLOSE not in text:
+        return "", text
     head, close, tail = text.partition(CLOSE)
     before, opened, inner = head.partition(OPEN)
     if before.strip() if opened else not close:  # no thought, or words before it
@@ -165,11 +168,12 @@ def drop_thought(message: Message) -> Message:
 
 def place_thought(style: ThoughtStyle, message: Message) -> Message:
     """The message with its thought where the template takes it."""
-    is_given = not message.keys().isdisjoint(THOUGHT_KEYS)
-    is_told = style.is_thinking and (OPEN in message["content"] or CLOSE in message["content"])
-    if message["role"] != "assistant" or not (is_given or is_told):
+    is_given = len(message) > 2 and not message.keys().isdisjoint(THOUGHT_KEYS)
+    if message["role"] != "assistant" or not (is_given or style.is_thinking):
         return message
     thought, answer = split_thought(message)
+    if not (is_given or thought) and answer == message["content"]:
+        return message
     bare = drop_thought(message)
     if not thought or style.taken == "dropped":
         return bare
@@ -207,9 +211,10 @@ def apply_template(
 
     Templates never see which answers are context (LEARNED).
     """
-    style, flags = find_style(tokenizer), name_mode(thinking)
+    style = find_style(tokenizer)
+    flags = name_mode(thinking) if style.has_switch else {}
     messages = [place_thought(style, message) for message in messages]
-    if has_more := not all(message.keys() <= RENDERED_KEYS for message in messages):
+    if has_more := any(len(message) > 2 for message in messages):
         messages = [{key: message[key] for key in message if key != LEARNED} for message in messages]
         has_more = not all(message.keys() <= RENDERED_KEYS for message in messages)
     if tools or has_more:

@@ -152,8 +152,10 @@ class ChatEncoder:
 
     def render(self, chat: Chat, note: Note) -> list[RenderedRow]:
         stops, thinking = self.tokenizer.stops, self.tokenizer.thinking
-        had = any(map(has_thought, chat.messages))
-        chat = replace(chat, messages=choose_thoughts(chat.messages, thinking))
+        if thinking == "off" and any(map(has_thought, chat.messages)):
+            note(THOUGHT_LEFT)
+        if thinking != "auto":
+            chat = replace(chat, messages=choose_thoughts(chat.messages, thinking))
         try:
             rendered = split_chat(self.tokenizer.raw, chat, stops, self.data_args.train_last_turn_only)
         except UserError as error:  # with the template's own reason
@@ -167,8 +169,6 @@ class ChatEncoder:
             note(THOUGHT)
         elif thinking != "on" and rendered and self.tokenizer.style.is_thinking:
             note(NO_THOUGHT)
-        if had and thinking == "off":
-            note(THOUGHT_LEFT)
         if has_inner_stop(chat.messages, stops):
             note(STOP_INSIDE)
         if not rendered:
