@@ -107,7 +107,7 @@ class Asker:
         """Texts of about --prompt_tokens tokens each; finds the model's name where none is given."""
         lines = QUESTIONS.read_text(encoding="utf-8").splitlines()
         questions = [json.loads(line)["text"] for line in lines]
-        text = " ".join(questions)[:2000]
+        text = " ".join(questions)[: 3 * self.args.prompt_tokens]
         if self.model is None:
             self.model = (await self.http.get("/models")).json()["data"][0]["id"]
         # Of this text and of one letter: what is not the letter's is the template's.
