@@ -34,7 +34,7 @@ def main() -> None:
     from utils.models.adapter import check_target_modules, load_model
     from utils.models.tokenizer import load_chat_tokenizer
     from utils.train.build import build_trainer
-    from utils.train.dry_run import print_plan
+    from utils.train.dry_run import needs_streaming, print_plan
     from utils.train.training import run_trainer
 
     check_target_modules(model_args, lora_args)
@@ -47,7 +47,8 @@ def main() -> None:
     if training_args.dry_run:
         return print_plan(datasets, model_args, data_args, lora_args, training_args)
 
-    model, dtype = load_model(model_args, lora_args, training_args)
+    streams = needs_streaming(datasets, model_args, data_args, lora_args, training_args)
+    model, dtype = load_model(model_args, lora_args, training_args, streams)
     run.describe_model(model.config, tokenizer.describe())
     trainer = build_trainer(
         model, tokenizer, datasets, run, model_args, data_args, lora_args, training_args, dtype

@@ -210,7 +210,7 @@ class TrainingArguments:
     adam_beta2: float = flag(0.999, "Adam's second-moment decay.")
     adam_epsilon: float = flag(1e-8, "Adam's denominator floor.")
     max_grad_norm: float = flag(0.3, "Gradient norm is clipped to this.")
-    optim: str = flag("auto", "Optimizer, by its name in the Trainer; auto: paged or fused 32-bit AdamW.")
+    optim: str = flag("auto", "Optimizer, by its name in the Trainer; auto: fused 32-bit AdamW.")
     seed: int = flag(42, "Seed of weights, dropout and samples.")
     data_seed: int = flag(42, "Seed of the split and of the order of the rows.")
     logging_strategy: str = flag("steps", "no, steps or epoch.")

@@ -13,7 +13,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from utils.arguments import ModelArguments
 from utils.console import UserError
-from utils.merge.base_tensors import Stored, find_names_on_disk, open_tensors
+from utils.merge.base_tensors import Stored, StoredCodes, find_names_on_disk, open_tensors
 from utils.merge.shards import save_sharded
 from utils.models.baichuan import is_baichuan
 from utils.models.base import build_quantization, build_without_weights, choose_compute_dtype
@@ -62,7 +62,9 @@ def merge_weights(
 
         def build(on_disk: str) -> torch.Tensor:
             name, weight = in_model.get(on_disk), stored[on_disk].read()
-            if name in quantized:
+            if isinstance(stored[on_disk], StoredCodes):
+                weight = weight.to(dtype)  # rounded as training did
+            elif name in quantized:
                 weight = dequantize(weight.to(dtype), model_args)
             if name in updates:
                 parts = {part: adapter.get_tensor(key) for part, key in updates[name].items()}
@@ -77,7 +79,7 @@ def merge_weights(
     return config | ({"tie_word_embeddings": False} if is_untied else {})
 
 
-def plan_tensors(stored: dict[str, Stored], half: torch.dtype) -> dict[str, torch.Tensor]:
+def plan_tensors(stored: dict[str, Stored | StoredCodes], half: torch.dtype) -> dict[str, torch.Tensor]:
     """What is written, on the meta device: the base's tensors under their names on disk, floats as `half`."""
     return {
         name: torch.empty(tensor.shape, dtype=half if tensor.dtype in FLOATS else tensor.dtype, device="meta")
@@ -96,7 +98,7 @@ def check_all_used(keys: Iterable[str], used: set[str]) -> None:
 
 
 def untie_embeddings(
-    model: "PreTrainedModel", updates: Updates, stored: dict[str, Stored], names: dict[str, str]
+    model: "PreTrainedModel", updates: Updates, stored: dict[str, Stored | StoredCodes], names: dict[str, str]
 ) -> bool:
     """Give embedding and output layer a tensor each where they share one and the adapter changes either.
 
@@ -151,7 +153,7 @@ def find_updates(keys: Iterable[str]) -> Updates:
     return updates
 
 
-def check_fits(name: str, tensor: Stored | None, parts: dict[str, str], adapter: Any) -> None:
+def check_fits(name: str, tensor: Stored | StoredCodes | None, parts: dict[str, str], adapter: Any) -> None:
     """Raises UserError where the base has no tensor `name`, or one of another shape than the adapter's."""
     key = parts[min(parts)]
     if tensor is None:

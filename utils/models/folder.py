@@ -12,6 +12,7 @@ from utils.console import UserError, notice
 from utils.models.baichuan import is_baichuan, split_shapes
 from utils.models.hub import download_config
 from utils.models.model_scope import download_model, is_on_modelscope
+from utils.models.stored_quantized import follow_stored_bits
 from utils.models.weight_files import check_tokenizer, find_misfit, read_base_shapes, read_json, read_shapes
 from utils.prompts import read_template
 from utils.run.places import find_base
@@ -77,6 +78,7 @@ def resolve_model(model_args: ModelArguments, given: set[str], template: str | N
         model_args = fill_in_recorded(model_args, given, folder, record)
     model_args = dataclasses.replace(model_args, model_name_or_path=find_model(model_args))
     config = read_model_config(model_args)
+    model_args = follow_stored_bits(model_args, config, given)
     check_adapter_fits(model_args, config)
     if template is not None:
         read_template(template)
