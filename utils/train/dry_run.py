@@ -32,36 +32,36 @@ def print_plan(
     """The table of the plan, and where it does not fit the cheapest single change that makes it fit."""
     arguments = (model_args, data_args, lora_args, training_args)
     machine = choose_machine(model_args)
-    plan = plan_without_weights(datasets, arguments, machine)
     if training_args.num_gpus > 1:
-        plan = print_ways(datasets, arguments, machine, plan)
+        plan = print_ways(datasets, arguments, machine)
+    else:
+        plan = plan_without_weights(datasets, arguments, machine)
     notice("\n".join(render_table(plan) + find_longest_row(arguments, machine)))
     if not plan.fits:
         change = find_change(datasets, arguments, machine)
         notice(f"it fits with {change}" if change else "no single flag makes it fit: take a smaller model")
 
 
-def print_ways(datasets: dict[str, TokenRows], arguments: Arguments, machine: Machine, alone: Plan) -> Plan:
-    """What each of --num_gpus GPUs holds in each way of using them; the plan of the first that fits.
-
-    `alone`: that of one GPU, which is also that of a copy on each.
-    """
-    gpus = arguments[3].num_gpus
+def print_ways(datasets: dict[str, TokenRows], arguments: Arguments, machine: Machine) -> Plan:
+    """What each of --num_gpus GPUs holds in each way of using them; the plan of the first that fits."""
+    model_args, gpus = arguments[0], arguments[3].num_gpus
+    alone = plan_without_weights(datasets, arguments, machine, streams=False)
     shared = plan_without_weights(datasets, arguments, replace(machine, shares=gpus))
-    ways = {
-        "one GPU alone": alone,
-        f"a copy on each of {gpus} GPUs (accelerate launch --multi_gpu --num_processes {gpus})": alone,
-        f"one base shared by {gpus} GPUs (the same with --shard_layers)": shared,
-    }
+    ways = {f"one GPU, or a copy on each of {gpus} (scripts/distributed/)": alone}
+    if machine.has_gpu and model_args.bits == 4 and alone.needs:
+        streamed = plan_without_weights(datasets, arguments, machine, streams=True)
+        ways["the same, with layers that come from host memory"] = streamed
+    ways[f"one base that {gpus} GPUs share (--shard_layers)"] = shared
     lines = []
     for way, plan in ways.items():
         if plan.needs is None:
             lines.append(f"{way}: cannot be foreseen, {plan.obstacle}")
-        else:
-            verdict = "" if plan.budget is None else ", fits" if plan.fits else ", does not fit"
-            lines.append(f"{(plan.needs.total + CUDA_CONTEXT) / GIB:9.2f} GiB a GPU  {way}{verdict}")
+            continue
+        verdict = "" if plan.budget is None else ": fits" if plan.fits else ": does not fit"
+        host = f", {plan.needs.host / GIB:.2f} on the host" if plan.needs.host else ""
+        lines.append(f"{(plan.needs.total + CUDA_CONTEXT) / GIB:9.2f} GiB a GPU{host}  {way}{verdict}")
     notice("\n".join(["ways to train:", *lines]))
-    return alone if alone.fits else shared
+    return next((plan for plan in ways.values() if plan.fits), shared)
 
 
 def choose_machine(model_args: ModelArguments) -> Machine:
@@ -95,12 +95,12 @@ def plan_without_weights(
     arguments: Arguments,
     machine: Machine,
     earlier: dict[str, Any] | None = None,
+    streams: bool | None = None,
 ) -> Plan:
     model_args, _, _, training_args = arguments
     packs = training_args.packing and takes_positions(build_without_weights(model_args))
-    return make_plan(
-        load_config(model_args), arguments, machine, datasets[TRAIN].lengths, packs, earlier or {}
-    )
+    config, lengths = load_config(model_args), datasets[TRAIN].lengths
+    return make_plan(config, arguments, machine, lengths, packs, earlier or {}, streams)
 
 
 def find_longest_row(arguments: Arguments, machine: Machine) -> list[str]:

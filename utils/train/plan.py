@@ -87,8 +87,8 @@ class Machine:
     has_gpu: bool
     dtype: torch.dtype  # that it computes in
     budget: int | None  # bytes for this process; None: not known
-    shares: int = 1  # processes that hold one base together
     host_budget: int | None = None  # bytes of host memory that may be pinned; None: not known
+    shares: int = 1  # processes that hold one base together
 
 
 def fits(needs: Needs, budget: int) -> bool:
@@ -100,11 +100,11 @@ def find_machine(model_args: ModelArguments, dtype: torch.dtype) -> Machine:
     cap = model_args.max_memory_MB * 10**6 - CUDA_CONTEXT if model_args.max_memory_MB else None
     shares = read_rank_and_size()[1] if model_args.shard_layers else 1
     if not has_gpu(model_args):
-        return Machine(False, dtype, read_host_memory()[1] // 2, shares)
+        return Machine(False, dtype, read_host_memory()[1] // 2, shares=shares)
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     total, host_free = read_host_memory()
     host_budget = max(0, host_free - total // 4) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return Machine(True, dtype, min(free, cap or free), shares, host_budget)
+    return Machine(True, dtype, min(free, cap or free), host_budget, shares)
 
 
 def make_plan(
@@ -135,6 +135,8 @@ def make_plan(
     optim = training_args.optim
     if optim == "auto":
         optim = earlier.get("optim") or ("adamw_torch_fused" if machine.has_gpu else "adamw_torch")
+    if machine.shares > 1:  # the layers come from the other GPUs
+        streams = False
     return choose_plan(step, rows, arguments, machine, optim, earlier, streams)
 
 
@@ -191,11 +193,12 @@ def list_ladder(
     step: StepNeeds, machine: Machine, optim: str, bits: int, streams: bool | None
 ) -> list[Savings]:
     """What may be saved. `streams`: whether the model's layers lie on the host; None: it is not loaded."""
-    if not machine.has_gpu or machine.shares > 1:
+    if not machine.has_gpu:
         return [()]
     can_stream = bits == 4 and len(step.short.layers) == 2
     is_large = optim == "adamw_torch_fused" and count_piece_bytes(step.trained) < 8 * step.trained
-    ladder = list_savings(step.embedding_bytes > 0, is_large, machine.dtype != torch.float32, can_stream)
+    has_embedding = step.embedding_bytes > 0 and step.shares == 1  # else the GPUs share it
+    ladder = list_savings(has_embedding, is_large, machine.dtype != torch.float32, can_stream)
     return [savings for savings in ladder if streams in (None, LAYERS in savings)]
 
 
