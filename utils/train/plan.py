@@ -59,6 +59,15 @@ class Plan:
     def fits(self) -> bool:
         return self.needs is None or self.budget is None or fits(self.needs, self.budget)
 
+    @property
+    def choices(self) -> dict[str, Any]:
+        """What a run that goes on takes again."""
+        return {
+            "capacity": self.capacity,
+            "recomputed_layers": self.recomputed_layers,
+            "savings": list(self.savings),
+        }
+
     def describe(self) -> dict[str, Any]:
         """For run.json, in bytes."""
         needs = asdict(self.needs) | {"total": self.needs.total} if self.needs else None  # of all parts
