@@ -235,5 +235,5 @@ def test_longest_row_is_the_longest_whose_needs_fit(tiny_model):
     few, many = (
         tiny.measure(1, size, 2, "adamw_torch_fused", SAVINGS[:2]) for size in (tokens, tokens + 256)
     )
-    assert few.total <= 0.97 * budget * 1.01 and many.total > 0.97 * budget * 0.99
+    assert few.total <= 0.97 * budget * 1.01 and many.total > 0.97 * budget * 0.95
     assert find_longest_row(arguments, Machine(True, torch.bfloat16, None)) == []

@@ -8,7 +8,7 @@ from helpers.architectures import build_batch, build_model
 
 from utils.fast.host_embedding import move_embedding
 from utils.fast.model import prepare_fast_model
-from utils.fast.streamed_layers import StreamedLayers, find_layers, find_store, stream_layers
+from utils.fast.streamed_layers import StreamedLayers, find_store, stream_layers
 
 CPU = torch.device("cpu")
 
@@ -111,11 +111,6 @@ def test_adapter_rounded_at_its_use_is_the_adapter_whose_copy_is_kept():
         assert (fast.flat.copy is not None) == keeps_copy
         gradients.append(run_steps(fast)[1])
     assert torch.equal(*gradients) and gradients[0].any()
-
-
-def test_layers_of_a_model_are_found_in_their_order():
-    base = build().causal_model
-    assert find_layers(base) == list(base.model.layers)
 
 
 def test_run_on_streamed_layers_that_is_stopped_and_goes_on_is_the_run_in_place(

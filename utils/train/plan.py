@@ -173,7 +173,7 @@ def choose_plan(
             None,
         )
         for savings in ladder
-        for size in capacities
+        for size in (list_capacities(rows) if LAYERS in savings and rows.is_packed else capacities)
         if list_layers(layers, savings)
     ]
     fitting = [plan for plan in plans if plan and fits_host(plan, machine)]
@@ -191,10 +191,11 @@ def list_ladder(
     """What may be saved. `streams`: whether the model's layers lie on the host; None: it is not loaded."""
     if not machine.has_gpu:
         return [()]
+    can_stream = bits == 4 and len(step.short.layers) == 2
     is_large = optim == "adamw_torch_fused" and count_piece_bytes(step.trained) < 8 * step.trained
     has_embedding = step.embedding_bytes > 0 and step.shares == 1  # else the GPUs share it
-    ladder = list_savings(has_embedding, is_large, machine.dtype != torch.float32, bits)
-    return [savings for savings in ladder if streams in (None, LAYERS in savings)]
+    ladder = list_savings(has_embedding, is_large, machine.dtype != torch.float32, can_stream)
+    return [savings for savings in ladder if streams in (None, LAYERS in savings)] or [()]
 
 
 def list_layers(layers: list[int], savings: Savings) -> list[int]:
