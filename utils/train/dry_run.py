@@ -50,7 +50,8 @@ def print_ways(datasets: dict[str, TokenRows], arguments: Arguments, machine: Ma
     ways = {f"one GPU, or a copy on each of {gpus} (scripts/distributed/)": alone}
     if machine.has_gpu and model_args.bits == 4 and alone.needs:
         streamed = plan_without_weights(datasets, arguments, machine, streams=True)
-        ways["the same, with layers that come from host memory"] = streamed
+        if LAYERS in streamed.savings:
+            ways["the same, with layers that come from host memory"] = streamed
     ways[f"one base that {gpus} GPUs share (--shard_layers)"] = shared
     lines = []
     for way, plan in ways.items():

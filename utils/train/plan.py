@@ -208,7 +208,7 @@ def list_ladder(
     is_large = optim == "adamw_torch_fused" and count_piece_bytes(step.trained) < 8 * step.trained
     has_embedding = step.embedding_bytes > 0 and step.shares == 1  # else the GPUs share it
     ladder = list_savings(has_embedding, is_large, machine.dtype != torch.float32, can_stream)
-    return [savings for savings in ladder if streams in (None, LAYERS in savings)]
+    return [savings for savings in ladder if streams in (None, LAYERS in savings)] or [()]
 
 
 def list_layers(layers: list[int], savings: Savings) -> list[int]:
