@@ -30,16 +30,18 @@ def main() -> None:
 
     # From here on torch is imported (seconds) and weights are loaded (minutes).
     from utils.data.report import report_data
+    from utils.data.thoughts import choose_thinking
     from utils.data.tokenizing import tokenize_rows
     from utils.models.adapter import check_target_modules, load_model
     from utils.models.tokenizer import load_chat_tokenizer
     from utils.train.build import build_trainer
-    from utils.train.dry_run import print_plan
+    from utils.train.dry_run import needs_streaming, print_plan
     from utils.train.training import run_trainer
 
     check_target_modules(model_args, lora_args)
     tokenizer = load_chat_tokenizer(model_args, data_args)  # with its template and stop tokens
     datasets = tokenize_rows(rows, tokenizer, data_args)
+    tokenizer = choose_thinking(tokenizer, datasets, model_args)  # the mode of its replies
     report_data(rows, datasets, tokenizer, model_args, data_args, training_args)  # a red one ends here
     if data_args.data_report:
         return
@@ -47,7 +49,8 @@ def main() -> None:
     if training_args.dry_run:
         return print_plan(datasets, model_args, data_args, lora_args, training_args)
 
-    model, dtype = load_model(model_args, lora_args, training_args)
+    streams = needs_streaming(datasets, model_args, data_args, lora_args, training_args)
+    model, dtype = load_model(model_args, lora_args, training_args, streams)
     run.describe_model(model.config, tokenizer.describe())
     trainer = build_trainer(
         model, tokenizer, datasets, run, model_args, data_args, lora_args, training_args, dtype

@@ -3,11 +3,18 @@
     python -m eval.memory
     python -m eval.memory --cases llama-7b:64:8192:none gemma-7b:16:2048:all bloomz-7b:16:4x512:none
 
+    python -m eval.memory --promises llama-65b:64:1x512:44 llama-65b:64:1x512:18:streamed
+
 A case is SHAPE:RANK:TOKENS:MODE. TOKENS of a packed micro-batch, or ROWSxWIDTH of a padded one. MODE: none or
 all layers recomputed, or auto, as few as 16 GiB demand. The base has random weights; each case is a process
 of its own that trains two optimizer steps with micro-batches of several sizes, captured as CUDA graphs.
+
+A promise is SHAPE:RANK:ROWSxTOKENS:GIB. What a run plans under that cap is built and trained for ten steps on
+one batch (eval/speed/promises.py). Behind it: streamed or resident, where the plan is not to choose whether
+layers come from host memory; recomputed, all of them.
 """
 
+import re
 import sys
 from dataclasses import dataclass
 
@@ -34,13 +41,27 @@ CASES = [
 ]  # fmt: skip
 
 
+PROMISE = re.compile(r"[^:]+:\d+:\d+x\d+:[\d.]+(:streamed|:resident)?(:recomputed)?")
+
+
 @dataclass
 class MemoryArguments:
     _argument_group_name = "memory"
     cases: list[str] = flag(list(CASES), "SHAPE:RANK:TOKENS:MODE each.")
+    promises: list[str] = flag(
+        [], "SHAPE:RANK:ROWSxTOKENS:GIB each: trained under that cap, instead of cases."
+    )
+    steps: int = flag(10, "Optimizer steps of a promise.")
     output_dir: str = flag("output/memory", "Where the table is saved as json.")
 
     def __post_init__(self):
+        for promise in self.promises:
+            if not PROMISE.fullmatch(promise):
+                raise UserError(
+                    f"--promises {promise}: write llama-7b:64:1x512:6.2, with :streamed behind it or not"
+                )
+            self.shape = promise.split(":")[0]
+            require_choice(self, "shape", list(SHAPE_NAMES))
         for case in self.cases:
             parts = case.split(":")
             if len(parts) != 4 or not parts[1].isdecimal() or parts[3] not in ("none", "all", "auto"):
@@ -52,6 +73,10 @@ class MemoryArguments:
 def main() -> None:
     (arguments,) = parse_args(sys.argv[1:], [MemoryArguments], __doc__)
 
+    if arguments.promises:
+        from eval.speed.promises import keep_promises
+
+        return keep_promises(arguments)
     from eval.speed.memory import compare_plans
 
     compare_plans(arguments)

@@ -21,7 +21,7 @@ args=(
   --do_train --do_eval --max_steps 1875
   --per_device_train_batch_size 1 --gradient_accumulation_steps 16 --per_device_eval_batch_size 1
   --learning_rate 2e-4 --lr_scheduler_type constant --weight_decay 0.0
-  --optim paged_adamw_32bit --adam_beta2 0.999 --max_grad_norm 0.3 --data_seed 42 --seed 0
+  --adam_beta2 0.999 --max_grad_norm 0.3 --data_seed 42 --seed 0
   # output
   --output_dir output/guanaco-13b --logging_steps 10
   --eval_strategy steps --eval_steps 187 --save_steps 500 --save_total_limit 40

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -15,9 +16,11 @@ from transformers import LlamaConfig
 from eval.speed.shapes import build_random_model
 from utils.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments
 from utils.fast.model import prepare_fast_model
-from utils.models.base import CUDA_CONTEXT
+from utils.models.base import CUDA_CONTEXT, load_config
+from utils.train.dry_run import find_longest_row
 from utils.train.needs import FRAGMENTS, WORKSPACE, count_state_bytes, rehearse_model
 from utils.train.plan import Machine, make_plan
+from utils.train.savings import SAVINGS
 
 HIDDEN, GATE, HEADS, KV_HEADS, RANK, LAYERS = 512, 1408, 8, 2, 16, 6
 CONFIG = LlamaConfig(
@@ -137,6 +140,8 @@ def test_dry_run_needs_no_weights_and_names_what_would_fit(tiny_model, tmp_path)
     command += ["--model_max_length", "256"]
     wide = subprocess.run([*command, "--max_memory_MB", "9000"], capture_output=True, text=True, check=True)
     table = wide.stdout[wide.stdout.index("memory plan:") :].splitlines()
+    *table, longest = table
+    assert longest.startswith("longest row that fits")
     sizes = [float(line.split()[0]) for line in table[1:]]
     assert sizes[-1] == pytest.approx(sum(sizes[:-1]), abs=0.06) and ": it fits" in table[-1]
     assert sizes[-2] == pytest.approx(CUDA_CONTEXT / GIB, abs=0.01)
@@ -155,3 +160,80 @@ def test_run_records_its_plan(trained_run):
     record = json.loads((folder / "run.json").read_text())
     assert record["resolved"]["recomputed_layers"] == 0 and record["resolved"]["capacity"] > 0
     assert record["memory"]["needs"]["total"] > record["memory"]["needs"]["activations"] > 0
+
+
+@pytest.fixture(scope="module")
+def wide_step():
+    """An adapter so wide that Adam's moments weigh."""
+    return rehearse_model(
+        CONFIG, ModelArguments(), LoraArguments(lora_r=256), torch.bfloat16, is_packed=True, offload=True
+    )
+
+
+def plan_for(budget, host=None, streams=None, earlier=None):
+    arguments = (
+        ModelArguments(),
+        DataArguments(source_max_len=1024, target_max_len=1024),
+        LoraArguments(lora_r=256),
+        TrainingArguments(gradient_accumulation_steps=32, gradient_checkpointing="True"),
+    )
+    machine = Machine(True, torch.bfloat16, budget, host_budget=host)
+    return make_plan(CONFIG, arguments, machine, np.array(LENGTHS), True, earlier or {}, streams)
+
+
+@pytest.mark.parametrize("count", range(5))
+def test_short_memory_is_met_by_as_few_savings_as_fit(wide_step, count):
+    capacity = plan_for(80 * GIB).capacity
+    needs = wide_step.measure(1, capacity, LAYERS, "adamw_torch_fused", SAVINGS[:count])
+    one = plan_for(int(needs.total / 0.97) + 1)
+    assert one.fits and one.savings == SAVINGS[:count] and len(one.saving_lines) == count
+    assert all(re.fullmatch(r"memory is short: .* \(0\.\d\d GiB less\)", line) for line in one.saving_lines)
+
+
+def test_savings_are_the_bytes_that_they_leave_out(wide_step):
+    whole, *saved = (
+        wide_step.measure(1, 256, LAYERS, "adamw_torch_fused", SAVINGS[:count]) for count in range(5)
+    )
+    table, trained = 2 * CONFIG.vocab_size * HIDDEN, wide_step.trained
+    inputs = LAYERS * 256 * HIDDEN * 2 if wide_step.offloads else 0
+    assert whole.host == inputs and saved[0].host == inputs + table
+    assert whole.other_weights - saved[0].other_weights == table
+    assert saved[0].adapter - saved[1].adapter == 2 * trained
+    pieces = 3 * 2 * 4 * 2**21  # of two moments
+    assert (saved[2].host - saved[1].host, saved[2].optimizer) == (8 * trained, pieces)
+    assert saved[3].codes == 2 * whole.codes // LAYERS
+    assert saved[3].host - saved[2].host == whole.codes + whole.scales
+    assert whole.activations == saved[3].activations
+
+
+def test_layers_from_the_host_are_all_recomputed_and_need_host_memory(wide_step):
+    needs = wide_step.measure(1, plan_for(80 * GIB).capacity, LAYERS, "adamw_torch_fused", SAVINGS)
+    budget = int(needs.total / 0.97) + 1
+    assert plan_for(budget).savings == SAVINGS and plan_for(budget).fits
+    assert not plan_for(budget, host=needs.host - 1).fits and plan_for(budget, host=needs.host).fits
+    assert (
+        not plan_for(budget, streams=False).fits and "layers" not in plan_for(budget, streams=False).savings
+    )
+    roomy = plan_for(80 * GIB, streams=True)
+    assert roomy.savings == SAVINGS and roomy.recomputed_layers == LAYERS
+    earlier = {
+        "optim": "adamw_torch_fused", "capacity": 4096, "recomputed_layers": LAYERS, "savings": list(SAVINGS),
+    }  # fmt: skip
+    again = plan_for(80 * GIB, earlier=earlier)
+    assert (again.savings, again.capacity) == (SAVINGS, 4096)
+
+
+def test_longest_row_is_the_longest_whose_needs_fit(tiny_model):
+    arguments = (
+        ModelArguments(model_name_or_path=str(tiny_model)), DataArguments(), LoraArguments(lora_r=4),
+        TrainingArguments(),
+    )  # fmt: skip
+    config, budget = load_config(arguments[0]), int(0.3 * GIB)
+    tiny = rehearse_model(config, *arguments[::2], torch.bfloat16, is_packed=True, offload=True)
+    (line,) = find_longest_row(arguments, Machine(True, torch.bfloat16, budget))
+    tokens = int(re.search(r"([\d,]+) tokens \(the GPU ends it\)", line).group(1).replace(",", ""))
+    few, many = (
+        tiny.measure(1, size, 2, "adamw_torch_fused", SAVINGS[:2]) for size in (tokens, tokens + 256)
+    )
+    assert few.total <= 0.97 * budget * 1.01 and many.total > 0.97 * budget * 0.95
+    assert find_longest_row(arguments, Machine(True, torch.bfloat16, None)) == []

@@ -2,6 +2,9 @@
 
 import json
 import re
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from helpers import IDENTITY
 from helpers.models import relative_difference
 from helpers.processes import kill_all, run, run_function, start, train_forked, wait_for
 from helpers.runs import assert_equal_runs, load_weights, read_log
+from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
 
@@ -45,7 +49,9 @@ def test_two_that_share_a_base_equal_one_that_has_it(call_main, small_model, tmp
     argv += ["--do_train", "--do_eval", "--max_eval_samples", 5]
     printed = train_forked(2, *argv, *flags_for(2), "--shard_layers", "--output_dir", two)
     assert "each of 2 processes holds" in printed and "9 steps of 12 rows" in printed
-    call_main("qlora_finetune", *argv, *flags_for(1), "--output_dir", one)
+    alone = call_main("qlora_finetune", *argv, *flags_for(1), "--output_dir", one)
+    counts = [re.search(r"training [\d,]+ of [\d,]+ parameters", text)[0] for text in (printed, alone)]
+    assert counts[0] == counts[1]
     assert_same(two, one, 1e-4)
     evaluated = [json.loads((path / "metrics.json").read_text())["eval_loss"] for path in (two, one)]
     assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-5)
@@ -275,3 +281,108 @@ def test_what_shared_layers_do_not_cover_is_refused_before_weights_load(
     argv = ["--model_name_or_path", small_model, *FLAGS, "--output_dir", tmp_path / "run"]
     with pytest.raises(UserError, match=re.escape(said)):
         call_main("qlora_finetune", *argv, "--shard_layers", *flags)
+
+
+# Memory
+
+
+def save_1b(folder):
+    """A random LLaMA of a billion weights in bfloat16, written a layer at a time; as Qwen2.5 a large vocabulary."""
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    torch.manual_seed(0)
+    hidden, gate, keys, vocabulary, layers = 1536, 6144, 256, 151936, 24
+    folder.mkdir()
+    shapes = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qo"}
+    shapes |= {f"self_attn.{name}_proj": (keys, hidden) for name in "kv"}
+    shapes |= {
+        "mlp.gate_proj": (gate, hidden),
+        "mlp.up_proj": (gate, hidden),
+        "mlp.down_proj": (hidden, gate),
+    }
+    shapes |= {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
+    for layer in range(layers):
+        tensors = {
+            f"model.layers.{layer}.{name}.weight": draw_weight(shape) for name, shape in shapes.items()
+        }
+        save_file(tensors, folder / f"model-{layer}.safetensors", {"format": "pt"})
+    ends = {"model.embed_tokens": (vocabulary, hidden), "model.norm": (hidden,)}
+    tensors = {f"{name}.weight": draw_weight(shape) for name, shape in ends.items()}
+    save_file(tensors, folder / "model-ends.safetensors", {"format": "pt"})
+    files = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            files |= dict.fromkeys(opened.keys(), file.name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=gate,
+        num_hidden_layers=layers,
+        num_attention_heads=24,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)
+    return folder
+
+
+def draw_weight(shape):
+    return (
+        torch.ones(shape, dtype=torch.bfloat16) if len(shape) == 1 else 0.02 * torch.randn(shape).bfloat16()
+    )
+
+
+class AnonymousMemory(threading.Thread):
+    """The most that this process holds, in MiB above what it held before: its own pages, none of a file."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.before = self.most = self.read()
+        self.start()
+
+    def read(self):
+        text = Path("/proc/self/status").read_text()
+        return int(re.search(r"RssAnon:\s+(\d+)", text).group(1)) / 1024
+
+    def run(self):
+        while True:
+            self.most = max(self.most, self.read())
+            time.sleep(0.005)
+
+    def take(self):
+        most, self.most = self.most, self.read()
+        return most - self.before
+
+
+def measure_1b(rank, folder, shared):
+    """MiB: the peak while loading, and that of a micro-batch forward and backward."""
+    from utils.arguments import LoraArguments, TrainingArguments
+    from utils.fast.model import prepare_fast_model
+    from utils.models.adapter import load_model
+
+    memory = AnonymousMemory()
+    model_args = ModelArguments(model_name_or_path=str(folder), shard_layers=shared)
+    model, dtype = load_model(model_args, LoraArguments(lora_r=4), TrainingArguments())
+    loading = memory.take()
+    fast = prepare_fast_model(model, dtype)
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    model.train()
+    ids = torch.arange(64)[None]
+    batch = {"input_ids": ids, "labels": ids, "position_ids": ids, "token_keys": ids, "max_length": 64}
+    batch |= {"label_positions": torch.arange(63), "cu_seqlens": torch.tensor([0, 64], dtype=torch.int32)}
+    loss = fast.run(batch, torch.ones(()) / 63)
+    return loading, memory.take(), loss.item() / 63
+
+
+@pytest.mark.slow
+def test_memory_of_a_process_falls_as_more_share_a_model_of_a_billion_weights(tmp_path, float32_cpu):
+    folder = save_1b(tmp_path / "1b")
+    ((alone, alone_training, loss),) = run_function(1, measure_1b, folder, False)
+    for loading, training, shared_loss in run_function(2, measure_1b, folder, True):
+        print(f"\nloading {alone:.0f} -> {loading:.0f} MiB, a step {alone_training:.0f} -> {training:.0f}")
+        assert alone / loading > 1.7 and alone_training / training > 1.7
+        assert shared_loss == pytest.approx(loss, rel=1e-3)

@@ -58,7 +58,7 @@ def main() -> None:
 
     check_layout(resolved.config)
     if resolved.has_adapter:
-        check_mergeable(resolved.args, resolved.config)
+        check_mergeable(resolved.args, resolved.config, export_args.merge_base)
     elif "quantization_config" in resolved.config:
         raise UserError(f"{resolved.args.base} is stored quantized: name the 16-bit model")
     rows = find_prompts(resolved, export_args)

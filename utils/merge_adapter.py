@@ -20,6 +20,7 @@ from utils.console import UserError, notice, run_main
 from utils.flags.parser import find_given_flags, parse_args
 from utils.models.baichuan import build_llama_config, is_baichuan
 from utils.models.folder import ADAPTER_FILE, ResolvedModel, resolve_model
+from utils.models.hub import find_base_folder
 from utils.models.weight_files import read_json
 from utils.run.record import write_json
 
@@ -77,7 +78,7 @@ def main() -> None:
     model_args, merge_args = parse_args(sys.argv[1:], [ModelArguments, MergeArguments], __doc__)
     output_dir = check_output_dir(model_args, merge_args)
     resolved = resolve_model(model_args, find_given_flags(sys.argv[1:]))
-    check_mergeable(resolved.args, resolved.config)
+    check_mergeable(resolved.args, resolved.config, merge_args.merge_base)
 
     from utils.merge.held_out import load_held_out_rows
     from utils.merge.parity import certify
@@ -102,13 +103,19 @@ def check_output_dir(model_args: ModelArguments, merge_args: MergeArguments) -> 
     return output_dir
 
 
-def check_mergeable(model_args: ModelArguments, config: dict[str, Any]) -> None:
+def check_mergeable(model_args: ModelArguments, config: dict[str, Any], merge_base: str) -> None:
     """Raises UserError for what cannot be merged, before any weight is read."""
     if model_args.full_finetune:
         raise UserError(f"--checkpoint_dir {model_args.checkpoint_dir} holds a whole model: nothing to merge")
     if "quantization_config" in config:
-        raise UserError(
-            f"--model_name_or_path {model_args.model_name_or_path} is stored quantized: name the 16-bit model"
+        name = model_args.model_name_or_path
+        if merge_base == "original" or model_args.bits == 8:
+            how = f"--merge_base {merge_base}" if model_args.bits == 4 else "in 8 bits"
+            raise UserError(
+                f"{name} is stored quantized, {how}: name the 16-bit model (--model_name_or_path)"
+            )
+        notice(
+            f"{name} is stored in 4 bits: its weights are unpacked, exactly, and the adapter is added to them"
         )
     if not (model_args.adapter_dir / ADAPTER_FILE).is_file():
         raise UserError(
@@ -161,25 +168,12 @@ def merge(resolved: ResolvedModel, merge_base: str, output_dir: Path) -> None:
     notice(f"merged into the {merge_base} base: {output_dir}, {changes['dtype']}")
 
 
-def find_base_folder(model_args: ModelArguments) -> Path:
-    """Folder of the base's safetensors, from the hub's cache where it is no folder."""
-    if Path(model_args.base).is_dir():
-        return Path(model_args.base)
-    from huggingface_hub import constants, snapshot_download
-
-    files, offline = ["*.json", "*.safetensors", "*.py"], constants.is_offline_mode()
-    folder = snapshot_download(
-        model_args.base, allow_patterns=files, local_files_only=offline, **model_args.where
-    )
-    return Path(folder)
-
-
 def save_companions(resolved: ResolvedModel, base: Path, config: dict[str, Any], folder: Path) -> None:
     """config.json, tokenizer with its template, generation_config.json with every stop token, model code."""
     from utils.models.tokenizer import load_run_tokenizer
 
     tokenizer = load_run_tokenizer(resolved)
-    kept = {name: value for name, value in config.items() if name != "torch_dtype"}
+    kept = {k: value for k, value in config.items() if k not in ("torch_dtype", "quantization_config")}
     write_json(kept, folder / "config.json")
     tokenizer.raw.save_pretrained(folder)
     path = base / "generation_config.json"

@@ -16,6 +16,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from utils.fast.streamed_layers import StreamedLayers
 from utils.models.rehearsed import cut_layers
 
 
@@ -70,8 +71,14 @@ SHAPES = {
 }
 
 
-def build_random_model(config: PretrainedConfig, bits: int, dtype: torch.dtype, device: str) -> nn.Module:
-    """A frozen causal model of `config`: one layer is built, quantized and copied into place at a time."""
+def build_random_model(
+    config: PretrainedConfig, bits: int, dtype: torch.dtype, device: str, streams: bool = False
+) -> nn.Module:
+    """A frozen causal model of `config`: one layer is built and quantized at a time.
+
+    `streams`: layers go to host memory one by one (utils/fast/streamed_layers.py).
+    """
+    store = StreamedLayers(torch.device(device)) if streams else None
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -85,11 +92,16 @@ def build_random_model(config: PretrainedConfig, bits: int, dtype: torch.dtype, 
                 layer = stack[0] if number == 0 else type(stack[0])(model.config, number)
                 layer.apply(init_linear)
                 quantize_linears(layer, bits, dtype)
+                if store:
+                    store.hold(layer)
                 if number:
                     stack.append(layer)
     finally:
         torch.set_default_dtype(default)
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = bits == 4, bits == 8
+    if store:
+        store.bind()
+        model.streamed_layers = store
     return model.requires_grad_(False)
 
 

@@ -50,6 +50,8 @@ def load_run(resolved: ResolvedModel, dtype: torch.dtype | None = None) -> ChatM
         model = load_adapter(model, str(args.checkpoint_dir))
     model.eval()
     steps = install_graph_decode(model) if model.device.type == "cuda" else None
+    if args.thinking != "auto" and not tokenizer.style.has_switch:
+        notice(f"--thinking {args.thinking} changes nothing: the chat template has no switch for thinking")
     if tokenizer.keeps_blank:
         notice(
             f"{args.checkpoint_dir} was trained by an older version, which tokenized prompts and answers "
@@ -88,7 +90,7 @@ class BatchAnswerer:
     batch_size: int = 8
 
     def answer(self, chats: Sequence[Messages | Chat]) -> list[str]:
-        """One reply to each chat."""
+        """One reply to each chat, a thought in <think> tags first."""
         replies = self.generate([self.tokenizer.encode_prompt(chat) for chat in chats])
         return [self.tokenizer.decode_reply(ids) for ids in replies]
 

@@ -44,9 +44,13 @@ def build_page(
     if chat.context is not None:
         tokens = min(tokens, chat.context)
     chat.decoder.open_slots(page_args.concurrent_replies, tokens, page_args.kept_conversations)
+    if page_args.concurrent_replies > 1 and not chat.decoder.shares_steps:
+        notice("replies at once take turns, a token each (a GPU does one step for all, of LLaMA-like models)")
+    if generation_args.prompt_lookup and chat.decoder.shares_steps:
+        notice("--prompt_lookup has no effect where replies at once share a step")
     sessions = Sessions(speaker)
     with gr.Blocks(title="Chinese-Guanaco", fill_height=True, analytics_enabled=False) as page:
-        parts = add_parts(generation_args, page_args, about, speaker.has_adapter)
+        parts = add_parts(generation_args, page_args, about, speaker.has_adapter, speaker.thinks)
         parts.chatbot.examples = [{"text": text} for text in examples]
         connect_replies(parts, sessions, page_args)
         connect_buttons(parts, sessions)

@@ -25,6 +25,7 @@ from utils.console import UserError
 from utils.messages import Messages
 
 Wish = Callable[[], str | None]  # "", "stop" or "clear": what to do with the reply under way
+SHOW_SECONDS = 0.04  # eight fast replies would keep the server at work with showing them
 STORE_SECONDS = 1.0  # the browser encrypts what it stores: not with each token of a long conversation
 
 
@@ -69,6 +70,18 @@ class Speaker:
     def has_adapter(self) -> bool:
         return self.chat.has_adapter
 
+    @property
+    def thinks(self) -> bool | None:
+        """Whether replies begin with a thought; None where the template has no switch for it."""
+        tokenizer = self.chat.tokenizer
+        return tokenizer.thinks if tokenizer.style.has_switch else None
+
+    def choose_chat(self, sent: Sent) -> ChatModel:
+        """The model with thinking on or off, as the page's setting says."""
+        if self.thinks is None:
+            return self.chat
+        return dataclasses.replace(self.chat, tokenizer=self.chat.tokenizer.switch(bool(sent.settings[-2])))
+
     def stream_answer(self, sent: Sent, wish: Wish) -> Iterator[tuple]:
         """(box, asked, chatbot, said, status) as the reply comes. What is refused is left in `asked`."""
         words = sent.words
@@ -91,11 +104,12 @@ class Speaker:
     def build_prompt(self, turns: Messages, sent: Sent) -> Prompt:
         """Raises UserError for a setting that is none, and where the question is too long."""
         words = sent.words
-        _, system, *numbers, _ = sent.settings
+        _, system, *numbers, _, _ = sent.settings
         system = system.strip() if isinstance(system, str) else system
         opening = [{"role": "system", "content": read_text(system, words)}] if system else []
         generation_args = read_settings(self.start, self.page_args, *read_numbers(numbers, words))
-        fitting = fit_turns(self.chat, opening, turns, generation_args.max_new_tokens, self.page_args, words)
+        chat, length = self.choose_chat(sent), generation_args.max_new_tokens
+        fitting = fit_turns(chat, opening, turns, length, self.page_args, words)
         read = [{"role": turn["role"], "content": turn["content"]} for turn in opening + fitting]
         return Prompt(turns, read, len(turns) - len(fitting), generation_args)
 
@@ -106,19 +120,21 @@ class Speaker:
         yield busy_box(), "", show_messages(prompt.turns, words), now, self.about
 
         limit = self.page_args.limit_seconds
-        under_way = open_reply(self.chat, prompt.read, prompt.generation_args, sent.side == "tuned", limit)
+        chat, is_tuned = self.choose_chat(sent), sent.side == "tuned"
+        under_way = open_reply(chat, prompt.read, prompt.generation_args, is_tuned, limit)
 
         def describe(ended: str) -> str:
             return f"{self.about} · {describe_reply(under_way, ended, prompt.dropped, self.page_args, words)}"
 
-        with closing(stream_text(self.chat.tokenizer, under_way)) as pieces:
-            text, stored = "", time.monotonic()
+        with closing(stream_text(chat.tokenizer, under_way)) as pieces:
+            text, stored, shown = "", time.monotonic(), 0.0
             for piece in pieces:
                 text += piece
                 now = [*prompt.turns, reply | {"content": text.strip()}]
                 if wish():
                     break
-                if stream:
+                if stream and time.monotonic() > shown + SHOW_SECONDS:
+                    shown = time.monotonic()
                     store = time.monotonic() > stored + STORE_SECONDS
                     stored = time.monotonic() if store else stored
                     storage = now if store else gr.skip()

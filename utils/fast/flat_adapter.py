@@ -16,11 +16,14 @@ ALIGNMENT = 16  # elements: a view starts on 32 bytes in 16 bits, where tensor c
 class FlatAdapter:
     """Every adapter weight and gradient as a view of two float32 buffers, with a copy in the compute dtype.
 
+    Where memory is short no copy is kept (`keeps_copy`), and each matrix is rounded when it is used.
+
     `segments`: lists of parameters; the members of one lie end to end, so a list of equally wide matrices is
     also one matrix (the A of q, k and v: one product instead of three). PEFT's modules keep their parameters.
     """
 
-    def __init__(self, segments: list[list[nn.Parameter]], dtype: torch.dtype):
+    def __init__(self, segments: list[list[nn.Parameter]], dtype: torch.dtype, keeps_copy: bool = True):
+        self.dtype = dtype
         device = segments[0][0].device
         self.starts: dict[nn.Parameter, int] = {}
         size = 0
@@ -30,13 +33,16 @@ class FlatAdapter:
                 self.starts[parameter] = size
                 size += parameter.numel()
         self.weights = nn.Parameter(torch.zeros(size, device=device))  # what the optimizer is given
-        self.grads = torch.zeros(size, device=device)
-        is_float32 = dtype == torch.float32
-        self.copy = self.weights.data if is_float32 else torch.zeros(size, device=device, dtype=dtype)
         for parameter in self.starts:
             view = self.view(self.weights.data, [parameter])
             view.copy_(parameter.data)
             parameter.data = view
+        if self.weights.is_cuda:  # the parameters' own memory makes room for what follows
+            torch.cuda.empty_cache()
+        self.grads = torch.zeros(size, device=device)
+        self.copy: torch.Tensor | None = self.weights.data if dtype == torch.float32 else None
+        if keeps_copy and dtype != torch.float32:
+            self.copy = torch.zeros(size, device=device, dtype=dtype)
         self.refresh_copy()
         self.attach_gradients()
 
@@ -60,7 +66,7 @@ class FlatAdapter:
 
     def refresh_copy(self) -> None:
         """Bring the 16-bit copy up to date: one launch, and no way for a resume to leave it stale."""
-        if self.copy.dtype != torch.float32:
+        if self.copy is not None and self.copy.dtype != torch.float32:
             self.copy.copy_(self.weights.data)
 
     def attach_gradients(self) -> None:

@@ -14,6 +14,7 @@ from utils.console import notice
 from utils.fast.graph_capture import CaptureError, capture_graph, round_to_power
 from utils.fast.model import FastModel, MicroBatch
 from utils.fast.rope import find_ropes, is_dynamic
+from utils.fast.streamed_layers import find_store
 
 Size = tuple[int, ...]  # what graph_key makes of a micro-batch
 EagerTime = tuple[torch.cuda.Event, torch.cuda.Event]  # its start and end on the GPU
@@ -117,14 +118,13 @@ class GraphedStep:
             "cu_seqlens": torch.tensor([0, tokens], dtype=torch.int32, device=device),
             "max_length": tokens,
         }
-        grads, scale = self.fast.flat.grads.clone(), torch.zeros((), device=device)
+        scale = torch.zeros((), device=device)  # what is added to the gradients is zero
         for _ in range(2):
             torch.cuda.synchronize()
             start = time.perf_counter()
             self.run_in_pool(batch, scale)
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        self.fast.flat.grads.copy_(grads)
         return seconds
 
     def run_in_pool(self, batch: MicroBatch, scale: torch.Tensor) -> torch.Tensor:
@@ -174,6 +174,8 @@ def find_graph_obstacle(fast: FastModel) -> str | None:
         obstacle = "its layers come from several GPUs"
     if fast.has_own_dropout:
         obstacle = "the base model has dropout of its own"
+    if find_store(fast.model):
+        obstacle = "its layers come from host memory"
     if obstacle:
         notice(f"fast path: without CUDA graphs ({obstacle})")
     return obstacle
@@ -190,7 +192,7 @@ def pad_to_fixed_sizes(batch: MicroBatch) -> MicroBatch:
 
     Each size costs one capture (seconds), each padding some empty work, so the sizes are few:
 
-    rows             a power of two of at least tokens / 128 (and 16); the added rows are empty
+    rows             a power of two of at least tokens / 128 (and 16, at most 64); the added rows are empty
     longest row      a power of two of at least 1,024 tokens, at most all tokens
     label positions  half of the tokens or all of them; the added ones are ignored
 
@@ -200,7 +202,7 @@ def pad_to_fixed_sizes(batch: MicroBatch) -> MicroBatch:
     tokens, ends, positions = batch["input_ids"].shape[1], batch["cu_seqlens"], batch["label_positions"]
     rows, longest = len(ends) - 1, add_max_length(batch)["max_length"]
     if rows * longest != tokens:  # rows of one length stay as they are, for attend_dense
-        rows = round_to_power(rows, max(16, tokens // 128))
+        rows = round_to_power(rows, count_rows(tokens))
         longest = min(round_to_power(longest, 1024), tokens)
     places = -(-tokens // 2) if 2 * len(positions) <= tokens else tokens
     padding = positions.new_full((places - len(positions),), tokens - 1)  # no label follows the last token
@@ -213,6 +215,15 @@ def pad_to_fixed_sizes(batch: MicroBatch) -> MicroBatch:
         "cu_seqlens": torch.cat([ends, ends.new_full((rows + 1 - len(ends),), tokens)]).to(torch.int32),
         "max_length": longest,
     }
+
+
+def count_rows(tokens: int) -> int:
+    """How many rows a packed micro-batch is padded to, at least.
+
+    For each one attention's backward pass holds 128 tokens' worth of gradients in float32: 1,024 rows beside
+    a long one would double what 131,072 tokens need.
+    """
+    return max(16, min(tokens, 8192) // 128)
 
 
 def graph_key(batch: MicroBatch) -> Size:

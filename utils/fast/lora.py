@@ -33,8 +33,6 @@ from utils.fast.kernels import (
     Mask,
     add_low_rank,
     copy_and_drop,
-    gated_activation,
-    gated_activation_backward,
     place_low_rank,
 )
 from utils.fast.keyed_noise import KeyedDropout
@@ -48,6 +46,7 @@ class AdapterGroup:
     """Adapted layers that read one input, or a single layer; their adapter as views of the flat buffers."""
 
     flat: FlatAdapter | None  # None of an adapter that is not trained
+    rounded: list[torch.Tensor] | None  # A and each B in the compute dtype; None where none are kept
 
     def __init__(self, layers: list[AdaptedLayer]):
         self.layers = layers
@@ -64,16 +63,32 @@ class AdapterGroup:
         ]
 
     def bind(self, flat: FlatAdapter) -> None:
-        self.flat, self.dtype = flat, flat.copy.dtype
-        self.A, *self.B = (flat.view(flat.copy, segment) for segment in self.segments)
+        self.flat, self.dtype = flat, flat.dtype
+        copy, segments = flat.copy, self.segments
+        self.rounded = None if copy is None else [flat.view(copy, segment) for segment in segments]
+        self.exact = [flat.view(flat.weights.data, segment) for segment in segments]
         self.A_grad, *self.B_grads = (flat.view(flat.grads, segment) for segment in self.segments)
 
     def bind_frozen(self, dtype: torch.dtype) -> None:
         """For calls without gradient only: a copy of the adapter as it is now."""
         self.flat, self.dtype = None, dtype
-        self.A, *self.B = (
+        self.rounded = [
             torch.cat([weight.detach() for weight in segment]).to(dtype) for segment in self.segments
-        )
+        ]
+
+    def read(self, matrix: int) -> torch.Tensor:
+        """A (0), or B of a layer (from 1 on), in the compute dtype."""
+        return self.exact[matrix].to(self.dtype) if self.rounded is None else self.rounded[matrix]
+
+    @property
+    def A(self) -> torch.Tensor:
+        """Of all layers, one below the other  # [ranks, in]"""
+        return self.read(0)
+
+    @property
+    def B(self) -> list[torch.Tensor]:
+        """Of each layer  # [out, rank]"""
+        return [self.read(1 + i) for i in range(len(self.layers))]
 
     @property
     def anchor(self) -> torch.Tensor | None:
@@ -172,61 +187,3 @@ class FusedProjections(torch.autograd.Function):
         dx, dyb = ctx.group.multiply_grads(dys, ctx.needs_input_grad[0])
         ctx.group.add_gradients(*ctx.group.split(extended), dys, dyb)
         return dx, None, None
-
-
-class FusedMLP(torch.autograd.Function):
-    """y = down(act(gate(x)) * up(x)), as two autograd functions, so that recomputation can stop early.
-
-    Checkpointing runs a layer again only up to the last tensor that it saved. If the down product belonged to
-    this function, the second run would compute it too, only to throw y away: a fifth of the layer's time. So
-    this function saves all that its backward pass needs and returns an empty y with [hidden | ha];
-    DownProduct, which saves nothing, then multiplies y out.
-
-    Of the forward pass gate and up are kept and not their product: the backward pass makes it again, in
-    place.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, x: torch.Tensor, anchor: torch.Tensor, gate_up: AdapterGroup, down: AdapterGroup, act: str
-    ):
-        width = down.bases[0].in_features
-        extended = gate_up.append_low_rank(x)
-        sides = x.new_empty(len(x), 2 * width)  # gate and up, side by side
-        gate_up.multiply(extended, list(sides.split(width, 1)))
-        buffer = x.new_empty(len(x), width + sum(down.ranks))  # [hidden | ha]
-        dropped = gated_activation(sides, buffer[:, :width], act, down.mask)
-        torch.mm(dropped, down.A.t(), out=buffer[:, width:])
-        ctx.gate_up, ctx.down, ctx.act = gate_up, down, act
-        ctx.save_for_backward(extended, sides, buffer[:, width:].contiguous())
-        ctx.mark_non_differentiable(buffer)
-        return x.new_empty(len(x), down.bases[0].out_features), buffer
-
-    @staticmethod
-    def backward(ctx, dy: torch.Tensor, _):
-        extended, sides, ha = ctx.saved_tensors
-        hidden, dyb = ctx.down.multiply_grads([dy], True)  # so far the gradient of hidden
-        gated_activation_backward(sides, hidden, ctx.act, ctx.down.mask)
-        ctx.down.add_gradients(hidden, ha, [dy], dyb)
-        del hidden
-        dys = list(sides.split(sides.shape[1] // 2, 1))
-        dx, dyb = ctx.gate_up.multiply_grads(dys, ctx.needs_input_grad[0])
-        ctx.gate_up.add_gradients(*ctx.gate_up.split(extended), dys, dyb)
-        return dx, None, None, None, None
-
-
-class DownProduct(torch.autograd.Function):
-    """Fills the y that FusedMLP returned.
-
-    The gradient passes through, as FusedMLP's backward does the rest.
-    """
-
-    @staticmethod
-    def forward(ctx, y: torch.Tensor, buffer: torch.Tensor, down: AdapterGroup):
-        down.multiply(buffer, [y])
-        ctx.mark_dirty(y)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy: torch.Tensor):
-        return dy, None, None

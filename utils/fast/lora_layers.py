@@ -16,8 +16,9 @@ from torch import nn
 
 from utils.fast.few_tokens import is_few, multiply_few
 from utils.fast.flat_adapter import FlatAdapter
+from utils.fast.fused_mlp import MLP, run_mlp
 from utils.fast.keyed_noise import SHARED_INPUT
-from utils.fast.lora import ADAPTER, AdaptedLayer, AdapterGroup, DownProduct, FusedMLP, FusedProjections
+from utils.fast.lora import ADAPTER, AdaptedLayer, AdapterGroup, FusedProjections
 from utils.fast.trials import is_near
 
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu", "PytorchGELUTanh": "gelu"}
@@ -79,18 +80,17 @@ def without_autocast(x: torch.Tensor) -> AbstractContextManager:
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
-def forward_mlp(
-    gate_up: AdapterGroup, down: AdapterGroup, act: str, plain: Callable, x: torch.Tensor
-) -> torch.Tensor:
-    if not down.covers_call() or is_few(gate_up, x):
+def forward_mlp(mlp: MLP, plain: Callable, x: torch.Tensor) -> torch.Tensor:
+    if not mlp.down.covers_call() or is_few(mlp.gate_up, x):
         return plain(x)
-    flat_x = x.reshape(-1, x.shape[-1]).to(down.dtype).contiguous()
     with without_autocast(x):
-        y = DownProduct.apply(*FusedMLP.apply(flat_x, down.anchor, gate_up, down, act), down)
+        y = run_mlp(x.reshape(-1, x.shape[-1]).to(mlp.down.dtype).contiguous(), mlp)
     return y.view(*x.shape[:-1], -1)
 
 
-def install_fast_lora(model: nn.Module, dtype: torch.dtype) -> tuple[FlatAdapter, list[str]]:
+def install_fast_lora(
+    model: nn.Module, dtype: torch.dtype, keeps_copy: bool = True
+) -> tuple[FlatAdapter, list[str]]:
     """Replace the forward of every adapted layer that the fused path covers.
 
     Returns the flat adapter and what is not covered: that keeps PEFT's forward, under autocast as in
@@ -102,7 +102,7 @@ def install_fast_lora(model: nn.Module, dtype: torch.dtype) -> tuple[FlatAdapter
     rest = [
         parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in known
     ]
-    flat = FlatAdapter(segments + [[parameter] for parameter in rest], dtype)
+    flat = FlatAdapter(segments + [[parameter] for parameter in rest], dtype, keeps_copy)
     uncovered = {layer: obstacle for layer, obstacle in obstacles.items() if obstacle}
     is_cast = dtype != torch.float32 and not flat.grads.is_meta
     for layer in uncovered if is_cast else ():
@@ -164,7 +164,7 @@ def install_mlp(mlp: nn.Module, groups: list[AdapterGroup]) -> None:
     down = [group for group in groups if group.layers == [children.get("down_proj")]]
     if act is None or not down or not gate_up or len(gate_up[0].layers) != 2:
         return
-    fused = partial(forward_mlp, gate_up[0], down[0], act, mlp.forward)
+    fused = partial(forward_mlp, MLP(gate_up[0], down[0], act), mlp.forward)
     was_training = mlp.training
     mlp.eval()
     generator = torch.Generator().manual_seed(0)

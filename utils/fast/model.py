@@ -38,14 +38,19 @@ class FastModel:
     """
 
     def __init__(
-        self, model: PeftModel, dtype: torch.dtype, offload: bool, recomputed_layers: int | None = None
+        self,
+        model: PeftModel,
+        dtype: torch.dtype,
+        offload: bool,
+        recomputed_layers: int | None = None,
+        keeps_copy: bool = True,
     ):
         self.model, self.dtype, self.recomputed_layers = model, dtype, recomputed_layers
         causal_model: Any = model.get_base_model()
         self.causal_model: PreTrainedModel = causal_model
         self.keys = key_dropout(model)
         self.shards: ShardedLayers | None = getattr(causal_model, "shards", None)  # several processes' layers
-        self.flat, self.uncovered = install_fast_lora(model, dtype)
+        self.flat, self.uncovered = install_fast_lora(model, dtype, keeps_copy)
         # Every forward pass begins at the embedding.
         self.causal_model.get_input_embeddings().register_forward_pre_hook(self.refresh_for_evaluation)
         self.attention_obstacle = find_attention_obstacle(self.causal_model)
@@ -123,12 +128,17 @@ class FastModel:
 
 
 def prepare_fast_model(
-    model: nn.Module, dtype: torch.dtype, offload: bool = True, recomputed_layers: int | None = None
+    model: nn.Module,
+    dtype: torch.dtype,
+    offload: bool = True,
+    recomputed_layers: int | None = None,
+    keeps_copy: bool = True,
 ) -> FastModel | str:
     """The fused path of `model`, computing in `dtype`; a line why not where it does not apply.
 
     `offload`: on a GPU the layer inputs that checkpointing keeps wait in the host's memory.
     `recomputed_layers`: how many, the first ones, checkpointing recomputes where it is on; None: all.
+    `keeps_copy`: of the adapter in 16 bits (flat_adapter.py).
     """
     if not isinstance(model, PeftModel):
         return "every weight is trained, there is no adapter to fuse"
@@ -145,7 +155,7 @@ def prepare_fast_model(
         return f"no adapted layer is covered: {', '.join(sorted(set(filter(None, obstacles))))}"
     if model.device.type == "cuda":
         apply_liger(model.get_base_model())
-    fast = FastModel(model, dtype, offload, recomputed_layers)
+    fast = FastModel(model, dtype, offload, recomputed_layers, keeps_copy)
     if model.device.type != "meta":
         fast.print_obstacles()
     return fast

@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from utils.console import notice
-from utils.fast.memory import read_host_memory
+from utils.fast.memory import allocate_pinned, read_host_memory
 
 checkpoint_layer = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 SMALLEST_WIDTH = 2048  # hidden_size from which a layer computes for longer than its input is copied
@@ -68,7 +68,7 @@ class HostOffload:
                 notice(f"host memory runs short: inputs of layers from {number} on stay on the GPU")
             self.is_full = True
             return None
-        buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        buffer = allocate_pinned(size)
         self.outgrown += self.pinned_buffers[number : number + 1]
         self.pinned_buffers[number : number + 1] = [buffer]
         return buffer

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from utils.fast.graphed_step import count_rows
 from utils.fast.model import FastModel, MicroBatch
 from utils.fast.offload import checkpoint_layer
 
@@ -100,7 +101,11 @@ def rehearse_step(fast: FastModel, batch: MicroBatch) -> int:
     """Bytes at the peak of one micro-batch's forward and backward pass, beside the model and `batch`."""
     scale = torch.zeros((), device="meta")
     given = [*fast.model.parameters(), *fast.model.buffers(), fast.flat.weights, fast.flat.grads]
-    given += [fast.flat.copy, scale, *(x for x in batch.values() if isinstance(x, torch.Tensor))]
+    given += [
+        *([] if fast.flat.copy is None else [fast.flat.copy]),
+        scale,
+        *(x for x in batch.values() if isinstance(x, torch.Tensor)),
+    ]
     with LiveBytes(given) as bytes_:
         fast.run(batch, scale)
     return bytes_.peak
@@ -112,8 +117,9 @@ def make_packed_batch(tokens: int) -> MicroBatch:
     with torch.device("meta"):
         batch: MicroBatch = {name: torch.zeros(1, tokens, dtype=torch.int64) for name in names}
         batch["label_positions"] = torch.zeros(-(-tokens // 2), dtype=torch.int64)
-        batch["cu_seqlens"] = torch.zeros(max(16, tokens // 128) + 1, dtype=torch.int32)
-    return batch | {"max_length": min(1024, tokens)}
+        batch["cu_seqlens"] = torch.zeros(count_rows(tokens) + 1, dtype=torch.int32)
+    longest = 1024 if count_rows(tokens) * 1024 != tokens else 1000  # not rows of one length
+    return batch | {"max_length": min(longest, tokens)}
 
 
 def make_padded_batch(rows: int, width: int) -> MicroBatch:

@@ -128,3 +128,13 @@ def pad_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
 def find_vocabulary(head: Any) -> ShardedVocabulary | None:
     """That of an output layer of which each process holds a share."""
     return getattr(head, "vocabulary", None)
+
+
+def count_elsewhere(model: Any) -> int:
+    """Weights of embedding and output layer that other processes hold."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    shared = find_vocabulary(head)
+    if shared is None:
+        return 0
+    rows = {embedding.weight, head.weight}  # one where they are tied
+    return sum((shared.tokens - len(weight)) * weight.shape[1] for weight in rows)

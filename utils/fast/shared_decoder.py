@@ -52,8 +52,12 @@ class SharedDecoder:
 
         One step for all, 8 at most, where kernels apply and memory has room; else a token each in turn.
         `kept`: so many of the latest conversations are kept for their next turn. `for_many`: on a CPU, too,
-        one step for all, though a reply alone may then take half as long again (shared_forward.py).
+        one step for all, though a reply alone may then take half as long again (shared_forward.py). Waits for
+        what is under way.
         """
+        thread = self.thread
+        if thread is not None:
+            thread.join()
         kept = self.engine.most_kept if kept is None else kept
         slots = self.engine if isinstance(self.engine, Slots) else None
         if isinstance(self.steps, GraphDecoder) and not (slots and slots.has(count, tokens)):

@@ -8,6 +8,8 @@ layer is recomputed, and after any resume. The row goes by its number in the tra
 the step: a step lies within one epoch, which has a row once, and no process need know what the others have.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,18 @@ class TokenKeys:
         if self.is_used:
             self.micro_batch = micro_batch
             self.keys = scramble(micro_batch["token_keys"].flatten() + self.step_key)
+
+    @contextmanager
+    def narrowed(self, tokens: slice) -> Iterator[None]:
+        """Within it, the micro-batch consists of these of its tokens."""
+        whole = self.keys if self.is_used else None
+        try:
+            if whole is not None:
+                self.keys = whole[tokens]
+            yield
+        finally:
+            if whole is not None:
+                self.keys = whole
 
     def find(self, x: torch.Tensor) -> torch.Tensor:
         """The key of each row of `x`  # int64 [tokens]

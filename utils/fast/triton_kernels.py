@@ -37,6 +37,15 @@ def unpack_4bit_kernel(
 
 
 @triton.jit
+def gather_rows_kernel(table, ids, out, width, BLOCK: tl.constexpr):
+    """Rows of a table that may lie in pinned host memory."""
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside, chosen = column < width, tl.load(ids + row)
+    values = tl.load(table + chosen * width + column, mask=inside)
+    tl.store(out + row * width + column, values, mask=inside)
+
+
+@triton.jit
 def unpack_8bit_kernel(weight, out, out_stride, row_max, columns, BLOCK: tl.constexpr):
     """int8 weights to 16 bits: value * the row's maximum / 127, as LLM.int8() stores them."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

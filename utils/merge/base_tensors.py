@@ -4,12 +4,14 @@ They differ where a checkpoint leaves out the first word (BLOOM's `h.0` is the m
 where it packs several weights in one (Baichuan's W_pack holds q, k and v, one under the other).
 """
 
+import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit
 from safetensors import safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -17,6 +19,7 @@ from transformers.modeling_utils import str_to_torch_dtype
 
 from utils.console import UserError
 from utils.models.baichuan import PACKED, cut_rows
+from utils.models.stored_quantized import CODES_STATE, find_codes, is_part
 from utils.models.weight_files import read_json
 
 if TYPE_CHECKING:
@@ -46,7 +49,48 @@ class Stored:
         )
 
 
-def open_tensors(base: Path, packed: bool, stack: ExitStack) -> dict[str, Stored]:
+@dataclass(frozen=True)
+class StoredCodes:
+    """A weight in 4 bits: what its codes and scales stand for, as a Stored is read."""
+
+    parts: dict[str, Stored]  # by the end of their names: "" of the codes, ".absmax", ...
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What is no tensor of it: shape, dtype, block size, ..."""
+        packed = next(part for end, part in self.parts.items() if end.startswith(CODES_STATE))
+        return json.loads(bytes(packed.read().tolist()))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.about["dtype"])
+
+    @property
+    def shape(self) -> list[int]:
+        return self.about["shape"]
+
+    def read(self) -> torch.Tensor:
+        """Unrounded, in float32."""
+        tensors = {end.removeprefix("."): part.read() for end, part in self.parts.items()}
+        codes = tensors.pop("")
+        state = QuantState.from_dict(tensors, device=codes.device)
+        state.dtype = torch.float32
+        return dequantize_4bit(codes, state)
+
+
+def join_codes(stored: dict[str, Stored]) -> dict[str, Stored | StoredCodes]:
+    """`stored` with the tensors of each 4-bit weight as one."""
+    joined: dict[str, Stored | StoredCodes] = {
+        name: tensor for name, tensor in stored.items() if not is_part(name)
+    }
+    parts = {name: tensor for name, tensor in stored.items() if is_part(name)}
+    for codes in find_codes(list(parts)):
+        own = {name.removeprefix(codes): tensor for name, tensor in parts.items() if name.startswith(codes)}
+        joined[codes] = StoredCodes({"": stored[codes]} | own)
+    return joined
+
+
+def open_tensors(base: Path, packed: bool, stack: ExitStack) -> dict[str, Stored | StoredCodes]:
     """{name on disk: tensor} of the model in `base`; `packed`: W_pack is cut into q, k and v."""
     index = base / "model.safetensors.index.json"
     files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
@@ -59,7 +103,7 @@ def open_tensors(base: Path, packed: bool, stack: ExitStack) -> dict[str, Stored
             is_packed = packed and key.endswith(PACKED)
             cuts = cut_rows(key, Stored(file, key).shape[0]) if is_packed else {key: None}
             stored |= {part: Stored(file, key, rows) for part, rows in cuts.items()}
-    return stored
+    return join_codes(stored)
 
 
 def find_names_on_disk(model: "PreTrainedModel", names: list[str]) -> dict[str, str]:

@@ -46,7 +46,8 @@ def certify(resolved: ResolvedModel, rows: tuple[Rows, DataArguments], folder: P
         trained.args, model_name_or_path=str(folder), checkpoint_dir=None, bits=16, revision=None
     )
     chat = load_run(trained)
-    parts = tokenize_rows(rows[0], chat.tokenizer, rows[1])
+    asked = (trained.record or {"arguments": {}})["arguments"].get("thinking", "auto")
+    parts = tokenize_rows(rows[0], dataclasses.replace(chat.tokenizer, thinking=asked), rows[1])
     held_out = next(parts[part] for part in (EVAL, TEST) if len(parts[part]))
     examples = limit_tokens([held_out[i] for i in range(len(held_out))])
     reference, tokenizer = read_examples(chat, examples), chat.tokenizer

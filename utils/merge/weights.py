@@ -14,7 +14,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from utils.arguments import ModelArguments
 from utils.console import UserError
-from utils.merge.base_tensors import Stored, find_names_on_disk, open_tensors
+from utils.merge.base_tensors import Stored, StoredCodes, find_names_on_disk, open_tensors
 from utils.merge.shards import save_sharded
 from utils.models.baichuan import is_baichuan
 from utils.models.base import build_quantization, build_without_weights, choose_compute_dtype
@@ -94,8 +94,11 @@ def open_merged(
 
         def build(on_disk: str) -> torch.Tensor:
             name, weight = in_model.get(on_disk, on_disk), stored[on_disk].read()
-            if name in quantized:
-                weight = dequantize(weight.to(dtype_out or dtype), model_args)  # unrounded in float32
+            if isinstance(stored[on_disk], StoredCodes):
+                weight = weight.to(dtype_out or dtype)  # rounded as training did
+            elif name in quantized:
+                # What training quantized; float32 leaves what comes out unrounded.
+                weight = dequantize(weight.to(dtype).to(dtype_out or dtype), model_args)
             if name in updates:
                 parts = {part: adapter.get_tensor(key) for part, key in updates[name].items()}
                 weight = update_tensor(weight, parts, find_scale(name, parts, adapter_config or {}))
@@ -112,7 +115,7 @@ def open_adapter(model_args: ModelArguments, stack: ExitStack) -> Any:
     return stack.enter_context(safe_open(model_args.adapter_dir / ADAPTER_FILE, "pt"))
 
 
-def plan_tensors(stored: dict[str, Stored], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def plan_tensors(stored: dict[str, Stored | StoredCodes], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """What is written, on the meta device: the base's tensors by their names on disk, floats as `dtype`."""
     return {
         name: torch.empty(
@@ -133,7 +136,7 @@ def check_all_used(keys: Iterable[str], used: set[str]) -> None:
 
 
 def untie_embeddings(
-    model: "PreTrainedModel", updates: Updates, stored: dict[str, Stored], names: dict[str, str]
+    model: "PreTrainedModel", updates: Updates, stored: dict[str, Stored | StoredCodes], names: dict[str, str]
 ) -> bool:
     """Give embedding and output layer a tensor each where they share one and the adapter changes either.
 
@@ -188,7 +191,7 @@ def find_updates(keys: Iterable[str]) -> Updates:
     return updates
 
 
-def check_fits(name: str, tensor: Stored | None, parts: dict[str, str], adapter: Any) -> None:
+def check_fits(name: str, tensor: Stored | StoredCodes | None, parts: dict[str, str], adapter: Any) -> None:
     """Raises UserError where the base has no tensor `name`, or one of another shape than the adapter's."""
     key = parts[min(parts)]
     if tensor is None:

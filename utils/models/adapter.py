@@ -31,18 +31,24 @@ ADAPTABLE = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, Conv1D)  # of
 
 
 def load_model(
-    model_args: ModelArguments, lora_args: LoraArguments, training_args: TrainingArguments
+    model_args: ModelArguments,
+    lora_args: LoraArguments,
+    training_args: TrainingArguments,
+    streams: bool = False,
 ) -> "tuple[PeftModel | PreTrainedModel, torch.dtype]":
-    """What is trained or evaluated: the frozen base with its adapter, and the dtype that it computes in."""
+    """What is trained or evaluated: the frozen base with its adapter, and the dtype that it computes in.
+
+    `streams`: the layers of the base wait in host memory.
+    """
     dtype = choose_compute_dtype(model_args)
-    set_seed(training_args.seed)  # the adapter's first weights follow from it
     join_processes(model_args.use_cpu, training_args.extra.get("ddp_timeout"))
     if model_args.shard_layers:
         from utils.models.sharded import load_sharded
 
         base = load_sharded(model_args, dtype)
     else:
-        base = load_base(model_args, dtype)
+        base = load_base(model_args, dtype, streams=streams)
+    set_seed(training_args.seed)  # the adapter's first weights follow from it, whatever loading drew
     return add_adapter(base, model_args, lora_args, trainable=training_args.do_train), dtype
 
 

@@ -29,13 +29,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging
 
 from utils.arguments import ModelArguments
-from utils.console import UserError, notice
+from utils.console import UserError, notice, notice_once
 from utils.fast.capability import has_bfloat16
 from utils.fast.frozen_weights import replace_by_dense, unpack_8bit_layers
 from utils.fast.rope import follow_each_batch
+from utils.fast.streamed_layers import stream_layers
 from utils.models.baichuan import build_llama_config, is_baichuan, load_baichuan
 from utils.models.cpu import choose_cpu_dtype, keep_weights_unpacked, repacks_weights
 from utils.models.folder import CONVERT, read_model_config
+from utils.models.stored_quantized import compute_in
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -57,7 +59,7 @@ def choose_compute_dtype(model_args: ModelArguments) -> torch.dtype:
         return torch.float32
     if has_gpu(model_args):
         if model_args.bf16 and not has_bfloat16():
-            notice("this GPU has no bfloat16: computing in float16 with a loss scale")
+            notice_once("this GPU has no bfloat16: computing in float16 with a loss scale")
         return torch.bfloat16 if has_bfloat16() and asked != torch.float16 else torch.float16
     if choose_cpu_dtype() == torch.bfloat16 and asked != torch.float16:
         return torch.bfloat16
@@ -72,21 +74,29 @@ def has_gpu(model_args: ModelArguments) -> bool:
     return torch.cuda.is_available() and not model_args.use_cpu
 
 
-def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = True) -> "PreTrainedModel":
+def load_base(
+    model_args: ModelArguments, dtype: torch.dtype, trainable: bool = True, streams: bool = False
+) -> "PreTrainedModel":
     """The base model in 4, 8, 16 or 32 bits, frozen unless all of it is trained.
 
     `trainable`: gradients will flow through it; a process that only chats has faster ways on a CPU.
+    `streams`: its quantized layers stay in host memory (fast/streamed_layers.py).
     """
     config = read_model_config(model_args)
     report_experts(model_args, config)
+    is_stored = "quantization_config" in config  # in bits that model_args know (stored_quantized.py)
     options: dict[str, Any] = {
         "dtype": choose_weight_dtype(model_args, dtype),
-        "quantization_config": build_quantization(model_args, dtype),
         "use_safetensors": None if model_args.allow_pickle else True,
     }
-    options |= model_args.where | choose_placement(model_args)
-    if options["device_map"] != "auto":  # else accelerate keeps to the cap, layer by layer
-        cap_memory(model_args, options["device_map"][""])
+    if not is_stored:
+        options["quantization_config"] = build_quantization(model_args, dtype)
+    placement = choose_placement(model_args)
+    options |= model_args.where | placement
+    if placement["device_map"] != "auto":  # else accelerate keeps to the cap, layer by layer
+        cap_memory(model_args, placement["device_map"][""])
+    if streams:
+        options["device_map"] = {"": "cpu"}
     name = model_args.base
     with unknown_models_explained(model_args):
         if is_baichuan(config):
@@ -95,6 +105,8 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
             model = AutoModelForCausalLM.from_pretrained(
                 name, trust_remote_code=model_args.trust_remote_code, **options
             )
+    if is_stored:
+        compute_in(model, dtype)
     if model_args.bits == 8:
         unpack_8bit_layers(model)  # bitsandbytes' own product rounds the input to 8 bits, too
     # On a CPU bitsandbytes may repack 4-bit weights, which no gradient survives; a chat without that layout
@@ -103,6 +115,10 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype, trainable: bool = 
         keep_weights_unpacked(model)
         if not trainable and not has_gpu(model_args):
             replace_by_dense(model, dtype)
+    if streams:
+        device = torch.device(placement["device_map"][""])
+        stream_layers(model, device)
+        model.hf_device_map = placement["device_map"]  # where accelerate is to believe it is
     follow_each_batch(model)  # rotary frequencies by the rows at hand (fast/rope.py)
     model.requires_grad_(model_args.full_finetune)
     return model

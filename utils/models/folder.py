@@ -9,9 +9,11 @@ import transformers
 
 from utils.arguments import ModelArguments
 from utils.console import UserError, notice
+from utils.messages import Thinking
 from utils.models.baichuan import is_baichuan, split_shapes
 from utils.models.hub import download_config
 from utils.models.model_scope import download_model, is_on_modelscope
+from utils.models.stored_quantized import follow_stored_bits
 from utils.models.weight_files import check_tokenizer, find_misfit, read_base_shapes, read_json, read_shapes
 from utils.prompts import read_template
 from utils.run.places import find_base
@@ -56,6 +58,15 @@ class ResolvedModel:
         return self.record["prompt"]["stop_ids"] if self.record and self.template is None else None
 
     @property
+    def thinking(self) -> Thinking:
+        """--thinking, or what the run recorded; auto: the template's own default."""
+        return self.recorded_thinking if self.args.thinking == "auto" else self.args.thinking
+
+    @property
+    def recorded_thinking(self) -> Thinking:
+        return ((self.record or {}).get("prompt") or {}).get("thinking") or "auto"
+
+    @property
     def keeps_blank(self) -> bool:
         """Whether the run is of a version that tokenized prompts and answers apart."""
         return self.record is not None and self.record.get("tokenization") != TOKENIZATION
@@ -77,10 +88,15 @@ def resolve_model(model_args: ModelArguments, given: set[str], template: str | N
         model_args = fill_in_recorded(model_args, given, folder, record)
     model_args = dataclasses.replace(model_args, model_name_or_path=find_model(model_args))
     config = read_model_config(model_args)
+    model_args = follow_stored_bits(model_args, config, given)
     check_adapter_fits(model_args, config)
     if template is not None:
         read_template(template)
-    return ResolvedModel(model_args, config, record, template)
+    resolved = ResolvedModel(model_args, config, record, template)
+    recorded = resolved.recorded_thinking
+    if recorded != "auto" and resolved.thinking != recorded:
+        notice(f"--thinking {resolved.thinking} overrides the run's {recorded}")
+    return resolved
 
 
 def fill_in_recorded(

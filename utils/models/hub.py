@@ -28,6 +28,19 @@ def download_config(model_args: ModelArguments) -> Path:
         ) from error
 
 
+def find_base_folder(model_args: ModelArguments) -> Path:
+    """Folder of the base's safetensors, from the hub's cache where it is no folder."""
+    if Path(model_args.base).is_dir():
+        return Path(model_args.base)
+    from huggingface_hub import constants, snapshot_download
+
+    files, offline = ["*.json", "*.safetensors", "*.py"], constants.is_offline_mode()
+    folder = snapshot_download(
+        model_args.base, allow_patterns=files, local_files_only=offline, **model_args.where
+    )
+    return Path(folder)
+
+
 def reach_hub(what: str) -> None:
     """Raises UserError at once where the hub cannot be reached; its client would retry for half a minute."""
     from huggingface_hub import constants

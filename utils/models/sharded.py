@@ -48,10 +48,10 @@ def load_sharded(model_args: ModelArguments, dtype: torch.dtype) -> Any:
     with state.local_main_process_first():  # one download a machine
         read = WeightReader(find_weight_files(model_args), model, weight_dtype, state.device)
     quantization = Quantization(model_args.quant_type, model_args.double_quant, weight_dtype, state.device)
+    load_vocabulary(model, read)
     model.shards = ShardedLayers([layer for _, layer in list_layers(model)], quantization)
     for name, _ in list_layers(model):
         model.shards.fill(lambda linear, layer=name: read(f"{layer}.{linear}.weight"))
-    load_vocabulary(model, read)
     load_others(model, read)
     model.is_loaded_in_4bit, model.quantization_method = True, QuantizationMethod.BITS_AND_BYTES
     keep_weights_unpacked(model)

@@ -26,8 +26,10 @@ def describe_optimizer(optimizer: Any) -> str:
     """What has a state of the same form, e.g. `bitsandbytes AdamW, 8 bits`; a paged form is no other."""
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
     bits = getattr(getattr(optimizer, "args", None), "optim_bits", None)
-    package = type(optimizer).__module__.partition(".")[0]
-    return f"{package} {type(optimizer).__name__}" + (f", {bits} bits" if bits else "")
+    # Where our own form of a library's keeps its state (utils/train/host_adam.py) does not matter either.
+    kind = next(kind for kind in type(optimizer).__mro__ if not kind.__module__.startswith("utils."))
+    package = kind.__module__.partition(".")[0]
+    return f"{package} {kind.__name__}" + (f", {bits} bits" if bits else "")
 
 
 def match_state(

@@ -14,8 +14,10 @@ from utils.arguments import DataArguments, LoraArguments, ModelArguments, Traini
 from utils.console import UserError, notice
 from utils.data.packing import PackingCollator, PaddingCollator
 from utils.data.token_rows import TokenRows
+from utils.fast.host_embedding import move_embedding
 from utils.fast.model import prepare_fast_evaluation, prepare_fast_model
 from utils.fast.rope import find_shared_length
+from utils.fast.streamed_layers import find_store
 from utils.fast.trials import find_packing_obstacle
 from utils.messages import EVAL, TEST, TRAIN
 from utils.models.base import has_gpu
@@ -28,6 +30,7 @@ from utils.train.callbacks import ProgressLine
 from utils.train.dry_run import describe_plan
 from utils.train.engine import Engine, FastEngine, PlainEngine, find_flag_obstacle
 from utils.train.plan import Plan, choose_optim, find_machine, make_plan
+from utils.train.savings import COPY, EMBEDDING, OPTIMIZER
 from utils.train.summary import choose_logging_steps, describe_start
 from utils.train.trainer import QLoraTrainer
 
@@ -48,9 +51,10 @@ def build_trainer(
     earlier = read_resolved(training_args)
     packs = find_packing(model, training_args)
     arguments = (model_args, data_args, lora_args, training_args)
-    plan = make_plan(model.config, arguments, find_machine(model_args, dtype), lengths, packs, earlier)
+    machine, streams = find_machine(model_args, dtype), find_store(model) is not None
+    plan = make_plan(model.config, arguments, machine, lengths, packs, earlier, streams)
     if plan.needs and training_args.do_train:
-        notice(describe_plan(plan))
+        notice("\n".join([describe_plan(plan), *plan.saving_lines]))
     collator = choose_collator(model, tokenizer.raw, packs, plan, model_args, training_args)
     training_args = choose_optimizer(model, training_args, plan, earlier.get("optim"))
     logging_steps = choose_logging_steps(len(lengths), training_args)
@@ -61,6 +65,7 @@ def build_trainer(
         "path": engine.name,
         "capacity": plan.capacity,
         "recomputed_layers": plan.recomputed_layers,
+        "savings": list(plan.savings),
     }
     run.record["memory"] = plan.describe()
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.raw.pad_token_id
@@ -126,14 +131,16 @@ def choose_engine(
     if not training_args.do_train:
         prepare_fast_evaluation(model, dtype)
         return PlainEngine(model)
+    if EMBEDDING in plan.savings:
+        move_embedding(model)
     fast = find_flag_obstacle(training_args) or prepare_fast_model(
-        model, dtype, training_args.offload_checkpoints, plan.recomputed_layers
+        model, dtype, training_args.offload_checkpoints, plan.recomputed_layers, COPY not in plan.savings
     )
     if isinstance(fast, str):
         began = ", and this run began on the fused one" if earlier == "fused" else ""
         notice(f"--fast_lora: the plain path is used ({fast}){began}")
         return PlainEngine(model)
-    return FastEngine(fast)
+    return FastEngine(fast, keeps_state_on_host=OPTIMIZER in plan.savings)
 
 
 def check_sharded(model_args: ModelArguments, training_args: TrainingArguments, engine: Engine) -> None:

@@ -1,20 +1,25 @@
 """--dry_run: what a run would hold in memory and how long it would take, before weights are loaded."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from utils.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments
 from utils.console import notice
 from utils.data.token_rows import TokenRows
+from utils.fast.fused_mlp import TILE
 from utils.fast.loss import CHUNK_ELEMENTS
 from utils.fast.trials import takes_positions
 from utils.messages import TRAIN
 from utils.models.base import CUDA_CONTEXT, build_without_weights, choose_compute_dtype, has_gpu, load_config
-from utils.train.needs import WORKSPACE
-from utils.train.plan import Arguments, Machine, Plan, find_machine, make_plan
+from utils.run.resume import read_resolved
+from utils.train.needs import WORKSPACE, StepNeeds, rehearse_model
+from utils.train.plan import MARGIN, Arguments, Machine, Plan, find_machine, list_ladder, make_plan
+from utils.train.savings import LAYERS, Savings
 
 GIB = 2**30
+LONG = 2**16  # tokens from which bytes grow evenly, of any model
 
 
 def print_plan(
@@ -27,36 +32,36 @@ def print_plan(
     """The table of the plan, and where it does not fit the cheapest single change that makes it fit."""
     arguments = (model_args, data_args, lora_args, training_args)
     machine = choose_machine(model_args)
-    plan = plan_without_weights(datasets, arguments, machine)
     if training_args.num_gpus > 1:
-        plan = print_ways(datasets, arguments, machine, plan)
-    notice("\n".join(render_table(plan)))
+        plan = print_ways(datasets, arguments, machine)
+    else:
+        plan = plan_without_weights(datasets, arguments, machine)
+    notice("\n".join(render_table(plan) + find_longest_row(arguments, machine)))
     if not plan.fits:
         change = find_change(datasets, arguments, machine)
         notice(f"it fits with {change}" if change else "no single flag makes it fit: take a smaller model")
 
 
-def print_ways(datasets: dict[str, TokenRows], arguments: Arguments, machine: Machine, alone: Plan) -> Plan:
-    """What each of --num_gpus GPUs holds in each way of using them; the plan of the first that fits.
-
-    `alone`: that of one GPU, which is also that of a copy on each.
-    """
-    gpus = arguments[3].num_gpus
+def print_ways(datasets: dict[str, TokenRows], arguments: Arguments, machine: Machine) -> Plan:
+    """What each of --num_gpus GPUs holds in each way of using them; the plan of the first that fits."""
+    model_args, gpus = arguments[0], arguments[3].num_gpus
+    alone = plan_without_weights(datasets, arguments, machine, streams=False)
     shared = plan_without_weights(datasets, arguments, replace(machine, shares=gpus))
-    ways = {
-        "one GPU alone": alone,
-        f"a copy on each of {gpus} GPUs (accelerate launch --multi_gpu --num_processes {gpus})": alone,
-        f"one base shared by {gpus} GPUs (the same with --shard_layers)": shared,
-    }
+    ways = {f"one GPU, or a copy on each of {gpus} (scripts/distributed/)": alone}
+    if machine.has_gpu and model_args.bits == 4 and alone.needs:
+        streamed = plan_without_weights(datasets, arguments, machine, streams=True)
+        ways["the same, with layers that come from host memory"] = streamed
+    ways[f"one base that {gpus} GPUs share (--shard_layers)"] = shared
     lines = []
     for way, plan in ways.items():
         if plan.needs is None:
             lines.append(f"{way}: cannot be foreseen, {plan.obstacle}")
-        else:
-            verdict = "" if plan.budget is None else ", fits" if plan.fits else ", does not fit"
-            lines.append(f"{(plan.needs.total + CUDA_CONTEXT) / GIB:9.2f} GiB a GPU  {way}{verdict}")
+            continue
+        verdict = "" if plan.budget is None else ": fits" if plan.fits else ": does not fit"
+        host = f", {plan.needs.host / GIB:.2f} on the host" if plan.needs.host else ""
+        lines.append(f"{(plan.needs.total + CUDA_CONTEXT) / GIB:9.2f} GiB a GPU{host}  {way}{verdict}")
     notice("\n".join(["ways to train:", *lines]))
-    return alone if alone.fits else shared
+    return next((plan for plan in ways.values() if plan.fits), shared)
 
 
 def choose_machine(model_args: ModelArguments) -> Machine:
@@ -68,10 +73,74 @@ def choose_machine(model_args: ModelArguments) -> Machine:
     return Machine(True, dtype, cap * 10**6 - CUDA_CONTEXT if cap else None)
 
 
-def plan_without_weights(datasets: dict[str, TokenRows], arguments: Arguments, machine: Machine) -> Plan:
+def needs_streaming(
+    datasets: dict[str, TokenRows],
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    lora_args: LoraArguments,
+    training_args: TrainingArguments,
+) -> bool:
+    """Whether the layers must be loaded into host memory, as the GPU has no room for them."""
+    if not has_gpu(model_args) or model_args.bits != 4 or not training_args.do_train:
+        return False
+    if model_args.shard_layers:
+        return False  # each GPU holds a share
+    arguments = (model_args, data_args, lora_args, training_args)
+    machine = find_machine(model_args, choose_compute_dtype(model_args))
+    return LAYERS in plan_without_weights(datasets, arguments, machine, read_resolved(training_args)).savings
+
+
+def plan_without_weights(
+    datasets: dict[str, TokenRows],
+    arguments: Arguments,
+    machine: Machine,
+    earlier: dict[str, Any] | None = None,
+    streams: bool | None = None,
+) -> Plan:
     model_args, _, _, training_args = arguments
     packs = training_args.packing and takes_positions(build_without_weights(model_args))
-    return make_plan(load_config(model_args), arguments, machine, datasets[TRAIN].lengths, packs, {})
+    config, lengths = load_config(model_args), datasets[TRAIN].lengths
+    return make_plan(config, arguments, machine, lengths, packs, earlier or {}, streams)
+
+
+def find_longest_row(arguments: Arguments, machine: Machine) -> list[str]:
+    """A line with the longest row that can be trained on, and what ends it; none where no memory is named.
+
+    All layers are recomputed, and as much waits in host memory as gives the longest.
+    """
+    model_args, _, lora_args, training_args = arguments
+    if not machine.has_gpu or machine.budget is None:
+        return []
+    offload = training_args.offload_checkpoints
+    step = rehearse_model(load_config(model_args), model_args, lora_args, machine.dtype, True, offload)
+    if isinstance(step, str):
+        return []
+    optim = "adamw_torch_fused" if training_args.optim == "auto" else training_args.optim
+    ladder = list_ladder(step, machine, optim, model_args.bits, None)
+    tokens, longest, limit = 4 * TILE, 0, ""
+    for _ in range(2):  # bytes grow evenly between lengths like these, so the second time is near
+        found = [find_room(step, machine, optim, savings, tokens) for savings in ladder]
+        longest, limit = max(found)
+        tokens = min(max(64, longest * 3 // 4), LONG)
+    return [f"longest row that fits, every layer recomputed: {longest:,} tokens ({limit} ends it)"]
+
+
+def find_room(
+    step: StepNeeds, machine: Machine, optim: str, savings: Savings, tokens: int
+) -> tuple[int, str]:
+    """(tokens of the longest row, what ends it), by what `tokens` and twice as many need."""
+    assert machine.budget is not None
+    few, many = (step.measure(1, size, step.layers, optim, savings) for size in (tokens, 2 * tokens))
+    room = {"the GPU": extend(tokens, few.total, many.total, (1 - MARGIN) * machine.budget)}
+    if machine.host_budget is not None:
+        room["host memory"] = extend(tokens, few.host, many.host, machine.host_budget)
+    limit = min(room, key=lambda name: room[name])
+    return max(0, int(room[limit]) // 64 * 64), limit
+
+
+def extend(tokens: int, few: int, many: int, room: float) -> float:
+    """Tokens that `room` bytes hold where `tokens` take `few` and twice as many `many`."""
+    return tokens + tokens * (room - few) / (many - few) if many > few else 2.0**40
 
 
 def find_change(datasets: dict[str, TokenRows], arguments: Arguments, machine: Machine) -> str | None:
@@ -111,6 +180,7 @@ def render_table(plan: Plan) -> list[str]:
         "CUDA's context and kernels": CUDA_CONTEXT,
     }
     lines = [f"{size / GIB:9.2f} GiB  {part}" for part, size in parts.items() if size]
+    lines += plan.saving_lines
     total = (needs.total + CUDA_CONTEXT) / GIB
     verdict = ""
     if plan.budget is not None:

@@ -29,6 +29,7 @@ from utils.arguments import TrainingArguments
 from utils.fast.graphed_step import GraphedStep
 from utils.fast.keyed_noise import key_dropout
 from utils.fast.model import FastModel, MicroBatch
+from utils.train.host_adam import HostAdamW
 
 # Optimizers that treat every weight alike, so that one flat buffer is as good as many matrices.
 ELEMENTWISE = ("adamw", "paged_adamw", "lion", "paged_lion", "sgd", "rmsprop", "ademamix", "paged_ademamix")
@@ -99,8 +100,9 @@ class FastEngine:
 
     name = "fused"
 
-    def __init__(self, fast: FastModel):
+    def __init__(self, fast: FastModel, keeps_state_on_host: bool = False):
         self.fast, self.flat, self.keys = fast, fast.flat, fast.keys
+        self.keeps_state_on_host = keeps_state_on_host
         self.slices: dict[nn.Parameter, tuple[int, int]] = {}  # what the optimizer is given: start and end
         self.graphed_step = GraphedStep(fast)
 
@@ -146,6 +148,7 @@ class FastEngine:
     ) -> torch.optim.Optimizer:
         """As PlainEngine.build_optimizer: one parameter, or with a `ratio` the runs of A and those of B."""
         kind, options = choose()
+        kind = HostAdamW if self.keeps_state_on_host else kind
         weights = self.flat.weights
         if ratio is None:
             self.slices = {weights: (0, weights.numel())}

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from utils.arguments import LoraArguments, ModelArguments
+from utils.fast.host_embedding import find_host_embedding
 from utils.fast.loss import CHUNK_ELEMENTS
 from utils.fast.model import FastModel, prepare_fast_model
 from utils.fast.offload import SMALLEST_WIDTH
@@ -28,6 +29,8 @@ from utils.fast.rehearsal import (
     rehearse_step,
 )
 from utils.models.rehearsed import build_rehearsed, count_weight_bytes
+from utils.train.host_adam import count_piece_bytes
+from utils.train.savings import COPY, EMBEDDING, LAYERS, OPTIMIZER
 
 MIB = 2**20
 # Measured with python -m eval.memory on an H100 (docs/results.md).
@@ -49,16 +52,21 @@ class Needs:
     paged_optimizer: int  # in managed memory, which the GPU's is short of all the same
     activations: int
     gathered: int = 0
+    host: int = field(default=0, compare=False)  # bytes that wait in host memory instead
+
+    @property
+    def on_gpu(self) -> int:
+        return sum(vars(self).values()) - self.host
 
     @property
     def fragments(self) -> int:
         """What the allocator reserves and cannot use."""
-        return round(FRAGMENTS * (sum(vars(self).values()) - self.paged_optimizer))
+        return round(FRAGMENTS * (self.on_gpu - self.paged_optimizer))
 
     @property
     def total(self) -> int:
         """All but CUDA's context."""
-        return sum(vars(self).values()) + self.fragments + WORKSPACE
+        return self.on_gpu + self.fragments + WORKSPACE
 
 
 @dataclass
@@ -78,6 +86,10 @@ class StepNeeds:
         sizes = (count_weight_bytes(fast.model, self.model_args) for fast in (self.short, self.long))
         self.weight_bytes = [self.extrapolate(*pair) for pair in zip(*sizes, strict=True)]
         self.trained = self.extrapolate(self.short.flat.weights.numel(), self.long.flat.weights.numel())
+        embedding = find_host_embedding(self.short.causal_model)
+        self.embedding_bytes = embedding.weight.nbytes if embedding else 0
+        hidden = self.short.causal_model.config.get_text_config().hidden_size
+        self.hidden_bytes = hidden * self.short.dtype.itemsize  # of a token between two layers
 
     def extrapolate(self, of_short: int, of_long: int) -> int:
         return of_short + (self.layers - 2) * (of_long - of_short)
@@ -108,15 +120,27 @@ class StepNeeds:
             return all_recomputed
         return max(kept2 + (kept - 2) * (kept3 - kept2) + recomputed * inputs, all_recomputed - inputs * kept)
 
-    def measure(self, rows: int, tokens: int, recomputed: int, optim: str) -> Needs:
-        """`tokens` of each of `rows`; a packed micro-batch is one row."""
+    def measure(
+        self, rows: int, tokens: int, recomputed: int, optim: str, savings: tuple[str, ...] = ()
+    ) -> Needs:
+        """`tokens` of each of `rows`; a packed micro-batch is one row. `savings`: of savings.py"""
         state = count_state_bytes(optim) * self.trained
-        copy = 0 if self.short.dtype == torch.float32 else 2
+        copy = 0 if self.short.dtype == torch.float32 or COPY in savings else 2
         is_paged = optim.startswith("paged")
         codes, scales, others = self.weight_bytes
         layer = (codes + scales) // self.layers
         # Beside a share of the output layer's logits in float32 their exponentials lie, and the gradient.
         shared = {} if self.shares == 1 else {"gathered": 2 * layer + 8 * CHUNK_ELEMENTS}
+        host = 0
+        if EMBEDDING in savings:
+            others, host = others - self.embedding_bytes, host + self.embedding_bytes
+        if LAYERS in savings:  # two of them are on the GPU
+            host += codes + scales
+            codes, scales, _ = count_weight_bytes(self.short.model, self.model_args)
+        if OPTIMIZER in savings:
+            host, state = host + state, count_piece_bytes(self.trained)
+        if self.offloads:
+            host += recomputed * rows * tokens * self.hidden_bytes
         return Needs(
             codes // self.shares,
             scales // self.shares,
@@ -127,6 +151,7 @@ class StepNeeds:
             optimizer=0 if is_paged else state,
             paged_optimizer=state if is_paged else 0,
             activations=self.find_activations(rows, tokens, recomputed),
+            host=host,
         )
 
 

@@ -26,7 +26,9 @@ from utils.data.packing import choose_capacity, choose_sizes, pack_rows
 from utils.fast.memory import read_host_memory
 from utils.models.base import CUDA_CONTEXT, has_gpu
 from utils.train.engine import find_flag_obstacle
+from utils.train.host_adam import count_piece_bytes
 from utils.train.needs import Needs, StepNeeds, rehearse_model
+from utils.train.savings import LAYERS, Savings, count_tokens, describe_savings, list_savings
 
 Arguments = tuple[ModelArguments, DataArguments, LoraArguments, TrainingArguments]
 
@@ -50,6 +52,8 @@ class Plan:
     needs: Needs | None = None
     budget: int | None = None  # bytes; None: not known
     obstacle: str | None = None
+    savings: Savings = ()  # what lies in host memory, ... (savings.py)
+    saving_lines: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -83,6 +87,7 @@ class Machine:
     has_gpu: bool
     dtype: torch.dtype  # that it computes in
     budget: int | None  # bytes for this process; None: not known
+    host_budget: int | None = None  # bytes of host memory that may be pinned; None: not known
     shares: int = 1  # processes that hold one base together
 
 
@@ -95,9 +100,11 @@ def find_machine(model_args: ModelArguments, dtype: torch.dtype) -> Machine:
     cap = model_args.max_memory_MB * 10**6 - CUDA_CONTEXT if model_args.max_memory_MB else None
     shares = read_rank_and_size()[1] if model_args.shard_layers else 1
     if not has_gpu(model_args):
-        return Machine(False, dtype, read_host_memory()[1] // 2, shares)
+        return Machine(False, dtype, read_host_memory()[1] // 2, shares=shares)
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    return Machine(True, dtype, min(free, cap or free), shares)
+    total, host_free = read_host_memory()
+    host_budget = max(0, host_free - total // 4) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Machine(True, dtype, min(free, cap or free), host_budget, shares)
 
 
 def make_plan(
@@ -107,10 +114,12 @@ def make_plan(
     lengths: np.ndarray,
     is_packed: bool,
     earlier: dict[str, Any],
+    streams: bool | None = None,
 ) -> Plan:
     """The fastest choice that fits the `machine`; what the run chose `earlier`, where that fits still.
 
-    `lengths` of the training rows  # int64 [rows]
+    `lengths` of the training rows  # int64 [rows]. `streams`: whether the model was loaded with its layers in
+    host memory; None: it is not loaded yet.
     """
     model_args, data_args, lora_args, training_args = arguments
     batch = training_args.per_device_train_batch_size
@@ -125,27 +134,79 @@ def make_plan(
     step.shares = machine.shares
     optim = training_args.optim
     if optim == "auto":
-        budget = (machine.budget or 2**63) if machine.has_gpu else None
-        optim = earlier.get("optim") or choose_optim(step.trained, budget)
+        optim = earlier.get("optim") or ("adamw_torch_fused" if machine.has_gpu else "adamw_torch")
+    if machine.shares > 1:  # the layers come from the other GPUs
+        streams = False
+    return choose_plan(step, rows, arguments, machine, optim, earlier, streams)
 
-    def build(capacity: int, recomputed: int) -> Plan:
-        tokens = (1, capacity) if is_packed else (batch, rows.longest)
-        needs = step.measure(*tokens, recomputed, optim)
-        return Plan(optim, capacity, recomputed, step.layers, needs, machine.budget)
+
+def choose_plan(
+    step: StepNeeds,
+    rows: Rows,
+    arguments: Arguments,
+    machine: Machine,
+    optim: str,
+    earlier: dict[str, Any],
+    streams: bool | None,
+) -> Plan:
+    model_args, _, _, training_args = arguments
+
+    def build(capacity: int, recomputed: int, savings: Savings) -> Plan:
+        tokens = (1, capacity) if rows.is_packed else (rows.batch, rows.longest)
+        needs = step.measure(*tokens, recomputed, optim, savings)
+        lines = describe_savings(savings, needs, step.measure(*tokens, recomputed, optim)) if savings else []
+        return Plan(
+            optim, capacity, recomputed, step.layers, needs, machine.budget, None, savings, tuple(lines)
+        )
 
     if earlier.get("capacity") and earlier.get("recomputed_layers") is not None:
-        plan = build(earlier["capacity"], earlier["recomputed_layers"])
-        if plan.fits:
+        savings = tuple(earlier.get("savings", ()))
+        plan = build(earlier["capacity"], earlier["recomputed_layers"], savings)
+        if plan.fits and streams in (None, LAYERS in savings):
             return plan
         notice("the memory plan that this run began with does not fit here: it is planned anew")
     capacities, layers = list_choices(step, rows, training_args, machine.has_gpu)
+    ladder = list_ladder(step, machine, optim, model_args.bits, streams)
     plans = [
-        next(filter(lambda plan: plan.fits, (build(size, n) for n in layers)), None) for size in capacities
+        next(
+            filter(lambda plan: plan.fits, (build(size, n, savings) for n in list_layers(layers, savings))),
+            None,
+        )
+        for savings in ladder
+        for size in (list_capacities(rows) if LAYERS in savings and rows.is_packed else capacities)
+        if list_layers(layers, savings)
     ]
-    fitting = [plan for plan in plans if plan]
+    fitting = [plan for plan in plans if plan and fits_host(plan, machine)]
     # Where nothing fits, the least is tried: the loop cuts a step smaller still (step_memory.py).
-    least = build(capacities[0], layers[-1])
-    return min(fitting, key=lambda plan: measure_cost(rows, plan)) if fitting else least
+    leasts = (build(capacities[0], layers[-1], savings) for savings in reversed(ladder))
+    least = next(
+        (plan for plan in leasts if fits_host(plan, machine)), build(capacities[0], layers[-1], ladder[0])
+    )
+    return min(fitting, key=lambda plan: measure_cost(rows, plan, step.trained)) if fitting else least
+
+
+def list_ladder(
+    step: StepNeeds, machine: Machine, optim: str, bits: int, streams: bool | None
+) -> list[Savings]:
+    """What may be saved. `streams`: whether the model's layers lie on the host; None: it is not loaded."""
+    if not machine.has_gpu:
+        return [()]
+    can_stream = bits == 4 and len(step.short.layers) == 2
+    is_large = optim == "adamw_torch_fused" and count_piece_bytes(step.trained) < 8 * step.trained
+    has_embedding = step.embedding_bytes > 0 and step.shares == 1  # else the GPUs share it
+    ladder = list_savings(has_embedding, is_large, machine.dtype != torch.float32, can_stream)
+    return [savings for savings in ladder if streams in (None, LAYERS in savings)]
+
+
+def list_layers(layers: list[int], savings: Savings) -> list[int]:
+    """Numbers of recomputed layers: layers that come from the host are all recomputed."""
+    return layers if LAYERS not in savings else [] if layers == [0] else layers[-1:]
+
+
+def fits_host(plan: Plan, machine: Machine) -> bool:
+    """Whether host memory has room for what waits there; inputs of layers stay on the GPU otherwise."""
+    assert plan.needs
+    return not plan.savings or machine.host_budget is None or plan.needs.host <= machine.host_budget
 
 
 def find_obstacle(model_args: ModelArguments, training_args: TrainingArguments) -> str | None:
@@ -198,13 +259,18 @@ def list_capacities(rows: Rows) -> list[int]:
     return sorted({capacity for capacity in CAPACITIES if rows.longest <= capacity < largest} | {largest})
 
 
-def measure_cost(rows: Rows, plan: Plan) -> float:
+def measure_cost(rows: Rows, plan: Plan, trained: int) -> float:
     """Mean cost of a step, in tokens' worth of arithmetic."""
     assert plan.layers and plan.recomputed_layers is not None
     again = 1 + RECOMPUTING * plan.recomputed_layers / plan.layers
     if not rows.is_packed:
-        return again
+        sizes = [rows.batch * rows.longest] * (rows.step // rows.batch)
+        return count_tokens(plan.savings, [size + UNPACKING_TOKENS for size in sizes], again, trained)
     sample = np.random.default_rng(0).permutation(rows.lengths)[: SAMPLED_STEPS * rows.step].tolist()
     sizes = choose_sizes(plan.capacity, fixed=True)
     steps = [pack_rows(sample[at : at + rows.step], sizes) for at in range(0, len(sample), rows.step)]
-    return again * sum(size + UNPACKING_TOKENS for packed in steps for _, size in packed) / len(steps)
+    costs = [
+        count_tokens(plan.savings, [size + UNPACKING_TOKENS for _, size in packed], again, trained)
+        for packed in steps
+    ]
+    return sum(costs) / len(costs)

@@ -9,6 +9,7 @@ from peft import PeftModel
 
 from utils.arguments import TrainingArguments
 from utils.console import notice, read_rank_and_size
+from utils.fast.sharded_vocabulary import count_elsewhere
 
 LOGGING_STEPS, LEAST_LOG_LINES = 10, 10
 
@@ -38,6 +39,7 @@ def choose_logging_steps(rows: int, training_args: TrainingArguments) -> float:
 def describe_start(model: torch.nn.Module, rows: int, training_args: TrainingArguments) -> str:
     if isinstance(model, PeftModel):
         trained, total = model.get_nb_trainable_parameters()  # counts packed 4-bit weights one by one
+        total += count_elsewhere(model)
     else:
         weights = list(model.parameters())
         trained = sum(weight.numel() for weight in weights if weight.requires_grad)

@@ -1,0 +1,181 @@
+"""Ten real optimizer steps under a cap on memory: do they fit, does the loss fall, how fast are they?
+
+Each case is a process of its own, as a run is: the cap is set, the plan made for it, a base of random weights
+built in 4 bits, and what the plan chose is put together by the functions that a run calls (train/build.py).
+One batch is repeated. What is held is all that the process has on the GPU at its peak: reserved by the
+allocator, in managed memory, and CUDA's context with kernels and graphs.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from eval.speed.shapes import SHAPES, build_random_model
+from eval.speed.steps import synchronize
+from utils.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments
+from utils.console import UserError, notice
+from utils.data.packing import PackingCollator
+from utils.models.adapter import add_lora
+from utils.models.base import CUDA_CONTEXT, cap_memory
+from utils.train.build import choose_engine
+from utils.train.dry_run import describe_plan
+from utils.train.plan import Plan, find_machine, make_plan
+from utils.train.savings import LAYERS
+
+if TYPE_CHECKING:
+    from eval.memory import MemoryArguments
+
+GIB = 2**30
+WORDS = ("streamed", "resident", "recomputed")  # layers from the host, or not; all layers recomputed
+
+
+@dataclass
+class Promise:
+    """What came of a case; memory in GiB."""
+
+    case: str
+    planned: float
+    reserved: float
+    managed: float
+    context: float
+    host: float
+    first_loss: float
+    last_loss: float
+    steps_per_second: float
+    tokens_per_second: float
+    savings: list[str]
+    recomputed_layers: int
+    steps: int
+
+    @property
+    def held(self) -> float:
+        return self.reserved + self.managed + self.context
+
+
+def keep_promises(arguments: "MemoryArguments") -> None:
+    """Print a line for each case and save them."""
+    if not torch.cuda.is_available():
+        raise UserError("eval.memory measures a GPU, and there is none")
+    kept, waiting = [], start_process()
+    for case in arguments.promises:
+        process, waiting = waiting, start_process()
+        answer, _ = process.communicate(f"{case} {arguments.steps}")
+        lines = answer.splitlines()
+        if process.returncode:
+            notice("\n".join([*lines, f"{case} failed"]))
+            continue
+        promise = Promise(**json.loads(lines[-1]))
+        notice("\n".join([*lines[:-1], describe(promise)]))
+        kept.append(asdict(promise) | {"held": promise.held})
+    waiting.kill()
+    path = Path(arguments.output_dir, "promises.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"torch": torch.__version__, "promises": kept}, indent=2))
+    notice(f"saved to {path}")
+
+
+def start_process() -> "subprocess.Popen[str]":
+    """A process for one case, which it reads after its imports."""
+    command = [sys.executable, "-m", "eval.speed.promises"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def describe(promise: Promise) -> str:
+    cap = float(promise.case.split(":")[3])
+    learns = promise.steps == 1 or promise.last_loss < promise.first_loss
+    verdict = "kept" if promise.held <= cap and learns else "BROKEN"
+    return (
+        f"{promise.case}: {promise.held:.2f} GiB ({promise.reserved:.2f} reserved, {promise.managed:.2f} "
+        f"managed, {promise.context:.2f} context; planned {promise.planned:.2f}), {promise.host:.1f} on the "
+        f"host, loss {promise.first_loss:.3f} -> {promise.last_loss:.3f}, "
+        f"{promise.steps_per_second:.2f} steps/s, {promise.tokens_per_second:,.0f} tokens/s: {verdict}"
+    )
+
+
+def keep(case: str, steps: int) -> Promise:
+    shape, rank, batch, cap, *words = case.split(":")
+    rows, width = map(int, batch.split("x"))
+    arguments = choose_arguments(int(rank), rows, width, float(cap), words)
+    model_args, _, lora_args, training_args = arguments
+    config, streams = SHAPES[shape](), {"streamed": True, "resident": False}.get(next(iter(words), ""))
+    cap_memory(model_args, 0)
+    machine = find_machine(model_args, torch.bfloat16)
+    plan = make_plan(config, arguments, machine, np.full(rows, width), True, {}, streams)
+    assert plan.needs, plan.obstacle
+    notice("\n".join([describe_plan(plan), *plan.saving_lines]))
+    torch.manual_seed(0)
+    model: Any = build_random_model(config, 4, torch.bfloat16, "cuda", LAYERS in plan.savings)
+    model = add_lora(model, lora_args).train()
+    losses, seconds = train(model, torch.bfloat16, plan, training_args, rows, width, steps)
+    free, total = torch.cuda.mem_get_info()
+    return Promise(
+        case,
+        round((plan.needs.total + CUDA_CONTEXT) / GIB, 3),
+        round(torch.cuda.max_memory_reserved() / GIB, 3),
+        round(plan.needs.paged_optimizer / GIB, 3),
+        round((total - free - torch.cuda.memory_reserved()) / GIB, 3),
+        round(plan.needs.host / GIB, 2),
+        losses[0],
+        losses[-1],
+        1 / seconds,
+        rows * width / seconds,
+        list(plan.savings),
+        plan.recomputed_layers or 0,
+        steps,
+    )
+
+
+def choose_arguments(rank: int, rows: int, width: int, cap: float, words: list[str]) -> Any:
+    """A run's, with the flags' defaults but for what the case says."""
+    recomputes = "True" if "recomputed" in words else "auto"
+    return (
+        ModelArguments(max_memory_MB=round(cap * GIB / 10**6)),
+        DataArguments(model_max_length=width),
+        LoraArguments(lora_r=rank),
+        TrainingArguments(gradient_accumulation_steps=rows, gradient_checkpointing=recomputes),
+    )
+
+
+def train(
+    model: Any,
+    dtype: torch.dtype,
+    plan: Plan,
+    training_args: TrainingArguments,
+    rows: int,
+    width: int,
+    steps: int,
+) -> tuple[list[float], float]:
+    """(the loss of each step, seconds of one: the median of the second half)"""
+    if plan.recomputed_layers:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    args = training_args.with_values(optim=plan.optim)
+    engine: Any = choose_engine(model, args, dtype, plan, None)
+    options = {"lr": args.learning_rate, "fused": True}
+    optimizer = engine.build_optimizer(model, lambda: (torch.optim.AdamW, options), 0.0, None)
+    ids = [torch.randint(5, model.config.vocab_size, (width,)).numpy() for _ in range(rows)]
+    examples: Any = [{"input_ids": row, "labels": row, "row": np.int64(i)} for i, row in enumerate(ids)]
+    parts = PackingCollator(0, plan.capacity, fixed=True)(examples)["micro_batches"]
+    losses, times, labels = [], [], rows * (width - 1)
+    for _ in range(steps):
+        start = time.perf_counter()
+        loss = sum(engine.graphed_step(part, 1 / labels) for part in parts)
+        engine.flat.clip_gradients(args.max_grad_norm)
+        optimizer.step()
+        engine.flat.zero_gradients()
+        losses.append(float(loss) / labels)
+        synchronize(engine.flat.weights.device.type)
+        times.append(time.perf_counter() - start)
+    return losses, float(np.median(times[len(times) // 2 :]))
+
+
+if __name__ == "__main__":
+    case, steps = sys.stdin.readline().split()
+    print(json.dumps(asdict(keep(case, int(steps)))))
