@@ -51,8 +51,13 @@ def test_replies_together_are_those_alone_and_a_cancelled_one_leaves_nothing_beh
         )
         for i in range(len(PROMPTS))
     ]
+    rows: set[int] = set()
+    model.model.register_forward_pre_hook(
+        lambda _, __, kwargs: rows.add(len(kwargs["input_ids"])), with_kwargs=True
+    )
     asked = list(enumerate(zip(PROMPTS, configs, strict=True)))
     alone = [list(decoder.reply(ids, config, seed=i).tokens()) for i, (ids, config) in asked]
+    assert rows == {1, decoder.turns.shared.sizes[0]}  # prompts; a reply alone in the smallest step
     begun = [decoder.reply(ids, config, seed=i) for i, (ids, config) in asked]
     broken_off = decoder.reply(PROMPTS[0], GenerationConfig(max_new_tokens=200), seed=9)
     tokens = broken_off.tokens()
@@ -79,5 +84,5 @@ def test_prompts_are_read_a_part_at_a_time_between_the_words_of_others(small_mod
     list(second.tokens())
     first.cancel()
     parts = [i for i, length in enumerate(lengths) if length > 2]
-    assert [lengths[i] for i in parts] == [32, 32, 32, 4]
+    assert [lengths[i] for i in parts] == [16] * 6 + [4]
     assert all(later - earlier > 1 for earlier, later in zip(parts, parts[1:], strict=False))

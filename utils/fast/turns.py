@@ -107,8 +107,8 @@ class Turns:
         }  # fmt: skip
         replies, most = list(ready), shared.sizes[-1]
         for some in (replies[i : i + most] for i in range(0, len(replies), most)):
-            if shared.sizes[0] >= len(some) == 1:
-                continue  # its own step is the same
+            if len(some) == 1 and shared.sizes[0] == 1:
+                continue  # its own step has the same bits
             self.adapter.turn(tuned)
             caches = [ready[reply] for reply in some]
             logits = shared.read([reply.said[-1] for reply in some], caches)
