@@ -28,6 +28,7 @@ from utils.chat.openai_form import Answer, ChatRequest, build_error, describe_mo
 from utils.chat.streaming import stream_text
 from utils.console import UserError
 from utils.fast.reply import Reply
+from utils.models.tokenizer import ChatTokenizer
 from utils.prompts import check_tools
 
 KINDS = {401: "authentication_error", 404: "invalid_request_error", 429: "rate_limit_error"}
