@@ -85,6 +85,22 @@ def test_merged_model_renders_the_trained_mode(run, base, tmp_path):
     assert merged.tokenizer.encode_prompt(ASKED) == render(base, enable_thinking=False)
 
 
+@pytest.mark.parametrize(
+    ("switch", "on"), [(None, False), ({"enable_thinking": True}, True), ({"thinking": False}, False)]
+)
+def test_request_to_our_server_switches_thinking(run, base, switch, on):
+    from utils.arguments import GenerationArguments
+    from utils.chat.openai_form import ChatRequest
+    from utils.chat.server import Server
+
+    chat = load_run(resolve_model(ModelArguments(checkpoint_dir=str(run)), set()))
+    chat.decoder.open_slots(1, 400, kept=0, for_many=True)
+    server = Server(chat, {"mine": True}, GenerationArguments(max_new_tokens=1), 1, 400, 1, 60.0)
+    reply = server.begin(ChatRequest(model="mine", messages=ASKED, chat_template_kwargs=switch))
+    assert reply.prompt == render(base, enable_thinking=on)
+    server.end()
+
+
 def test_slash_think_switches_in_the_terminal(run, base, capsys, monkeypatch):
     lines = ["/think", "/think on", "/think maybe", "/help"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))

@@ -49,6 +49,14 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False
 
 
+class TemplateSwitch(BaseModel):
+    """chat_template_kwargs, as vLLM has them: thinking on or off, by either name of the switch."""
+
+    model_config = ConfigDict(extra="forbid")
+    enable_thinking: bool | None = None
+    thinking: bool | None = None
+
+
 class ChatRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
     model: str
@@ -65,6 +73,7 @@ class ChatRequest(BaseModel):
     seed: int | None = None
     stop: str | list[str | None] | None = None
     tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: TemplateSwitch | None = None
     # Of these only the value that changes nothing is served.
     tool_choice: Literal["auto", "none"] | None = None
     n: Literal[1] | None = None
@@ -88,6 +97,11 @@ class ChatRequest(BaseModel):
         if self.messages[-1].role not in ("user", "tool"):
             raise ValueError("the last message must be the user's or a tool's: there is nothing to reply to")
         return self
+
+    @property
+    def thinks(self) -> bool | None:
+        switch = self.chat_template_kwargs or TemplateSwitch()
+        return switch.thinking if switch.enable_thinking is None else switch.enable_thinking
 
     @property
     def most_tokens(self) -> int | None:
