@@ -1,5 +1,6 @@
 """--dry_run: what a run would hold in memory and how long it would take, before weights are loaded."""
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -90,6 +91,8 @@ def needs_streaming(
         return False
     if model_args.shard_layers:
         return False  # each GPU holds a share
+    if "LOCAL_RANK" in os.environ:  # its own GPU's memory counts, and no other may get a context of it
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     arguments = (model_args, data_args, lora_args, training_args)
     machine = find_machine(model_args, choose_compute_dtype(model_args))
     return LAYERS in plan_without_weights(datasets, arguments, machine, read_resolved(training_args)).savings
