@@ -153,14 +153,14 @@ class Speaker:
         texts, stored = dict.fromkeys(read, ""), time.monotonic()
         now = [*prompt.turns, {"role": "assistant", "content": "", "side": "both", "base": ""}]
         yield busy_box(), "", show_messages(prompt.turns, words), now, self.about
-        limit, tokenizer = self.page_args.limit_seconds, self.chat.tokenizer
+        limit, chat = self.page_args.limit_seconds, self.choose_chat(sent)
         replies = {
-            side: open_reply(self.chat, asked, prompt.generation_args, side == "tuned", limit)
+            side: open_reply(chat, asked, prompt.generation_args, side == "tuned", limit)
             for side, asked in read.items()
         }
         with ExitStack() as stack:
             streams = {
-                side: stack.enter_context(closing(stream_text(tokenizer, reply)))
+                side: stack.enter_context(closing(stream_text(chat.tokenizer, reply)))
                 for side, reply in replies.items()
             }
             while streams and not wish():

@@ -24,10 +24,11 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from utils.arguments import GenerationArguments
 from utils.chat.generation import SAMPLING_DEFAULTS, ChatModel, build_generation_config
-from utils.chat.openai_form import THOUGHT, Answer, ChatRequest, build_error, describe_models, split_marked
+from utils.chat.openai_form import Answer, ChatRequest, build_error, describe_models, split_marked
 from utils.chat.streaming import stream_text
 from utils.console import UserError
 from utils.fast.reply import Reply
+from utils.models.tokenizer import ChatTokenizer
 from utils.prompts import check_tools
 
 KINDS = {401: "authentication_error", 404: "invalid_request_error", 429: "rate_limit_error"}
@@ -69,7 +70,7 @@ class Server:
             raise Refused(
                 429, f"{len(self.replies)} replies are under way or waiting: ask again", "queue_full"
             )
-        chat, tokenizer = asked.convert(), self.chat.tokenizer
+        chat, tokenizer = asked.convert(), self.choose_tokenizer(asked)
         if chat.tools or any(message.keys() > {"role", "content"} for message in chat.messages):
             check_tools(tokenizer.raw, chat)
         prompt = tokenizer.encode_prompt(chat)
@@ -83,6 +84,15 @@ class Server:
         self.replies.append(reply)
         return reply
 
+    def choose_tokenizer(self, asked: ChatRequest) -> ChatTokenizer:
+        """With thinking on or off, where the request says so."""
+        tokenizer = self.chat.tokenizer
+        if not asked.chat_template_kwargs:
+            return tokenizer
+        if not tokenizer.style.has_switch:
+            raise Refused(400, "the template has no switch for thinking", None, "chat_template_kwargs")
+        return tokenizer.switch(asked.chat_template_kwargs["enable_thinking"])
+
     def end(self) -> None:
         """Break off what is still said; the thread that says it may not outlive the process."""
         for reply in self.replies:
@@ -93,10 +103,8 @@ class Server:
 
     async def stream(self, asked: ChatRequest, reply: Reply) -> AsyncIterator[tuple[str, str]]:
         """(kind, text) as they come; however it ends, the reply ends too and its place is free."""
-        tokenizer = self.chat.tokenizer
-        # DeepSeek-R1's prompts end in <think>: the reply begins within the thought.
-        in_thought = tokenizer.raw.decode(reply.prompt[-4:]).rstrip().endswith(THOUGHT[0])
-        pieces = split_marked(stream_text(tokenizer, reply, asked.stops), in_thought, bool(asked.tools))
+        tokenizer = self.choose_tokenizer(asked)
+        pieces = split_marked(stream_text(tokenizer, reply, asked.stops), bool(asked.tools))
         try:
             async for piece in iterate(pieces, reply):
                 yield piece
