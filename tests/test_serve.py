@@ -239,9 +239,7 @@ MARKED = [
 
 @pytest.mark.parametrize("cut", [1, 3, 1000])
 @pytest.mark.parametrize(("text", "with_calls", "expected"), MARKED)
-def test_thoughts_and_calls_are_told_apart_however_the_text_is_cut(
-    text, in_thought, with_calls, expected, cut
-):
+def test_thoughts_and_calls_are_told_apart_however_the_text_is_cut(text, with_calls, expected, cut):
     pieces = [text[i : i + cut] for i in range(0, len(text), cut)]
     joined = []
     for kind, piece in split_marked(pieces, with_calls):
