@@ -140,6 +140,7 @@ def test_request_says_how_tokens_are_chosen_and_where_the_reply_ends(chat, clien
         ({"messages": [{"role": "assistant", "content": "Hi"}]}, 400, None, "nothing to reply to"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, None, "type image_url"),
         ({"messages": [{"role": "user", "content": "word " * 600}]}, 400, "messages", "they may be 512"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, 400, "chat_template_kwargs", "no switch"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, None, "leaves out the tools"),
     ],
 )
@@ -224,26 +225,24 @@ def test_tools_and_thoughts_go_through_the_template(chat, client):
 
 
 MARKED = [
-    ("<think>\nA < B.\n</think>\n\nYes <think> is a mark.", False, False,
+    ("<think>\nA < B.\n</think>\n\nYes <think> is a mark.", False,
      [("reasoning_content", "A < B.\n"), ("content", "Yes <think> is a mark.")]),
-    ("A thought\n</think>\n\nFour.", True, False, [("reasoning_content", "A thought\n"), ("content", "Four.")]),
-    ("Hm.\n<tool_call>\n{\"name\": 1}\n</tool_call>\n<tool_call>{}</tool_call>", False, True,
+    ("<think>A\n</think>\n\nFour.", False, [("reasoning_content", "A\n"), ("content", "Four.")]),
+    ("Hm.\n<tool_call>\n{\"name\": 1}\n</tool_call>\n<tool_call>{}</tool_call>", True,
      [("content", "Hm.\n"), ("call", "\n{\"name\": 1}\n"), ("call", "{}")]),
-    ("<tool_call>{}</tool_call>", False, False, [("content", "<tool_call>{}</tool_call>")]),
-    ("Ends in <tool_ca", False, True, [("content", "Ends in <tool_ca")]),
-    ("<tool_call>{\"na", False, True, [("content", "<tool_call>{\"na")]),
-    ("<think>never ends", False, False, [("reasoning_content", "never ends")]),
+    ("<tool_call>{}</tool_call>", False, [("content", "<tool_call>{}</tool_call>")]),
+    ("Ends in <tool_ca", True, [("content", "Ends in <tool_ca")]),
+    ("<tool_call>{\"na", True, [("content", "<tool_call>{\"na")]),
+    ("<think>never ends", False, [("reasoning_content", "never ends")]),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("cut", [1, 3, 1000])
-@pytest.mark.parametrize(("text", "in_thought", "with_calls", "expected"), MARKED)
-def test_thoughts_and_calls_are_told_apart_however_the_text_is_cut(
-    text, in_thought, with_calls, expected, cut
-):
+@pytest.mark.parametrize(("text", "with_calls", "expected"), MARKED)
+def test_thoughts_and_calls_are_told_apart_however_the_text_is_cut(text, with_calls, expected, cut):
     pieces = [text[i : i + cut] for i in range(0, len(text), cut)]
     joined = []
-    for kind, piece in split_marked(pieces, in_thought, with_calls):
+    for kind, piece in split_marked(pieces, with_calls):
         if joined and joined[-1][0] == kind != "call":
             joined[-1] = (kind, joined[-1][1] + piece)
         else:

@@ -117,13 +117,13 @@ class ChatRequest(BaseModel):
         return Chat(messages, tools=self.tools if self.tool_choice != "none" else None)
 
 
-def split_marked(pieces: Iterable[str], in_thought: bool, with_calls: bool) -> Iterator[tuple[str, str]]:
+def split_marked(pieces: Iterable[str], with_calls: bool) -> Iterator[tuple[str, str]]:
     """(kind, text) of a reply's pieces: reasoning_content, content, or call, the JSON of a whole tool call.
 
-    A thought is told only where a reply begins, so that an answer may speak of <think>. `in_thought`: the
-    prompt has opened it. Blanks that begin a thought, an answer or what follows a call are dropped.
+    A thought is told only where a reply begins, so that an answer may speak of <think>. Blanks that begin a
+    thought, an answer or what follows a call are dropped.
     """
-    kind, held, begun = "reasoning_content" if in_thought else "start", "", False
+    kind, held, begun = "start", "", False
     ends = {"reasoning_content": THOUGHT[1], "call": CALL[1], "content": CALL[0] if with_calls else ""}
     for piece in pieces:
         held += piece

@@ -86,7 +86,12 @@ class Server:
 
     def choose_tokenizer(self, asked: ChatRequest) -> ChatTokenizer:
         """With thinking on or off as the request says, else as the run was trained."""
-        return self.chat.tokenizer if asked.thinks is None else self.chat.tokenizer.switch(asked.thinks)
+        tokenizer = self.chat.tokenizer
+        if asked.thinks is None:
+            return tokenizer
+        if not tokenizer.style.has_switch:
+            raise Refused(400, "the template has no switch for thinking", None, "chat_template_kwargs")
+        return tokenizer.switch(asked.thinks)
 
     def end(self) -> None:
         """Break off what is still said; the thread that says it may not outlive the process."""
@@ -99,7 +104,7 @@ class Server:
     async def stream(self, asked: ChatRequest, reply: Reply) -> AsyncIterator[tuple[str, str]]:
         """(kind, text) as they come; however it ends, the reply ends too and its place is free."""
         text = stream_text(self.choose_tokenizer(asked), reply, asked.stops)  # its thought is in tags
-        pieces = split_marked(text, False, bool(asked.tools))
+        pieces = split_marked(text, bool(asked.tools))
         try:
             async for piece in iterate(pieces, reply):
                 yield piece
