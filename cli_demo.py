@@ -13,7 +13,7 @@ import itertools
 import json
 import shutil
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from utils.console import UserError, run_main
 from utils.flags.parser import find_given_flags, parse_args
 from utils.messages import Messages
 from utils.models.folder import resolve_model
+from utils.rendering import CLOSE, OPEN
 
 if TYPE_CHECKING:
     from utils.chat.generation import ChatModel
@@ -33,9 +34,11 @@ COMMANDS = """\
 /clear        start a new conversation
 /system TEXT  start a new one with this system message; without TEXT, with none
 /regenerate   answer the last question again, sampled
+/think on|off a thought before each reply, shown dimmed, or none
 /save FILE    append the conversation to FILE.jsonl, a row that --dataset_name reads
 /help         this list
 exit, quit, stop or Ctrl-D leaves; Ctrl-C interrupts the reply"""
+DIM, PLAIN = "\033[2m", "\033[0m"
 # Words that need no slash; as messages to a model they say little.
 BARE_COMMANDS = {"clear", "exit", "quit", "stop"}
 
@@ -99,6 +102,8 @@ def hold_conversation(
             system = rest.strip() or None
             start_anew(sides, system)
             print(f"new conversation{'' if system else ' without a system message'}")
+        elif command == "/think":
+            chat = switch_thinking(chat, rest.strip())
         elif command == "/save":
             save_conversation(sides, rest.strip())
         elif command == "/regenerate":
@@ -112,6 +117,19 @@ def hold_conversation(
 def start_anew(sides: list[Side], system: str | None) -> None:
     for side in sides:
         side.messages = [{"role": "system", "content": system}] if system else []
+
+
+def switch_thinking(chat: "ChatModel", word: str) -> "ChatModel":
+    """The model with thinking on or off from here on; a line says what holds."""
+    if not chat.tokenizer.style.has_switch:
+        print("the chat template has no switch for thinking")
+        return chat
+    if word in ("on", "off"):
+        chat = dataclasses.replace(chat, tokenizer=chat.tokenizer.switch(word == "on"))
+    elif word:
+        print(f"/think {word}: use on or off")
+    print(f"thinking is {'on' if chat.tokenizer.thinks else 'off'}")
+    return chat
 
 
 def regenerate(chat: "ChatModel", sides: list[Side], generation_args: GenerationArguments) -> None:
@@ -189,7 +207,7 @@ def print_replies(streams: list[Generator[str]]) -> list[str]:
         for stream in streams:
             stack.enter_context(closing(stream))
         if len(streams) == 1:
-            shown = (piece for (piece,) in read_pieces())
+            shown = dim_thought(piece for (piece,) in read_pieces())
         else:
             width = shutil.get_terminal_size().columns
             pieces = itertools.chain([["base\n", "tuned\n"]], read_pieces())
@@ -204,6 +222,21 @@ def print_replies(streams: list[Generator[str]]) -> list[str]:
     if len(streams) == 1 or interrupted:
         print(" [interrupted]" if interrupted else "")
     return replies
+
+
+def dim_thought(pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces of a reply; in a terminal its thought is dimmed in place of its tags, which come whole."""
+    marks = [(OPEN, DIM), (CLOSE, PLAIN)] if sys.stdout.isatty() else []
+    for number, piece in enumerate(pieces):
+        if number == 0 and not piece.startswith(OPEN):
+            marks = []
+        for tag, colour in marks[:]:
+            if tag in piece:
+                piece = piece.replace(tag, colour, 1)
+                marks.remove((tag, colour))
+        yield piece
+    if marks == [(CLOSE, PLAIN)]:  # cut within the thought
+        yield PLAIN
 
 
 def save_conversation(sides: list[Side], name: str) -> None:

@@ -29,12 +29,14 @@ def main() -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from utils.chat.generation import load_run
     from utils.chat.page import build_page, launch_page
+    from utils.merge.held_out import find_examples
 
     chat, args = load_run(resolved), resolved.args
+    examples = find_examples(resolved, chat.tokenizer.raw)
     adapter = f" + {args.checkpoint_dir}" if args.checkpoint_dir else ""
     about = f"{args.base}{adapter} · {args.bits}-bit"
     notice(about)
-    launch_page(build_page(chat, generation_args, page_args, about), page_args, auth)
+    launch_page(build_page(chat, generation_args, page_args, about, examples), page_args, auth)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ def main() -> None:
 
     # From here on torch is imported (seconds) and weights are loaded (minutes).
     from utils.data.report import report_data
+    from utils.data.thoughts import choose_thinking
     from utils.data.tokenizing import tokenize_rows
     from utils.models.adapter import check_target_modules, load_model
     from utils.models.tokenizer import load_chat_tokenizer
@@ -40,6 +41,7 @@ def main() -> None:
     check_target_modules(model_args, lora_args)
     tokenizer = load_chat_tokenizer(model_args, data_args)  # with its template and stop tokens
     datasets = tokenize_rows(rows, tokenizer, data_args)
+    tokenizer = choose_thinking(tokenizer, datasets, model_args)  # the mode of its replies
     report_data(rows, datasets, tokenizer, model_args, data_args, training_args)  # a red one ends here
     if data_args.data_report:
         return

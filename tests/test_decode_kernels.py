@@ -295,6 +295,23 @@ def test_whole_step_gives_the_logits_of_the_model(whole):
 
 
 @torch.no_grad()
+def test_what_a_step_launches_is_compiled_before_and_at_once(whole):
+    """Then nothing is left to compile, and a step gives what it gave."""
+    _, step, caches, ids, expected = whole
+    compiler, made = step.kernels.compiler, []
+    step.kernels.made.clear()
+    step.kernels.compiler = lambda *words: made.append(words) or compiler(*words)
+    step.compile_ahead()
+    names = [words[0] for words in made]
+    assert {names.count(name) >= 2 for name in ("multiply_packed", "multiply_rows", "attend")} == {True}
+    step.kernels.compiler = None
+    rotations, lengths = step.prepare_rotations(32), torch.tensor([18], dtype=torch.int32, device=DEVICE)
+    together = step.run(ids[:, 18:], caches, rotations, lengths)
+    assert relative(together, expected["on"]) < 0.015
+    step.run(ids[:, :1], caches, rotations, lengths.fill_(3))
+
+
+@torch.no_grad()
 def test_prompt_is_read_to_the_logits_of_the_model(whole):
     """At once and in parts, with the adapter on and off; keys and values are those of the model too."""
     model, step, caches, ids, expected = whole

@@ -148,6 +148,18 @@ def test_token_that_would_reach_into_the_answer_is_split_and_counted(template, q
     assert tokenizer.decode(row["labels"][len(prompt) :]) == answer + "</s>"
 
 
+def test_blanks_that_end_a_prompt_are_the_tokens_that_a_chat_sends(smol_tokenizer):
+    """To GPT-2's rule two newlines are one token at the end of a text, and two before a word."""
+    ids = [smol_tokenizer(text, add_special_tokens=False).input_ids for text in ("q\n\n", "q\n\nYes")]
+    assert ids[1][: len(ids[0])] != ids[0]
+    template = (
+        "{{ messages[0].content }}\n\n{% if messages[1] %}{{ messages[1].content + eos_token }}{% endif %}"
+    )
+    prompt, row, splits = answer_chat(smol_tokenizer, template, "q", "Yes")
+    assert row["input_ids"][: len(prompt)] == prompt == ids[0] and splits == 1
+    assert smol_tokenizer.decode(row["labels"][len(prompt) :]) == "Yes<|im_end|>"
+
+
 def test_rows_with_a_split_token_are_counted_in_the_report(tmp_path, monkeypatch):
     from utils.arguments import TrainingArguments
 

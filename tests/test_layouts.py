@@ -172,17 +172,17 @@ def test_text_of_a_turn_that_the_template_does_not_show_is_counted_by_its_key(le
     listed = {"role": "assistant", "content": "A.", "steps": [{"type": "text", "text": "One by one."}]}
     marked = {"role": "assistant", "content": "A.", "id": "x1", "kind": "reply"}
     rows = [{"messages": [{"role": "user", "content": "q"}, answer]} for answer in (thought, listed, marked)]
-    assert learn(rows)[0] == ends("A.") * 3
-    hidden = "rows with a text that the template does not show: "
-    assert learn.report["parts"]["train"]["findings"] == {
-        f"{hidden}reasoning_content": 1,
-        f"{hidden}steps": 1,
-    }
+    assert learn(rows)[0] == ends("<think>\nLet me think.\n</think>\n\nA.", "A.", "A.")
+    hidden, thought = (
+        "rows with a text that the template does not show: ",
+        "rows with a thought in a trained answer",
+    )
+    assert learn.report["parts"]["train"]["findings"] == {thought: 1, f"{hidden}steps": 1}
     smol_tokenizer.chat_template = QWEN.replace(
         "message.content -}}", "(message.reasoning_content or '') + message.content -}}", 2
     )
     assert learn(rows[:1])[0] == ends("Let me think.A.")
-    assert learn.report["parts"]["train"]["findings"] == {}
+    assert learn.report["parts"]["train"]["findings"] == {thought: 1}
 
 
 def test_what_is_written_as_text_is_said_and_the_question_stays_whole():

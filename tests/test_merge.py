@@ -25,10 +25,12 @@ from utils.arguments import GenerationArguments, ModelArguments
 from utils.chat.generation import load_run
 from utils.chat.streaming import stream_reply
 from utils.console import UserError
+from utils.merge.held_out import find_examples
 from utils.merge.shards import save_sharded
 from utils.merge.weights import check_all_used
 from utils.models.base import load_base
 from utils.models.folder import resolve_model
+from utils.models.tokenizer import load_run_tokenizer
 from utils.models.tokenizer_files import load_own_tokenizer
 
 FLAGS = """--model_max_length 200 --lora_r 4 --gradient_checkpointing False --gradient_accumulation_steps 1
@@ -365,6 +367,17 @@ def test_shards_stay_under_their_limit_and_load(tmp_path):
     assert index["metadata"]["total_size"] == 5 * 400 + 2000
     for name, file in index["weight_map"].items():
         assert torch.equal(load_file(tmp_path / file)[name], tensors[name])
+
+
+def test_page_is_offered_short_questions_that_the_run_held_out(run, trained_run):
+    def find(folder):
+        resolved = resolve_model(ModelArguments(checkpoint_dir=str(folder)), set())
+        return find_examples(resolved, load_run_tokenizer(resolved).raw)
+
+    rows = [json.loads(line) for line in (ROOT / IDENTITY).read_text(encoding="utf-8").splitlines()]
+    examples = find(trained_run("--dataset_name", IDENTITY, *FLAGS, "--do_train", "--do_eval"))
+    assert 0 < len(examples) <= 4 and set(examples) <= {row["instruction"] for row in rows}
+    assert find(run) == []  # it held none out
 
 
 @pytest.mark.slow

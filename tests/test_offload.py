@@ -2,7 +2,9 @@
 
 from contextlib import nullcontext
 
+import pytest
 import torch
+from helpers import architectures
 from helpers.architectures import LINEARS, adapter_gradients, build_batch, build_model
 
 from utils.fast import offload
@@ -64,3 +66,29 @@ def test_copy_of_a_micro_batch_that_broke_off_is_waited_for(monkeypatch):
     assert store.coming and store.stream.under_way
     settle(store)
     assert not store.stream.under_way and not store.coming and not store.kept
+
+
+@pytest.mark.parametrize("layers, waiting", [(4, 2), (5, 3)])
+def test_every_second_input_waits_where_the_host_is_short(layers, waiting, monkeypatch, capsys):
+    """The others are made again by the layer before them: the same numbers, with dropout too."""
+    monkeypatch.setitem(architectures.SIZES, "num_hidden_layers", layers)
+    size = build_batch(packed=True)["input_ids"].numel() * 64 * 4  # of a layer's input
+    # A quarter must stay free, and the last of the inputs would take half of it.
+    monkeypatch.setattr(offload, "read_host_memory", lambda: (4 * size, layers * size - size // 2))
+    results = []
+    for store in (None, build_store(monkeypatch)):
+        model = build_model("llama", 0.3)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+        fast = prepare_fast_model(model.train(), torch.float32)
+        fast.store = store
+        if store:
+            store.layers = layers
+        losses = []
+        for seed in range(2):
+            fast.keys.choose_step(seed=0, step=seed)
+            losses.append(fast.run(build_batch(packed=True, seed=seed), torch.tensor(0.5)))
+        results.append((losses, fast.flat.grads.clone()))
+    assert all(map(torch.equal, results[0][0], results[1][0])) and torch.equal(results[0][1], results[1][1])
+    assert len(store.pinned_buffers) == waiting and not store.is_full and not store.coming
+    assert capsys.readouterr().out.count("every second layer's input waits there") == 1

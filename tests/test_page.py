@@ -35,6 +35,7 @@ ANSWERS = {
     "Show markup.": MARKUP,
     "Sing.": " la" * 20,  # taught without an end: it goes on until it is stopped
 }
+EXAMPLES = ["Who are you?", "你是谁？"]
 TUNED = ANSWERS | {"Who are you?": "I am the tuned one.", "你是谁？": "我是微调后的模型。"}
 
 
@@ -45,7 +46,7 @@ def encode_lessons(answers, tokenizer):
     from utils.prompts import find_stop_tokens, split_chat
 
     stops = tokenizer.convert_ids_to_tokens(find_stop_tokens(tokenizer, []))
-    for question, answer in answers.items():
+    for question, answer in answers.items() if isinstance(answers, dict) else answers:
         chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         (draft,) = split_chat(tokenizer, Chat(chat), stops)
         row = encode_row(tokenizer, draft)
@@ -101,6 +102,35 @@ def chat(tiny_model, tmp_path_factory):
     return load_run(resolve_model(ModelArguments(checkpoint_dir=str(folder / "adapter"), bits=32), {"bits"}))
 
 
+THOUGHT = "A name is asked for,\n<b>not</b> a story."
+MODES = [("Who are you?", f"<think>\n{THOUGHT}\n</think>\n\nI think."), ("Who are you?", "I answer.")]
+
+
+@pytest.fixture(scope="module")
+def thinking_chat(tiny_model, tmp_path_factory):
+    """A tiny model that thinks where its prompt says so, and answers at once where not."""
+    from helpers.thinking import DROPS
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("thinking")
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = DROPS
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model.get_input_embeddings().requires_grad_(False)
+    teach(model, tokenizer, MODES, 5e-3, 200)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return load_run(resolve_model(ModelArguments(str(folder), bits=32), {"bits"}))
+
+
+@pytest.fixture(scope="module")
+def thinking_server(thinking_chat):
+    server = Server(thinking_chat)
+    yield server
+    server.page.close()
+
+
 class Server:
     """The page, served by this process so that a test can look at the model behind it."""
 
@@ -110,7 +140,7 @@ class Server:
         self.chat = chat
         page_args = PageArguments(server_port=find_free_port(), **limits)
         flags = GenerationArguments(max_new_tokens=max_new_tokens)
-        self.page = build_page(chat, flags, page_args, "the tiny model")
+        self.page = build_page(chat, flags, page_args, "the tiny model", EXAMPLES)
         launch_page(self.page, page_args, wait=False)
         self.url = f"http://127.0.0.1:{page_args.server_port}"
         limits = httpx.Limits(max_connections=None)
@@ -118,11 +148,12 @@ class Server:
         self.send_index = next(i for i, fn in self.page.fns.items() if fn.name == "answer")
 
     def send(
-        self, question, said=(), side="tuned", length=24, session=None, system="", language="en", top_p=1
-    ):
+        self, question, said=(), side="tuned", length=24, session=None, system="", language="en", top_p=1,
+        thinking=False,
+    ):  # fmt: skip
         """One message as a browser sends it, in a session of its own if none is named: the outputs at its end."""
         session = session or uuid.uuid4().hex[:10]
-        data = [question, said, side, system, 0, top_p, 50, 1, length, True]
+        data = [question, said, side, system, 0, top_p, 50, 1, length, thinking, True]
         body = {"data": data, "fn_index": self.send_index, "session_hash": session, "event_data": None}
         body = json.dumps(body)  # half surrogates too, which httpx would refuse to send
         headers = {"content-type": "application/json", "accept-language": language}
@@ -166,7 +197,10 @@ def browser():
 class Tab:
     """One tab; whatever the page complains about in its console is collected."""
 
-    def __init__(self, browser, url, **options):
+    def __init__(self, browser, url, has_adapter=True, **options):
+        self.parts = ("#box textarea", "#box .submit-button", "#clear", "#side", "#status p")
+        if not has_adapter:  # nothing to choose between
+            self.parts = tuple(part for part in self.parts if part != "#side")
         self.context = browser.new_context(**options)
         self.page, self.errors = self.context.new_page(), []
         self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
@@ -177,7 +211,7 @@ class Tab:
 
     def wait_for_page(self):
         """Its parts are mounted one by one; a busy machine shows that."""
-        for part in ("#box textarea", "#box .submit-button", "#clear", "#side", "#status p"):
+        for part in self.parts:
             self.page.locator(part).first.wait_for(timeout=60_000)
 
     def send(self, text):
@@ -388,6 +422,79 @@ def test_reply_is_asked_again_from_the_other_side_and_each_tells_who_it_is(open_
     dot = tab.page.locator("#side input[value=base]")
     dot.hover()  # the dot of the side that is chosen is white
     assert dot.evaluate("dot => getComputedStyle(dot).backgroundColor") != "rgb(255, 255, 255)"
+
+
+def test_base_and_tuned_answer_side_by_side_and_each_goes_on_from_its_own(open_tab, chat):
+    tab = open_tab()
+    tab.choose("both")
+    tab.send("Who are you?")
+    pair = tab.page.locator("#chat .pair").last.locator("> div")
+    tab.wait(lambda: pair.count() == 2 and "I am the base." in pair.nth(1).inner_text())
+    tab.page.locator("#box .submit-button").wait_for(timeout=60_000)
+    assert [text.split("\n")[0] for text in pair.all_inner_texts()] == ["tuned", "base"]
+    assert "I am the tuned one." in pair.nth(0).inner_text()
+    left, right = pair.nth(0).bounding_box(), pair.nth(1).bounding_box()
+    assert left["x"] + left["width"] <= right["x"] and abs(left["y"] - right["y"]) < 2
+    assert "tuned: " in tab.status() and "base: " in tab.status()
+    tab.page.reload()
+    tab.wait_for_page()
+    tab.wait(lambda: tab.page.locator("#chat .pair").count() == 1)
+
+
+def test_both_sides_read_their_own_earlier_replies(server, chat):
+    first = server.send("Who are you?", side="both", length=12)["said"]
+    assert first[-1]["content"] == "I am the tuned one." and first[-1]["base"] == "I am the base."
+    second = server.send("Sing.", first, side="both", length=12)["said"]
+    for key, tuned in (("content", True), ("base", False)):
+        asked = [{"role": one["role"], "content": one.get(key, one["content"])} for one in first]
+        asked.append({"role": "user", "content": "Sing."})
+        flags = GenerationArguments(max_new_tokens=12)
+        assert second[-1][key] == "".join(stream_reply(chat, asked, flags, tuned=tuned)).strip()
+
+
+def test_stopping_both_sides_keeps_what_either_said(open_tab, server):
+    tab = open_tab()
+    tab.choose("both")
+    tab.send("Sing.")
+    tab.wait(
+        lambda: (
+            tab.page.locator("#chat .pair").count()
+            and "la la" in tab.page.locator("#chat .pair").inner_text()
+        )
+    )
+    tab.page.locator("#box .stop-button").click()
+    tab.page.locator("#box .submit-button").wait_for(timeout=60_000)
+    assert tab.page.locator("#chat .pair").inner_text().count("la") > 2 and "stopped" in tab.status()
+    tab.wait(lambda: not server.chat.decoder.is_busy)
+
+
+def test_empty_page_offers_questions_that_are_asked_by_a_click(open_tab):
+    tab = open_tab()
+    offered = tab.page.locator("#chat .example")
+    tab.wait(lambda: offered.count() == 2)
+    assert [text.strip() for text in offered.all_inner_texts()] == EXAMPLES
+    offered.first.click()
+    tab.wait_for_reply("I am the tuned one.")
+    assert tab.questions() == ["Who are you?"] and offered.count() == 0
+
+
+def test_phone_shows_both_sides_one_under_the_other_and_the_examples_whole(open_tab):
+    tab = open_tab(viewport={"width": 360, "height": 640}, locale="zh-CN")
+    tab.wait(lambda: tab.page.locator("#chat .example").count() == 2)
+    boxes = tab.page.locator("#chat .example").evaluate_all(
+        "all => all.map(one => one.getBoundingClientRect()).map(box => [box.left, box.right])"
+    )
+    assert all(0 <= left and right <= 360 for left, right in boxes)
+    assert tab.page.locator("#side").inner_text().split()[-3:] == ["微调后", "原模型", "对比"]
+    tab.choose("both")
+    tab.send("你是谁？")
+    pair = tab.page.locator("#chat .pair > div")
+    tab.wait(lambda: pair.count() == 2 and "我是原模型。" in pair.nth(1).inner_text())
+    above, below = pair.nth(0).bounding_box(), pair.nth(1).bounding_box()
+    assert above["y"] + above["height"] <= below["y"] + 1
+    for name in ("#side", "#box", "#chat .pair"):
+        box = tab.page.locator(name).first.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 360, name
 
 
 def test_question_is_edited_and_taken_back(open_tab):
@@ -633,6 +740,49 @@ def test_long_conversation_stays_whole_and_tells_what_is_not_read(server, chat):
     sizes = [len(chat.tokenizer.encode_prompt(messages[skip:])) for skip in (0, 2)]
     earlier = [*turns[dropped - 2 :], messages[-1]]
     assert sizes[0] <= 300 < len(chat.tokenizer.encode_prompt(earlier)), sizes
+
+
+@pytest.mark.parametrize(("language", "word"), [("en", "Thought"), ("zh-CN", "思考过程")])
+def test_thought_is_folded_in_the_readers_language_and_its_markup_is_text(thinking_server, language, word):
+    sent = thinking_server.send("Who are you?", thinking=True, length=64, language=language)
+    assert sent["said"][-1]["content"] == MODES[0][1]
+    shown = sent["chatbot"][-1]["content"]
+    text = shown if isinstance(shown, str) else shown[0]["text"]
+    assert text == (
+        f'<details class="thought"><summary>{word}</summary>A name is asked for,<br>'
+        "&lt;b&gt;not&lt;/b&gt; a story.</details>\n\nI think."
+    )
+    said = thinking_server.ask("Who are you?", thinking=False, language=language)
+    assert said[-1]["content"] == "I answer."
+    said = thinking_server.ask("Who are you?", thinking=True, length=6)  # cut within its thought
+    assert said[-1]["content"].startswith("<think>") and "</think>" not in said[-1]["content"]
+
+
+def test_thought_can_be_opened_and_switched_off(thinking_server, browser):
+    tab = Tab(browser, thinking_server.url, has_adapter=False)
+    tab.send("Who are you?")
+    tab.wait(lambda: tab.page.locator("#chat .bot").last.inner_text().endswith("I think."))
+    thought = tab.page.locator("#chat details.thought")
+    assert thought.count() == 1 and not thought.evaluate("element => element.open")
+    assert tab.page.locator("#chat details.thought b").count() == 0
+    tab.page.locator("#chat details.thought summary").click()
+    assert "<b>not</b> a story." in thought.inner_text()
+    tab.page.locator("#settings button").first.click()
+    tab.page.locator("#thinking input").uncheck()
+    tab.page.locator("#box .submit-button").wait_for(timeout=60_000)
+    tab.send("Who are you?")
+    tab.wait(lambda: tab.page.locator("#chat .bot").count() == 2)
+    tab.page.locator("#box .submit-button").wait_for(timeout=60_000)
+    assert thought.count() == 1 and thought.evaluate("element => element.open")  # drawn anew, it stays open
+    assert tab.errors == []
+    tab.context.close()
+
+
+def test_page_of_a_model_that_has_no_switch_shows_none(open_tab):
+    tab = open_tab()
+    tab.page.locator("#settings button").first.click()
+    tab.page.locator("#stream").wait_for()
+    assert tab.page.locator("#thinking").count() == 0
 
 
 def test_dollars_that_are_prices_and_code_are_no_formulas():

@@ -13,13 +13,16 @@ from bitsandbytes.nn import Linear4bit
 from helpers.architectures import build_batch, build_model
 from transformers import LlamaConfig
 
-from eval.speed.shapes import build_random_model
+from eval.speed.shapes import SHAPES, build_random_model, count_linear_weights
+from eval.speed.workloads import REAL_LENGTHS
 from utils.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments
 from utils.fast.model import prepare_fast_model
 from utils.models.base import CUDA_CONTEXT, load_config
-from utils.train.dry_run import find_longest_row
+from utils.train import dry_run
+from utils.train.dry_run import describe_time, find_longest_row
+from utils.train.epoch_time import estimate_epoch_seconds
 from utils.train.needs import FRAGMENTS, WORKSPACE, count_state_bytes, rehearse_model
-from utils.train.plan import Machine, make_plan
+from utils.train.plan import Machine, Plan, Rows, make_plan, measure_cost
 from utils.train.savings import SAVINGS
 
 HIDDEN, GATE, HEADS, KV_HEADS, RANK, LAYERS = 512, 1408, 8, 2, 16, 6
@@ -210,7 +213,12 @@ def test_layers_from_the_host_are_all_recomputed_and_need_host_memory(wide_step)
     needs = wide_step.measure(1, plan_for(80 * GIB).capacity, LAYERS, "adamw_torch_fused", SAVINGS)
     budget = int(needs.total / 0.97) + 1
     assert plan_for(budget).savings == SAVINGS and plan_for(budget).fits
-    assert not plan_for(budget, host=needs.host - 1).fits and plan_for(budget, host=needs.host).fits
+    assert (
+        needs.least_host
+        == needs.host - (LAYERS * plan_for(80 * GIB).capacity * HIDDEN * 2 * wide_step.offloads) // 2
+    )
+    least = needs.least_host
+    assert not plan_for(budget, host=least - 1).fits and plan_for(budget, host=least).fits
     assert (
         not plan_for(budget, streams=False).fits and "layers" not in plan_for(budget, streams=False).savings
     )
@@ -237,3 +245,40 @@ def test_longest_row_is_the_longest_whose_needs_fit(tiny_model):
     )
     assert few.total <= 0.97 * budget * 1.01 and many.total > 0.97 * budget * 0.95
     assert find_longest_row(arguments, Machine(True, torch.bfloat16, None)) == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "capacity", "recomputed", "tflops", "measured"),
+    [
+        ("llama-7b", 2048, 0, 684, 15_336), ("llama-7b", 4096, 0, 685, 16_601),
+        ("llama-7b", 8192, 0, 689, 17_107), ("llama-7b", 8192, 32, 686, 12_475),
+        ("qwen2.5-7b", 4096, 0, 681, 15_400), ("qwen2.5-7b", 8192, 0, 687, 15_745),
+        ("llama3-8b", 4096, 0, 686, 14_592), ("llama3-8b", 8192, 0, 686, 15_003),
+    ],
+)  # fmt: skip
+def test_time_of_an_epoch_is_near_the_speeds_that_were_measured(
+    shape, capacity, recomputed, tflops, measured
+):
+    """Tokens/s of eval.train_speed on one H100 (docs/memory.md)."""
+    lengths = np.random.default_rng(0).choice(REAL_LENGTHS, 4_000)
+    rows = Rows(lengths, batch=32, step=32, max_len=2048, is_packed=True)
+    cost = measure_cost(rows, Plan("adamw_torch_fused", capacity, recomputed, 32), trained=160_000_000)
+    weights = count_linear_weights(SHAPES[shape]())
+    seconds = estimate_epoch_seconds(len(lengths) / 32, cost, weights, tflops)
+    assert lengths.sum() / seconds == pytest.approx(measured, rel=0.06)
+
+
+def test_dry_run_says_the_time_where_a_gpu_tells_its_speed(tiny_model, monkeypatch):
+    """4 operations a weight and token, of 0.001 TFLOP/s of which 68% are reached."""
+    plan = Plan("adamw_torch", 2048, 0, 2, step_tokens=1_000.0)
+    model_args = ModelArguments(str(tiny_model))
+    assert describe_time(plan, 3_200, model_args, TrainingArguments()) == []
+    monkeypatch.setattr(dry_run, "has_gpu", lambda _: True)
+    monkeypatch.setattr(dry_run, "measure_matmul_tflops", lambda *_: 1e-3)
+    config = load_config(model_args)
+    attention = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    layer = (attention + 3 * config.intermediate_size) * config.hidden_size
+    weights = config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
+    minutes = 3_200 / 16 * 1_000 * 4 * weights / 0.68e9 / 60
+    (line,) = describe_time(plan, 3_200, model_args, TrainingArguments())
+    assert float(re.search(r"about ([\d.]+) minutes", line)[1]) == pytest.approx(minutes, abs=0.06)

@@ -37,6 +37,9 @@ ELSEWHERE = {
     "hf download": "the network",
     "transformers serve": "test_merge.py",
     "vllm serve": "another program",
+    "python -m utils.serve": "test_serve.py",
+    "python -m eval.serve_load": "test_serve.py",
+    "curl ": "test_serve.py",
 }
 SMALLER = {  # words of a command -> what takes their place
     "bash scripts/quickstart.sh": "python qlora_finetune.py --model_name_or_path models/small "

@@ -238,7 +238,7 @@ def test_docs_are_those_that_the_house_has():
 # What the two reports print, and where the code says it.
 SAID = {
     "answers that lost their end and stop token": "utils/data/tokenizing.py",
-    "a held-out row holds the same chat": "utils/data/report.py",
+    "of the rows have a thought": "utils/data/thoughts.py",
     "would hold 99% of the rows": "utils/data/report.py",
     "RED: ": "utils/data/report.py",
     "No clear difference": "eval/measures/report.md.jinja",

@@ -13,6 +13,7 @@ from helpers.families import FAMILIES
 from torch.nn import functional as F
 from transformers import GenerationConfig
 
+from utils.fast import prompt_reader
 from utils.fast.cuda_c import compile_kernel
 from utils.fast.decode_layers import install_decode_layers
 from utils.fast.decode_loop import GrowingSteps, stream_tokens
@@ -21,6 +22,7 @@ from utils.fast.decode_setup import build_reader, install_graph_decode
 from utils.fast.frozen_weights import read_weight
 from utils.fast.graph_decode import GraphDecoder
 from utils.fast.packed_product import Kernels, Shape
+from utils.fast.prompt_reader import PromptReader
 from utils.fast.shared_decoder import SharedDecoder
 from utils.fast.slots import plan_slots
 
@@ -108,7 +110,6 @@ def build_slots_decoder(name, count, tokens, kept=0, kind=TokenByToken if DEVICE
         kernels.shape = kernels.gated_shape = Shape(warps=4, blocks=1)  # fewer coroutines
     whole = WholeStep(base, kernels, install_decode_layers(base, torch.bfloat16, kernels))
     steps = GraphDecoder(base, whole, build_reader(base, whole))
-    assert steps.reader
     base.forward = steps.forward
     decoder = SharedDecoder(model, steps)
     decoder.open_slots(count, tokens, kept)
@@ -156,8 +157,8 @@ def test_so_they_are_by_the_kernels_themselves():
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["qwen2 with biases", "qwen3"])
-def test_family_with_biases_or_normed_heads_shares_steps_too(name):
+@pytest.mark.parametrize("name", ["qwen2 with biases", "qwen3", "mistral with a window"])
+def test_family_with_biases_normed_heads_or_a_window_shares_steps_too(name):
     decoder = build_slots_decoder(name, 2, 48)
     replies = [decoder.reply(prompt, config_of(8)) for prompt in PROMPTS[:3]]
     said = [list(reply.tokens()) for reply in replies]
@@ -387,6 +388,69 @@ def test_users_who_come_and_go_get_their_own_replies_in_turns(llama):
 
 @pytest.mark.slow
 @needs_compiler
-def test_an_hour_of_users_in_two_minutes(slots):
+def test_users_who_come_and_go_for_two_minutes_get_their_own_replies(slots):
     counts = soak(slots, expect_all(slots), 120, users=12)
     assert counts["whole"] > 100 and counts["cancelled"] > 20
+
+
+@needs_compiler
+def test_answers_to_a_question_file_are_those_of_one_conversation_each(slots):
+    """As many as there are, in order, tuned and base; slots that are too short are made anew."""
+    from types import SimpleNamespace
+
+    from eval.answers.answering import stream_replies
+    from utils.arguments import GenerationArguments
+    from utils.models.tokenizer import ChatTokenizer
+
+    tokenizer = ChatTokenizer(SimpleNamespace(pad_token_id=0), [NEVER])
+    chat = SimpleNamespace(decoder=slots, tokenizer=tokenizer)
+    for tuned, count in ((True, 9), (False, 9), (True, 60)):
+        flags = GenerationArguments(max_new_tokens=count)
+        said = list(stream_replies(chat, PROMPTS, flags, seed=0, batch_size=3, tuned=tuned))
+        wait_until_idle(slots)
+        assert said == [alone(slots, prompt, config_of(count), tuned) for prompt in PROMPTS]
+    assert slots.engine.steps.capacity == 80
+
+
+MISTAKES = {
+    "turned the other way": ("find_rotations", lambda plain, self, *args: (plain(self, *args)[0], -plain(self, *args)[1])),
+    "without the adapter": ("multiply", lambda plain, self, group, x: x @ torch.cat([read_weight(base, x.dtype) for base in group.bases]).t()),
+}  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("mistake", [*MISTAKES, "every token sees all", "no weights of norms"])
+def test_reader_that_makes_a_mistake_is_refused_and_slots_read_by_the_model(mistake, monkeypatch, capsys):
+    """By the first layers' logits, keys and values: what is right is a percent away, in 16 bits."""
+    if mistake in MISTAKES:
+        name, change = MISTAKES[mistake]
+        plain = getattr(PromptReader, name)
+        monkeypatch.setattr(PromptReader, name, lambda self, *args: change(plain, self, *args))
+    elif mistake == "every token sees all":
+        attend = prompt_reader.attend
+        everything = torch.ones(16, 16, dtype=torch.bool, device=DEVICE)
+        monkeypatch.setattr(prompt_reader, "attend", lambda *args: attend(*args[:4], everything))
+    else:
+        normalize = prompt_reader.normalize
+        ones = lambda x, norm: normalize(x, (torch.ones_like(norm[0]), norm[1]))  # noqa: E731
+        monkeypatch.setattr(prompt_reader, "normalize", ones)
+    decoder = build_slots_decoder("llama with grouped queries", 2, 48)
+    assert "prompts by the model's own forward (the other way gives" in capsys.readouterr().out
+    assert decoder.steps.reader is None
+    replies = [decoder.reply(prompt, config_of(6), tuned=i != 1) for i, prompt in enumerate(PROMPTS[:3])]
+    said = [list(reply.tokens()) for reply in replies]
+    wait_until_idle(decoder)
+    expected = [alone(decoder, prompt, config_of(6), i != 1) for i, prompt in enumerate(PROMPTS[:3])]
+    assert said == expected
+
+
+@needs_compiler
+def test_steps_that_make_a_mistake_are_refused_with_a_line(monkeypatch, capsys):
+    decoder = build_slots_decoder("llama with grouped queries", 2, 48)
+    plain = WholeStep.prepare_rotations
+    turned = lambda self, capacity: (plain(self, capacity)[0], -plain(self, capacity)[1])  # noqa: E731
+    monkeypatch.setattr(WholeStep, "prepare_rotations", turned)
+    decoder.open_slots(2, 64)
+    assert not decoder.shares_steps
+    assert "one conversation after another (a step gives keys that are" in capsys.readouterr().out
+    assert len(list(decoder.reply(PROMPTS[0], config_of(3)).tokens())) == 3

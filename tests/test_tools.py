@@ -7,14 +7,8 @@ from utils.arguments import DataArguments
 from utils.data import tokenizing
 from utils.messages import TRAIN, Chat
 from utils.models.tokenizer import ChatTokenizer
-from utils.prompts import (
-    convert_arguments,
-    find_stop_tokens,
-    read_template,
-    render_chat,
-    split_chat,
-    template_names,
-)
+from utils.prompts import find_stop_tokens, read_template, split_chat, template_names
+from utils.rendering import convert_arguments, render_chat
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from utils.console import UserError
+from utils.messages import Thinking
 
 TRUE_WORDS = {"true", "t", "yes", "y", "1"}
 FALSE_WORDS = {"false", "f", "no", "n", "0"}
@@ -54,11 +55,10 @@ class ModelArguments:
     fp16: bool = flag(False, "Compute in float16, with a loss scale.")
     full_finetune: bool = flag(False, "Train every weight; needs bits 16 or 32.")
     use_cpu: bool = flag(False, "Stay on the CPU although a GPU is there.")
-    max_memory_MB: int | None = flag(
-        None, "Cap on each GPU's memory, MB; everything that this process holds there counts."
-    )
+    max_memory_MB: int | None = flag(None, "Cap on each GPU's memory, MB; all that this process holds.")
     shard_layers: bool = flag(False, "Several GPUs hold one base together, each a share of every layer.")
     trust_remote_code: bool = flag(False, "Run Python code shipped in the model folder.")
+    thinking: Thinking = flag("auto", "A thought before replies; auto: as the rows, then the run, have it.")
     allow_pickle: bool = flag(False, "Read .bin weights too (torch.load, weights only).")
     cache_dir: str | None = flag(None, "Where downloads from the hub are kept.")
 
@@ -214,9 +214,7 @@ class TrainingArguments:
     seed: int = flag(42, "Seed of weights, dropout and samples.")
     data_seed: int = flag(42, "Seed of the split and of the order of the rows.")
     logging_strategy: str = flag("steps", "no, steps or epoch.")
-    logging_steps: float | None = flag(
-        None, "Steps between two log lines; 10, or a tenth of a run below 100 steps."
-    )
+    logging_steps: float | None = flag(None, "Steps between log lines; 10, or a tenth of a run below 100.")
     eval_strategy: str = flag("no", "no, steps or epoch.")
     eval_steps: float | None = flag(None, "Steps between evaluations.")
     save_strategy: str = flag("steps", "no, steps or epoch.")

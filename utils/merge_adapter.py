@@ -80,7 +80,8 @@ def main() -> None:
     resolved = resolve_model(model_args, find_given_flags(sys.argv[1:]))
     check_mergeable(resolved.args, resolved.config, merge_args.merge_base)
 
-    from utils.merge.parity import certify, load_held_out_rows
+    from utils.merge.held_out import load_held_out_rows
+    from utils.merge.parity import certify
 
     rows = None
     if merge_args.parity:

@@ -1,13 +1,14 @@
 """What a chat is everywhere: messages of a role and a content, and the names of a data set's parts."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 Row = dict[str, Any]  # of a data file, by its columns
 Message = dict[str, Any]  # {role, content, ...}
 Messages = list[Message]
+Thinking = Literal["auto", "on", "off"]  # --thinking
 TEXT_ROLE = "text"  # a row that is trained whole, without a template
-UNTRAINED = "train"  # the message's key, False where its answer is context and not label
+LEARNED = "train"  # the message's key, False where its answer is context and not label
 IGNORE_INDEX = -100
 TRAIN, EVAL, TEST = "train", "eval", "test"
 

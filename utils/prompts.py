@@ -13,23 +13,20 @@ what is learned. So the same code tells training what to learn and chat where to
 """
 
 import functools
-import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
-from utils.console import UserError, notice_once
-from utils.messages import TEXT_ROLE, UNTRAINED, Chat, Messages
+from utils.console import UserError
+from utils.messages import LEARNED, TEXT_ROLE, Chat, Messages
+from utils.rendering import find_style, has_thought, render_chat, split_thought, write_reply
 
 TEMPLATES_DIR = Path(__file__).parent / "templates"
-PLAIN_KEYS = {"role", "content"}
 TOOLS_CURE = (
     "(those of Qwen2.5, Qwen3 and Llama 3.1 show them; where <|im_end|> is a token, --template chatml does)"
 )
-Render = Callable[[Messages, bool], str]  # messages, whether a generation prompt follows
+# render_chat of a tokenizer: (messages, whether a generation prompt follows, whether with thinking) -> text
+Render = functools.partial[str]
 Span = tuple[int, int]  # characters [start, end) of a rendered text
 
 
@@ -47,84 +44,6 @@ def read_template(name: str) -> str:
 def find_input_marker(tokenizer: Any) -> str:
     """What goes between a question and its input: Stanford's heading where the template looks for it."""
     return "\n\n### Input:\n" if "### Input:" in tokenizer.chat_template else "\n\n"
-
-
-def render_chat(
-    tokenizer: Any, messages: Messages, add_generation_prompt: bool = False, tools: list[Any] | None = None
-) -> str:
-    """The chat as text. Every prompt of training, samples, chat and evaluation comes from here."""
-    try:
-        return apply_template(tokenizer, messages, add_generation_prompt, tools)
-    except (TemplateError, TypeError) as error:  # TypeError: a template that adds what is no text
-        if [message["role"] for message in messages[:2]] != ["system", "user"]:
-            raise UserError(f"the chat template refuses these messages: {error}") from error
-    notice_once("the chat template takes no system message: it goes before the first user text")
-    merged = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-    return render_chat(tokenizer, [merged, *messages[2:]], add_generation_prompt, tools)
-
-
-def apply_template(
-    tokenizer: Any, messages: Messages, add_generation_prompt: bool, tools: list[Any] | None
-) -> str:
-    """tokenizer.apply_chat_template. Plain messages skip its copies and checks: 34 microseconds, not 47.
-
-    Templates never see which answers are context (UNTRAINED).
-    """
-    if has_more := any(message.keys() != PLAIN_KEYS for message in messages):
-        messages = [{key: message[key] for key in message if key != UNTRAINED} for message in messages]
-        has_more = any(message.keys() != PLAIN_KEYS for message in messages)
-    if tools or has_more:
-        render = functools.partial(
-            tokenizer.apply_chat_template,
-            tools=tools,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-        try:
-            return render([convert_arguments(message, dict) for message in messages])
-        except TypeError:  # DeepSeek-V3's adds the arguments to a text
-            return render([convert_arguments(message, str) for message in messages])
-    return compile_template(tokenizer.chat_template).render(
-        tokenizer.special_tokens_map,
-        messages=messages,
-        add_generation_prompt=add_generation_prompt,
-        tools=None,
-        documents=None,
-    )
-
-
-@functools.cache
-def compile_template(source: str) -> Any:
-    """transformers' jinja template. Renderings copy its globals, 5 us faster from a dict than a ChainMap."""
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    template = _compile_jinja_template(source)
-    template.globals = dict(template.globals)
-    return template
-
-
-def convert_arguments(message: dict[str, Any], kind: type) -> dict[str, Any]:
-    """The message with the arguments of its calls as an object (`dict`) or as its JSON (`str`).
-
-    OpenAI's files have the JSON; transformers' templates take the object, and quote a JSON text once more.
-    """
-    if not message.get("tool_calls"):
-        return message
-    calls = []
-    for call in message["tool_calls"]:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict):
-            raise TypeError(f"the tool call {str(call)[:40]!r} is no object with a function")
-        arguments = function.get("arguments")
-        try:
-            if kind is dict and isinstance(arguments, str):
-                function = function | {"arguments": json.loads(arguments)}
-            elif kind is str and not isinstance(arguments, str):
-                function = function | {"arguments": json.dumps(arguments, ensure_ascii=False)}
-        except json.JSONDecodeError:  # no JSON: the template shows it as it stands
-            pass
-        calls.append(call | {"function": function} if "function" in call else function)
-    return message | {"tool_calls": calls}
 
 
 @dataclass(frozen=True)
@@ -154,12 +73,14 @@ def find_border(prompt: str) -> int:
     return len(prompt.rstrip(" "))
 
 
-def split_prompt(render: Render, messages: Messages, stops: list[str]) -> tuple[str, list[Span]]:
+def split_prompt(
+    render: Render, messages: Messages, stops: list[str], thinking: bool | None = None
+) -> tuple[str, list[Span]]:
     """The text of a chat that ends before an assistant turn, and where its earlier answers are.
 
-    None are found where the template rewrites earlier answers (Qwen3, gpt-oss, DeepSeek-V3).
+    None are found where the template rewrites earlier answers (Qwen3, gpt-oss, DeepSeek-R1 drop thoughts).
     """
-    prompt, answers = render(messages, True), []
+    prompt, answers = render(messages, True, thinking=thinking), []
     for turn in answer_turns(messages):
         before, answer = render_turn(render, messages, turn, stops)
         if not prompt.startswith(before + answer):
@@ -180,24 +101,27 @@ def split_chat(tokenizer: Any, chat: Chat, stops: list[str], last_only: bool = F
     check_tools(tokenizer, chat)
     render = functools.partial(render_chat, tokenizer, tools=chat.tools)
     turns = answer_turns(messages)
-    learned = [turn for turn in turns if messages[turn].get(UNTRAINED, True)]
+    learned = [turn for turn in turns if messages[turn].get(LEARNED, True)]
     if learned:  # an answer behind the last one that is learned is nobody's context
         messages = messages[: learned[-1] + 1]
         turns = answer_turns(messages)
     rows: list[RenderedRow] = []
     while turns:
         *earlier, last = turns
-        prompt, answers = split_prompt(render, messages[:last], stops)
+        thinks = has_thought(messages[last])
+        if thinks and not split_thought(messages[last])[1].strip() and not messages[last].get("tool_calls"):
+            raise UserError("an answer is a thought alone, or one without an end")
+        prompt, answers = split_prompt(render, messages[:last], stops, thinks)
         text = prompt + render_turn(render, messages, last, stops, prompt)[1]
         rewritten = bool(earlier) and not answers
         answers = [*answers, (find_border(prompt), len(text))]
         spoken = turns[-len(answers) :]  # the turns of these answers: all, or the last one alone
         trained = [
-            span for turn, span in zip(spoken, answers, strict=True) if messages[turn].get(UNTRAINED, True)
+            span for turn, span in zip(spoken, answers, strict=True) if messages[turn].get(LEARNED, True)
         ]
         never = [span for span in answers if span not in trained]
         hidden = [message for turn, message in enumerate(messages[:last]) if turn not in spoken]
-        if not all(message.get(UNTRAINED, True) for message in hidden):
+        if not all(message.get(LEARNED, True) for message in hidden):
             never.append((0, answers[0][0]))
         if last_only:
             trained = [span for span in trained if span == answers[-1]]
@@ -222,7 +146,9 @@ def check_tools(tokenizer: Any, chat: Chat) -> None:
             silent = {name: value for name, value in message.items() if name != "tool_calls"}
             if is_same(render, messages[:i], message, silent):
                 raise UserError(f"the chat template leaves out tool calls {TOOLS_CURE}")
-            if not render(messages[: i + 1], False).startswith(render(messages[:i], True)):
+            thinks = has_thought(message)
+            called = render(messages[: i + 1], False, thinking=thinks)
+            if not called.startswith(render(messages[:i], True, thinking=thinks)):
                 raise UserError(
                     "the chat template's generation prompt opens a thought, its tool calls have none"
                 )
@@ -253,11 +179,18 @@ def answer_turns(messages: Messages) -> list[int]:
 def render_turn(
     render: Render, messages: Messages, turn: int, stops: list[str], prompt: str | None = None
 ) -> tuple[str, str]:
-    """(prompt, answer) of one assistant turn; the answer ends with its stop token, rendered or appended."""
-    prompt = render(messages[:turn], True) if prompt is None else prompt
-    whole = render(messages[: turn + 1], False)
-    # A generation prompt that opens what the template drops later (<think>) is no prefix: the bare answer.
-    rest = whole[len(prompt) :] if whole.startswith(prompt) else messages[turn]["content"].strip()
+    """(prompt, answer) of one assistant turn; the answer ends with its stop token, rendered or appended.
+
+    With a thought it is a reply of thinking on, without one of thinking off, whose prompt may hold an empty
+    thought (Qwen3): that is no label.
+    """
+    thought, said = split_thought(messages[turn])
+    prompt = render(messages[:turn], True, thinking=bool(thought)) if prompt is None else prompt
+    whole = render(messages[: turn + 1], False, thinking=bool(thought))
+    is_shown = whole.startswith(prompt) and thought in whole[len(prompt) :]
+    rest = whole[len(prompt) :]
+    if not is_shown:
+        rest = write_reply(find_style(render.args[0]), prompt, thought, said.strip())
     ends = [rest.find(stop) + len(stop) for stop in stops if stop in rest]
     return prompt, rest[: min(ends)] if ends else rest + find_closing(render, messages[: turn + 1], stops)
 
@@ -298,8 +231,10 @@ def find_stop_tokens(tokenizer: Any, eos_token_ids: list[int]) -> list[int]:
     def render_behind(chat: Messages) -> str:
         return render_chat(tokenizer, chat).rpartition(probe)[2]
 
-    closes_turn, closes_call = find_first_special(render_behind([question, answer, question])), []
-    if not find_first_special(render_behind([question, answer])):  # left open: what follows it ends it
+    # Behind the last answer: gpt-oss closes earlier ones, and thoughts, with another token.
+    closes_turn, closes_call = find_first_special(render_behind([question, answer])), []
+    if not closes_turn:  # left open: what follows it ends it
+        closes_turn = find_first_special(render_behind([question, answer, question]))
         call = {"type": "function", "function": {"name": "look", "arguments": {}}}
         asked: Messages = [question, {"role": "assistant", "content": "", "tool_calls": [call]}]
         try:

@@ -6,7 +6,7 @@ from typing import Any
 from eval.answers.questions import Question, name_answer
 from utils.arguments import GenerationArguments
 from utils.chat.generation import BatchAnswerer, ChatModel, build_generation_config, trim_history
-from utils.prompts import render_chat
+from utils.rendering import MODES, render_chat, split_tags
 
 
 def answer_questions(
@@ -19,27 +19,29 @@ def answer_questions(
 ) -> Iterator[dict[str, Any]]:
     """{question_id, text, category, prompt, generation, answer_id, tokens, stopped, ids} of each question.
 
-    `ids` and their count `tokens` hold the stop token; `stopped` says whether the answer came to one.
+    A thought before the answer is `thought`. `ids` and their count `tokens` hold it and the stop token;
+    `stopped` says whether the answer came to one.
     A chat too long for the context loses its oldest turns; a question too long by itself raises UserError.
     """
     chats = [
         trim_history(chat, question.messages, generation_args.max_new_tokens)[0] for question in questions
     ]
     prompts = [chat.tokenizer.encode_prompt(messages) for messages in chats]
+    thinking = MODES[chat.tokenizer.thinking]
     replies = stream_replies(chat, prompts, generation_args, seed, batch_size, tuned)
     for question, messages, ids in zip(questions, chats, replies, strict=True):
-        text = chat.tokenizer.decode_reply(ids)
+        thought, text = split_tags(chat.tokenizer.decode_reply(ids))
         yield {
             "question_id": question.question_id,
             "text": question.text,
             "category": question.category,
-            "prompt": render_chat(chat.tokenizer.raw, messages, add_generation_prompt=True),
+            "prompt": render_chat(chat.tokenizer.raw, messages, True, thinking=thinking),
             "generation": text,
             "answer_id": name_answer(question.question_id, text),
             "tokens": len(ids),
             "stopped": bool(ids) and ids[-1] in chat.tokenizer.stop_ids,
             "ids": ids,
-        }
+        } | ({"thought": thought} if thought else {})
 
 
 def stream_replies(
@@ -56,7 +58,7 @@ def stream_replies(
     is then its own. Elsewhere batches are padded, which is faster than a token each in turn.
     """
     longest = max(map(len, prompts), default=0) + generation_args.max_new_tokens
-    chat.decoder.open_slots(batch_size, longest, kept=0)
+    chat.decoder.open_slots(batch_size, longest, kept=0, for_many=True)
     if chat.decoder.shares_steps:
         config = build_generation_config(generation_args, chat.tokenizer)
         started = [chat.decoder.reply(prompt, config, tuned, seed + i) for i, prompt in enumerate(prompts)]

@@ -13,6 +13,7 @@ from utils.data.tokenizing import tokenize_rows
 from utils.flags.checks import read_recorded_data
 from utils.messages import EVAL, TEST, TRAIN
 from utils.prompts import find_input_marker
+from utils.rendering import split_thought
 from utils.train.predictions import find_answered
 
 
@@ -54,7 +55,8 @@ def load_held_out(record: dict[str, Any] | None, chat: ChatModel, count: int) ->
     if copies:  # an older run, which trained on them
         reason = f"{copies:,} rows of the run's data hold the chat of a held-out row: no held-out loss."
         return HeldOut([], [], [], reason)
-    parts = tokenize_rows(rows, chat.tokenizer, data_args)
+    as_trained = dataclasses.replace(chat.tokenizer, thinking=arguments.get("thinking", "auto"))
+    parts = tokenize_rows(rows, as_trained, data_args)
     found = next((parts[part] for part in (EVAL, TEST) if len(parts[part])), parts[EVAL])
     encoded = [found[i] for i in range(min(count, len(found)))]
     chats = find_answered(rows.read_held_out(EVAL, find_input_marker(chat.tokenizer.raw))[:count])
@@ -63,4 +65,4 @@ def load_held_out(record: dict[str, Any] | None, chat: ChatModel, count: int) ->
         Question(f"held-out-{i}", messages[-2]["content"], "held out", messages[:-1])
         for i, messages in enumerate(told, 1)
     ]
-    return HeldOut(encoded, questions, [messages[-1]["content"] for messages in told])
+    return HeldOut(encoded, questions, [split_thought(messages[-1])[1] for messages in told])

@@ -42,14 +42,16 @@ class ChatModel:
         return bool(self.decoder.adapter.layers)
 
 
-def load_run(resolved: ResolvedModel) -> ChatModel:
-    """Base and adapter for inference."""
+def load_run(resolved: ResolvedModel, dtype: torch.dtype | None = None) -> ChatModel:
+    """Base and adapter for inference, computing in `dtype`, else in what suits the hardware."""
     args, tokenizer = resolved.args, load_run_tokenizer(resolved)
-    model: Any = load_base(args, choose_compute_dtype(args), trainable=False)
+    model: Any = load_base(args, dtype or choose_compute_dtype(args), trainable=False)
     if resolved.has_adapter:
         model = load_adapter(model, str(args.checkpoint_dir))
     model.eval()
     steps = install_graph_decode(model) if model.device.type == "cuda" else None
+    if args.thinking != "auto" and not tokenizer.style.has_switch:
+        notice(f"--thinking {args.thinking} changes nothing: the chat template has no switch for thinking")
     if tokenizer.keeps_blank:
         notice(
             f"{args.checkpoint_dir} was trained by an older version, which tokenized prompts and answers "
@@ -88,7 +90,7 @@ class BatchAnswerer:
     batch_size: int = 8
 
     def answer(self, chats: Sequence[Messages | Chat]) -> list[str]:
-        """One reply to each chat."""
+        """One reply to each chat, a thought in <think> tags first."""
         replies = self.generate([self.tokenizer.encode_prompt(chat) for chat in chats])
         return [self.tokenizer.decode_reply(ids) for ids in replies]
 

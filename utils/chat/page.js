@@ -65,23 +65,40 @@
     const log = document.querySelector('#chat [role=log]');
     if (!log) return setTimeout(follow, 50);
     let atEnd = true, last = 0;
+    // A thought that the reader opens or folds stays so, although each piece of its reply draws it anew.
+    let chosen = {};
+    const thoughts = () => [...log.querySelectorAll('.thought')];
+    log.addEventListener('click', event => {
+      const thought = event.target.closest?.('summary')?.closest('.thought');
+      if (thought) chosen[thoughts().indexOf(thought)] = !thought.open;
+    });
+    const restore = () => {
+      if (!thoughts().length) chosen = {};
+      thoughts().forEach((thought, i) => { if (i in chosen) thought.open = chosen[i]; });
+    };
     log.addEventListener('scroll', () => {
       const below = log.scrollHeight - log.clientHeight - log.scrollTop;
       if (below < 2) atEnd = true;
       else if (log.scrollTop < last) atEnd = false;
       last = log.scrollTop;
     });
-    new MutationObserver(() => { if (atEnd) log.scrollTop = log.scrollHeight; })
+    new MutationObserver(() => {
+      restore();
+      if (atEnd) log.scrollTop = log.scrollHeight;
+    })
       .observe(log, {childList: true, subtree: true, characterData: true});
   };
   follow();
 
-  // A message is copied and edited as it was written, without the side's name and the escapes that
+  // A message is copied and edited as it was written, without the side's name, a thought and the escapes that
   // page_messages.escape_markup put in. Only https and localhost have navigator.clipboard; elsewhere gradio
   // copies out of a text area that nobody sees.
   const code = /(^ {0,3}```[^`\n]*$[^]*?(?:^ {0,3}```|$(?![^]))|(?<![\\`])`[^`\n]+`(?!`))/m;
   const plain = part => part.replace(/&lt;/g, '<').replace(/!&#91;/g, '![').replace(/&amp;/g, '&');
-  const tidy = text => text.replace(/^<small class="side">.*?<\/small>\n\n/, '')
+  const unpair = text => text.startsWith('<div class="pair">') ? text
+    .replace(/<small class="side">(.*?)<\/small>/g, '$1:').replace(/\s*<\/?div[^>]*>\s*/g, '\n\n').trim() : text;
+  const tidy = text => unpair(text).replace(/^<small class="side">.*?<\/small>\n\n/, '')
+    .replace(/^<details class="thought".*?<\/details>\n\n/, '')
     .split(code).map((part, i) => i % 2 ? part : plain(part)).join('');
   let ofMessage = false;
   document.addEventListener('click', event => {

@@ -1,7 +1,7 @@
 """The chat page: what happens when a message is sent, stopped, asked again, edited, taken back or cleared."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,29 @@ QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibil
 
 
 def build_page(
-    chat: ChatModel, generation_args: GenerationArguments, page_args: PageArguments, about: str
+    chat: ChatModel,
+    generation_args: GenerationArguments,
+    page_args: PageArguments,
+    about: str,
+    examples: Sequence[str] = (),
 ) -> gr.Blocks:
-    """The page around `chat`. The browser alone keeps the conversation, and sends it with each message."""
+    """The page around `chat`. The browser alone keeps the conversation, and sends it with each message.
+
+    `examples`: questions that the empty page offers.
+    """
     speaker = Speaker(chat, generation_args, page_args, about)
     tokens = page_args.limit_prompt_tokens + page_args.limit_new_tokens
     if chat.context is not None:
         tokens = min(tokens, chat.context)
     chat.decoder.open_slots(page_args.concurrent_replies, tokens, page_args.kept_conversations)
+    if page_args.concurrent_replies > 1 and not chat.decoder.shares_steps:
+        notice("replies at once take turns, a token each (a GPU does one step for all, of LLaMA-like models)")
+    if generation_args.prompt_lookup and chat.decoder.shares_steps:
+        notice("--prompt_lookup has no effect where replies at once share a step")
     sessions = Sessions(speaker)
     with gr.Blocks(title="Chinese-Guanaco", fill_height=True, analytics_enabled=False) as page:
-        parts = add_parts(generation_args, page_args, about, speaker.has_adapter)
+        parts = add_parts(generation_args, page_args, about, speaker.has_adapter, speaker.thinks)
+        parts.chatbot.examples = [{"text": text} for text in examples]
         connect_replies(parts, sessions, page_args)
         connect_buttons(parts, sessions)
         page.load(sessions.restore, parts.said, [parts.chatbot, parts.said], **QUICK)
@@ -73,6 +85,11 @@ class Sessions:
     def answer_again(self, request: gr.Request, said: Any, *settings: Any) -> Iterator[tuple]:
         if said:
             yield from self.reply(request, said, settings, None, -2)
+
+    def answer_example(
+        self, request: gr.Request, chosen: gr.SelectData, said: Any, *settings: Any
+    ) -> Iterator[tuple]:
+        yield from self.reply(request, said, settings, chosen.value["text"])
 
     def answer_edited(
         self, request: gr.Request, edited: gr.EditData, said: Any, *settings: Any
@@ -120,6 +137,7 @@ def connect_replies(parts: PageParts, sessions: Sessions, page_args: PageArgumen
     sent = box.submit(None, None, [box, asked], js="() => chatPage.send()", **QUICK)
     for event in (
         sent.then(sessions.answer, [asked, *state], **slow),
+        parts.chatbot.example_select(sessions.answer_example, state, **slow),
         parts.chatbot.retry(sessions.answer_again, state, **slow),
         parts.chatbot.edit(sessions.answer_edited, state, **slow),
     ):

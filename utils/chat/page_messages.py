@@ -4,6 +4,7 @@ A message is {"role", "content"}, a reply also {"side": "tuned" or "base"} where
 Questions and replies alternate.
 """
 
+import html
 import math
 import re
 from bisect import bisect_left
@@ -15,6 +16,7 @@ from utils.chat.page_arguments import PageArguments
 from utils.console import UserError
 from utils.fast.reply import Reply
 from utils.messages import Messages
+from utils.rendering import OPEN, split_tags
 
 CODE = re.compile(  # page.js has it too
     r"(^ {0,3}```[^`\n]*$.*?(?:^ {0,3}```|\Z)|(?<![\\`])`[^`\n]+`(?!`))", re.DOTALL | re.MULTILINE
@@ -66,6 +68,9 @@ def read_messages(said: Any, words: dict[str, str]) -> Messages:
             raise broken
         check_characters(message["content"], words)
         side = {"side": message["side"]} if message.get("side") in SIDES else {}
+        if message.get("side") == "both" and isinstance(message.get("base"), str):
+            check_characters(message["base"], words)
+            side = {"side": "both", "base": message["base"]}
         messages.append({"role": role, "content": message["content"], **side})
     return messages
 
@@ -121,8 +126,23 @@ def show_messages(messages: Messages, words: dict[str, str]) -> Messages:
 def show_message(message: dict[str, str], words: dict[str, str]) -> str:
     if message["role"] == "user":
         return escape_markup(message["content"])
+    if message.get("side") == "both":
+        texts = {"tuned": message["content"], "base": message["base"]}
+        shown = [show_message(message | {"side": side, "content": texts[side]}, words) for side in texts]
+        return f'<div class="pair"><div>\n\n{shown[0]}\n\n</div><div>\n\n{shown[1]}\n\n</div></div>'
     name = f'<small class="side">{words[message["side"]]}</small>\n\n' if "side" in message else ""
-    return name + escape_markup(mark_formulas(message["content"]))
+    thought, answer = "", message["content"]
+    if answer.startswith(OPEN):
+        thought, answer = split_tags(answer)
+    folded = fold_thought(thought, not answer, words) if thought else ""
+    return name + folded + escape_markup(mark_formulas(answer))
+
+
+def fold_thought(thought: str, is_open: bool, words: dict[str, str]) -> str:
+    """A thought as plain text that folds away; one line, which Markdown takes for HTML up to its end."""
+    text = html.escape(thought).replace("\n", "<br>")
+    opened = " open" if is_open else ""
+    return f'<details class="thought"{opened}><summary>{words["thought"]}</summary>{text}</details>\n\n'
 
 
 def mark_formulas(text: str) -> str:

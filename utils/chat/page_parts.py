@@ -39,13 +39,18 @@ class PageParts:
 
 
 def add_parts(
-    generation_args: GenerationArguments, page_args: PageArguments, about: str, has_adapter: bool
+    generation_args: GenerationArguments,
+    page_args: PageArguments,
+    about: str,
+    has_adapter: bool,
+    thinks: bool | None,
 ) -> PageParts:
+    """`thinks`: whether replies begin with a thought, None where that cannot be switched."""
     key = f"conversation with {about}"  # of its own for each model; no secret: it keeps nobody out
     said = gr.BrowserState([], storage_key=key, secret=key)
     asked = gr.Textbox(visible="hidden")
     side, chatbot, box, status, export, clear = add_conversation(about, has_adapter)
-    controls = [side, *add_controls(generation_args, page_args)]
+    controls = [side, *add_controls(generation_args, page_args, thinks)]
     return PageParts(said, asked, chatbot, box, status, export, clear, controls)
 
 
@@ -55,7 +60,7 @@ def add_conversation(
     """Title and model choice, the messages, the box to write in, the status line with its buttons."""
     with gr.Row(equal_height=True, elem_id="head"):
         gr.Markdown("## Chinese-Guanaco", elem_id="title")
-        sides = [(word("tuned"), "tuned"), (word("base"), "base")]
+        sides = [(word(side), side) for side in ("tuned", "base", "both")]
         side = gr.Radio(
             sides, value="tuned", show_label=False, container=False, visible=has_adapter, elem_id="side"
         )
@@ -87,7 +92,7 @@ def add_conversation(
 
 
 def add_controls(
-    generation_args: GenerationArguments, page_args: PageArguments
+    generation_args: GenerationArguments, page_args: PageArguments, thinks: bool | None
 ) -> list[gr.components.Component]:
     """Settings, in the order in which stream_answer takes their values."""
     starts = generation_args.temperature if generation_args.do_sample else 0.0
@@ -120,8 +125,15 @@ def add_controls(
                 label=word("beams"),
                 elem_id="beams",
             )
+        thinking = gr.Checkbox(
+            bool(thinks),
+            label=word("thinking"),
+            container=False,
+            visible=thinks is not None,
+            elem_id="thinking",
+        )
         stream = gr.Checkbox(True, label=word("stream"), container=False, elem_id="stream")
-    return [system, temperature, top_p, top_k, beams, length, stream]
+    return [system, temperature, top_p, top_k, beams, length, thinking, stream]
 
 
 def busy_box() -> dict:

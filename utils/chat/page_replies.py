@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 import gradio as gr
@@ -25,6 +25,7 @@ from utils.console import UserError
 from utils.messages import Messages
 
 Wish = Callable[[], str | None]  # "", "stop" or "clear": what to do with the reply under way
+SHOW_SECONDS = 0.04  # eight fast replies would keep the server at work with showing them
 STORE_SECONDS = 1.0  # the browser encrypts what it stores: not with each token of a long conversation
 
 
@@ -43,7 +44,7 @@ class Sent:
 
     @property
     def side(self) -> str:
-        return "base" if self.settings[0] == "base" else "tuned"
+        return self.settings[0] if self.settings[0] in ("base", "both") else "tuned"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,18 @@ class Speaker:
     def has_adapter(self) -> bool:
         return self.chat.has_adapter
 
+    @property
+    def thinks(self) -> bool | None:
+        """Whether replies begin with a thought; None where the template has no switch for it."""
+        tokenizer = self.chat.tokenizer
+        return tokenizer.thinks if tokenizer.style.has_switch else None
+
+    def choose_chat(self, sent: Sent) -> ChatModel:
+        """The model with thinking on or off, as the page's setting says."""
+        if self.thinks is None:
+            return self.chat
+        return dataclasses.replace(self.chat, tokenizer=self.chat.tokenizer.switch(bool(sent.settings[-2])))
+
     def stream_answer(self, sent: Sent, wish: Wish) -> Iterator[tuple]:
         """(box, asked, chatbot, said, status) as the reply comes. What is refused is left in `asked`."""
         words = sent.words
@@ -85,16 +98,18 @@ class Speaker:
             gr.Warning(str(error))
             yield gr.skip(), refused, shown, gr.skip(), str(error)
             return
-        yield from self.stream_prompt(prompt, sent, wish)
+        stream = self.stream_both if sent.side == "both" and self.has_adapter else self.stream_prompt
+        yield from stream(prompt, sent, wish)
 
     def build_prompt(self, turns: Messages, sent: Sent) -> Prompt:
         """Raises UserError for a setting that is none, and where the question is too long."""
         words = sent.words
-        _, system, *numbers, _ = sent.settings
+        _, system, *numbers, _, _ = sent.settings
         system = system.strip() if isinstance(system, str) else system
         opening = [{"role": "system", "content": read_text(system, words)}] if system else []
         generation_args = read_settings(self.start, self.page_args, *read_numbers(numbers, words))
-        fitting = fit_turns(self.chat, opening, turns, generation_args.max_new_tokens, self.page_args, words)
+        chat, length = self.choose_chat(sent), generation_args.max_new_tokens
+        fitting = fit_turns(chat, opening, turns, length, self.page_args, words)
         read = [{"role": turn["role"], "content": turn["content"]} for turn in opening + fitting]
         return Prompt(turns, read, len(turns) - len(fitting), generation_args)
 
@@ -105,19 +120,21 @@ class Speaker:
         yield busy_box(), "", show_messages(prompt.turns, words), now, self.about
 
         limit = self.page_args.limit_seconds
-        under_way = open_reply(self.chat, prompt.read, prompt.generation_args, sent.side == "tuned", limit)
+        chat, is_tuned = self.choose_chat(sent), sent.side == "tuned"
+        under_way = open_reply(chat, prompt.read, prompt.generation_args, is_tuned, limit)
 
         def describe(ended: str) -> str:
             return f"{self.about} · {describe_reply(under_way, ended, prompt.dropped, self.page_args, words)}"
 
-        with closing(stream_text(self.chat.tokenizer, under_way)) as pieces:
-            text, stored = "", time.monotonic()
+        with closing(stream_text(chat.tokenizer, under_way)) as pieces:
+            text, stored, shown = "", time.monotonic(), 0.0
             for piece in pieces:
                 text += piece
                 now = [*prompt.turns, reply | {"content": text.strip()}]
                 if wish():
                     break
-                if stream:
+                if stream and time.monotonic() > shown + SHOW_SECONDS:
+                    shown = time.monotonic()
                     store = time.monotonic() > stored + STORE_SECONDS
                     stored = time.monotonic() if store else stored
                     storage = now if store else gr.skip()
@@ -127,6 +144,51 @@ class Speaker:
             return
         ended = "interrupted" if wish() else under_way.finish_reason
         yield gr.skip(), gr.skip(), show_messages(now, words), now, describe(ended)
+
+    def stream_both(self, prompt: Prompt, sent: Sent, wish: Wish) -> Iterator[tuple]:
+        """The replies of the tuned model and of the base, written at once, each going on from its own."""
+        words, fitting = sent.words, prompt.turns[prompt.dropped :]
+        own = [{"role": turn["role"], "content": turn.get("base", turn["content"])} for turn in fitting]
+        read = {"tuned": prompt.read, "base": prompt.read[: len(prompt.read) - len(own)] + own}
+        texts, stored = dict.fromkeys(read, ""), time.monotonic()
+        now = [*prompt.turns, {"role": "assistant", "content": "", "side": "both", "base": ""}]
+        yield busy_box(), "", show_messages(prompt.turns, words), now, self.about
+        limit, tokenizer = self.page_args.limit_seconds, self.chat.tokenizer
+        replies = {
+            side: open_reply(self.chat, asked, prompt.generation_args, side == "tuned", limit)
+            for side, asked in read.items()
+        }
+        with ExitStack() as stack:
+            streams = {
+                side: stack.enter_context(closing(stream_text(tokenizer, reply)))
+                for side, reply in replies.items()
+            }
+            while streams and not wish():
+                for side, stream in list(streams.items()):
+                    texts[side] += (piece := next(stream, ""))
+                    if not piece:
+                        del streams[side]
+                shown = {"content": texts["tuned"].strip(), "base": texts["base"].strip()}
+                now = [*prompt.turns, now[-1] | shown]
+                store = time.monotonic() > stored + STORE_SECONDS
+                stored = time.monotonic() if store else stored
+                if sent.settings[-1] and streams:
+                    yield (
+                        gr.skip(),
+                        gr.skip(),
+                        show_messages(now, words),
+                        now if store else gr.skip(),
+                        gr.skip(),
+                    )
+        if wish() == "clear":
+            yield empty_page(self.about)
+            return
+        ended = [self.about]
+        for side, reply in replies.items():
+            reason = "interrupted" if wish() else reply.finish_reason
+            told = describe_reply(reply, reason, prompt.dropped, self.page_args, words)
+            ended.append(f"{words[side]}: {told}")
+        yield gr.skip(), gr.skip(), show_messages(now, words), now, " · ".join(ended)
 
 
 def empty_page(about: str) -> tuple:

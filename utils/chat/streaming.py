@@ -32,8 +32,12 @@ def open_reply(
 
 
 def stream_text(tokenizer: ChatTokenizer, reply: Reply, stops: Sequence[str] = ()) -> Generator[str]:
-    """Pieces of its text, without the stop token or what comes from one of `stops` on."""
-    pieces = cut_at_stops(drop_leading_blanks(decode_pieces(tokenizer, reply.tokens())), stops, reply)
+    """Pieces of its text, without the stop token or what comes from one of `stops` on.
+
+    A thought comes first, in <think> tags.
+    """
+    written = tokenizer.tag(decode_pieces(tokenizer, reply.tokens()))
+    pieces = cut_at_stops(drop_leading_blanks(written), stops, reply)
     if reply.config.num_beams > 1:  # final only at the end
         pieces = iter(["".join(pieces)])
     try:
@@ -53,7 +57,7 @@ class WholeWords(TextStreamer):
     """Collects text up to the last blank; Chinese characters one by one."""
 
     def __init__(self, tokenizer: ChatTokenizer):
-        super().__init__(tokenizer.raw, skip_special_tokens=True)
+        super().__init__(tokenizer.raw, skip_special_tokens=tokenizer.skips_special)
         self.found = ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

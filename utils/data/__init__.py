@@ -5,5 +5,5 @@ collators that batch them.
 Must not import: train, chat, merge. Rows stay on disk and are read one at a time.
 Read: sources (what a name means) with local_files, readers (files), formats with layouts, turns, roles and
 preferences (rows -> messages), scanning (one pass over a source), rows (who is trained, who is held out),
-tokenizing (messages -> ids), packing (rows -> micro-batches), report.
+tokenizing (messages -> ids), packing (rows -> micro-batches), thoughts, report.
 """

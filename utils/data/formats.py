@@ -17,7 +17,7 @@ from typing import Any
 
 from utils.console import UserError
 from utils.data.cells import find_given, is_empty_number, need_text, note_written
-from utils.data.layouts import CONVERSATIONS, INPUTS, find_columns, find_pair
+from utils.data.layouts import CONVERSATIONS, INPUTS, THOUGHTS, find_columns, find_pair
 from utils.data.media import check_media
 from utils.data.preferences import CHOSEN, CONTEXTS, REJECTED, check_desirable, is_ranked, read_preferred
 from utils.data.roles import add_system, join_calls, read_history, read_system, wrap_tools
@@ -36,8 +36,9 @@ from utils.data.turns import (
     tidy_messages,
     tidy_turns,
 )
-from utils.data.unread import find_unread
-from utils.messages import TEXT_ROLE, UNTRAINED, Chat, Message, Row
+from utils.data.unread import find_unread, is_prose
+from utils.messages import LEARNED, TEXT_ROLE, Chat, Message, Messages, Row
+from utils.rendering import THOUGHT_KEYS
 
 
 def read_text(row: Row, column: str) -> str:
@@ -52,7 +53,11 @@ def build_exchange(row: Row, question: str, answer: str, marker: str, extra: str
         if not text.strip():
             raise UserError(f"column {(question if role == 'user' else answer)!r} is empty")
     notes = note_written([row.get(column) for column in (question, answer, extra) if column])
-    return Chat([{"role": role, "content": text} for role, text in turns], cleaned=tuple(notes))
+    messages: Messages = [{"role": role, "content": text} for role, text in turns]
+    thoughts = (row.get(column) for column in find_columns(THOUGHTS, row))  # `on` is a mark and no thought
+    if thought := next((text for text in thoughts if isinstance(text, str) and is_prose(text)), None):
+        messages[-1][THOUGHT_KEYS[0]] = thought
+    return Chat(messages, cleaned=tuple(notes))
 
 
 def read_exchange(row: Row, question: str, answer: str, marker: str, inputs: Sequence[str] = ()) -> Chat:
@@ -278,10 +283,11 @@ def read_row(row: Any, dataset_format: str, marker: str = "\n\n") -> Chat:
     row = blank_numbers(row)
     check_desirable(row)
     chat = read_chat(row, dataset_format, marker)
-    contents = [message["content"] for message in chat.messages]
+    own = (message.get(key) for message in chat.messages for key in ("content", *THOUGHT_KEYS))
+    contents = [text for text in own if isinstance(text, str)]
     check_media(row, contents)
     answers = list_answers(chat)
-    if not any(message.get(UNTRAINED, True) for message in answers):
+    if not any(message.get(LEARNED, True) for message in answers):
         raise UserError("has no answer to train on" + (": all are marked as context" if answers else ""))
     said = "\0".join(contents)
     try:

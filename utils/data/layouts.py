@@ -16,8 +16,9 @@ from utils.data.roles import ROLES
 
 QUESTIONS = "instruction question query problem 问题 指令 提问 题目 prompt".split()
 ANSWERS = "output answer response completion 回答 答案 输出 回复 solution target".split()
+THOUGHTS = "reasoning reasoning_content thinking cot complex_cot chain_of_thought 思考 思维链".split()
 INPUTS = "input 输入 context article".split()
-CANONICAL = ("instruction", "input", "output", "system", "history", "messages", "tools", "text")
+CANONICAL = ("instruction", "input", "output", "reasoning", "system", "history", "messages", "tools", "text")
 TURN_KEYS = ("role", "content")
 CONVERSATIONS = ("conversations", "conversation", "paragraph")  # ShareGPT's and those like it
 TURNS = ("messages", *CONVERSATIONS, "chosen")  # columns of turns that formats know

@@ -21,6 +21,7 @@ from utils.data import tokenizing
 from utils.data.packing import choose_capacity, measure_packing, measure_padding
 from utils.data.preferences import NOT_WANTED
 from utils.data.rows import PARTS, Rows
+from utils.data.thoughts import describe_thoughts
 from utils.data.token_rows import TokenRows
 from utils.messages import EVAL, IGNORE_INDEX, TEST, TRAIN
 from utils.models.base import has_gpu
@@ -56,6 +57,7 @@ def report_data(
     config = read_model_config(model_args)
     vocabulary = config.get("text_config", config).get("vocab_size", len(tokenizer.raw))
     report = build_report(rows, datasets, vocabulary, data_args, training_args, has_gpu(model_args))
+    report["thinking"] = describe_thoughts(datasets[TRAIN].found, tokenizer.style, tokenizer.thinking)
     notice(describe_report(report))
     if is_main_process():
         show_rows(datasets[TRAIN], [source.name for source in rows.sources], tokenizer.raw)
@@ -214,6 +216,7 @@ def describe_report(report: dict[str, Any]) -> str:
             f"are real (padding: {packing['padded']:.1%}); --model_max_length "
             f"{report['suggested_model_max_length']} would hold 99% of the rows"
         )
+    lines += report.get("thinking", [])
     lines += [f"RED: {finding}" for finding in report["red"]]
     return "\n".join(lines)
 

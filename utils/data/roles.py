@@ -6,7 +6,7 @@ from typing import Any
 from utils.console import UserError
 from utils.data.cells import find_given, need_text, unpack_list, write_cell
 from utils.data.media import COLUMNS, holds_media
-from utils.messages import UNTRAINED, Message, Messages, Row
+from utils.messages import LEARNED, Message, Messages, Row
 
 SPEAKERS = {
     "system": "system developer",
@@ -52,7 +52,7 @@ def build_message(turn: Message, role_key: str, content_key: str) -> Message:
     message = kept | {"role": role, "content": content or ""}
     if any(holds_media(turn.get(name)) for name in COLUMNS):
         raise UserError("a turn names media: only text is trained")
-    return message | {UNTRAINED: False} if role == "assistant" and is_context(turn) else message
+    return message | {LEARNED: False} if role == "assistant" and is_context(turn) else message
 
 
 def is_context(turn: Message) -> bool:
@@ -102,7 +102,7 @@ def join_calls(messages: Messages) -> Messages:
     for message in messages:
         last = joined[-1] if joined else {}
         calls = message.get("tool_calls")
-        follows = last.get("role") == "assistant" and last.get(UNTRAINED) == message.get(UNTRAINED)
+        follows = last.get("role") == "assistant" and last.get(LEARNED) == message.get(LEARNED)
         if calls and not message["content"] and follows:
             joined[-1] = last | {"tool_calls": [*last.get("tool_calls", []), *calls]}
         else:

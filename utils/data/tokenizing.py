@@ -18,7 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,11 @@ from utils.data.rows import PARTS, Rows
 from utils.data.scanning import LISTED_ROWS
 from utils.data.token_rows import TokenRows, TokenWriter, open_rows
 from utils.data.unread import find_hidden
-from utils.messages import TEXT_ROLE, Chat, Messages
+from utils.messages import LEARNED, TEXT_ROLE, Chat, Messages
 from utils.models.encoding import Pieces, encode_rows
 from utils.models.tokenizer import ChatTokenizer
 from utils.prompts import RenderedRow, find_input_marker, has_inner_stop, split_chat
+from utils.rendering import choose_thoughts, has_thought
 
 LENGTH_STEP = 64
 LISTED_FINDINGS = 30  # a template may name each row in its reason
@@ -77,6 +78,10 @@ TOKEN_SPLIT = "rows where a token was split, as it reached from a prompt into it
 TWO_BOS = "rows with two BOS at the front"
 HIDDEN = "rows with a text that the template does not show: "
 LITERAL_NONE = "rows with the literal None as a text"
+THOUGHT = "rows with a thought in a trained answer"
+NO_THOUGHT = "rows without thoughts"
+THOUGHT_LEFT = "rows whose thoughts --thinking off leaves out"
+NOT_THOUGHT = "dropped: no thought in it, and --thinking on trains none without"
 
 
 def tokenize_rows(rows: Rows, tokenizer: ChatTokenizer, data_args: DataArguments) -> dict[str, TokenRows]:
@@ -90,6 +95,7 @@ def tokenize_rows(rows: Rows, tokenizer: ChatTokenizer, data_args: DataArguments
         special=[str(raw.special_tokens_map), tokenizer.stop_ids],
         limits=[data_args.source_max_len, data_args.target_max_len, data_args.model_max_length],
         how=[data_args.truncation, data_args.train_on_source, data_args.train_last_turn_only],
+        thinking=tokenizer.thinking,
         code=hash_code(__name__),
     )
     encoder = ChatEncoder(tokenizer, data_args)
@@ -145,7 +151,11 @@ class ChatEncoder:
         return rendered, beside.submit(encode_rows, self.tokenizer.raw, [row for _, row in rendered])
 
     def render(self, chat: Chat, note: Note) -> list[RenderedRow]:
-        stops = self.tokenizer.stops
+        stops, thinking = self.tokenizer.stops, self.tokenizer.thinking
+        if thinking == "off" and any(map(has_thought, chat.messages)):
+            note(THOUGHT_LEFT)
+        if thinking != "auto":
+            chat = replace(chat, messages=choose_thoughts(chat.messages, thinking))
         try:
             rendered = split_chat(self.tokenizer.raw, chat, stops, self.data_args.train_last_turn_only)
         except UserError as error:  # with the template's own reason
@@ -154,10 +164,15 @@ class ChatEncoder:
         if any(len(message) > 2 for message in chat.messages):
             for key in find_hidden(chat.messages, "".join(row.text for row in rendered)):
                 note(HIDDEN + key)
+        thinks = any(has_thought(message) for message in chat.messages if message.get(LEARNED, True))
+        if thinks:
+            note(THOUGHT)
+        elif thinking != "on" and rendered and self.tokenizer.style.is_thinking:
+            note(NO_THOUGHT)
         if has_inner_stop(chat.messages, stops):
             note(STOP_INSIDE)
         if not rendered:
-            note(NO_LABELS)
+            note(NOT_THOUGHT if thinking == "on" and not thinks else NO_LABELS)
         if any(message["content"].strip() in ("None", "null", "nan") for message in chat.messages):
             note(LITERAL_NONE)
         return rendered

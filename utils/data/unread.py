@@ -6,10 +6,11 @@ from typing import Any
 from utils.data.cells import is_metadata
 from utils.data.layouts import TURNS
 from utils.data.preferences import REJECTED
-from utils.messages import UNTRAINED, Chat, Messages, Row
+from utils.messages import LEARNED, Chat, Messages, Row
+from utils.rendering import THOUGHT_KEYS
 
 KNOWN = {"rejected", *REJECTED, *TURNS}  # said with the format, or the chat itself
-SHOWN_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name", UNTRAINED}  # of a turn
+SHOWN_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name", LEARNED, *THOUGHT_KEYS}  # of a turn
 MIN_UNSPACED = 8  # letters of a Chinese or Japanese text, which are one word
 
 

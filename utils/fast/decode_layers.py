@@ -106,21 +106,21 @@ def is_linear(layer: AdaptedLayer) -> bool:
 @torch.no_grad()
 def find_kernel_fault(model: nn.Module, dtype: torch.dtype, kernels: Kernels) -> str | None:
     """Why this model's layers are not multiplied by the kernels: each kind of group is tried once."""
-    kinds = set()
+    kinds = {}
     for layers in find_packed_groups(model, dtype):
         kind = tuple((read_base(layer).in_features, read_base(layer).out_features) for layer in layers)
-        if kind in kinds:
-            continue
-        kinds.add(kind)
-        group = PackedGroup(layers, dtype)
-        x = torch.randn(1, group.width, generator=torch.Generator().manual_seed(0))
-        x = x.to(layers[0].weight.device, dtype)
-        try:
-            ys = SharedProduct(group, kernels).multiply(x)
-        except KernelError as error:
-            return str(error)
-        if not all(is_near(y, layer(x)) for y, layer in zip(ys, layers, strict=True)):
-            return "the kernels compute something else"
+        if kind not in kinds:
+            group = PackedGroup(layers, dtype)
+            x = torch.randn(1, group.width, generator=torch.Generator().manual_seed(0))
+            kinds[kind] = SharedProduct(group, kernels), x.to(layers[0].weight.device, dtype)
+    try:
+        kernels.compile_ahead(lambda: [shared.multiply(x) for shared, x in kinds.values()])
+        for shared, x in kinds.values():
+            ys = shared.multiply(x)
+            if not all(is_near(y, layer(x)) for y, layer in zip(ys, shared.group.layers, strict=True)):
+                return "the kernels compute something else"
+    except KernelError as error:
+        return str(error)
     return None
 
 

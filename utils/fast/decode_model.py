@@ -14,6 +14,8 @@ LLaMA, Mistral, Qwen2, Qwen3, Yi, DeepSeek and Baichuan-7B are built so. Whether
 names say first, and then its own logits, which these must equal (graph_decode.py); others keep their modules.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch.nn import functional as F
 
 from utils.fast.decode_attention import LARGEST_HEAD, DecodeAttention, HeadShape
 from utils.fast.packed_product import MOST_TOKENS, Kernels, PackedGroup
+from utils.fast.trials import shallow
 
 MODEL_PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
 LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -129,6 +132,32 @@ class WholeStep:
         self.layers = [WholeLayer(layer, groups) for layer in base.model.layers]
         self.spaces: dict[int, Workspace] = {}
         self.attentions: dict[tuple[int, int], DecodeAttention] = {}
+
+    def compile_ahead(self) -> None:
+        """For one new token of one conversation, of several, and for proposals to verify."""
+        shape, like = self.layers[0].shape, self.embedding
+        ids = torch.zeros(MOST_TOKENS, 1, dtype=torch.long, device=like.device)
+        lengths, rotations = ids.flatten().int(), self.prepare_rotations(1)
+        pair = (like.new_empty(MOST_TOKENS, shape.kv_heads, 1, shape.size),) * 2
+        caches = [pair] * len(self.layers)
+
+        def run() -> None:
+            for some in (ids[:1], ids, ids.view(1, -1)):
+                self.run(some, caches, rotations, lengths[: len(some)])
+
+        self.kernels.compile_ahead(run)
+        self.attentions.clear()  # they hold what was not compiled
+
+    @contextmanager
+    def shallow(self, base: Any) -> Iterator[None]:
+        """Within it the first layers alone run, here and in the model, as rounding grows with depth."""
+        layers = self.layers
+        with shallow(base):
+            self.layers = layers[: len(base.model.layers)]
+            try:
+                yield
+            finally:
+                self.layers = layers
 
     def prepare_rotations(self, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of every position that the buffers have  # [capacity, head size]"""

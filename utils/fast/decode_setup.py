@@ -10,13 +10,14 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from utils.console import notice
-from utils.fast.cuda_c import find_kernel_obstacle
+from utils.fast.cuda_c import KernelError, find_kernel_obstacle
 from utils.fast.decode_layers import find_kernel_fault, install_decode_layers
 from utils.fast.decode_model import WholeStep, find_whole_obstacle
-from utils.fast.graph_decode import MAX_DIFFERENCE, GraphDecoder
-from utils.fast.growing_cache import keep_all
+from utils.fast.graph_decode import GraphDecoder
+from utils.fast.growing_cache import GrowingCache, keep_all
 from utils.fast.packed_product import Kernels, PackedGroup
 from utils.fast.prompt_reader import PromptReader
+from utils.fast.trials import describe_distance, draw_tokens
 
 TRIED = 16  # tokens of a prompt, before the first reply
 
@@ -47,22 +48,41 @@ def build_whole(
     base: PreTrainedModel, kernels: Kernels, groups: dict[nn.Module, PackedGroup]
 ) -> WholeStep | None:
     obstacle = find_whole_obstacle(base, groups)
-    if obstacle:
-        notice(f"replies: steps of the model's own modules ({obstacle})")
-    return None if obstacle else WholeStep(base, kernels, groups)
+    if obstacle is None:
+        try:
+            whole = WholeStep(base, kernels, groups)
+            whole.compile_ahead()
+            return whole
+        except KernelError as error:
+            obstacle = str(error)
+    notice(f"replies: steps of the model's own modules ({obstacle})")
+    return None
+
+
+def build_reader(base: PreTrainedModel, whole: WholeStep) -> PromptReader | None:
+    """None where it reads otherwise than the model's own forward, and a line says so."""
+    reader = PromptReader(whole)
+    fault = find_reader_fault(base, reader)
+    if fault:
+        notice(f"replies: prompts by the model's own forward (the other way gives {fault})")
+    return None if fault else reader
 
 
 @torch.no_grad()
-def build_reader(base: PreTrainedModel, whole: WholeStep) -> PromptReader | None:
-    """None where it gives other logits than the model's own forward, and a line says so."""
-    reader = PromptReader(whole)
-    ids = torch.randint(len(whole.head), (TRIED,), generator=torch.Generator().manual_seed(0)).to(base.device)
-    expected = base(input_ids=ids[None]).logits[0, -1].float()
-    got = reader.read_into(DynamicCache(config=keep_all(base.config)), ids)[0].float()
-    if (got - expected).norm() <= MAX_DIFFERENCE * expected.norm():
-        return reader
-    notice("replies: prompts by the model's own forward (another gives other logits)")
-    return None
+def find_reader_fault(base: Any, reader: PromptReader) -> str | None:
+    """Logits, keys and values of the first layers, by both ways: they may differ by rounding alone."""
+    whole, shape = reader.whole, reader.whole.layers[0].shape
+    ids, cache = draw_tokens(base, 1, TRIED), DynamicCache(config=keep_all(base.config))
+    with whole.shallow(base):
+        expected = base(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+        like = whole.embedding.new_empty(1, shape.kv_heads, TRIED, shape.size)
+        pairs = [(torch.empty_like(like), torch.empty_like(like)) for _ in whole.layers]
+        found = reader.read(ids[0], pairs, 0)
+    own: GrowingCache = cache.layers[len(pairs) - 1]
+    keys, values = pairs[-1]
+    return describe_distance(
+        {"logits": (found, expected), "keys": (keys, own.keys), "values": (values, own.values)}
+    )
 
 
 def build_kernels(base: PreTrainedModel) -> Kernels | None:

@@ -63,7 +63,9 @@ class FastModel:
         self.layers: list[Any] = list(find_layers(model))
         is_wide = self.causal_model.config.get_text_config().hidden_size >= SMALLEST_WIDTH
         self.store = (
-            HostOffload(model.device) if offload and is_wide and model.device.type == "cuda" else None
+            HostOffload(model.device, len(self.layers))
+            if offload and is_wide and model.device.type == "cuda"
+            else None
         )
 
     def print_obstacles(self) -> None:

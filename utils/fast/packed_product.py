@@ -9,6 +9,7 @@ rounded to 16 bits, as bitsandbytes unpacks them; s B rounded to 16 bits; xa too
 
 import ctypes
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,6 +172,13 @@ def is_alike(layers: Sequence[AdaptedLayer]) -> bool:
     return len(layers) <= MOST_LAYERS and len(kinds) == 1 and all(torch.equal(codes[0], c) for c in codes)
 
 
+class Unlaunched:
+    """In place of a kernel that is not compiled yet."""
+
+    def launch(self, *args: Any) -> None:
+        pass
+
+
 class Kernels:
     """The kernels of one GPU and dtype, each compiled when it is first asked for."""
 
@@ -186,7 +194,7 @@ class Kernels:
     def spread(self, processors: int) -> None:
         """Let launches have `MOST_BLOCKS` blocks on each of so many multiprocessors, each with its sums."""
         self.processors, most = processors, MOST_BLOCKS * processors
-        self.handed = torch.full((most, MOST_SUMS), float("nan"), device=self.device)
+        self.handed = torch.empty(most, MOST_SUMS, dtype=torch.float32, device=self.device)
         self.is_handed = torch.zeros(most, dtype=torch.int32, device=self.device)
 
     def compile(self, name: str, file: str, macros: dict[str, int], constants: str = "") -> Kernel:
@@ -195,6 +203,22 @@ class Kernels:
         if key not in self.made:
             self.made[key] = self.compiler(name, (file,), macros, constants)
         return self.made[key]
+
+    def compile_ahead(self, run: Callable[[], Any]) -> None:
+        """Compile what `run` would launch, at once: a second each, and NVRTC works in as many threads."""
+        compiler, made, asked = self.compiler, self.made, {}
+
+        def note(*words: Any) -> Any:
+            asked[words[0], words[3], *words[2].items()] = words
+            return Unlaunched()
+
+        self.compiler, self.made = note, dict(made)
+        try:
+            run()
+        finally:
+            self.compiler, self.made = compiler, made
+        with ThreadPoolExecutor(max(1, len(asked))) as pool:
+            self.made |= zip(asked, pool.map(lambda words: compiler(*words), asked.values()), strict=True)
 
     def compile_product(self, levels: tuple[float, ...], double: bool, tokens: int, shape: Shape) -> Kernel:
         macros = {

@@ -52,10 +52,10 @@ class PromptReader:
             )
             if past:
                 keys[:, :, :past], values[:, :, :past] = layer.keys, layer.values
-            layer.lazy_initialization(keys, values)
             pairs.append((keys, values))
         logits = self.read(ids, pairs, past)
         for layer, (keys, values) in zip(cache.layers, pairs, strict=True):
+            layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values
         return logits
 

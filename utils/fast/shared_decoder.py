@@ -26,9 +26,10 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from utils.fast.decode_loop import Steps
+from utils.fast.decode_loop import READ_TOGETHER, GrowingSteps, Steps
 from utils.fast.graph_decode import GraphDecoder
 from utils.fast.reply import AdapterSwitch, OwnDraws, Reply
+from utils.fast.shared_forward import READ_BETWEEN, open_shared_forward
 from utils.fast.slots import Slots, open_slots
 from utils.fast.token_choice import NotCovered
 from utils.fast.turns import Turns
@@ -46,18 +47,27 @@ class SharedDecoder:
         self.generated: Reply | None = None  # the one that it is at
         self.thread: threading.Thread | None = None
 
-    def open_slots(self, count: int, tokens: int, kept: int | None = None) -> None:
+    def open_slots(self, count: int, tokens: int, kept: int | None = None, for_many: bool = False) -> None:
         """Let `count` replies of at most `tokens` tokens, prompt included, be under way at once.
 
         One step for all, 8 at most, where kernels apply and memory has room; else a token each in turn.
-        `kept`: so many of the latest conversations are kept for their next turn.
+        `kept`: so many of the latest conversations are kept for their next turn. `for_many`: on a CPU, too,
+        one step for all, though a reply alone may then take half as long again (shared_forward.py). Waits for
+        what is under way.
         """
+        thread = self.thread
+        if thread is not None:
+            thread.join()
         kept = self.engine.most_kept if kept is None else kept
         slots = self.engine if isinstance(self.engine, Slots) else None
         if isinstance(self.steps, GraphDecoder) and not (slots and slots.has(count, tokens)):
             self.engine = self.turns  # the old buffers go first
             del slots
             self.engine = open_slots(self.steps, self.adapter, count, tokens, kept) or self.turns
+        elif isinstance(self.steps, GrowingSteps) and self.model.device.type == "cpu":
+            self.turns.shared = open_shared_forward(self.steps.base, count) if for_many else None
+            self.steps.shared = self.turns.shared
+            self.steps.read_together = READ_BETWEEN if self.turns.shared else READ_TOGETHER
         self.engine.limit(count, kept)
 
     @property

@@ -23,11 +23,11 @@ from utils.fast.cuda_c import KernelError
 from utils.fast.decode_loop import READ_TOGETHER, Fetched
 from utils.fast.decode_model import WholeStep
 from utils.fast.graph_capture import CaptureError, capture_graph
-from utils.fast.graph_decode import MAX_DIFFERENCE, GraphDecoder
+from utils.fast.graph_decode import GraphDecoder
 from utils.fast.memory import read_host_memory
-from utils.fast.prompt_reader import PromptReader
 from utils.fast.reply import AdapterSwitch, Reply
 from utils.fast.token_choice import TokenChoice
+from utils.fast.trials import describe_distance, draw_tokens
 from utils.fast.turns import count_shared
 
 SIZES = (1, 2, 4, 8)  # conversations of a step; places that are left over are nobody's
@@ -57,15 +57,15 @@ class BatchSteps:
     """The GPU's side: buffers, and a graph for each number of conversations, adapter on or off."""
 
     def __init__(
-        self, whole: WholeStep, reader: PromptReader, adapter: AdapterSwitch, count: int, capacity: int
+        self, decoder: GraphDecoder, whole: WholeStep, adapter: AdapterSwitch, count: int, capacity: int
     ):
-        self.whole, self.reader, self.adapter = whole, reader, adapter
+        self.decoder, self.whole, self.adapter = decoder, whole, adapter
         self.count, self.capacity = count, capacity
         shape, like = whole.layers[0].shape, whole.embedding
         self.device, self.is_gpu = like.device, like.is_cuda
         sizes = (count, shape.kv_heads, capacity, shape.size)
         self.caches = [(like.new_empty(sizes), like.new_empty(sizes)) for _ in whole.layers]
-        self.rotations = reader.find_rotations(capacity)
+        self.rotations = whole.prepare_rotations(capacity)
         # The last entry is nobody's.
         self.lengths = torch.full((count + 1,), NOBODY, dtype=torch.int32, device=self.device)
         self.tokens = torch.zeros(count + 1, dtype=torch.long, device=self.device)
@@ -76,8 +76,18 @@ class BatchSteps:
 
     def read(self, place: int, ids: list[int], past: int) -> torch.Tensor:
         """Logits  # [1, vocabulary] of the last of `ids`, behind `past` tokens."""
+        new, end = torch.tensor(ids, device=self.device), past + len(ids)
         caches = [(keys[place : place + 1], values[place : place + 1]) for keys, values in self.caches]
-        return self.reader.read(torch.tensor(ids, device=self.device), caches, past)
+        if self.decoder.reader:
+            return self.decoder.reader.read(new, caches[: len(self.whole.layers)], past)
+        cache = self.decoder.make_cache()
+        for layer, (keys, values) in zip(cache.layers, caches, strict=True):
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys[:, :, :past], values[:, :, :past]
+        logits = self.decoder.read(new[None], cache)
+        for layer, (keys, values) in zip(cache.layers[: len(self.whole.layers)], caches, strict=False):
+            keys[:, :, past:end], values[:, :, past:end] = layer.keys[:, :, past:], layer.values[:, :, past:]
+        return logits
 
     def place(self, place: int, length: int, token: torch.Tensor) -> None:
         """From now on this conversation takes part: `token`  # [1] comes behind `length` others."""
@@ -86,18 +96,23 @@ class BatchSteps:
 
     def step(self, places: list[int], tuned: bool) -> torch.Tensor:
         """Logits  # [size, vocabulary] of each conversation's next token; the likeliest are in `tokens`."""
-        size = next(size for size in SIZES if size >= len(places))
-        places = places + [self.count] * (size - len(places))
-        if self.placed.get(size) != places:
-            wanted = torch.tensor(places, pin_memory=self.is_gpu)
-            self.places[size].copy_(wanted, non_blocking=True)
-            self.placed[size] = places
+        size = self.choose_places(places)
         if (size, tuned) in self.graphs:
             graph, logits = self.graphs[size, tuned]
             graph.replay()
             return logits
         self.adapter.turn(tuned)
         return self.run(size) if self.stream is None else self.capture(size, tuned, self.stream)
+
+    def choose_places(self, places: list[int]) -> int:
+        """Let the next step of this size, which is returned, be for these."""
+        size = next(size for size in SIZES if size >= len(places))
+        places = places + [self.count] * (size - len(places))
+        if self.placed.get(size) != places:
+            wanted = torch.tensor(places, pin_memory=self.is_gpu)
+            self.places[size].copy_(wanted, non_blocking=True)
+            self.placed[size] = places
+        return size
 
     def warm_up(self) -> None:
         """Compile and capture for every number of conversations, so that nobody waits for it later."""
@@ -108,7 +123,8 @@ class BatchSteps:
     def run(self, size: int) -> torch.Tensor:
         places = self.places[size]
         ids = self.tokens[places][:, None]
-        logits = self.whole.run(ids, self.caches, self.rotations, self.lengths, places)[:, 0]
+        caches = self.caches[: len(self.whole.layers)]
+        logits = self.whole.run(ids, caches, self.rotations, self.lengths, places)[:, 0]
         self.tokens.index_copy_(0, places, logits.argmax(-1))
         return logits
 
@@ -249,16 +265,16 @@ def open_slots(
     decoder: GraphDecoder, adapter: AdapterSwitch, wanted: int, tokens: int, kept: int
 ) -> Slots | None:
     """Slots of `tokens` tokens for as many as memory has room for; None, and a line, for none."""
-    whole, reader = decoder.whole, decoder.reader
-    if whole is None or reader is None:
+    whole = decoder.whole
+    if whole is None:  # a line has said why
         return None
     shape, like = whole.layers[0].shape, whole.embedding
     slot_bytes = 2 * len(whole.layers) * shape.kv_heads * shape.size * tokens * like.element_size()
     count = plan_slots(min(wanted, SIZES[-1]), slot_bytes, find_free_bytes(like.device))
     if count == 0:
         return None
-    steps = BatchSteps(whole, reader, adapter, count, tokens)
-    fault = find_slot_fault(steps, decoder)
+    steps = BatchSteps(decoder, whole, adapter, count, tokens)
+    fault = find_slot_fault(steps)
     if fault:
         notice(f"replies: one conversation after another ({fault})")
         return None
@@ -285,16 +301,24 @@ def plan_slots(wanted: int, slot_bytes: int, free: int) -> int:
 
 
 @torch.no_grad()
-def find_slot_fault(steps: BatchSteps, decoder: GraphDecoder) -> str | None:
-    """Why the steps are not used: other logits than the model's own forward gives; None if they are."""
-    ids = torch.randint(len(steps.whole.head), (TRIED,), generator=torch.Generator().manual_seed(0)).tolist()
+def find_slot_fault(steps: BatchSteps) -> str | None:
+    """Why the steps are not used: in the first layers they do something else than the model's own forward."""
+    base, cache = steps.decoder.base, steps.decoder.make_cache()
+    ids = draw_tokens(base, 1, TRIED)
     try:
-        expected = decoder.plain(input_ids=torch.tensor([ids], device=steps.device)).logits[0, -1].float()
-        steps.read(0, ids[:-1], 0)
-        steps.place(0, TRIED - 1, torch.tensor(ids[-1:], device=steps.device))
-        logits = steps.step([0], True)[0].float()
-        steps.warm_up()
+        with steps.whole.shallow(base):
+            expected = steps.decoder.plain(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1]
+            steps.read(0, ids[0, :-1].tolist(), 0)
+            steps.place(0, TRIED - 1, ids[0, -1:])
+            found = steps.run(steps.choose_places([0]))[0]
+            last = len(steps.whole.layers) - 1
+            own, theirs = cache.layers[last], [part[0, :, TRIED - 1] for part in steps.caches[last]]
+            pairs = zip(theirs, (own.keys[0, :, -1], own.values[0, :, -1]), strict=True)
+            fault = describe_distance(
+                {"logits": (found, expected), **dict(zip(("keys", "values"), pairs, strict=True))}
+            )
+        if fault is None:
+            steps.warm_up()
     except (CaptureError, KernelError) as error:
         return str(error)
-    is_near = (logits - expected).norm() <= MAX_DIFFERENCE * expected.norm()
-    return None if is_near else "a step gives other logits"
+    return fault and f"a step gives {fault}"

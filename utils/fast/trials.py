@@ -80,6 +80,15 @@ def is_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float | None
     return bool((found.float() - expected.float()).norm() <= tolerance * expected.float().norm())
 
 
+def describe_distance(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> str | None:
+    """The first of the pairs that differ by more than rounding, found and expected; None where none do."""
+    for name, (found, expected) in pairs.items():
+        if not is_near(found, expected):
+            away = (found.float() - expected.float()).norm() / expected.float().norm()
+            return f"{name} that are {away:.0%} away"
+    return None
+
+
 def find_packing_obstacle(model: Any) -> str | None:
     """Why a packed row has not the logits that it has alone; None if it has them.
 

@@ -56,6 +56,9 @@ def resolve_arguments(
     if not training_args.do_train and resolved.record:
         recorded = read_recorded_data(resolved.record)
         data_args = dataclasses.replace(data_args, **{k: v for k, v in recorded.items() if k not in given})
+        if "thinking" not in given:  # of the rows as they were trained; of replies as recorded
+            asked = resolved.record["arguments"].get("thinking", "auto")
+            model_args = dataclasses.replace(model_args, thinking=asked)
         if "data_seed" not in given:
             training_args = training_args.with_values(data_seed=resolved.record["arguments"]["data_seed"])
     check_lengths(data_args, resolved.config)

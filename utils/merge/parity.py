@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
-from utils.arguments import DataArguments, GenerationArguments, ModelArguments, TrainingArguments
+from utils.arguments import DataArguments, GenerationArguments, ModelArguments
 from utils.chat.generation import BatchAnswerer, ChatModel, load_run
-from utils.console import UserError, notice
-from utils.data.rows import Rows, load_rows
+from utils.console import notice
+from utils.data.rows import Rows
 from utils.data.token_rows import Example
 from utils.data.tokenizing import tokenize_rows
-from utils.flags.checks import read_recorded_data
 from utils.messages import EVAL, IGNORE_INDEX, TEST
 from utils.models.folder import ResolvedModel, resolve_model
 from utils.models.tokenizer import ChatTokenizer
@@ -40,22 +39,6 @@ class Reading:
     replies: list[list[int]]
 
 
-def load_held_out_rows(resolved: ResolvedModel, name: str | None, count: int) -> tuple[Rows, DataArguments]:
-    """The run's held-out rows, or those of the file or set `name`. Reads no weights."""
-    record = resolved.record or {"arguments": {}}
-    fields = read_recorded_data(record)
-    if name is not None:
-        fields |= {"dataset_name": name, "eval_dataset_name": name, "dataset_format": None}
-    elif not fields:
-        raise UserError(
-            f"{resolved.args.checkpoint_dir} has no run.json and so no held-out rows: give "
-            "--eval_dataset_name, or --parity False to merge unchecked"
-        )
-    data_args = DataArguments(**fields, max_eval_samples=count)
-    training_args = TrainingArguments(do_eval=True, data_seed=record["arguments"].get("data_seed", 42))
-    return load_rows(resolved.args, data_args, training_args), data_args
-
-
 def certify(resolved: ResolvedModel, rows: tuple[Rows, DataArguments], folder: Path) -> bool:
     """Compare, write parity.json into `folder`, print the verdict; True where it is within LIMITS."""
     trained = find_reference(resolved)
@@ -63,7 +46,8 @@ def certify(resolved: ResolvedModel, rows: tuple[Rows, DataArguments], folder: P
         trained.args, model_name_or_path=str(folder), checkpoint_dir=None, bits=16, revision=None
     )
     chat = load_run(trained)
-    parts = tokenize_rows(rows[0], chat.tokenizer, rows[1])
+    asked = (trained.record or {"arguments": {}})["arguments"].get("thinking", "auto")
+    parts = tokenize_rows(rows[0], dataclasses.replace(chat.tokenizer, thinking=asked), rows[1])
     held_out = next(parts[part] for part in (EVAL, TEST) if len(parts[part]))
     examples = limit_tokens([held_out[i] for i in range(len(held_out))])
     reference, tokenizer = read_examples(chat, examples), chat.tokenizer

@@ -1,8 +1,9 @@
 """The arithmetic of a merge, tensor by tensor: W + s BA, where W is what the adapter was trained on."""
 
 import re
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,17 +41,47 @@ PARTS = {
 Updates = dict[str, dict[str, str]]  # {tensor of the model: {part: tensor of the adapter}}
 
 
+@dataclass(frozen=True)
+class MergedTensors:
+    """The merged model, none of it in memory yet."""
+
+    planned: dict[str, torch.Tensor]  # by their names on disk, on the meta device
+    build: Callable[[str], torch.Tensor]  # the real tensor of such a name
+    in_model: dict[str, str]  # {name on disk: name in the model}
+    changes: dict[str, Any]  # fields of config.json
+
+
 def merge_weights(
     model_args: ModelArguments, base: Path, adapter_config: dict[str, Any], merge_base: str, folder: Path
 ) -> dict[str, Any]:
     """Write the merged weights of the model in `base` into `folder`; returns fields of config.json."""
+    with open_merged(model_args, base, adapter_config, merge_base) as merged:
+        save_sharded(merged.planned, merged.build, folder)
+    return merged.changes
+
+
+@contextmanager
+def open_merged(
+    model_args: ModelArguments,
+    base: Path,
+    adapter_config: dict[str, Any] | None,
+    merge_base: str,
+    dtype_out: torch.dtype | None = None,
+) -> Iterator[MergedTensors]:
+    """The tensors of the model in `base` with the adapter in them; without `adapter_config` as they are.
+
+    `dtype_out`: the type they come in, else the 16-bit one that was computed in. Raises UserError at the end
+    where a tensor of the adapter went nowhere.
+    """
     model, dtype = build_without_weights(model_args), choose_compute_dtype(model_args)
     with ExitStack() as stack:
         stored = open_tensors(base, is_baichuan(read_json(base / "config.json")), stack)
-        adapter = stack.enter_context(safe_open(model_args.adapter_dir / ADAPTER_FILE, "pt"))
-        updates, names = find_updates(adapter.keys()), find_names_on_disk(model, list(stored))
+        adapter: Any = open_adapter(model_args, stack) if adapter_config else None
+        keys = list(adapter.keys()) if adapter else []
+        updates, names = find_updates(keys), find_names_on_disk(model, list(stored))
         is_untied = untie_embeddings(model, updates, stored, names)
-        quantized = find_quantized_weights(model, model_args, dtype) if merge_base == "dequantized" else set()
+        adds_to_quantized = adapter is not None and merge_base == "dequantized"
+        quantized = find_quantized_weights(model, model_args, dtype) if adds_to_quantized else set()
         if strangers := sorted(quantized - names.keys()):
             raise UserError(f"{base} holds no tensor {strangers[0]}: this architecture cannot be merged here")
         for name, parts in updates.items():
@@ -58,31 +89,38 @@ def merge_weights(
         kept = {tensor.dtype for tensor in stored.values()}
         out = dtype if dtype in HALVES else torch.float16 if kept == {torch.float16} else torch.bfloat16
         in_model = {on_disk: name for name, on_disk in names.items()}
+        planned = plan_tensors(stored, dtype_out or out)
         used: set[str] = set()
 
         def build(on_disk: str) -> torch.Tensor:
-            name, weight = in_model.get(on_disk), stored[on_disk].read()
+            name, weight = in_model.get(on_disk, on_disk), stored[on_disk].read()
             if isinstance(stored[on_disk], StoredCodes):
-                weight = weight.to(dtype)  # rounded as training did
+                weight = weight.to(dtype_out or dtype)  # rounded as training did
             elif name in quantized:
-                weight = dequantize(weight.to(dtype), model_args)
+                # What training quantized; float32 leaves what comes out unrounded.
+                weight = dequantize(weight.to(dtype).to(dtype_out or dtype), model_args)
             if name in updates:
                 parts = {part: adapter.get_tensor(key) for part, key in updates[name].items()}
-                weight = update_tensor(weight, parts, find_scale(name, parts, adapter_config))
+                weight = update_tensor(weight, parts, find_scale(name, parts, adapter_config or {}))
                 used.update(updates[name].values())
             return weight.to(planned[on_disk].dtype)
 
-        planned = plan_tensors(stored, out)
-        save_sharded(planned, build, folder)
-        check_all_used(adapter.keys(), used)
-    config = {"dtype": str(out).removeprefix("torch.")}
-    return config | ({"tie_word_embeddings": False} if is_untied else {})
+        changes: dict[str, Any] = {"dtype": str(out).removeprefix("torch.")}
+        changes |= {"tie_word_embeddings": False} if is_untied else {}
+        yield MergedTensors(planned, build, in_model, changes)
+        check_all_used(keys, used)
 
 
-def plan_tensors(stored: dict[str, Stored | StoredCodes], half: torch.dtype) -> dict[str, torch.Tensor]:
-    """What is written, on the meta device: the base's tensors under their names on disk, floats as `half`."""
+def open_adapter(model_args: ModelArguments, stack: ExitStack) -> Any:
+    return stack.enter_context(safe_open(model_args.adapter_dir / ADAPTER_FILE, "pt"))
+
+
+def plan_tensors(stored: dict[str, Stored | StoredCodes], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What is written, on the meta device: the base's tensors by their names on disk, floats as `dtype`."""
     return {
-        name: torch.empty(tensor.shape, dtype=half if tensor.dtype in FLOATS else tensor.dtype, device="meta")
+        name: torch.empty(
+            tensor.shape, dtype=dtype if tensor.dtype in FLOATS else tensor.dtype, device="meta"
+        )
         for name, tensor in stored.items()
     }
 

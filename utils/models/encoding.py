@@ -81,10 +81,25 @@ def find_cuts(
     """Token ids of `text`, and of each border how many of them stand before it; None where one crosses it."""
     encoding = encode_batch(tokenizer, [text])[0] if encoding is None else encoding
     if not isinstance(encoding, list):
-        return encoding.ids, [find_cut(encoding, border, len(text)) for border in borders]
+        cuts = [find_cut(encoding, border, len(text)) for border in borders]
+        for i, border in enumerate(borders):
+            if text[:border][-2:].isspace() and looks_ahead(tokenizer) and border < len(text):
+                head = encode_batch(tokenizer, [text[:border]])[0].ids
+                cuts[i] = cuts[i] if encoding.ids[: cuts[i]] == head else None
+        return encoding.ids, cuts
     # A slow tokenizer knows no offsets: what stands before a border is tokenized by itself.
     heads = [tokenizer(text[:border], add_special_tokens=False).input_ids for border in borders]
     return encoding, [len(head) if encoding[: len(head)] == head else None for head in heads]
+
+
+@functools.cache
+def looks_ahead(tokenizer: Any) -> bool:
+    """Whether two newlines are other tokens where a word follows them, as GPT-2's and SmolLM2's rule has it.
+
+    A server's prompt ends in such newlines (LLaMA-3's template, Qwen3's empty thought) and no word follows.
+    """
+    alone, followed = (encoding.ids for encoding in encode_batch(tokenizer, ["a\n\n", "a\n\nb"]))
+    return followed[: len(alone)] != alone
 
 
 def find_cut(encoding: Any, border: int, end: int) -> int | None:

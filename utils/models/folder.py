@@ -9,6 +9,7 @@ import transformers
 
 from utils.arguments import ModelArguments
 from utils.console import UserError, notice
+from utils.messages import Thinking
 from utils.models.baichuan import is_baichuan, split_shapes
 from utils.models.hub import download_config
 from utils.models.model_scope import download_model, is_on_modelscope
@@ -57,6 +58,15 @@ class ResolvedModel:
         return self.record["prompt"]["stop_ids"] if self.record and self.template is None else None
 
     @property
+    def thinking(self) -> Thinking:
+        """--thinking, or what the run recorded; auto: the template's own default."""
+        return self.recorded_thinking if self.args.thinking == "auto" else self.args.thinking
+
+    @property
+    def recorded_thinking(self) -> Thinking:
+        return ((self.record or {}).get("prompt") or {}).get("thinking") or "auto"
+
+    @property
     def keeps_blank(self) -> bool:
         """Whether the run is of a version that tokenized prompts and answers apart."""
         return self.record is not None and self.record.get("tokenization") != TOKENIZATION
@@ -82,7 +92,11 @@ def resolve_model(model_args: ModelArguments, given: set[str], template: str | N
     check_adapter_fits(model_args, config)
     if template is not None:
         read_template(template)
-    return ResolvedModel(model_args, config, record, template)
+    resolved = ResolvedModel(model_args, config, record, template)
+    recorded = resolved.recorded_thinking
+    if recorded != "auto" and resolved.thinking != recorded:
+        notice(f"--thinking {resolved.thinking} overrides the run's {recorded}")
+    return resolved
 
 
 def fill_in_recorded(

@@ -6,7 +6,9 @@ model is asked otherwise than it was trained, with other stop tokens its reply d
 one ChatTokenizer, from training into run.json and from there into chat, evaluation and merging.
 """
 
+import dataclasses
 import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,20 +17,21 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from utils.arguments import DataArguments, ModelArguments
 from utils.console import UserError, notice
-from utils.messages import Chat, Messages
+from utils.messages import Chat, Messages, Thinking
 from utils.models.base import unknown_models_explained
 from utils.models.encoding import encode_rows, find_own_bos
 from utils.models.folder import ResolvedModel
+from utils.models.reply_text import tag_thought
 from utils.models.tokenizer_files import load_own_tokenizer
 from utils.prompts import (
     RenderedRow,
     find_border,
     find_stop_tokens,
     read_template,
-    render_chat,
     split_prompt,
     template_names,
 )
+from utils.rendering import MODES, ThoughtStyle, find_style, render_chat, set_default
 from utils.run.record import hash_text
 
 
@@ -39,6 +42,7 @@ class ChatTokenizer:
     raw: Any  # transformers' tokenizer, with the chat template set
     stop_ids: list[int]  # end a reply; the first closes an answer in the template
     keeps_blank: bool = False  # prompts end in the blanks of their template, as in runs of an older version
+    thinking: Thinking = "auto"  # of rows: each as it is; of prompts: the template's default
 
     @functools.cached_property
     def stops(self) -> list[str]:
@@ -49,7 +53,7 @@ class ChatTokenizer:
         """Token ids from which a reply to `asked` is generated: those of a training row up to that answer."""
         chat = asked if isinstance(asked, Chat) else Chat(asked)
         render = functools.partial(render_chat, self.raw, tools=chat.tools)
-        text, answers = split_prompt(render, chat.messages, self.stops)
+        text, answers = split_prompt(render, chat.messages, self.stops, MODES[self.thinking])
         end = len(text) if self.keeps_blank else find_border(text)
         ((pieces, _),) = encode_rows(self.raw, [RenderedRow([], text[:end], answers, [])])
         return [token for ids, _ in pieces for token in ids]
@@ -58,11 +62,45 @@ class ChatTokenizer:
         """Where the first stop token of a reply stands, or the reply's length."""
         return next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
 
+    @functools.cached_property
+    def style(self) -> ThoughtStyle:
+        """What the template does with thoughts."""
+        return find_style(self.raw)
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the prompts are those of thinking on."""
+        return self.style.default if self.thinking == "auto" else self.thinking == "on"
+
+    @functools.cached_property
+    def skips_special(self) -> bool:
+        """Whether special tokens are left out of a reply's text; gpt-oss's marks of a thought are such."""
+        ids = self.raw(self.style.opening + self.style.closing, add_special_tokens=False).input_ids
+        return self.raw.decode(ids) == self.raw.decode(ids, skip_special_tokens=True)
+
     def decode_reply(self, ids: list[int]) -> str:
-        """Text up to the first stop token; of a reply without one, up to its last whole character."""
+        """Text up to the first stop token, a thought in <think> tags before the answer."""
+        return "".join(self.tag([self.decode_written(ids)])).strip()
+
+    def decode_written(self, ids: list[int]) -> str:
+        """The same with the model's own marks; of a reply without an end, up to its last whole character."""
         end = self.find_stop(ids)
-        text = self.raw.decode(ids[:end], skip_special_tokens=True)
-        return (drop_cut_character(text) if end == len(ids) else text).strip()
+        text = self.raw.decode(ids[:end], skip_special_tokens=self.skips_special)
+        return drop_cut_character(text) if end == len(ids) else text
+
+    def tag(self, pieces: Iterable[str]) -> Iterator[str]:
+        """The pieces of a reply with its thought in <think> tags (reply_text.py)."""
+        return tag_thought(pieces, self.style, self.style.is_opened(self.thinking))
+
+    def in_mode(self, thinking: Thinking) -> "ChatTokenizer":
+        """For replies with thinking on or off; the template's own default becomes the same."""
+        if thinking != "auto":
+            self.raw.chat_template = set_default(self.raw.chat_template, thinking == "on")
+        return dataclasses.replace(self, thinking=thinking)
+
+    def switch(self, thinks: bool) -> "ChatTokenizer":
+        """For the replies of one chat; the template stays as it is."""
+        return dataclasses.replace(self, thinking="on" if thinks else "off")
 
     def describe(self) -> dict[str, Any]:
         """What run.json keeps."""
@@ -71,6 +109,7 @@ class ChatTokenizer:
             "stop_ids": self.stop_ids,
             "stop_tokens": self.stops,
             "pad_token_id": self.raw.pad_token_id,
+            "thinking": self.thinking if self.style.is_thinking else None,
         }
 
 
@@ -83,13 +122,14 @@ def load_chat_tokenizer(model_args: ModelArguments, data_args: DataArguments) ->
     """That of a training. Without a template of its own it gets --template, else alpaca (oasst1: guanaco)."""
     default = "guanaco" if data_args.dataset_name == "oasst1" else "alpaca"
     raw = load_tokenizer(model_args, data_args.template, default)
-    return ChatTokenizer(raw, load_stop_ids(model_args, raw))
+    return ChatTokenizer(raw, load_stop_ids(model_args, raw), thinking=model_args.thinking)
 
 
 def load_run_tokenizer(resolved: ResolvedModel) -> ChatTokenizer:
     """That of a run, with the stop tokens that it was trained with; of a model without a run its own."""
     raw = load_tokenizer(resolved.args, resolved.template)
-    return ChatTokenizer(raw, resolved.stop_ids or load_stop_ids(resolved.args, raw), resolved.keeps_blank)
+    stop_ids = resolved.stop_ids or load_stop_ids(resolved.args, raw)
+    return ChatTokenizer(raw, stop_ids, resolved.keeps_blank).in_mode(resolved.thinking)
 
 
 def load_tokenizer(

@@ -76,8 +76,9 @@ SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 def find_fixed_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those that decide what is learned."""
-    return {name: value for name, value in arguments.items() if name not in MAY_CHANGE_ON_RESUME}
+    """Those that decide what is learned. --thinking auto is what versions without the flag did."""
+    fixed = {name: value for name, value in arguments.items() if name not in MAY_CHANGE_ON_RESUME}
+    return {name: value for name, value in fixed.items() if (name, value) != ("thinking", "auto")}
 
 
 def find_lasting_arguments(arguments: dict[str, Any]) -> dict[str, Any]:

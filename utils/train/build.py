@@ -60,13 +60,7 @@ def build_trainer(
     logging_steps = choose_logging_steps(len(lengths), training_args)
     engine = choose_engine(model, training_args, dtype, plan, earlier.get("path"))
     check_sharded(model_args, training_args, engine)
-    run.record["resolved"] = {
-        "optim": training_args.optim,
-        "path": engine.name,
-        "capacity": plan.capacity,
-        "recomputed_layers": plan.recomputed_layers,
-        "savings": list(plan.savings),
-    }
+    run.record["resolved"] = {"optim": training_args.optim, "path": engine.name} | plan.choices
     run.record["memory"] = plan.describe()
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.raw.pad_token_id
     args = build_trainer_args(training_args.with_values(logging_steps=logging_steps), model_args, dtype, plan)

@@ -4,16 +4,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from utils.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments
 from utils.console import notice
 from utils.data.token_rows import TokenRows
+from utils.fast.capability import measure_matmul_tflops
 from utils.fast.fused_mlp import TILE
 from utils.fast.loss import CHUNK_ELEMENTS
 from utils.fast.trials import takes_positions
 from utils.messages import TRAIN
 from utils.models.base import CUDA_CONTEXT, build_without_weights, choose_compute_dtype, has_gpu, load_config
 from utils.run.resume import read_resolved
+from utils.train.epoch_time import estimate_epoch_seconds
 from utils.train.needs import WORKSPACE, StepNeeds, rehearse_model
 from utils.train.plan import MARGIN, Arguments, Machine, Plan, find_machine, list_ladder, make_plan
 from utils.train.savings import LAYERS, Savings
@@ -36,7 +39,8 @@ def print_plan(
         plan = print_ways(datasets, arguments, machine)
     else:
         plan = plan_without_weights(datasets, arguments, machine)
-    notice("\n".join(render_table(plan) + find_longest_row(arguments, machine)))
+    time = describe_time(plan, len(datasets[TRAIN].lengths), model_args, training_args)
+    notice("\n".join(render_table(plan) + find_longest_row(arguments, machine) + time))
     if not plan.fits:
         change = find_change(datasets, arguments, machine)
         notice(f"it fits with {change}" if change else "no single flag makes it fit: take a smaller model")
@@ -134,7 +138,7 @@ def find_room(
     few, many = (step.measure(1, size, step.layers, optim, savings) for size in (tokens, 2 * tokens))
     room = {"the GPU": extend(tokens, few.total, many.total, (1 - MARGIN) * machine.budget)}
     if machine.host_budget is not None:
-        room["host memory"] = extend(tokens, few.host, many.host, machine.host_budget)
+        room["host memory"] = extend(tokens, few.least_host, many.least_host, machine.host_budget)
     limit = min(room, key=lambda name: room[name])
     return max(0, int(room[limit]) // 64 * 64), limit
 
@@ -190,6 +194,25 @@ def render_table(plan: Plan) -> list[str]:
         )
     chunk = f"a chunk of logits of {2 * CHUNK_ELEMENTS / 2**20:.0f} MiB at most is in the activations"
     return ["memory plan:", *lines, f"{total:9.2f} GiB  in all{verdict} ({chunk})"]
+
+
+def describe_time(
+    plan: Plan, rows: int, model_args: ModelArguments, training_args: TrainingArguments
+) -> list[str]:
+    """A line with the time of an epoch of so many `rows` on the GPU at hand; none without a GPU."""
+    if plan.step_tokens is None or not has_gpu(model_args):
+        return []
+    model: Any = build_without_weights(model_args)
+    weights = sum(part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear))
+    others = model.num_parameters() - model.get_input_embeddings().weight.numel()
+    if weights < 0.9 * others:  # experts: how many a token meets is the model's own affair
+        return []
+    dtype = choose_compute_dtype(model_args)
+    tflops = measure_matmul_tflops("cuda", dtype)
+    step_rows = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    seconds = estimate_epoch_seconds(rows / step_rows, plan.step_tokens, weights, tflops)
+    speed = f"matrix products reach {tflops:.0f} TFLOP/s"
+    return [f"an epoch takes about {seconds / 60:.1f} minutes on this GPU (estimated: {speed})"]
 
 
 def describe_plan(plan: Plan) -> str:

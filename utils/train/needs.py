@@ -53,10 +53,16 @@ class Needs:
     activations: int
     gathered: int = 0
     host: int = field(default=0, compare=False)  # bytes that wait in host memory instead
+    host_inputs: int = field(default=0, compare=False)  # of them, the inputs of recomputed layers
 
     @property
     def on_gpu(self) -> int:
-        return sum(vars(self).values()) - self.host
+        return sum(vars(self).values()) - self.host - self.host_inputs
+
+    @property
+    def least_host(self) -> int:
+        """Where host memory is short every second input waits there (utils/fast/offload.py)."""
+        return self.host - self.host_inputs // 2
 
     @property
     def fragments(self) -> int:
@@ -139,8 +145,7 @@ class StepNeeds:
             codes, scales, _ = count_weight_bytes(self.short.model, self.model_args)
         if OPTIMIZER in savings:
             host, state = host + state, count_piece_bytes(self.trained)
-        if self.offloads:
-            host += recomputed * rows * tokens * self.hidden_bytes
+        inputs = recomputed * rows * tokens * self.hidden_bytes if self.offloads else 0
         return Needs(
             codes // self.shares,
             scales // self.shares,
@@ -151,7 +156,8 @@ class StepNeeds:
             optimizer=0 if is_paged else state,
             paged_optimizer=state if is_paged else 0,
             activations=self.find_activations(rows, tokens, recomputed),
-            host=host,
+            host=host + inputs,
+            host_inputs=inputs,
         )
 
 

@@ -14,7 +14,7 @@ for LLaMA-7B and rows of 283 tokens, 32 a step:
 """
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -54,10 +54,20 @@ class Plan:
     obstacle: str | None = None
     savings: Savings = ()  # what lies in host memory, ... (savings.py)
     saving_lines: tuple[str, ...] = ()
+    step_tokens: float | None = None  # mean cost of a step, in tokens' worth of arithmetic
 
     @property
     def fits(self) -> bool:
         return self.needs is None or self.budget is None or fits(self.needs, self.budget)
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """What a run that goes on takes again."""
+        return {
+            "capacity": self.capacity,
+            "recomputed_layers": self.recomputed_layers,
+            "savings": list(self.savings),
+        }
 
     def describe(self) -> dict[str, Any]:
         """For run.json, in bytes."""
@@ -177,12 +187,17 @@ def choose_plan(
         if list_layers(layers, savings)
     ]
     fitting = [plan for plan in plans if plan and fits_host(plan, machine)]
+    # Layers are streamed only where they must be.
+    fitting = [plan for plan in fitting if LAYERS not in plan.savings] or fitting
     # Where nothing fits, the least is tried: the loop cuts a step smaller still (step_memory.py).
     leasts = (build(capacities[0], layers[-1], savings) for savings in reversed(ladder))
     least = next(
         (plan for plan in leasts if fits_host(plan, machine)), build(capacities[0], layers[-1], ladder[0])
     )
-    return min(fitting, key=lambda plan: measure_cost(rows, plan, step.trained)) if fitting else least
+    costed = [
+        replace(plan, step_tokens=measure_cost(rows, plan, step.trained)) for plan in fitting or [least]
+    ]
+    return min(costed, key=lambda plan: plan.step_tokens or 0.0)
 
 
 def list_ladder(
@@ -206,7 +221,7 @@ def list_layers(layers: list[int], savings: Savings) -> list[int]:
 def fits_host(plan: Plan, machine: Machine) -> bool:
     """Whether host memory has room for what waits there; inputs of layers stay on the GPU otherwise."""
     assert plan.needs
-    return not plan.savings or machine.host_budget is None or plan.needs.host <= machine.host_budget
+    return not plan.savings or machine.host_budget is None or plan.needs.least_host <= machine.host_budget
 
 
 def find_obstacle(model_args: ModelArguments, training_args: TrainingArguments) -> str | None:

@@ -7,7 +7,8 @@ from accelerate.utils import gather_object
 
 from utils.chat.generation import BatchAnswerer
 from utils.console import is_main_process, notice, read_rank_and_size
-from utils.messages import UNTRAINED, Chat
+from utils.messages import LEARNED, Chat
+from utils.rendering import split_tags, split_thought
 from utils.run.record import next_free_path
 from utils.train.metrics import score_answers
 
@@ -15,11 +16,14 @@ from utils.train.metrics import score_answers
 def find_answered(chats: list[Chat]) -> list[Chat]:
     """Those whose last turn answers something, and is no mere context."""
     answered = [chat for chat in chats if len(chat.messages) > 1 and chat.messages[-1]["role"] == "assistant"]
-    return [chat for chat in answered if chat.messages[-1].get(UNTRAINED, True)]
+    return [chat for chat in answered if chat.messages[-1].get(LEARNED, True)]
 
 
 def answer_chats(answerer: BatchAnswerer, chats: list[Chat]) -> list[dict[str, str]]:
-    """{prompt, reference, prediction} of each chat's last answer; several processes share the chats."""
+    """{prompt, reference, prediction} of each chat's last answer, without thoughts.
+
+    Several processes share the chats.
+    """
     rank, size = read_rank_and_size()
     mine = list(range(rank, len(chats), size))
     asked = [Chat(chats[i].messages[:-1], chats[i].tools) for i in mine]
@@ -27,8 +31,8 @@ def answer_chats(answerer: BatchAnswerer, chats: list[Chat]) -> list[dict[str, s
     return [
         {
             "prompt": chat.messages[-2]["content"],
-            "reference": chat.messages[-1]["content"],
-            "prediction": answered[i],
+            "reference": split_thought(chat.messages[-1])[1],
+            "prediction": split_tags(answered[i])[1],
         }
         for i, chat in enumerate(chats)
     ]
