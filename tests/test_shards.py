@@ -16,12 +16,14 @@ from helpers.runs import assert_equal_runs, load_weights, read_log
 from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
+from transformers import LlamaConfig
 
-from utils.arguments import ModelArguments
+from utils.arguments import LoraArguments, ModelArguments
 from utils.console import UserError
 from utils.fast.loss import ChunkedCrossEntropy, OutputLayer
 from utils.fast.sharded_vocabulary import ShardedVocabulary
 from utils.models.base import load_base
+from utils.train.needs import rehearse_model
 
 FLAGS = ["--dataset_name", IDENTITY, "--model_max_length", 400, "--lora_r", 8, "--lora_dropout", 0.1]
 FLAGS += ["--learning_rate", 1e-2, "--logging_steps", 1, "--ignore_data_report", "--disable_tqdm", "True"]
@@ -283,13 +285,41 @@ def test_what_shared_layers_do_not_cover_is_refused_before_weights_load(
         call_main("qlora_finetune", *argv, "--shard_layers", *flags)
 
 
+# The plan
+
+
+def test_dry_run_names_every_way_and_what_each_gpu_holds(call_main, small_model, tmp_path):
+    argv = ["--model_name_or_path", small_model, *FLAGS, "--output_dir", tmp_path / "run"]
+    printed = call_main("qlora_finetune", *argv, "--dry_run", "--num_gpus", 4, "--max_memory_MB", 24000)
+    ways = re.findall(r"^ +[\d.]+ GiB a GPU.*  (\S.*): fits$", printed, flags=re.MULTILINE)
+    assert ways[0] == "one GPU, or a copy on each of 4 (scripts/distributed/)"
+    assert ways[-1] == "one base that 4 GPUs share (--shard_layers)"
+    with pytest.raises(UserError, match="accelerate launch --multi_gpu --num_processes 4"):
+        call_main("qlora_finetune", *argv, "--num_gpus", 4)
+
+
+def test_plan_of_a_shared_base_counts_a_share_of_it_and_two_layers():
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8
+    )
+    step = rehearse_model(config, ModelArguments(), LoraArguments(), torch.bfloat16, True, offload=False)
+    alone = step.measure(1, 256, 0, "adamw_torch")
+    step.shares = 4
+    shared = step.measure(1, 256, 0, "adamw_torch")
+    weights = 6 * (4 * 512 * 512 + 3 * 512 * 1408)
+    assert alone.codes == weights // 2 and shared.codes == weights // 8
+    assert shared.other_weights == alone.other_weights // 4
+    layers = 2 * (alone.codes + alone.scales) // 6
+    assert shared.gathered - layers == pytest.approx(2 * 4 * 2**25, rel=1e-6)  # logits, twice in float32
+    assert (shared.adapter, shared.gradients) == (alone.adapter, alone.gradients)
+
+
 # Memory
 
 
 def save_1b(folder):
     """A random LLaMA of a billion weights in bfloat16, written a layer at a time; as Qwen2.5 a large vocabulary."""
     from safetensors.torch import save_file
-    from transformers import LlamaConfig
 
     torch.manual_seed(0)
     hidden, gate, keys, vocabulary, layers = 1536, 6144, 256, 151936, 24
@@ -359,7 +389,7 @@ class AnonymousMemory(threading.Thread):
 
 def measure_1b(rank, folder, shared):
     """MiB: the peak while loading, and that of a micro-batch forward and backward."""
-    from utils.arguments import LoraArguments, TrainingArguments
+    from utils.arguments import TrainingArguments
     from utils.fast.model import prepare_fast_model
     from utils.models.adapter import load_model
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from helpers import ROOT
 from helpers.rows import write_sums
@@ -196,3 +197,25 @@ def test_save_that_takes_too_long_is_left_before_the_scheduler_kills():
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     assert process.wait(3) == REQUEUE
+
+
+def test_process_ends_as_at_sigterm_when_its_launcher_was_killed(tmp_path):
+    run = (
+        "import pathlib, sys, time; from utils.run.signals import catch_stop_signals; catch_stop_signals(); "
+        "pathlib.Path(sys.argv[1]).touch(); time.sleep(60)"
+    )
+    started, log = tmp_path / "started", tmp_path / "log"
+    launch = (
+        "import subprocess, sys; run, started, log = sys.argv[1:]; "
+        "subprocess.run([sys.executable, '-c', run, started], stderr=open(log, 'w'))"
+    )
+    environment = os.environ | {"LOCAL_RANK": "0"}
+    argv = [sys.executable, "-c", launch, run, str(started), str(log)]
+    launcher = subprocess.Popen(argv, cwd=ROOT, env=environment)
+    while not started.exists():
+        time.sleep(0.05)
+    (process,) = psutil.Process(launcher.pid).children()
+    launcher.kill()
+    launcher.wait()
+    psutil.wait_procs([process], timeout=20)
+    assert not process.is_running() and "SIGTERM: stopping" in log.read_text()
