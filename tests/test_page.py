@@ -601,8 +601,8 @@ def test_100_kb_paste_is_refused_politely_and_the_page_goes_on(open_tab):
 def test_markup_in_a_reply_is_shown_and_not_executed(open_tab):
     tab = open_tab()
     tab.send("Show markup.")
-    tab.wait(lambda: "code" in "".join(tab.replies()))
     tab.page.locator("#box .submit-button").wait_for(timeout=60_000)
+    tab.wait(lambda: all(part in "".join(tab.replies()) for part in ("code", "</script>", "$5 or $6")))
     shown = tab.replies()[-1]
     assert '<img src=x onerror="window.ran=1"><script>window.ran=1</script>' in shown
     assert tab.page.locator("#chat .bot strong").inner_text() == "bold"
