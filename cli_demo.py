@@ -28,7 +28,7 @@ from utils.rendering import CLOSE, OPEN
 
 if TYPE_CHECKING:
     from utils.chat.generation import ChatModel
-    from utils.fast.reply import Reply
+    from utils.decode.reply import Reply
 
 COMMANDS = """\
 /clear        start a new conversation

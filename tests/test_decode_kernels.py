@@ -10,13 +10,13 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, repeat_kv
 
-from utils.fast import cuda_c
-from utils.fast.cuda_c import compile_kernel
-from utils.fast.decode_attention import DecodeAttention, HeadShape
-from utils.fast.decode_layers import find_kernel_fault, install_decode_layers
-from utils.fast.decode_model import WholeStep, find_whole_obstacle
-from utils.fast.growing_cache import keep_all
-from utils.fast.packed_product import (
+from utils.decode import cuda_c
+from utils.decode.attention import DecodeAttention, HeadShape
+from utils.decode.cuda_c import compile_kernel
+from utils.decode.growing_cache import keep_all
+from utils.decode.layers import find_kernel_fault, install_decode_layers
+from utils.decode.model import WholeStep, find_whole_obstacle
+from utils.decode.packed_product import (
     MOST_BLOCKS,
     Kernels,
     PackedGroup,
@@ -24,7 +24,7 @@ from utils.fast.packed_product import (
     find_packed_obstacle,
     is_alike,
 )
-from utils.fast.prompt_reader import PromptReader
+from utils.decode.prompt_reader import PromptReader
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not COMPILER, reason="needs g++ or a GPU")
 TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 4e-4}  # of a result that is rounded once

@@ -7,10 +7,10 @@ from helpers.families import FAMILIES
 from scipy.stats import chisquare
 from transformers import DynamicCache, Gemma3TextConfig, GenerationConfig, MistralConfig, Phi3Config
 
-from utils.fast import graph_decode
-from utils.fast.decode_loop import Continuations, GrowingSteps, stream_tokens
-from utils.fast.decode_setup import install_graph_decode
-from utils.fast.token_choice import NotCovered, TokenChoice
+from utils.decode import graph as graph_decode
+from utils.decode.loop import Continuations, GrowingSteps, stream_tokens
+from utils.decode.setup import install_graph_decode
+from utils.decode.token_choice import NotCovered, TokenChoice
 
 SETTINGS = {
     "greedy": {},

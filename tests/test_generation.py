@@ -14,7 +14,7 @@ from utils.arguments import GenerationArguments, ModelArguments
 from utils.chat.generation import BatchAnswerer, build_generation_config, load_run, trim_history
 from utils.chat.streaming import decode_pieces, drop_leading_blanks, open_reply, stream_reply, stream_text
 from utils.console import UserError
-from utils.fast.decode_setup import install_graph_decode
+from utils.decode.setup import install_graph_decode
 from utils.fast.frozen_weights import read_weight
 from utils.messages import IGNORE_INDEX, Chat
 from utils.models.folder import resolve_model

@@ -11,10 +11,10 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from eval.speed.replies import build_adapted_model
 from utils.arguments import ModelArguments
-from utils.fast.cuda_c import find_kernel_obstacle
-from utils.fast.decode_loop import stream_tokens
-from utils.fast.decode_setup import install_graph_decode
-from utils.fast.shared_decoder import SharedDecoder
+from utils.decode.cuda_c import find_kernel_obstacle
+from utils.decode.loop import stream_tokens
+from utils.decode.setup import install_graph_decode
+from utils.decode.shared_decoder import SharedDecoder
 from utils.models.base import load_base
 
 pytestmark = [

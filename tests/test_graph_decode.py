@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from utils.fast import graph_decode
-from utils.fast.decode_setup import install_graph_decode
-from utils.fast.graph_decode import GraphDecoder
+from utils.decode import graph as graph_decode
+from utils.decode.graph import GraphDecoder
+from utils.decode.setup import install_graph_decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -17,8 +17,8 @@ from transformers import GenerationConfig
 
 from utils.arguments import ModelArguments
 from utils.console import UserError
-from utils.fast.decode_loop import stream_tokens
-from utils.fast.decode_setup import install_graph_decode
+from utils.decode.loop import stream_tokens
+from utils.decode.setup import install_graph_decode
 from utils.models.base import load_base
 from utils.models.folder import resolve_model
 from utils.models.tokenizer_files import load_own_tokenizer

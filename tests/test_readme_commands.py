@@ -29,7 +29,6 @@ ELSEWHERE = {
     "python -m eval.elo": "test_elo.py",
     "python3 -m venv": "scripts/install.sh",
     "export ": "the network",
-    "python3 llama.cpp/": "another program",
     "ollama ": "another program",
     "llama-server ": "another program",
     "source ": "scripts/install.sh",

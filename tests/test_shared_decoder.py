@@ -13,18 +13,18 @@ from helpers.families import FAMILIES
 from torch.nn import functional as F
 from transformers import GenerationConfig
 
-from utils.fast import prompt_reader
-from utils.fast.cuda_c import compile_kernel
-from utils.fast.decode_layers import install_decode_layers
-from utils.fast.decode_loop import GrowingSteps, stream_tokens
-from utils.fast.decode_model import WholeStep
-from utils.fast.decode_setup import build_reader, install_graph_decode
+from utils.decode import prompt_reader
+from utils.decode.cuda_c import compile_kernel
+from utils.decode.graph import GraphDecoder
+from utils.decode.layers import install_decode_layers
+from utils.decode.loop import GrowingSteps, stream_tokens
+from utils.decode.model import WholeStep
+from utils.decode.packed_product import Kernels, Shape
+from utils.decode.prompt_reader import PromptReader
+from utils.decode.setup import build_reader, install_graph_decode
+from utils.decode.shared_decoder import SharedDecoder
+from utils.decode.slots import plan_slots
 from utils.fast.frozen_weights import read_weight
-from utils.fast.graph_decode import GraphDecoder
-from utils.fast.packed_product import Kernels, Shape
-from utils.fast.prompt_reader import PromptReader
-from utils.fast.shared_decoder import SharedDecoder
-from utils.fast.slots import plan_slots
 
 NEVER = VOCABULARY + 1
 PROMPTS = [[5, 6, 7, 8, 9], [20, 21, 22], list(range(30, 50)), [11], [60, 61, 62, 63], [5, 6, 40], [70] * 9]
@@ -242,7 +242,8 @@ def test_who_hangs_up_leaves_room_for_who_waits(slots):
 
 @needs_compiler
 def test_prompt_read_in_parts_lets_others_speak_between_them(monkeypatch):
-    from utils.fast import decode_loop, slots
+    from utils.decode import loop as decode_loop
+    from utils.decode import slots
 
     for module in (slots, decode_loop):
         monkeypatch.setattr(module, "READ_TOGETHER", 4)

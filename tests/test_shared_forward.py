@@ -5,9 +5,9 @@ import torch
 from helpers.families import FAMILIES
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
-from utils.fast.decode_loop import GrowingSteps
-from utils.fast.shared_decoder import SharedDecoder
-from utils.fast.shared_forward import open_shared_forward
+from utils.decode.loop import GrowingSteps
+from utils.decode.shared_decoder import SharedDecoder
+from utils.decode.shared_forward import open_shared_forward
 
 PROMPTS = [[5, 9, 4], [7, 8], [11, 12, 13, 14, 15, 16], list(range(20, 90)), [6]]
 # Their attention is not a call of transformers' interface, or their layers keep a window of the tokens.

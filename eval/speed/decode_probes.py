@@ -8,8 +8,8 @@ import torch
 from eval.speed.decode_products import build_groups, in_order, make_sides, multiply_all
 from eval.speed.gpu_time import DEVICE, DTYPE, say, say_failure, time_call
 from eval.speed.shapes import SHAPES
-from utils.fast.cuda_c import Kernel, compile_source, write_source
-from utils.fast.packed_product import Kernels, Shape
+from utils.decode.cuda_c import Kernel, compile_source, write_source
+from utils.decode.packed_product import Kernels, Shape
 
 if TYPE_CHECKING:
     from eval.decode_speed import DecodeSpeedArguments

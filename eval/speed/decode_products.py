@@ -16,9 +16,9 @@ from transformers import PretrainedConfig
 from eval.speed import gpu_time
 from eval.speed.gpu_time import DEVICE, DTYPE, relative, say, say_failure, time_call
 from eval.speed.shapes import SHAPES
-from utils.fast.cuda_c import LOCAL_ATTRIBUTE, REGISTERS_ATTRIBUTE, Kernel, KernelError
+from utils.decode.cuda_c import LOCAL_ATTRIBUTE, REGISTERS_ATTRIBUTE, Kernel, KernelError
+from utils.decode.packed_product import Kernels, PackedGroup, Shape, find_levels
 from utils.fast.kernels import unpack_4bit
-from utils.fast.packed_product import Kernels, PackedGroup, Shape, find_levels
 
 if TYPE_CHECKING:
     from eval.decode_speed import DecodeSpeedArguments

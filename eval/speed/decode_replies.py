@@ -10,11 +10,11 @@ from transformers import DynamicCache, PretrainedConfig
 from eval.speed.decode_products import make_kernels
 from eval.speed.gpu_time import DEVICE, DTYPE, relative, say, say_failure, time_call
 from eval.speed.replies import build_adapted_model, time_by_generate, time_by_steps
-from utils.fast.cuda_c import Kernel
-from utils.fast.decode_layers import find_kernel_fault, install_decode_layers
-from utils.fast.decode_model import WholeStep, find_whole_obstacle
-from utils.fast.graph_decode import GraphDecoder
-from utils.fast.packed_product import Shape
+from utils.decode.cuda_c import Kernel
+from utils.decode.graph import GraphDecoder
+from utils.decode.layers import find_kernel_fault, install_decode_layers
+from utils.decode.model import WholeStep, find_whole_obstacle
+from utils.decode.packed_product import Shape
 
 if TYPE_CHECKING:
     from eval.decode_speed import DecodeSpeedArguments

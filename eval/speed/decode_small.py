@@ -10,9 +10,9 @@ from transformers import PretrainedConfig
 from eval.speed.decode_products import make_kernels
 from eval.speed.gpu_time import DEVICE, DTYPE, relative, say, say_failure, time_call
 from eval.speed.shapes import SHAPES
-from utils.fast.decode_attention import DecodeAttention, HeadShape
-from utils.fast.decode_model import HEAD_BLOCKS, HEAD_ROWS
-from utils.fast.packed_product import Kernels
+from utils.decode.attention import DecodeAttention, HeadShape
+from utils.decode.model import HEAD_BLOCKS, HEAD_ROWS
+from utils.decode.packed_product import Kernels
 
 if TYPE_CHECKING:
     from eval.decode_speed import DecodeSpeedArguments

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from utils.fast import cuda_c
+from utils.decode import cuda_c
 
 if TYPE_CHECKING:
     from eval.decode_speed import DecodeSpeedArguments

@@ -15,13 +15,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from eval.speed.shapes import SHAPES, build_random_model
 from utils.console import notice
-from utils.fast.decode_layers import install_decode_layers
-from utils.fast.decode_loop import GrowingSteps, Steps, stream_tokens
-from utils.fast.decode_setup import install_graph_decode
+from utils.decode.graph import GraphDecoder
+from utils.decode.layers import install_decode_layers
+from utils.decode.loop import GrowingSteps, Steps, stream_tokens
+from utils.decode.reply import Reply
+from utils.decode.setup import install_graph_decode
+from utils.decode.shared_decoder import SharedDecoder
 from utils.fast.frozen_weights import unpack_8bit_layers
-from utils.fast.graph_decode import GraphDecoder
-from utils.fast.reply import Reply
-from utils.fast.shared_decoder import SharedDecoder
 from utils.run.record import write_json
 
 if TYPE_CHECKING:

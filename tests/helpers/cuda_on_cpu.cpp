@@ -1,4 +1,4 @@
-// A GPU of one multiprocessor, for tests: the functions of utils/fast/cuda/intrinsics.cu in plain C++, and a
+// A GPU of one multiprocessor, for tests: the functions of utils/decode/cuda/intrinsics.cu in plain C++, and a
 // launch that runs blocks one after another. Each thread of a block is a coroutine; they take turns, and stop
 // where they wait for their block or for their warp. Slow, and exact to the order of the sums.
 

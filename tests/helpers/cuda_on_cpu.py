@@ -1,4 +1,4 @@
-"""The CUDA kernels of utils/fast/cuda run on a CPU: their own source, with cuda_on_cpu.cpp as the GPU."""
+"""The CUDA kernels of utils/decode/cuda run on a CPU: their own source, with cuda_on_cpu.cpp as the GPU."""
 
 import ctypes
 import functools
@@ -10,14 +10,14 @@ import tempfile
 from pathlib import Path
 
 from helpers import ROOT
-from utils.fast.cuda_c import SOURCES
+from utils.decode.cuda_c import SOURCES
 
 COMPILER = shutil.which("g++")
 FOLDER = Path(tempfile.gettempdir()) / "cuda_on_cpu"
 
 
 class CpuKernel:
-    """As utils.fast.cuda_c.Kernel; tensors lie in the host's memory."""
+    """As utils.decode.cuda_c.Kernel; tensors lie in the host's memory."""
 
     def __init__(self, library: ctypes.CDLL, name: str):
         self.name, self.entry = name, getattr(library, f"launch_{name}")

@@ -6,7 +6,7 @@ from helpers import ROOT
 
 # Each room may import those before it. The ground files come first; commands of utils/ and eval/ look at all.
 ORDER = [
-    "console", "repository", "messages", "arguments", "rendering", "prompts", "run", "fast", "models", "data", "chat", "flags",
+    "console", "repository", "messages", "arguments", "rendering", "prompts", "run", "fast", "decode", "models", "data", "chat", "flags",
     "train", "merge",
 ]  # fmt: skip
 ROOMS = [name for name in ORDER if (ROOT / "utils" / name).is_dir()]

@@ -2,7 +2,7 @@
 
 Base, quantization, template and stop tokens are read from run.json, so that a reply is asked for exactly as
 the run was trained: the original trained with one prompt and chatted with another. Replies that stream come
-from streaming.py, all of them by one decoder (utils/fast/shared_decoder.py).
+from streaming.py, all of them by one decoder (utils/decode/shared_decoder.py).
 """
 
 import functools
@@ -16,9 +16,9 @@ from transformers import GenerationConfig
 
 from utils.arguments import GenerationArguments
 from utils.console import UserError, notice
-from utils.fast.decode_loop import GrowingSteps
-from utils.fast.decode_setup import install_graph_decode
-from utils.fast.shared_decoder import SharedDecoder
+from utils.decode.loop import GrowingSteps
+from utils.decode.setup import install_graph_decode
+from utils.decode.shared_decoder import SharedDecoder
 from utils.messages import Chat, Messages
 from utils.models.adapter import load_adapter
 from utils.models.base import choose_compute_dtype, load_base

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from utils.chat.streaming import count_begun
 from utils.console import UserError
-from utils.fast.reply import Reply
+from utils.decode.reply import Reply
 from utils.messages import Chat, Messages
 
 THOUGHT, CALL = ("<think>", "</think>"), ("<tool_call>", "</tool_call>")

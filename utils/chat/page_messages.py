@@ -14,7 +14,7 @@ from typing import Any
 from utils.chat.generation import ChatModel
 from utils.chat.page_arguments import PageArguments
 from utils.console import UserError
-from utils.fast.reply import Reply
+from utils.decode.reply import Reply
 from utils.messages import Messages
 from utils.rendering import OPEN, split_tags
 

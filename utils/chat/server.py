@@ -27,7 +27,7 @@ from utils.chat.generation import SAMPLING_DEFAULTS, ChatModel, build_generation
 from utils.chat.openai_form import Answer, ChatRequest, build_error, describe_models, split_marked
 from utils.chat.streaming import stream_text
 from utils.console import UserError
-from utils.fast.reply import Reply
+from utils.decode.reply import Reply
 from utils.models.tokenizer import ChatTokenizer
 from utils.prompts import check_tools
 

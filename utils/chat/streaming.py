@@ -12,7 +12,7 @@ from transformers import TextStreamer
 
 from utils.arguments import GenerationArguments
 from utils.chat.generation import ChatModel, build_generation_config
-from utils.fast.reply import Reply
+from utils.decode.reply import Reply
 from utils.messages import Chat, Messages
 from utils.models.tokenizer import ChatTokenizer, drop_cut_character
 

@@ -10,13 +10,13 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from utils.console import notice
-from utils.fast.cuda_c import KernelError, find_kernel_obstacle
-from utils.fast.decode_layers import find_kernel_fault, install_decode_layers
-from utils.fast.decode_model import WholeStep, find_whole_obstacle
-from utils.fast.graph_decode import GraphDecoder
-from utils.fast.growing_cache import GrowingCache, keep_all
-from utils.fast.packed_product import Kernels, PackedGroup
-from utils.fast.prompt_reader import PromptReader
+from utils.decode.cuda_c import KernelError, find_kernel_obstacle
+from utils.decode.graph import GraphDecoder
+from utils.decode.growing_cache import GrowingCache, keep_all
+from utils.decode.layers import find_kernel_fault, install_decode_layers
+from utils.decode.model import WholeStep, find_whole_obstacle
+from utils.decode.packed_product import Kernels, PackedGroup
+from utils.decode.prompt_reader import PromptReader
 from utils.fast.trials import describe_distance, draw_tokens
 
 TRIED = 16  # tokens of a prompt, before the first reply

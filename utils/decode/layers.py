@@ -14,11 +14,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional as F
 
-from utils.fast.cuda_c import KernelError
-from utils.fast.keyed_noise import SHARED_INPUT
-from utils.fast.lora import ADAPTER, AdaptedLayer
-from utils.fast.lora_layers import find_obstacle
-from utils.fast.packed_product import (
+from utils.decode.cuda_c import KernelError
+from utils.decode.packed_product import (
     MOST_TOKENS,
     Kernels,
     PackedGroup,
@@ -26,6 +23,9 @@ from utils.fast.packed_product import (
     is_alike,
     read_base,
 )
+from utils.fast.keyed_noise import SHARED_INPUT
+from utils.fast.lora import ADAPTER, AdaptedLayer
+from utils.fast.lora_layers import find_obstacle
 from utils.fast.trials import is_near
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from transformers.cache_utils import DynamicLayer
 
-from utils.fast.decode_loop import Steps, read_prompt, stream_tokens
-from utils.fast.reply import AdapterSwitch, OwnDraws, Reply
-from utils.fast.shared_forward import SharedForward
-from utils.fast.token_choice import TokenChoice
+from utils.decode.loop import Steps, read_prompt, stream_tokens
+from utils.decode.reply import AdapterSwitch, OwnDraws, Reply
+from utils.decode.shared_forward import SharedForward
+from utils.decode.token_choice import TokenChoice
 
 # A template may take the end of a prompt back in the next turn: the thoughts of an answer, say.
 GOES_ON = 0.9  # of the last prompt
@@ -43,7 +43,7 @@ class Kept:
 
 
 class Turns:
-    """Replies under way, by the steps of one conversation (decode_loop.py), each on a cache of its own."""
+    """Replies under way, by the steps of one conversation (loop.py), each on a cache of its own."""
 
     def __init__(self, steps: Steps, adapter: AdapterSwitch, most: int = 8, kept: int = 2):
         self.steps, self.adapter, self.most = steps, adapter, most

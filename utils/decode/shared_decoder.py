@@ -26,13 +26,13 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from utils.fast.decode_loop import READ_TOGETHER, GrowingSteps, Steps
-from utils.fast.graph_decode import GraphDecoder
-from utils.fast.reply import AdapterSwitch, OwnDraws, Reply
-from utils.fast.shared_forward import READ_BETWEEN, open_shared_forward
-from utils.fast.slots import Slots, open_slots
-from utils.fast.token_choice import NotCovered
-from utils.fast.turns import Turns
+from utils.decode.graph import GraphDecoder
+from utils.decode.loop import READ_TOGETHER, GrowingSteps, Steps
+from utils.decode.reply import AdapterSwitch, OwnDraws, Reply
+from utils.decode.shared_forward import READ_BETWEEN, open_shared_forward
+from utils.decode.slots import Slots, open_slots
+from utils.decode.token_choice import NotCovered
+from utils.decode.turns import Turns
 
 
 class SharedDecoder:

@@ -17,7 +17,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
-from utils.fast.cuda_c import Kernel, compile_kernel
+from utils.decode.cuda_c import Kernel, compile_kernel
 from utils.fast.lora import ADAPTER, AdaptedLayer
 
 MOST_TOKENS = 8

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from utils.fast.decode_model import WholeLayer, WholeStep
+from utils.decode.model import WholeLayer, WholeStep
+from utils.decode.packed_product import PackedGroup
 from utils.fast.frozen_weights import read_weight
 from utils.fast.graph_capture import round_to_power
-from utils.fast.packed_product import PackedGroup
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 

@@ -17,8 +17,8 @@ from peft import PeftModel
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-from utils.fast.shared_forward import SharedForward
-from utils.fast.token_choice import TokenChoice
+from utils.decode.shared_forward import SharedForward
+from utils.decode.token_choice import TokenChoice
 
 LONGEST_MATCH = 3  # tokens that must have come before, to propose what came after them
 READ_TOGETHER = 512  # tokens of a prompt: others wait no longer for theirs than for these

@@ -1,9 +1,9 @@
 """CUDA C that is compiled while the program runs, by NVRTC: torch brings it, and no toolkit is needed.
 
-The sources lie in utils/fast/cuda/; what they are compiled to stays in the cache's folder. A kernel takes one
-argument, a struct, which ctypes lays out as C does. Kernels start by the driver's own call: torch's wrapper
-of it cannot let one start before the one in front of it has ended (programmatic dependent launch: its first
-weights are on the way by then).
+The sources lie in cuda/ beside this file; what they are compiled to stays in the cache's folder. A kernel
+takes one argument, a struct, which ctypes lays out as C does. Kernels start by the driver's own call: torch's
+wrapper of it cannot let one start before the one in front of it has ended (programmatic dependent launch: its
+first weights are on the way by then).
 """
 
 import contextlib
@@ -95,7 +95,7 @@ def write_source(files: tuple[str, ...], macros: Mapping[str, int], constants: s
 def compile_kernel(
     name: str, files: tuple[str, ...], macros: Mapping[str, int], constants: str = ""
 ) -> Kernel:
-    """The kernel `name` for the current GPU, from files in utils/fast/cuda with `macros` defined."""
+    """The kernel `name` for the current GPU, from files in utils/decode/cuda with `macros` defined."""
     source = write_source(("intrinsics.cu", *files), macros, constants)
     major, minor = torch.cuda.get_device_capability()
     return Kernel(compile_source(source, f"sm_{major}{minor}"), name)

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 
 from utils.console import notice
-from utils.fast.cuda_c import KernelError
-from utils.fast.decode_loop import READ_TOGETHER, Fetched
-from utils.fast.decode_model import WholeStep
+from utils.decode.cuda_c import KernelError
+from utils.decode.graph import GraphDecoder
+from utils.decode.loop import READ_TOGETHER, Fetched
+from utils.decode.model import WholeStep
+from utils.decode.reply import AdapterSwitch, Reply
+from utils.decode.token_choice import TokenChoice
+from utils.decode.turns import count_shared
 from utils.fast.graph_capture import CaptureError, capture_graph
-from utils.fast.graph_decode import GraphDecoder
 from utils.fast.memory import read_host_memory
-from utils.fast.reply import AdapterSwitch, Reply
-from utils.fast.token_choice import TokenChoice
 from utils.fast.trials import describe_distance, draw_tokens
-from utils.fast.turns import count_shared
 
 SIZES = (1, 2, 4, 8)  # conversations of a step; places that are left over are nobody's
 TRIED = 16  # tokens of a prompt, before the first reply

@@ -11,7 +11,7 @@
     down, and the residual    multiply_packed
 
 LLaMA, Mistral, Qwen2, Qwen3, Yi, DeepSeek and Baichuan-7B are built so. Whether a model is, its modules'
-names say first, and then its own logits, which these must equal (graph_decode.py); others keep their modules.
+names say first, and then its own logits, which these must equal (graph.py); others keep their modules.
 """
 
 from collections.abc import Iterator
@@ -22,8 +22,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from utils.fast.decode_attention import LARGEST_HEAD, DecodeAttention, HeadShape
-from utils.fast.packed_product import MOST_TOKENS, Kernels, PackedGroup
+from utils.decode.attention import LARGEST_HEAD, DecodeAttention, HeadShape
+from utils.decode.packed_product import MOST_TOKENS, Kernels, PackedGroup
 from utils.fast.trials import shallow
 
 MODEL_PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}

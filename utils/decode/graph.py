@@ -1,7 +1,7 @@
 """Replies on a GPU: a step of one token as a CUDA graph, which costs the CPU a single launch.
 
 A 7B model with an adapter launches some 2,000 kernels a token, and the GPU waits for most of them. Here they
-are fewer (decode_layers.py, and for LLaMA-like models decode_model.py) and start all at once. What is
+are fewer (layers.py, and for LLaMA-like models model.py) and start all at once. What is
 captured has been compared with the model's own forward before, on the conversation at hand.
 """
 
@@ -15,12 +15,12 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Static
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from utils.console import notice
-from utils.fast.cuda_c import KernelError
-from utils.fast.decode_model import WholeStep
+from utils.decode.cuda_c import KernelError
+from utils.decode.growing_cache import GrowingCache, crop_cache, is_next_token, keep_all
+from utils.decode.model import WholeStep
+from utils.decode.prompt_reader import PromptReader
+from utils.decode.token_choice import TokenChoice
 from utils.fast.graph_capture import CaptureError, capture_graph, round_to_power
-from utils.fast.growing_cache import GrowingCache, crop_cache, is_next_token, keep_all
-from utils.fast.prompt_reader import PromptReader
-from utils.fast.token_choice import TokenChoice
 
 SMALLEST_CAPACITY = 1024  # tokens
 MAX_DIFFERENCE = 0.05  # of the logits, relative: attention over a longer buffer rounds otherwise
@@ -36,7 +36,7 @@ class GraphDecoder:
     DynamicCache are views of them: it can be cropped, kept and read as ever. A conversation that another one
     displaces gets copies of its own. On a CPU the same steps run without a graph.
 
-    Steps are asked for in two ways: by generate, through `forward`, which gets logits; and by decode_loop.py,
+    Steps are asked for in two ways: by generate, through `forward`, which gets logits; and by loop.py,
     which leaves the token on the GPU: then the views wait until they are asked for (`publish`).
     """
 
@@ -82,7 +82,7 @@ class GraphDecoder:
         self.publish()
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
-    # What decode_loop.py asks for.
+    # What loop.py asks for.
 
     def find_choice(self, config: GenerationConfig) -> TokenChoice:
         """The one that graphs were captured with; NotCovered where generate must do it."""

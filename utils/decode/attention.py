@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from utils.fast.packed_product import Int, Kernels, Pointer, address
+from utils.decode.packed_product import Int, Kernels, Pointer, address
 
 WARPS, LARGEST_HEAD = 4, 256
 MOST_QUERIES = 8  # of one block
