@@ -199,7 +199,16 @@ def test_each_reply_may_come_from_a_thread_of_its_own(models):
 def test_timing_command_prints_both_speeds(tmp_path, monkeypatch, capsys):
     from eval import chat_speed
 
-    argv = ["--model", "tiny", "--prompt_tokens", "8", "--max_new_tokens", "6", "--output_dir", str(tmp_path)]
+    argv = [
+        "--model",
+        "tiny",
+        "--prompt_tokens",
+        "8",
+        "--max_new_tokens",
+        "40",
+        "--output_dir",
+        str(tmp_path),
+    ]
     monkeypatch.setattr("sys.argv", ["chat_speed", *argv])
     chat_speed.main()
     rows = json.loads((tmp_path / "tiny.json").read_text())["replies"]

@@ -488,6 +488,7 @@ def test_phone_shows_both_sides_one_under_the_other_and_the_examples_whole(open_
     assert tab.page.locator("#side").inner_text().split()[-3:] == ["微调后", "原模型", "对比"]
     tab.choose("both")
     tab.send("你是谁？")
+    tab.page.locator("#box .submit-button").wait_for(timeout=60_000)  # until then it is drawn anew
     pair = tab.page.locator("#chat .pair > div")
     tab.wait(lambda: pair.count() == 2 and "我是原模型。" in pair.nth(1).inner_text())
     above, below = pair.nth(0).bounding_box(), pair.nth(1).bounding_box()
@@ -528,7 +529,7 @@ def test_conversation_is_saved_as_a_row_to_train_on(open_tab, tmp_path):
     tab.send("Who are you?")
     tab.wait_for_reply("I am the tuned one.")
     tab.page.locator("#settings button").first.click()
-    tab.page.locator("#system textarea").fill("Be brief.")
+    tab.page.locator("#system textarea").press_sequentially("Be brief.", delay=20)  # as a hand does
     with tab.page.expect_download() as waited:
         tab.page.locator("#export").click()
     assert waited.value.suggested_filename.endswith(".json")

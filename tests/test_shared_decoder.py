@@ -1,12 +1,15 @@
 """Replies under way at once: each is what it would be alone, whoever joins, leaves or gives up beside it."""
 
 import random
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from helpers import ROOT
 from helpers.architectures import DEVICE, VOCABULARY, build_model
 from helpers.cuda_on_cpu import COMPILER, compile_on_cpu
 from helpers.families import FAMILIES
@@ -455,3 +458,23 @@ def test_steps_that_make_a_mistake_are_refused_with_a_line(monkeypatch, capsys):
     assert not decoder.shares_steps
     assert "one conversation after another (a step gives keys that are" in capsys.readouterr().out
     assert len(list(decoder.reply(PROMPTS[0], config_of(3)).tokens())) == 3
+
+
+def test_program_that_ends_while_somebody_is_still_replied_to_ends_well(tiny_model):
+    """The thread that computes is waited for: torch aborts a process that leaves it behind."""
+    program = f"""
+from utils.arguments import GenerationArguments, ModelArguments
+from utils.chat.generation import load_run
+from utils.chat.streaming import open_reply
+from utils.models.folder import resolve_model
+chat = load_run(resolve_model(ModelArguments({str(tiny_model)!r}), set()))
+flags = GenerationArguments(max_new_tokens=400, min_new_tokens=400)
+replies = [open_reply(chat, [{{"role": "user", "content": str(i)}}], flags) for i in range(3)]
+next(replies[0].tokens())
+print("leaving")
+"""
+    for _ in range(3):
+        result = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+        assert result.returncode == 0 and "leaving" in result.stdout, result.stderr

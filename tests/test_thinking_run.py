@@ -98,7 +98,7 @@ def test_request_to_our_server_switches_thinking(run, base, switch, on):
     server = Server(chat, {"mine": True}, GenerationArguments(max_new_tokens=1), 1, 400, 1, 60.0)
     reply = server.begin(ChatRequest(model="mine", messages=ASKED, chat_template_kwargs=switch))
     assert reply.prompt == render(base, enable_thinking=on)
-    server.end()
+    chat.decoder.end()
 
 
 def test_slash_think_switches_in_the_terminal(run, base, capsys, monkeypatch):

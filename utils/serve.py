@@ -86,7 +86,7 @@ def main() -> None:
         uvicorn.Server(config).run()
     except KeyboardInterrupt:  # uvicorn raises the signal again when the replies under way have ended
         pass
-    server.end()
+    chat.decoder.end()
     notice("stopped")
 
 

@@ -160,7 +160,7 @@ def time_variants(model: Any, prompt: torch.Tensor, arguments: "ChatSpeedArgumen
     kind = "steps of our own" if getattr(steps, "whole", None) else "steps of its modules"
     has_graph = isinstance(steps, GraphDecoder) and steps.graphs
     yield replace(
-        reply, variant=kind if has_graph or not is_gpu else f"{kind}, no graph", ready_seconds=round(ready, 2)
+        reply, variant=kind if has_graph or not is_gpu else f"{kind}, no graph", ready_seconds=round(ready, 4)
     )
     vocabulary = base.config.vocab_size
     others = [torch.randint(5, vocabulary, prompt.shape)[0].tolist() for _ in range(arguments.conversations)]

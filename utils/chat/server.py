@@ -93,14 +93,6 @@ class Server:
             raise Refused(400, "the template has no switch for thinking", None, "chat_template_kwargs")
         return tokenizer.switch(asked.thinks)
 
-    def end(self) -> None:
-        """Break off what is still said; the thread that says it may not outlive the process."""
-        for reply in self.replies:
-            reply.cancel()
-        thread = self.chat.decoder.thread
-        if thread is not None:
-            thread.join()
-
     async def stream(self, asked: ChatRequest, reply: Reply) -> AsyncIterator[tuple[str, str]]:
         """(kind, text) as they come; however it ends, the reply ends too and its place is free."""
         text = stream_text(self.choose_tokenizer(asked), reply, asked.stops)  # its thought is in tags

@@ -17,10 +17,12 @@ Beams and n-gram rules are left to transformers' generate, one such reply after 
 One thread has the model while there is something to do; nobody else may use it then.
 """
 
+import atexit
 import random
 import threading
 from collections import deque
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
@@ -34,6 +36,15 @@ from utils.decode.slots import Slots, open_slots
 from utils.decode.token_choice import NotCovered
 from utils.decode.turns import Turns
 
+DECODERS: "WeakSet[SharedDecoder]" = WeakSet()
+
+
+@atexit.register
+def end_all() -> None:
+    """A thread that still computes while Python ends would abort the process."""
+    for decoder in list(DECODERS):
+        decoder.end()
+
 
 class SharedDecoder:
     def __init__(self, model: Any, steps: Steps, kept: int = 2):
@@ -46,6 +57,8 @@ class SharedDecoder:
         self.plain: deque[Reply] = deque()  # those that wait for generate
         self.generated: Reply | None = None  # the one that it is at
         self.thread: threading.Thread | None = None
+        self.replies: WeakSet[Reply] = WeakSet()
+        DECODERS.add(self)
 
     def open_slots(self, count: int, tokens: int, kept: int | None = None, for_many: bool = False) -> None:
         """Let `count` replies of at most `tokens` tokens, prompt included, be under way at once.
@@ -95,11 +108,21 @@ class SharedDecoder:
         reply = Reply(prompt, config, tuned, random.getrandbits(62) if seed is None else seed, max_seconds)
         reply.lookup = lookup
         with self.guard:
+            self.replies.add(reply)
             self.waiting.append(reply)
             if self.thread is None:
                 self.thread = threading.Thread(target=self.work, daemon=True)
                 self.thread.start()
         return reply
+
+    def end(self) -> None:
+        """Break off what is still said, and wait until its thread has left the model."""
+        with self.guard:
+            thread = self.thread
+            for reply in list(self.replies):
+                reply.cancel()
+        if thread is not None:
+            thread.join()
 
     # By the thread that has the model.
 
