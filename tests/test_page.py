@@ -490,9 +490,10 @@ def test_phone_shows_both_sides_one_under_the_other_and_the_examples_whole(open_
     tab.send("你是谁？")
     tab.page.locator("#box .submit-button").wait_for(timeout=60_000)  # until then it is drawn anew
     pair = tab.page.locator("#chat .pair > div")
-    tab.wait(lambda: pair.count() == 2 and "我是原模型。" in pair.nth(1).inner_text())
-    above, below = pair.nth(0).bounding_box(), pair.nth(1).bounding_box()
-    assert above["y"] + above["height"] <= below["y"] + 1
+    tab.wait(lambda: pair.all_inner_texts()[1:] and "我是原模型。" in pair.all_inner_texts()[1])
+    tab.page.wait_for_timeout(1_000)  # it is drawn once more when the reply has ended
+    above, below = pair.evaluate_all("all => all.map(one => one.getBoundingClientRect().toJSON())")
+    assert above["bottom"] <= below["top"] + 1
     for name in ("#side", "#box", "#chat .pair"):
         box = tab.page.locator(name).first.bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 360, name
@@ -529,7 +530,10 @@ def test_conversation_is_saved_as_a_row_to_train_on(open_tab, tmp_path):
     tab.send("Who are you?")
     tab.wait_for_reply("I am the tuned one.")
     tab.page.locator("#settings button").first.click()
-    tab.page.locator("#system textarea").press_sequentially("Be brief.", delay=20)  # as a hand does
+    system = tab.page.locator("#system textarea")
+    system.wait_for()
+    tab.page.wait_for_timeout(1_000)  # gradio sets its value once more when the panel has opened
+    system.fill("Be brief.")
     with tab.page.expect_download() as waited:
         tab.page.locator("#export").click()
     assert waited.value.suggested_filename.endswith(".json")
