@@ -11,6 +11,7 @@ import time
 import psutil
 
 from helpers import ROOT
+from helpers.fork_server import TRAINING
 from helpers.runs import run_in_process
 from helpers.shell import find_free_port
 
@@ -61,13 +62,14 @@ def kill_all(process):
     process.communicate()
 
 
-def _join(function, rank, processes, port, arguments, results):
+def _join(function, rank, processes, port, arguments, environment, results):
+    os.environ.update(environment)
     import torch
     from accelerate.state import PartialState
     from torch import distributed
 
     torch.set_num_threads(1)
-    PartialState._reset_state()  # that of the parent, which is alone
+    PartialState._reset_state()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     distributed.init_process_group("gloo", rank=rank, world_size=processes)
@@ -78,12 +80,17 @@ def _join(function, rank, processes, port, arguments, results):
 
 
 def run_function(processes, function, *arguments):
-    """What function(rank, *arguments) returns in each of so many processes that can talk to each other."""
-    context, port = multiprocessing.get_context("fork"), find_free_port()
+    """What function(rank, *arguments) returns in each of so many processes that can talk to each other.
+
+    They are forks of a process that has imported everything and computed nothing: a fork of this one would
+    wait for ever for the threads that computed here.
+    """
+    context, port = multiprocessing.get_context("forkserver"), find_free_port()
+    context.set_forkserver_preload(TRAINING)
     results = context.SimpleQueue()
+    shared = (port, arguments, dict(os.environ), results)
     workers = [
-        context.Process(target=_join, args=(function, rank, processes, port, arguments, results))
-        for rank in range(processes)
+        context.Process(target=_join, args=(function, rank, processes, *shared)) for rank in range(processes)
     ]
     for worker in workers:
         worker.start()
@@ -104,5 +111,5 @@ def _train(rank, argv):
 
 
 def train_forked(processes, *argv):
-    """A run in so many forks of this process, which lose no seconds on imports; what the first printed."""
+    """A run in so many processes, which lose no seconds on imports; what the first printed."""
     return run_function(processes, _train, argv)[0]
