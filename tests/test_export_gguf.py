@@ -150,6 +150,7 @@ def test_llama_31_frequencies_and_q8_matrices_are_those_of_transformers(call_mai
 def test_mistakes_are_one_line_before_weights_load(call_main, small_model, tmp_path):
     for argv, said in (
         ([], "name the run and a new folder"),
+        (["some_run"], "name the run and a new folder"),
         ([small_model, tmp_path], "exists: name a new folder"),
         ([tmp_path / "no", tmp_path / "out"], "no such folder"),
         ([small_model, tmp_path / "out", "--outtype", "q4"], "--outtype"),

@@ -26,6 +26,8 @@ from utils.merge_adapter import check_mergeable, find_base_folder, read_adapter_
 from utils.models.folder import ResolvedModel, has_adapter, resolve_model
 from utils.run.record import find_run_record
 
+USAGE = "name the run and a new folder: python -m utils.export_gguf RUN OUT"
+
 
 @dataclass
 class ExportArguments:
@@ -48,7 +50,7 @@ def main() -> None:
     argv = name_folders(sys.argv[1:])
     model_args, export_args = parse_args(argv, [ModelArguments, ExportArguments], __doc__)
     if export_args.output_dir is None:
-        raise UserError("name the run and a new folder: python -m utils.export_gguf RUN OUT")
+        raise UserError(USAGE)
     output_dir = Path(export_args.output_dir).expanduser()
     if output_dir.exists():
         raise UserError(f"{output_dir} exists: name a new folder")
@@ -72,8 +74,10 @@ def main() -> None:
 
 def name_folders(argv: list[str]) -> list[str]:
     """`RUN OUT flags` as flags: a folder with an adapter or a run.json is a run, another a model."""
-    if len(argv) < 2 or argv[0].startswith("-") or argv[1].startswith("-"):
+    if not argv or argv[0].startswith("-"):
         return argv
+    if len(argv) < 2 or argv[1].startswith("-"):
+        raise UserError(USAGE)
     folder = Path(argv[0]).expanduser()
     is_run = not folder.is_dir() or has_adapter(folder) or find_run_record(folder) is not None
     name = "--checkpoint_dir" if is_run else "--model_name_or_path"
