@@ -387,13 +387,20 @@ class AnonymousMemory(threading.Thread):
         return most - self.before
 
 
-def measure_1b(rank, folder, shared):
-    """MiB: the peak while loading, and that of a micro-batch forward and backward."""
+def measure_1b(rank, folder, shared, small_model):
+    """MiB: the peak while loading, and that of a micro-batch forward and backward; and the loss.
+
+    Above a process that has done the same with a small model: what libraries take is there before.
+    """
+    load_and_step(small_model, False, AnonymousMemory())
+    return load_and_step(folder, shared, AnonymousMemory())
+
+
+def load_and_step(folder, shared, memory):
     from utils.arguments import TrainingArguments
     from utils.fast.model import prepare_fast_model
     from utils.models.adapter import load_model
 
-    memory = AnonymousMemory()
     model_args = ModelArguments(model_name_or_path=str(folder), shard_layers=shared)
     model, dtype = load_model(model_args, LoraArguments(lora_r=4), TrainingArguments())
     loading = memory.take()
@@ -409,10 +416,12 @@ def measure_1b(rank, folder, shared):
 
 
 @pytest.mark.slow
-def test_memory_of_a_process_falls_as_more_share_a_model_of_a_billion_weights(tmp_path, float32_cpu):
+def test_memory_of_a_process_falls_as_more_share_a_model_of_a_billion_weights(
+    small_model, tmp_path, float32_cpu
+):
     folder = save_1b(tmp_path / "1b")
-    ((alone, alone_training, loss),) = run_function(1, measure_1b, folder, False)
-    for loading, training, shared_loss in run_function(2, measure_1b, folder, True):
+    ((alone, alone_training, loss),) = run_function(1, measure_1b, folder, False, small_model)
+    for loading, training, shared_loss in run_function(2, measure_1b, folder, True, small_model):
         print(f"\nloading {alone:.0f} -> {loading:.0f} MiB, a step {alone_training:.0f} -> {training:.0f}")
         assert alone / loading > 1.7 and alone_training / training > 1.7
         assert shared_loss == pytest.approx(loss, rel=1e-3)
