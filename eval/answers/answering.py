@@ -58,7 +58,7 @@ def stream_replies(
     is then its own. Elsewhere batches are padded, which is faster than a token each in turn.
     """
     longest = max(map(len, prompts), default=0) + generation_args.max_new_tokens
-    chat.decoder.open_slots(batch_size, longest, kept=0, for_many=True)
+    chat.decoder.open_slots(batch_size, longest, kept=0)
     if chat.decoder.shares_steps:
         config = build_generation_config(generation_args, chat.tokenizer)
         started = [chat.decoder.reply(prompt, config, tuned, seed + i) for i, prompt in enumerate(prompts)]
