@@ -17,7 +17,6 @@ from peft import PeftModel
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-from utils.decode.shared_forward import SharedForward
 from utils.decode.token_choice import TokenChoice
 
 LONGEST_MATCH = 3  # tokens that must have come before, to propose what came after them
@@ -60,14 +59,12 @@ class GrowingSteps:
     """Steps on a cache that grows, by the model's own forward: on a CPU."""
 
     runs_ahead = False
-    read_together = READ_TOGETHER
 
     def __init__(self, model: Any):
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.base = base
         self.token = torch.zeros(1, 1, dtype=torch.long, device=self.base.device)
         self.owner: Callable[[], Any] = lambda: None
-        self.shared: SharedForward | None = None  # has read the newest token already, of several at once
 
     def find_choice(self, config: GenerationConfig) -> TokenChoice:
         return TokenChoice(self.base, config)
@@ -79,8 +76,7 @@ class GrowingSteps:
         return self.base(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     def advance(self, cache: Any, choice: TokenChoice) -> torch.Tensor:
-        logits = self.shared.found.pop(id(cache), None) if self.shared else None
-        token = choice.choose(self.read(self.token, cache) if logits is None else logits)
+        token = choice.choose(self.read(self.token, cache))
         self.token.copy_(token)
         return token.clone()
 
@@ -130,7 +126,7 @@ def read_prompt(steps: Steps, ids: Sequence[int], cache: Any) -> Generator[None,
     The parts follow from the prompt alone: whoever else is replied to, the same products are made.
     """
     new = torch.tensor([ids[cache.get_seq_length() :]], device=steps.base.device)
-    *parts, last = new.split(getattr(steps, "read_together", READ_TOGETHER), 1)
+    *parts, last = new.split(READ_TOGETHER, 1)
     for part in parts:
         steps.read(part, cache)
         yield

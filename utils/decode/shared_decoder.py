@@ -29,9 +29,8 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.streamers import BaseStreamer
 
 from utils.decode.graph import GraphDecoder
-from utils.decode.loop import READ_TOGETHER, GrowingSteps, Steps
+from utils.decode.loop import Steps
 from utils.decode.reply import AdapterSwitch, OwnDraws, Reply
-from utils.decode.shared_forward import READ_BETWEEN, open_shared_forward
 from utils.decode.slots import Slots, open_slots
 from utils.decode.token_choice import NotCovered
 from utils.decode.turns import Turns
@@ -60,13 +59,11 @@ class SharedDecoder:
         self.replies: WeakSet[Reply] = WeakSet()
         DECODERS.add(self)
 
-    def open_slots(self, count: int, tokens: int, kept: int | None = None, for_many: bool = False) -> None:
+    def open_slots(self, count: int, tokens: int, kept: int | None = None) -> None:
         """Let `count` replies of at most `tokens` tokens, prompt included, be under way at once.
 
         One step for all, 8 at most, where kernels apply and memory has room; else a token each in turn.
-        `kept`: so many of the latest conversations are kept for their next turn. `for_many`: on a CPU, too,
-        one step for all, though a reply alone may then take half as long again (shared_forward.py). Waits for
-        what is under way.
+        `kept`: so many of the latest conversations are kept for their next turn. Waits for what is under way.
         """
         thread = self.thread
         if thread is not None:
@@ -77,10 +74,6 @@ class SharedDecoder:
             self.engine = self.turns  # the old buffers go first
             del slots
             self.engine = open_slots(self.steps, self.adapter, count, tokens, kept) or self.turns
-        elif isinstance(self.steps, GrowingSteps) and self.model.device.type == "cpu":
-            self.turns.shared = open_shared_forward(self.steps.base, count) if for_many else None
-            self.steps.shared = self.turns.shared
-            self.steps.read_together = READ_BETWEEN if self.turns.shared else READ_TOGETHER
         self.engine.limit(count, kept)
 
     @property

@@ -13,7 +13,6 @@ from transformers.cache_utils import DynamicLayer
 
 from utils.decode.loop import Steps, read_prompt, stream_tokens
 from utils.decode.reply import AdapterSwitch, OwnDraws, Reply
-from utils.decode.shared_forward import SharedForward
 from utils.decode.token_choice import TokenChoice
 
 # A template may take the end of a prompt back in the next turn: the thoughts of an answer, say.
@@ -50,8 +49,6 @@ class Turns:
         self.turns: dict[Reply, Generator[None]] = {}
         self.kept: list[Kept] = []  # the latest last
         self.most_kept = kept
-        self.caches: dict[Reply, Any] = {}
-        self.shared: SharedForward | None = None  # reads a token of each at once
         self.can_keep = all(type(layer) is DynamicLayer for layer in steps.make_cache().layers)
 
     @property
@@ -72,14 +69,7 @@ class Turns:
 
     def step(self) -> None:
         """One token of each reply, or a part of its prompt."""
-        if self.shared is not None:
-            self.shared.found.clear()  # a reply may have ended before it took what was read for it
-            for tuned in (True, False):
-                self.read_ahead(self.shared, tuned)
-        waits = self.list_waiting()
         for reply, turn in list(self.turns.items()):
-            if reply in waits:
-                continue
             self.adapter.turn(reply.tuned)
             try:
                 if reply.is_over():
@@ -90,34 +80,10 @@ class Turns:
                 reply.end("error", error)
             if reply.is_over():
                 del self.turns[reply]
-                self.caches.pop(reply, None)
-
-    def list_waiting(self) -> list[Reply]:
-        """Where a step is shared one prompt is read at a time: who speaks waits for one part of one."""
-        reading = [reply for reply in self.turns if not (reply.said or reply.is_over())]
-        return reading[1:] if self.shared else []
-
-    def read_ahead(self, shared: SharedForward, tuned: bool) -> None:
-        """Read the newest tokens of the replies that have begun, as many at once as `shared` takes."""
-        ready = {
-            reply: cache
-            for reply, cache in self.caches.items()
-            if reply in self.turns and reply.tuned == tuned and reply.said and not reply.is_over()
-            and cache.get_seq_length() == len(reply.prompt) + len(reply.said) - 1 and not reply.lookup
-        }  # fmt: skip
-        replies, most = list(ready), shared.sizes[-1]
-        for some in (replies[i : i + most] for i in range(0, len(replies), most)):
-            if len(some) == 1 and shared.sizes[0] == 1:
-                continue  # its own step has the same bits
-            self.adapter.turn(tuned)
-            caches = [ready[reply] for reply in some]
-            logits = shared.read([reply.said[-1] for reply in some], caches)
-            shared.found |= dict(zip(map(id, caches), logits.split(1), strict=True))
 
     def speak(self, reply: Reply, choice: TokenChoice) -> Generator[None]:
         """Pauses after each token, and after each part of the prompt."""
         cache, said = self.find_cache(reply), reply.prompt
-        self.caches[reply] = cache
         reply.reused_tokens = cache.get_seq_length()
         draws = OwnDraws(self.steps.base.device, reply.seed).used if choice.samples else nullcontext
         logits = yield from read_prompt(self.steps, reply.prompt, cache)
@@ -154,4 +120,3 @@ class Turns:
         for reply in self.turns:
             reply.end("error", error)
         self.turns.clear()
-        self.caches.clear()
