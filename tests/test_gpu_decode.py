@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from eval.speed.replies import build_adapted_model
 from utils.arguments import ModelArguments
 from utils.decode.cuda_c import find_kernel_obstacle
-from utils.decode.loop import stream_tokens
+from utils.decode.loop import finish, stream_tokens
 from utils.decode.setup import install_graph_decode
 from utils.decode.shared_decoder import SharedDecoder
 from utils.models.base import load_base
@@ -144,7 +144,7 @@ def test_logits_are_the_same_to_the_bit_in_steps_of_every_size(shared):
     with torch.no_grad():
         for beside in ([], [1], [1, 3, 2], [7, 6, 5, 4, 3, 2, 1]):
             for place, prompt in zip([0, *beside], prompts + prompts, strict=False):
-                logits = steps.read(place, prompt[:512], 0)
+                logits = finish(steps.read(place, prompt[:512], 0))
                 steps.place(place, len(prompt[:512]), logits.argmax(-1))
             rows = sorted([0, *beside], reverse=len(beside) == 1)
             for _ in range(20):
@@ -176,8 +176,47 @@ def test_prompt_is_read_as_the_model_reads_it(shared):
                 expected = decoder.steps.plain(input_ids=ids).logits[0, -1].float()
                 for size in (64, 512, 2048):
                     for past in range(0, len(prompt), size):
-                        got = steps.read(3, prompt[past : past + size], past)[0].float()
+                        got = finish(steps.read(3, prompt[past : past + size], past))[0].float()
                     assert (got - expected).norm() < 0.03 * expected.norm()
+
+
+@torch.no_grad()
+def test_beginning_of_a_conversation_is_read_by_a_graph_in_half_the_time(shared):
+    """To the bits of the same tokens read eagerly; what was on the page before does not matter."""
+    decoder, prompts, _ = shared
+    steps, reader = decoder.engine.steps, decoder.steps.reader
+    for prompt in (prompts[4], prompts[5][:512], prompts[2]):
+        ids = torch.tensor(prompt, device="cuda")
+        finish(steps.read(2, prompt, 0))  # captures
+        replayed = finish(steps.read(2, prompt, 0))
+        page = next(page for page in reader.pages if len(page.ids) >= len(prompt))
+        page.write(ids)
+        for part in range(reader.parts):
+            reader.turn(page, part)
+        assert (len(page.ids), True, reader.parts - 1) in reader.graphs and torch.equal(replayed, page.logits)
+        cache = decoder.steps.make_cache()
+        assert torch.equal(decoder.steps.read(ids[None], cache), replayed)
+        keys, values = steps.caches[-1]
+        assert torch.equal(cache.layers[-1].keys[0], keys[2, :, : len(prompt)])
+        assert torch.equal(cache.layers[-1].values[0], values[2, :, : len(prompt)])
+
+    def time_reading(read):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(5):
+            read()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / 5
+
+    ids, caches = torch.tensor(prompts[5][:512], device="cuda"), [
+        (keys[:1], values[:1]) for keys, values in steps.caches
+    ]  # fmt: skip
+    pages, reader.pages = reader.pages, []
+    eager = time_reading(lambda: reader.read(ids, caches, 0))
+    reader.pages = pages
+    by_graph = time_reading(lambda: reader.read(ids, caches, 0))
+    print(f"512 tokens: {1e3 * eager:.1f} ms eagerly, {1e3 * by_graph:.1f} ms by a graph")
+    assert by_graph < eager / 2
 
 
 def test_users_who_come_hang_up_and_wait_get_their_own_replies(shared):

@@ -820,7 +820,7 @@ def test_full_queue_refuses_clearly_and_loses_no_one_else(chat, capfd):
 
 
 @pytest.mark.slow
-def test_50_users_for_5_minutes(smollm2, monkeypatch):
+def test_50_users_for_5_minutes(smollm2, monkeypatch, float32_cpu):
     """No crash, no lost or mixed reply, memory flat, refusals clear, with the real small model.
 
     Every message opens a session, and the page keeps the latest ones. Fewer here, so that the first minute

@@ -20,7 +20,7 @@ from utils.decode import prompt_reader
 from utils.decode.cuda_c import compile_kernel
 from utils.decode.graph import GraphDecoder
 from utils.decode.layers import install_decode_layers
-from utils.decode.loop import GrowingSteps, stream_tokens
+from utils.decode.loop import GrowingSteps, finish, stream_tokens
 from utils.decode.model import WholeStep
 from utils.decode.packed_product import Kernels, Shape
 from utils.decode.prompt_reader import PromptReader
@@ -174,7 +174,7 @@ def test_logits_are_the_same_to_the_bit_whoever_is_beside(slots):
     steps, seen = slots.engine.steps, []
     for beside in ([], [1], [1, 3, 2], [3]):
         for place, prompt in zip([0, *beside], PROMPTS, strict=False):
-            logits = steps.read(place, prompt, 0)
+            logits = finish(steps.read(place, prompt, 0))
             steps.place(place, len(prompt), logits.argmax(-1))
         rows = sorted([0, *beside], reverse=len(seen) % 2 == 1)
         for _ in range(3):
@@ -261,7 +261,7 @@ def test_prompt_read_in_parts_lets_others_speak_between_them(monkeypatch):
     second = decoder.reply(PROMPTS[2], config_of(12))
     assert [said + list(tokens), list(second.tokens())] == expected
     begun = order.index("read", 2)
-    assert order[begun : begun + 9] == ["read", "step"] * 4 + ["read"]
+    assert order[begun : begun + 13] == ["read", "step", "step"] * 4 + ["read"]  # the layers are two parts
 
 
 @needs_compiler
@@ -432,8 +432,12 @@ def test_reader_that_makes_a_mistake_is_refused_and_slots_read_by_the_model(mist
         monkeypatch.setattr(PromptReader, name, lambda self, *args: change(plain, self, *args))
     elif mistake == "every token sees all":
         attend = prompt_reader.attend
-        everything = torch.ones(16, 16, dtype=torch.bool, device=DEVICE)
-        monkeypatch.setattr(prompt_reader, "attend", lambda *args: attend(*args[:4], everything))
+
+        def see_all(layer, q, keys, values, seen):
+            everything = torch.ones(q.shape[2], keys.shape[2], dtype=torch.bool, device=DEVICE)
+            return attend(layer, q, keys, values, everything)
+
+        monkeypatch.setattr(prompt_reader, "attend", see_all)
     else:
         normalize = prompt_reader.normalize
         ones = lambda x, norm: normalize(x, (torch.ones_like(norm[0]), norm[1]))  # noqa: E731

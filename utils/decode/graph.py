@@ -21,6 +21,7 @@ from utils.decode.model import WholeStep
 from utils.decode.prompt_reader import PromptReader
 from utils.decode.token_choice import TokenChoice
 from utils.fast.graph_capture import CaptureError, capture_graph, round_to_power
+from utils.fast.trials import shallow
 
 SMALLEST_CAPACITY = 1024  # tokens
 MAX_DIFFERENCE = 0.05  # of the logits, relative: attention over a longer buffer rounds otherwise
@@ -191,17 +192,21 @@ class GraphDecoder:
         self.owner, self.buffers, self.graphs = lambda: None, None, {}
 
     def try_out(self, input_ids: torch.Tensor, cache: GrowingCache) -> None:
-        """Raises CaptureError where the buffers give other logits for this token than the growing cache."""
+        """Raises CaptureError where the buffers give other logits for this token than the growing cache.
+
+        By the first layers, as rounding grows with depth.
+        """
         length = cache.get_seq_length()
-        expected = self.plain(input_ids=input_ids, past_key_values=cache, use_cache=True).logits.float()
-        crop_cache(cache, length)
-        self.load(cache, length + 1)
-        self.ids[1].copy_(input_ids)
-        fault = self.find_fault(expected, length)
-        if fault and self.whole:
-            notice(f"replies: by the model's own modules ({fault})")
-            self.whole = None
+        with self.whole.shallow(self.base) if self.whole else shallow(self.base):
+            expected = self.plain(input_ids=input_ids, past_key_values=cache, use_cache=True).logits.float()
+            crop_cache(cache, length)
+            self.load(cache, length + 1)
+            self.ids[1].copy_(input_ids)
             fault = self.find_fault(expected, length)
+            if fault and self.whole:
+                notice(f"replies: by the model's own modules ({fault})")
+                self.whole = None
+                fault = self.find_fault(expected, length)
         if fault:
             raise CaptureError(fault)
         self.tried = True
@@ -222,7 +227,7 @@ class GraphDecoder:
     def run(self, count: int = 1) -> torch.Tensor:
         """Logits of the tokens in ids[count]  # [1, count, vocabulary]; the buffers grow by them."""
         if self.whole:
-            caches = [(layer.keys, layer.values) for layer in self.buffers.layers]
+            caches = [(layer.keys, layer.values) for layer in self.buffers.layers[: len(self.whole.layers)]]
             return self.whole.run(self.ids[count], caches, self.rotations, self.lengths)
         return self.plain(input_ids=self.ids[count], past_key_values=self.buffers, use_cache=True).logits
 

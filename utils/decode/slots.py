@@ -13,6 +13,7 @@ reply that had ended is forgotten.
 """
 
 from collections import deque
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from utils.console import notice
 from utils.decode.cuda_c import KernelError
 from utils.decode.graph import GraphDecoder
-from utils.decode.loop import READ_TOGETHER, Fetched
+from utils.decode.loop import READ_TOGETHER, Fetched, finish
 from utils.decode.model import WholeStep
 from utils.decode.reply import AdapterSwitch, Reply
 from utils.decode.token_choice import TokenChoice
@@ -47,6 +48,9 @@ class Slot:
     reply: Reply | None = None
     choice: Any = None
     started: int = 0  # tokens of the reply that are under way or there
+    # What is being read of the prompt, and how.
+    part: list[int] = field(default_factory=list)
+    reading: Generator[None, None, torch.Tensor] | None = None
 
     @property
     def is_read(self) -> bool:
@@ -74,12 +78,12 @@ class BatchSteps:
         self.stream = torch.cuda.Stream() if self.is_gpu else None
         self.graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
-    def read(self, place: int, ids: list[int], past: int) -> torch.Tensor:
-        """Logits  # [1, vocabulary] of the last of `ids`, behind `past` tokens."""
+    def read(self, place: int, ids: list[int], past: int) -> Generator[None, None, torch.Tensor]:
+        """Logits  # [1, vocabulary] of the last of `ids`, behind `past` tokens; with pauses on the way."""
         new, end = torch.tensor(ids, device=self.device), past + len(ids)
         caches = [(keys[place : place + 1], values[place : place + 1]) for keys, values in self.caches]
         if self.decoder.reader:
-            return self.decoder.reader.read(new, caches[: len(self.whole.layers)], past)
+            return (yield from self.decoder.reader.read_in_parts(new, caches[: len(self.whole.layers)], past))
         cache = self.decoder.make_cache()
         for layer, (keys, values) in zip(cache.layers, caches, strict=True):
             layer.lazy_initialization(keys, values)
@@ -199,8 +203,9 @@ class Slots:
                 self.leave(slot)
         reading = next((slot for slot in self.slots if slot.reply and not slot.is_read), None)
         if reading and reading.reply:
+            others_speak = any(slot.reply and slot.is_read for slot in self.slots)
             try:
-                self.read(reading, reading.reply)
+                self.read(reading, reading.reply, others_speak)
             except Exception as error:  # raised again where the reply is read
                 reading.reply.end("error", error)
         for tuned in (True, False):
@@ -215,13 +220,22 @@ class Slots:
         for _ in range(before if is_ahead else len(self.fetched)):
             self.hand_out(*self.fetched.popleft())
 
-    def read(self, slot: Slot, reply: Reply) -> None:
-        """The next part of its prompt; behind the last one its first token."""
+    def read(self, slot: Slot, reply: Reply, others_speak: bool) -> None:
+        """The next of its prompt, no more of it than others may wait for; behind the last its first token."""
         self.steps.adapter.turn(slot.tuned)
-        past = len(slot.ids)
-        part = reply.prompt[past : past + READ_TOGETHER]
-        logits = self.steps.read(slot.place, part, past)
-        slot.ids = slot.ids + part
+        if slot.reading is None:
+            past = len(slot.ids)
+            slot.part = reply.prompt[past : past + READ_TOGETHER]
+            slot.reading = self.steps.read(slot.place, slot.part, past)
+        try:
+            next(slot.reading)
+            while not others_speak:
+                next(slot.reading)
+        except StopIteration as end:
+            logits = end.value
+        else:
+            return
+        slot.ids, slot.reading = slot.ids + slot.part, None
         if len(slot.ids) < len(reply.prompt):
             return
         token = slot.choice.choose(logits)
@@ -249,7 +263,7 @@ class Slots:
         assert reply
         if slot.is_read:  # the last token has no keys and values yet
             slot.ids = [*reply.prompt, *reply.said][: len(reply.prompt) + max(0, len(reply.said) - 1)]
-        slot.reply = slot.choice = None
+        slot.reply = slot.choice = slot.reading = None
         self.use(slot)
         self.limit(self.most, self.most_kept)
 
@@ -258,7 +272,7 @@ class Slots:
         for slot in self.slots:
             if slot.reply:
                 slot.reply.end("error", error)
-            slot.reply, slot.ids = None, []
+            slot.reply, slot.reading, slot.ids = None, None, []
 
 
 def open_slots(
@@ -308,7 +322,7 @@ def find_slot_fault(steps: BatchSteps) -> str | None:
     try:
         with steps.whole.shallow(base):
             expected = steps.decoder.plain(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1]
-            steps.read(0, ids[0, :-1].tolist(), 0)
+            finish(steps.read(0, ids[0, :-1].tolist(), 0))
             steps.place(0, TRIED - 1, ids[0, -1:])
             found = steps.run(steps.choose_places([0]))[0]
             last = len(steps.whole.layers) - 1
