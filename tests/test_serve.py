@@ -50,7 +50,7 @@ def chat(run):
 def serving(chat, slots=4, slot_tokens=512, limit_queue=8, api_key=None, limit_seconds=600.0):
     """The address of a server in a thread of this process."""
     port, flags = find_free_port(), GenerationArguments(max_new_tokens=24, top_k=0)
-    chat.decoder.open_slots(slots, slot_tokens, kept=0)
+    chat.decoder.open_slots(slots, slot_tokens, kept=0, for_many=True)
     server = Server(
         chat, {"mine": True, "base": False}, flags, slots, slot_tokens, limit_queue, limit_seconds
     )
