@@ -17,7 +17,7 @@ from helpers.runs import assert_equal_runs, load_weights, read_log
 from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from utils.arguments import LoraArguments, ModelArguments
 from utils.console import UserError
@@ -181,8 +181,10 @@ def measure_with_plain_peft(base, folder):
 
 def load_and_gather(rank, model):
     """(codes, scales) of every layer as it is put together; what this process holds; bytes of a layer."""
+    from utils.fast import sharded_layers
     from utils.models.sharded import load_sharded, measure_held
 
+    sharded_layers.PIECE = 1000  # so that a matrix has several
     base = load_sharded(ModelArguments(model_name_or_path=str(model)), torch.float32)
     layers = {}
     for number, linears in enumerate(base.shards.linears):
@@ -198,10 +200,21 @@ def load_and_gather(rank, model):
     return layers, logits.numpy(), measure_held(base), slots
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.fixture
+def odd_model(tmp_path):
+    """One whose rows are no whole blocks of 64 weights, nor are its matrices."""
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=48, intermediate_size=81, num_hidden_layers=2, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "odd")
+    return tmp_path / "odd"
+
+
+@pytest.mark.parametrize("name, processes", [("small_model", 2), ("small_model", 3), ("odd_model", 2)])
 def test_shared_layers_are_to_the_bit_what_bitsandbytes_makes_of_the_whole_model(
-    small_model, processes, float32_cpu
+    request, name, processes, float32_cpu
 ):
+    small_model = request.getfixturevalue(name)
     found = run_function(processes, load_and_gather, small_model)
     base = load_base(ModelArguments(model_name_or_path=str(small_model)), torch.float32)
     expected = {
@@ -431,20 +444,13 @@ class AnonymousMemory(threading.Thread):
         return most - self.before
 
 
-def measure_1b(rank, folder, shared, small_model):
-    """MiB: the peak while loading, and that of a micro-batch forward and backward; and the loss.
-
-    Above a process that has done the same with a small model: what libraries take is there before.
-    """
-    load_and_step(small_model, False, AnonymousMemory())
-    return load_and_step(folder, shared, AnonymousMemory())
-
-
-def load_and_step(folder, shared, memory):
+def measure_1b(rank, folder, shared):
+    """MiB above a process that has imported the libraries: the peak while loading, that of a micro-batch; its loss."""
     from utils.arguments import TrainingArguments
     from utils.fast.model import prepare_fast_model
     from utils.models.adapter import load_model
 
+    memory = AnonymousMemory()
     model_args = ModelArguments(model_name_or_path=str(folder), shard_layers=shared)
     model, dtype = load_model(model_args, LoraArguments(lora_r=4), TrainingArguments())
     loading = memory.take()
@@ -460,12 +466,10 @@ def load_and_step(folder, shared, memory):
 
 
 @pytest.mark.slow
-def test_memory_of_a_process_falls_as_more_share_a_model_of_a_billion_weights(
-    small_model, tmp_path, float32_cpu
-):
+def test_memory_of_a_process_falls_as_more_share_a_model_of_a_billion_weights(tmp_path, float32_cpu):
     folder = save_1b(tmp_path / "1b")
-    ((alone, alone_training, loss),) = run_function(1, measure_1b, folder, False, small_model)
-    for loading, training, shared_loss in run_function(2, measure_1b, folder, True, small_model):
+    ((alone, alone_training, loss),) = run_function(1, measure_1b, folder, False)
+    for loading, training, shared_loss in run_function(2, measure_1b, folder, True):
         print(f"\nloading {alone:.0f} -> {loading:.0f} MiB, a step {alone_training:.0f} -> {training:.0f}")
         assert alone / loading > 1.7 and alone_training / training > 1.7
         assert shared_loss == pytest.approx(loss, rel=1e-3)
