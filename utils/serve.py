@@ -66,7 +66,7 @@ def main() -> None:
 
     chat, names = load_run(resolved), name_models(resolved)
     tokens = min(serve_args.slot_tokens, find_context(resolved.config) or serve_args.slot_tokens)
-    chat.decoder.open_slots(serve_args.slots, tokens, serve_args.kept_conversations)
+    chat.decoder.open_slots(serve_args.slots, tokens, serve_args.kept_conversations, for_many=True)
     limits = (serve_args.slots, tokens, serve_args.limit_queue, serve_args.limit_seconds)
     server = Server(chat, names, generation_args, *limits)
     app = build_app(server, api_key, hosts)

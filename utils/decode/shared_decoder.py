@@ -2,6 +2,7 @@
 
     decoder = SharedDecoder(model, steps)            # any model: a token each in turn (turns.py)
     decoder.open_slots(count=8, tokens=3072)         # one step for all, where kernels apply (slots.py)
+    decoder.open_slots(8, 3072, for_many=True)       # on a CPU too (shared_forward.py)
     reply = decoder.reply(prompt_ids, config, tuned=True, seed=7, max_seconds=60)
     for token in reply.tokens(): ...                 # from any thread; the stop token last
     reply.cancel()                                   # from any thread, at any time: its place is free
@@ -29,8 +30,9 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.streamers import BaseStreamer
 
 from utils.decode.graph import GraphDecoder
-from utils.decode.loop import Steps
+from utils.decode.loop import GrowingSteps, Steps
 from utils.decode.reply import AdapterSwitch, OwnDraws, Reply
+from utils.decode.shared_forward import SharedForward, open_shared_forward
 from utils.decode.slots import Slots, open_slots
 from utils.decode.token_choice import NotCovered
 from utils.decode.turns import Turns
@@ -50,7 +52,7 @@ class SharedDecoder:
         self.model, self.steps = model, steps
         self.adapter = AdapterSwitch(model)
         self.turns = Turns(steps, self.adapter, kept=kept)
-        self.engine: Turns | Slots = self.turns
+        self.engine: Turns | Slots | SharedForward = self.turns
         self.guard = threading.Lock()
         self.waiting: deque[Reply] = deque()
         self.plain: deque[Reply] = deque()  # those that wait for generate
@@ -59,11 +61,12 @@ class SharedDecoder:
         self.replies: WeakSet[Reply] = WeakSet()
         DECODERS.add(self)
 
-    def open_slots(self, count: int, tokens: int, kept: int | None = None) -> None:
+    def open_slots(self, count: int, tokens: int, kept: int | None = None, for_many: bool = False) -> None:
         """Let `count` replies of at most `tokens` tokens, prompt included, be under way at once.
 
         One step for all, 8 at most, where kernels apply and memory has room; else a token each in turn.
-        `kept`: so many of the latest conversations are kept for their next turn. Waits for what is under way.
+        `kept`: so many of the latest conversations are kept for their next turn. `for_many`: on a CPU, too,
+        one step for all, of eight rows even for one. Waits for what is under way.
         """
         thread = self.thread
         if thread is not None:
@@ -74,11 +77,14 @@ class SharedDecoder:
             self.engine = self.turns  # the old buffers go first
             del slots
             self.engine = open_slots(self.steps, self.adapter, count, tokens, kept) or self.turns
+        elif isinstance(self.steps, GrowingSteps) and self.model.device.type == "cpu":
+            shared = for_many and count > 1 and open_shared_forward(self.steps, self.adapter, count, kept)
+            self.engine = shared or self.turns
         self.engine.limit(count, kept)
 
     @property
     def shares_steps(self) -> bool:
-        return isinstance(self.engine, Slots)
+        return self.engine is not self.turns
 
     @property
     def is_busy(self) -> bool:

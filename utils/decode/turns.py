@@ -41,15 +41,45 @@ class Kept:
         return count_shared(reply, self.ids, len(self.reply.prompt), self.reply.tuned)
 
 
+class Conversations:
+    """The latest conversations, kept for their next turn."""
+
+    def __init__(self, steps: Steps, most: int):
+        self.steps, self.most = steps, most
+        self.kept: list[Kept] = []  # the latest last
+        self.can_keep = all(type(layer) is DynamicLayer for layer in steps.make_cache().layers)
+
+    def limit(self, most: int) -> None:
+        self.most = most
+        self.kept = self.kept[len(self.kept) - min(most, len(self.kept)) :]
+
+    def find_cache(self, reply: Reply) -> Any:
+        """That of the conversation that goes on, cut to what the prompt shares with it; or an empty one."""
+        best = max(self.kept, key=lambda kept: kept.count_shared(reply), default=None)
+        if best is None or not best.count_shared(reply):
+            return self.steps.make_cache()
+        self.kept.remove(best)
+        self.steps.cut(best.cache, best.count_shared(reply))
+        return best.cache
+
+    def keep(self, ids: list[int], reply: Reply, cache: Any) -> None:
+        """`ids` were read into the cache, and maybe more that were not."""
+        if self.can_keep:
+            self.kept.append(Kept(ids[: cache.get_seq_length()], reply, cache))
+            self.limit(self.most)
+
+
 class Turns:
     """Replies under way, by the steps of one conversation (loop.py), each on a cache of its own."""
 
     def __init__(self, steps: Steps, adapter: AdapterSwitch, most: int = 8, kept: int = 2):
         self.steps, self.adapter, self.most = steps, adapter, most
         self.turns: dict[Reply, Generator[None]] = {}
-        self.kept: list[Kept] = []  # the latest last
-        self.most_kept = kept
-        self.can_keep = all(type(layer) is DynamicLayer for layer in steps.make_cache().layers)
+        self.conversations = Conversations(steps, kept)
+
+    @property
+    def most_kept(self) -> int:
+        return self.conversations.most
 
     @property
     def is_busy(self) -> bool:
@@ -60,8 +90,8 @@ class Turns:
         return len(self.turns) < self.most
 
     def limit(self, most: int, kept: int) -> None:
-        self.most, self.most_kept = most, kept
-        self.kept = self.kept[len(self.kept) - min(kept, len(self.kept)) :]
+        self.most = most
+        self.conversations.limit(kept)
 
     def start(self, reply: Reply) -> None:
         """Raises NotCovered where generate must do it."""
@@ -83,7 +113,7 @@ class Turns:
 
     def speak(self, reply: Reply, choice: TokenChoice) -> Generator[None]:
         """Pauses after each token, and after each part of the prompt."""
-        cache, said = self.find_cache(reply), reply.prompt
+        cache, said = self.conversations.find_cache(reply), reply.prompt
         reply.reused_tokens = cache.get_seq_length()
         draws = OwnDraws(self.steps.base.device, reply.seed).used if choice.samples else nullcontext
         logits = yield from read_prompt(self.steps, reply.prompt, cache)
@@ -100,21 +130,7 @@ class Turns:
                         break
                     yield
         finally:
-            self.keep(Kept(said[: cache.get_seq_length()], reply, cache))
-
-    def find_cache(self, reply: Reply) -> Any:
-        """That of the conversation that goes on, cut to what the prompt shares with it; or an empty one."""
-        best = max(self.kept, key=lambda kept: kept.count_shared(reply), default=None)
-        if best is None or not best.count_shared(reply):
-            return self.steps.make_cache()
-        self.kept.remove(best)
-        self.steps.cut(best.cache, best.count_shared(reply))
-        return best.cache
-
-    def keep(self, kept: Kept) -> None:
-        if self.can_keep:
-            self.kept.append(kept)
-            self.limit(self.most, self.most_kept)
+            self.conversations.keep(said, reply, cache)
 
     def fail(self, error: Exception) -> None:
         for reply in self.turns:
