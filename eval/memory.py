@@ -72,7 +72,10 @@ class MemoryArguments:
 
 def main() -> None:
     (arguments,) = parse_args(sys.argv[1:], [MemoryArguments], __doc__)
+    import torch
 
+    if not torch.cuda.is_available():
+        raise UserError("eval.memory measures a GPU, and there is none")
     if arguments.promises:
         from eval.speed.promises import keep_promises
 

@@ -4,8 +4,8 @@
 #   data     OL-CC (BAAI, Chinese, https://data.baai.ac.cn/details/OL-CC):
 #            put its file at data/olcc.json
 #   gpu      not measured here
-#   memory   not measured here
-#   time     not measured here
+#   memory   7.8 GiB held by 2,048 tokens, all layers recomputed; 14.7 with none; random weights (python -m eval.memory)
+#   time     17,107 tokens a second in 35.8 GiB, nothing recomputed, random weights, one H100; the whole run was not made here
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)  # paths are relative to where this is called from

@@ -3,8 +3,8 @@
 #   model    Qwen/Qwen2.5-7B
 #   data     vicuna (anon8231489123/ShareGPT_Vicuna_unfiltered), 1 epoch in steps of 32 chats
 #   gpu      not measured here
-#   memory   not measured here
-#   time     not measured here
+#   memory   as finetune_qwen2.5_7b.sh: 11.1 GiB held by 8,192 tokens, all layers recomputed, random weights
+#   time     15,745 tokens a second in 38.8 GiB, nothing recomputed, random weights, one H100; the whole run was not made here
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)  # paths are relative to where this is called from

@@ -23,9 +23,13 @@ if [ "${1:-}" = "--all" ]; then all=true; shift; fi
 ruff check .
 ruff format --check .
 mypy
-# Files side by side, one thread each; the slow tests one after another, as several of them measure time.
+# Files side by side, one thread each; those of the slow tests that measure time one after another.
 workers=$(($(nproc) < 4 ? $(nproc) : 4))
+beside=(-n "$workers" --no-loadscope-reorder)
 # They are the CPU's: a GPU there is hidden, and has tests of its own (python -m pytest -m gpu).
 export CUDA_VISIBLE_DEVICES=
-OMP_NUM_THREADS=1 python -m pytest -m "not slow and not gpu" -n "$workers" --dist loadfile --no-loadscope-reorder "$@"
-if "$all"; then python -m pytest -m "slow and not gpu" "$@"; fi
+OMP_NUM_THREADS=1 python -m pytest -m "not slow and not gpu" "${beside[@]}" --dist loadfile "$@"
+if "$all"; then
+  OMP_NUM_THREADS=1 python -m pytest -m "slow and not alone and not gpu" "${beside[@]}" --dist loadgroup "$@"
+  python -m pytest -m "slow and alone and not gpu" "$@"
+fi

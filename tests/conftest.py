@@ -26,13 +26,18 @@ def pytest_sessionstart(session):
 
 # Files of many seconds come first, so that no worker is left with one at the end.
 LONG = (
-    "processes page training generation bad_input models checkpoints cli_demo merge signals eval run".split()
-)
+    "scripts processes page training generation bad_input models checkpoints cli_demo merge signals eval run"
+).split()
+# Their commands take the ports that the documents name: one after another, whoever runs beside them.
+SAME_PORTS = {"scripts", "readme_commands", "distributed_scripts", "examples"}
 
 
 def pytest_collection_modifyitems(items):
     order = {f"test_{name}": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+    for item in items:
+        name = item.path.stem.removeprefix("test_")
+        item.add_marker(pytest.mark.xdist_group("ports" if name in SAME_PORTS else name))
 
 
 @pytest.fixture

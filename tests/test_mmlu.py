@@ -182,6 +182,7 @@ def test_questions_found_nowhere_offline_name_the_file_and_where_it_is(tmp_path)
         )
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_all_1531_questions_of_the_paper_equal_lm_eval_and_take_under_15_minutes(smol):
     if not PAPER_FILE.is_file():

@@ -45,6 +45,7 @@ SMALLER = {  # words of a command -> what takes their place
     "--dataset_name data/guanaco_identity.jsonl --output_dir output/quickstart",
     "PATH_OR_NAME": "models/small",
     "huggyllama/llama-7b": "models/small",
+    "huggyllama/llama-65b": "models/small",
     "tatsu-lab/alpaca": "YOUR.jsonl",
     "MORE.jsonl": "YOUR.jsonl",
     "train_speed --model llama-7b": "train_speed --model tiny --workloads 2x32 --steps 1 --dtypes fp32",

@@ -88,6 +88,7 @@ def test_five_thousand_rows_are_ready_and_cached(smollm2, tmp_path):
     assert again["tokenized"] < 0.5 * first["tokenized"] and first["peak_gib"] < 2
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_million_rows_are_ready_at_sixty_percent_of_bare_tokenization(smollm2, tmp_path):
     small = write_alpaca_rows(tmp_path / "small.jsonl", 100_000)

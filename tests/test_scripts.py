@@ -398,6 +398,7 @@ def test_python_too_old_or_without_venv_is_one_line(tmp_path):
         assert len(result.stderr.splitlines()) == 1 and says in result.stderr
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_quickstart_renames_the_model_within_six_minutes(tmp_path):
     """From a fresh clone, in this environment; then again, which must train nothing."""

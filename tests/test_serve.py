@@ -366,6 +366,7 @@ def test_mistakes_are_said_before_weights_load(flags, said, call_main, run):
         call_main("utils.serve", "--checkpoint_dir", run, *flags)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_64_clients_for_two_minutes_at_the_135m_model(call_main, smollm2, tmp_path):
     """On two cores: 8 slots, prompts and replies of 128 tokens, a third hang up."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import threading
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from helpers.runs import assert_equal_runs, load_weights, read_log
 from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from utils.arguments import LoraArguments, ModelArguments
 from utils.console import UserError
@@ -85,33 +86,69 @@ def test_killed_run_goes_on_with_two_processes_and_with_one(small_model, tmp_pat
     assert_same(tmp_path / "one", tmp_path / "expected", 1e-4)
 
 
+# A real model of 135M
+
+REAL = [*FLAGS, "--learning_rate", 1e-3, "--max_steps", 5, "--max_train_samples", 40, "--save_steps", 1]
+REAL += ["--do_train", "--do_eval", "--max_eval_samples", 6]
+
+
+@pytest.fixture(scope="module")
+def unbroken(smollm2, tmp_path_factory):
+    """The folder of a run of the real model by two processes that share it."""
+    folder = tmp_path_factory.mktemp("real") / "unbroken"
+    run(2, smollm2, folder, *REAL, *flags_for(2, 8, 4), "--shard_layers")
+    return folder
+
+
+def assert_plain_peft_agrees(base, folder):
+    loss = json.loads((folder / "metrics.json").read_text())["eval_loss"]
+    measured = measure_with_plain_peft(base, folder)
+    print(f"\nloss of the held-out rows {loss:.6f}, by plain PEFT {measured:.6f}")
+    assert measured == pytest.approx(loss, rel=1e-3)
+
+
 @pytest.mark.slow
-def test_real_model_shared_by_two_equals_one_and_its_adapter_is_plain_pefts(smollm2, tmp_path):
-    two, one = tmp_path / "two", tmp_path / "one"
-    flags = [*FLAGS, "--learning_rate", 1e-3, "--max_steps", 5, "--max_train_samples", 40]
-    flags += ["--do_train", "--do_eval", "--max_eval_samples", 6]
-    run(2, smollm2, two, *flags, *flags_for(2, 8, 4), "--shard_layers")
-    run(1, smollm2, one, *flags, *flags_for(1, 8, 4))
-    assert_same(two, one, 1e-3)
-    metrics = json.loads((two / "metrics.json").read_text())
-    assert measure_with_plain_peft(smollm2, two) == pytest.approx(metrics["eval_loss"], rel=1e-3)
+def test_real_model_shared_by_two_equals_one_and_its_adapter_is_plain_pefts(smollm2, unbroken, tmp_path):
+    run(1, smollm2, tmp_path / "one", *REAL, *flags_for(1, 8, 4))
+    assert_same(unbroken, tmp_path / "one", 1e-3)
+    assert_plain_peft_agrees(smollm2, unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 1])
+def test_real_model_shared_by_two_is_killed_and_goes_on_with_two_and_with_one(
+    smollm2, unbroken, tmp_path, processes
+):
+    killed = tmp_path / "killed"
+    process = start(2, smollm2, killed, *REAL, *flags_for(2, 8, 4), "--shard_layers")
+    wait_for(process, killed / "checkpoint-2")
+    kill_all(process)
+    assert process.returncode == -signal.SIGKILL and not (killed / "checkpoint-4").exists()
+    flags = [*REAL, *flags_for(processes, 8, 4), *(["--shard_layers"] if processes > 1 else [])]
+    assert re.search(r"going on from .*checkpoint-[23]\b", run(processes, smollm2, killed, *flags))
+    print(f"\nadapters differ by {relative_difference(load_weights(killed), load_weights(unbroken)):.1e}")
+    assert len(read_log(killed, "loss")) == 5
+    if processes == 2:
+        assert_equal_runs(killed, unbroken)
+    assert_same(killed, unbroken, 1e-3)
+    assert_plain_peft_agrees(smollm2, killed)
+
+
+def read_held_out(base, folder):
+    """The chats that a run held out, as our files say; nothing else of ours is in the measurement."""
+    from utils.data.rows import load_rows
+    from utils.flags.finetune import parse_finetune_flags
+
+    argv = ["--model_name_or_path", base, *REAL, "--output_dir", folder / "unused"]
+    model_args, data_args, _, training_args, _ = parse_finetune_flags([*map(str, argv)], "")
+    return load_rows(model_args, data_args, training_args).read_held_out("eval", "\n\n")
 
 
 def measure_with_plain_peft(base, folder):
-    """The loss of the rows that the run held out, by transformers and PEFT alone."""
+    """The loss of the answers of the rows that the run held out, by transformers and PEFT alone."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    from utils.data.rows import load_rows
-    from utils.data.tokenizing import tokenize_rows
-    from utils.flags.finetune import parse_finetune_flags
-    from utils.models.tokenizer import load_chat_tokenizer
-
-    argv = ["--model_name_or_path", str(base), *map(str, FLAGS), "--max_eval_samples", "6", "--do_train"]
-    argv += ["--do_eval", "--output_dir", str(folder / "unused"), "--max_train_samples", "40"]
-    model_args, data_args, _, training_args, _ = parse_finetune_flags(argv, "")
-    tokenizer = load_chat_tokenizer(model_args, data_args)
-    rows = tokenize_rows(load_rows(model_args, data_args, training_args), tokenizer, data_args)["eval"]
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -122,14 +159,21 @@ def measure_with_plain_peft(base, folder):
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
             layer.support_avx512bf16_for_cpu = False
-    model, total, count = PeftModel.from_pretrained(model, folder).eval(), 0.0, 0
-    for row in (rows[index] for index in range(len(rows))):
-        ids, labels = (torch.from_numpy(row[name])[None] for name in ("input_ids", "labels"))
+    model, tokenizer = PeftModel.from_pretrained(model, folder).eval(), AutoTokenizer.from_pretrained(base)
+    losses = []
+    for chat in read_held_out(base, folder):
+        *asked, answer = chat.messages
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        prompt_ids, ids = (
+            tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+            for text in (prompt, f"{prompt}{answer['content']}<|im_end|>")
+        )
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0, :-1]
-        total += F.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum").item()
-        count += int((labels[0, 1:] != -100).sum())
-    return total / count
+        first = prompt_ids.shape[1]  # of the answer
+        losses.append(F.cross_entropy(logits[first - 1 :], ids[0, first:], reduction="none"))
+    assert len(losses) == 6
+    return torch.cat(losses).mean().item()
 
 
 # Its parts
@@ -137,8 +181,10 @@ def measure_with_plain_peft(base, folder):
 
 def load_and_gather(rank, model):
     """(codes, scales) of every layer as it is put together; what this process holds; bytes of a layer."""
+    from utils.fast import sharded_layers
     from utils.models.sharded import load_sharded, measure_held
 
+    sharded_layers.PIECE = 1000  # so that a matrix has several
     base = load_sharded(ModelArguments(model_name_or_path=str(model)), torch.float32)
     layers = {}
     for number, linears in enumerate(base.shards.linears):
@@ -154,10 +200,21 @@ def load_and_gather(rank, model):
     return layers, logits.numpy(), measure_held(base), slots
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.fixture
+def odd_model(tmp_path):
+    """One whose rows are no whole blocks of 64 weights, nor are its matrices."""
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=48, intermediate_size=81, num_hidden_layers=2, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "odd")
+    return tmp_path / "odd"
+
+
+@pytest.mark.parametrize("name, processes", [("small_model", 2), ("small_model", 3), ("odd_model", 2)])
 def test_shared_layers_are_to_the_bit_what_bitsandbytes_makes_of_the_whole_model(
-    small_model, processes, float32_cpu
+    request, name, processes, float32_cpu
 ):
+    small_model = request.getfixturevalue(name)
     found = run_function(processes, load_and_gather, small_model)
     base = load_base(ModelArguments(model_name_or_path=str(small_model)), torch.float32)
     expected = {
@@ -387,20 +444,13 @@ class AnonymousMemory(threading.Thread):
         return most - self.before
 
 
-def measure_1b(rank, folder, shared, small_model):
-    """MiB: the peak while loading, and that of a micro-batch forward and backward; and the loss.
-
-    Above a process that has done the same with a small model: what libraries take is there before.
-    """
-    load_and_step(small_model, False, AnonymousMemory())
-    return load_and_step(folder, shared, AnonymousMemory())
-
-
-def load_and_step(folder, shared, memory):
+def measure_1b(rank, folder, shared):
+    """MiB above a process that has imported the libraries: the peak while loading, that of a micro-batch; its loss."""
     from utils.arguments import TrainingArguments
     from utils.fast.model import prepare_fast_model
     from utils.models.adapter import load_model
 
+    memory = AnonymousMemory()
     model_args = ModelArguments(model_name_or_path=str(folder), shard_layers=shared)
     model, dtype = load_model(model_args, LoraArguments(lora_r=4), TrainingArguments())
     loading = memory.take()
@@ -416,12 +466,10 @@ def load_and_step(folder, shared, memory):
 
 
 @pytest.mark.slow
-def test_memory_of_a_process_falls_as_more_share_a_model_of_a_billion_weights(
-    small_model, tmp_path, float32_cpu
-):
+def test_memory_of_a_process_falls_as_more_share_a_model_of_a_billion_weights(tmp_path, float32_cpu):
     folder = save_1b(tmp_path / "1b")
-    ((alone, alone_training, loss),) = run_function(1, measure_1b, folder, False, small_model)
-    for loading, training, shared_loss in run_function(2, measure_1b, folder, True, small_model):
+    ((alone, alone_training, loss),) = run_function(1, measure_1b, folder, False)
+    for loading, training, shared_loss in run_function(2, measure_1b, folder, True):
         print(f"\nloading {alone:.0f} -> {loading:.0f} MiB, a step {alone_training:.0f} -> {training:.0f}")
         assert alone / loading > 1.7 and alone_training / training > 1.7
         assert shared_loss == pytest.approx(loss, rel=1e-3)

@@ -179,6 +179,36 @@ def test_a_patch_that_computes_something_else_is_taken_back(monkeypatch):
     assert is_equal(model(ids).logits, expected)
 
 
+def test_what_is_patched_for_a_gpu_is_no_affair_of_models_elsewhere(monkeypatch):
+    """A second model of the process on a CPU, or one that is rehearsed, runs no kernel of the first one's."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES)
+    model = AutoModelForCausalLM.from_config(config).to(DEVICE)
+    rotate, norm_class = llama_code.apply_rotary_pos_emb, llama_code.LlamaRMSNorm
+    monkeypatch.setattr(llama_code, "apply_rotary_pos_emb", rotate)  # set back after the test
+    monkeypatch.setattr(llama_code, "LlamaRMSNorm", norm_class)
+    devices = []
+
+    def fused(q, k, cos, sin, unsqueeze_dim=1):
+        devices.append(q.device.type)
+        return rotate(q, k, cos, sin)
+
+    def patch():
+        llama_code.apply_rotary_pos_emb, llama_code.LlamaRMSNorm = fused, torch.nn.LayerNorm
+
+    for _ in range(2):  # of two runs in one process
+        assert patch_if_equal(model, patch)
+    assert devices and llama_code.LlamaRMSNorm is norm_class
+    devices.clear()
+    ids = torch.arange(3, 40)[None]
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config)(ids.to("meta"))
+    AutoModelForCausalLM.from_config(config)(ids)
+    assert devices == [] and llama_code.apply_rotary_pos_emb.plain is rotate
+    model(ids.to(DEVICE))
+    assert set(devices) <= {"cuda"} and bool(devices) == (DEVICE == "cuda")
+
+
 def test_a_trial_runs_two_layers_and_one_of_each_kind_and_leaves_the_model_whole():
     kinds = ["sliding_attention"] * 4 + ["full_attention"] + ["sliding_attention"] * 3
     config = Gemma3TextConfig(**GQA | {"num_hidden_layers": 8}, head_dim=16, layer_types=kinds)

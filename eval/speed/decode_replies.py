@@ -22,32 +22,41 @@ if TYPE_CHECKING:
 saved: dict[str, Any] = {}  # of the replies, for the profile
 
 
-def time_all_replies(arguments: "DecodeSpeedArguments") -> None:
-    """By bitsandbytes in a graph, as before; by our products between the model's modules; by whole steps."""
-    model = build_adapted_model(arguments.model, 4, arguments.lora_r, DTYPE, DEVICE)
-    base = model.get_base_model()
-    plain = base.forward
-    prompt = torch.randint(5, base.config.vocab_size, (1, arguments.prompt_tokens), device=DEVICE)
-    count, tokens = arguments.max_new_tokens, {}
+class Replies:
+    """Times replies to one prompt by one way after another: how long are they the words of the first?"""
 
-    def note(name: str, reply: Any, said: list[int]) -> None:
-        tokens[name] = said
-        same = next(
-            (i for i, (a, b) in enumerate(zip(said, tokens["as before"], strict=False)) if a != b), count
-        )
+    def __init__(self, prompt: torch.Tensor, count: int):
+        self.prompt, self.count = prompt, count
+        self.tokens: dict[str, list[int]] = {}
+
+    def note(self, name: str, reply: Any, said: list[int]) -> None:
+        self.tokens[name] = said
+        first = next(iter(self.tokens.values()))
+        same = next((i for i, (a, b) in enumerate(zip(said, first, strict=False)) if a != b), self.count)
         say(
             f"{name:<28} {reply.tokens_per_second:7.1f} tokens/s, first after "
             f"{1e3 * reply.first_token_seconds:.0f} ms, peak {reply.peak_gib:.2f} GiB; the first {same} "
             "tokens are those of before"
         )
 
+    def time(self, name: str, decoder: GraphDecoder, **flags: Any) -> None:
+        self.note(name, *time_by_steps(decoder, self.prompt, self.count, **flags))
+
+
+def time_all_replies(arguments: "DecodeSpeedArguments") -> None:
+    """By bitsandbytes in a graph, as before; by our products between the model's modules; by whole steps."""
+    model = build_adapted_model(arguments.model, 4, arguments.lora_r, DTYPE, DEVICE)
+    base = model.get_base_model()
+    plain = base.forward
+    prompt = torch.randint(5, base.config.vocab_size, (1, arguments.prompt_tokens), device=DEVICE)
+    replies = Replies(prompt, arguments.max_new_tokens)
     expected = plain(input_ids=prompt).logits[:, -1].float()  # through PEFT and bitsandbytes
     layers = [module for module in base.modules() if "forward" in vars(module)]
     install_decode_layers(base, DTYPE, None)
     decoder = GraphDecoder(base)
     base.forward = decoder.forward
-    note("as before", *time_by_generate(model, prompt, count))
-    note("as before, our loop", *time_by_steps(decoder, prompt, count))
+    replies.note("as before", *time_by_generate(model, prompt, replies.count))
+    replies.time("as before, our loop", decoder)
     for module in base.modules():  # PEFT's own forward again
         if module not in layers:
             vars(module).pop("forward", None)
@@ -60,11 +69,13 @@ def time_all_replies(arguments: "DecodeSpeedArguments") -> None:
     say(f"installed in {time.perf_counter() - start:.1f} s; whole: {obstacle or 'yes'}")
     got = base(input_ids=prompt).logits[:, -1].float()
     say(f"logits of the prompt, installed against PEFT's: {relative(got, expected):.5f}")
-    note("our products, its modules", *time_by_steps(GraphDecoder(base), prompt, count))
+    replies.time("our products, its modules", GraphDecoder(base))
+    time_whole_steps(GraphDecoder(base, WholeStep(base, kernels, groups)), replies)
+
+
+def time_whole_steps(decoder: GraphDecoder, replies: Replies) -> None:
     start = time.perf_counter()
-    decoder = GraphDecoder(base, WholeStep(base, kernels, groups))
-    reply = time_by_steps(decoder, prompt, count)
-    note("whole steps", *reply)
+    replies.time("whole steps", decoder)
     seconds = time.perf_counter() - start
     say(f"   (both replies with compiling and capturing {seconds:.1f} s; obstacle {decoder.obstacle}, "
         f"whole {decoder.whole is not None})")  # fmt: skip
@@ -73,19 +84,21 @@ def time_all_replies(arguments: "DecodeSpeedArguments") -> None:
         ("whole, sampled, top_p", {"do_sample": True, "top_k": 50, "top_p": 0.9}),
         ("whole, repetition penalty", {"repetition_penalty": 1.1}),
     ):
-        note(name, *time_by_steps(decoder, prompt, count, **flags))
+        replies.time(name, decoder, **flags)
     Kernel.overlaps = False
     decoder.graphs.clear()
-    note("whole, no overlap", *time_by_steps(decoder, prompt, count))
+    replies.time("whole, no overlap", decoder)
     Kernel.overlaps = True
     decoder.graphs.clear()
-    said = torch.tensor([tokens["whole steps"]], device=DEVICE)
-    repeated = torch.cat([prompt, said, prompt[:, -16:]], 1)  # what comes next may have been said before
-    note("whole, longer prompt", *time_by_steps(decoder, repeated, count))
-    note("whole, proposals", *time_by_steps(decoder, repeated, count, proposed=7))
+    prompt, said = replies.prompt, torch.tensor([replies.tokens["whole steps"]], device=DEVICE)
+    replies.prompt = torch.cat(
+        [prompt, said, prompt[:, -16:]], 1
+    )  # what comes next may have been said before
+    replies.time("whole, longer prompt", decoder)
+    replies.time("whole, proposals", decoder, proposed=7)
     compare_steps(decoder, prompt)
     check_same_again(decoder)
-    time_steps(decoder.whole, base.config)
+    time_steps(decoder.whole, decoder.base.config)
     saved["decoder"], saved["prompt"] = decoder, prompt
 
 

@@ -1,7 +1,6 @@
 """Measures the cases of eval.memory: what the plan says, and what the GPU holds in the end."""
 
 import json
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from eval.speed.case_processes import run_cases, save
 from eval.speed.shapes import SHAPES, build_random_model
 from eval.speed.workloads import build_packed, build_padded, draw_rows
 from utils.arguments import LoraArguments, ModelArguments
@@ -45,38 +45,19 @@ class Comparison:
 
 def compare_plans(arguments: "MemoryArguments") -> None:
     """Print a row for each case and save them."""
-    if not torch.cuda.is_available():
-        raise UserError("eval.memory measures a GPU, and there is none")
     notice(f"{'case':<32} recomputed  planned measured  error reserved outside in tensors, GiB")
     rows = []
-    waiting = start_process()
-    for case in arguments.cases:
-        process, waiting = waiting, start_process()
-        answer, _ = process.communicate(case)
-        if process.returncode:
-            notice(f"{case:<32} failed")
-            continue
-        *notices, answer = answer.splitlines()
-        if notices:
-            notice("\n".join(notices))
-        comparison = Comparison(**json.loads(answer))
+    for lines, found in run_cases("eval.speed.memory", arguments.cases):
+        if lines:
+            notice("\n".join(lines))
+        comparison = Comparison(**found)
         rows.append(asdict(comparison) | {"error": comparison.error})
         notice(
-            f"{case:<32} {comparison.recomputed_layers:>10} {comparison.planned_gib:>8.2f} "
+            f"{comparison.case:<32} {comparison.recomputed_layers:>10} {comparison.planned_gib:>8.2f} "
             f"{comparison.measured_gib:>8.2f} {comparison.error:>+6.1%} {comparison.reserved_gib:>8.2f} "
             f"{comparison.outside_gib:>7.2f} {comparison.peak_gib:>8.2f}"
         )
-    waiting.kill()
-    path = Path(arguments.output_dir, "memory.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"torch": torch.__version__, "cases": rows}, indent=2))
-    notice(f"saved to {path}")
-
-
-def start_process() -> "subprocess.Popen[str]":
-    """A process for one case. It reads the case after its imports, which the one before need not wait for."""
-    command = [sys.executable, "-m", "eval.speed.memory"]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    save({"cases": rows}, Path(arguments.output_dir, "memory.json"))
 
 
 def compare(case: str) -> Comparison:

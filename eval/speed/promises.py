@@ -7,7 +7,6 @@ allocator, in managed memory, and CUDA's context with kernels and graphs.
 """
 
 import json
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -17,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from eval.speed.case_processes import run_cases, save
 from eval.speed.shapes import SHAPES, build_random_model
 from eval.speed.steps import synchronize
 from utils.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments
-from utils.console import UserError, notice
+from utils.console import notice
 from utils.data.packing import PackingCollator
 from utils.models.adapter import add_lora
 from utils.models.base import CUDA_CONTEXT, cap_memory
@@ -61,30 +61,13 @@ class Promise:
 
 def keep_promises(arguments: "MemoryArguments") -> None:
     """Print a line for each case and save them."""
-    if not torch.cuda.is_available():
-        raise UserError("eval.memory measures a GPU, and there is none")
-    kept, waiting = [], start_process()
-    for case in arguments.promises:
-        process, waiting = waiting, start_process()
-        answer, _ = process.communicate(f"{case} {arguments.steps}")
-        lines = answer.splitlines()
-        if process.returncode:
-            notice("\n".join([*lines, f"{case} failed"]))
-            continue
-        promise = Promise(**json.loads(lines[-1]))
-        notice("\n".join([*lines[:-1], describe(promise)]))
+    kept = []
+    cases = [f"{case} {arguments.steps}" for case in arguments.promises]
+    for lines, found in run_cases("eval.speed.promises", cases):
+        promise = Promise(**found)
+        notice("\n".join([*lines, describe(promise)]))
         kept.append(asdict(promise) | {"held": promise.held})
-    waiting.kill()
-    path = Path(arguments.output_dir, "promises.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"torch": torch.__version__, "promises": kept}, indent=2))
-    notice(f"saved to {path}")
-
-
-def start_process() -> "subprocess.Popen[str]":
-    """A process for one case, which it reads after its imports."""
-    command = [sys.executable, "-m", "eval.speed.promises"]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    save({"promises": kept}, Path(arguments.output_dir, "promises.json"))
 
 
 def describe(promise: Promise) -> str:

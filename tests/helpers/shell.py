@@ -34,7 +34,13 @@ def run_shell(command, folder):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=take_signals,
     )
+
+
+def take_signals():
+    """As in a terminal: what a shell starts in the background, tests too, would ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def check_page(process):

@@ -8,7 +8,7 @@ differ.
 
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -186,18 +186,40 @@ def apply_liger(causal_model: Any) -> None:
 
 
 def patch_if_equal(causal_model: Any, patch: Callable[[], None]) -> bool:
-    """Call `patch`; where the model then computes something else, take back what it did to it."""
+    """Call `patch`; where the model then computes something else, take back what it did to it.
+
+    What it put into transformers' module is every later model's too, on a CPU or rehearsed without data,
+    where a kernel of a GPU reads what is not there: classes go back, functions are taken on a GPU alone.
+    """
     spaces = [vars(module) for module in causal_model.modules()]
     spaces.append(vars(sys.modules[type(causal_model).__module__]))  # the functions that layers call
     before = [dict(space) for space in spaces]
     expected = try_first_layers(causal_model)
     patch()  # all layers
     is_equal = is_near(try_first_layers(causal_model), expected)
-    for space, old in zip(spaces, before, strict=True) if not is_equal else ():
-        for name in space.keys() - old.keys():
+    if is_equal:
+        for name, old in before[-1].items():
+            new = spaces[-1][name]
+            if new is not old:
+                spaces[-1][name] = old if isinstance(old, type) else choose_by_device(new, old)
+        return True
+    for space, old_space in zip(spaces, before, strict=True):
+        for name in space.keys() - old_space.keys():
             del space[name]
-        space.update(old)
-    return is_equal
+        space.update(old_space)
+    return False
+
+
+def choose_by_device(fused: Callable, plain: Any) -> Callable:
+    """`fused` where the first argument lies on a GPU, else `plain`."""
+    plain = getattr(plain, "plain", plain)  # of an earlier model
+
+    @wraps(plain)
+    def choose(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (fused if first.is_cuda else plain)(first, *args, **kwargs)
+
+    choose.plain = plain  # type: ignore[attr-defined]
+    return choose
 
 
 def try_first_layers(causal_model: Any) -> torch.Tensor:

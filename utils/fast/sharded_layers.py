@@ -15,10 +15,12 @@ slots. All processes take the same layers in the same order, and equally many mi
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from math import gcd
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState, quantize_4bit
+from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import distributed, nn
 
@@ -28,6 +30,7 @@ from utils.messages import IGNORE_INDEX
 warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated")
 ALIGNMENT = 64  # bytes: where a tensor of any dtype may begin
 BLOCK, OUTER_BLOCK = 64, 256  # weights of a scale; scales of a double-quantized one's
+PIECE = 2**21  # weights read and quantized at once: on a CPU bitsandbytes takes 20 bytes for each meanwhile
 
 
 @dataclass(frozen=True)
@@ -39,18 +42,38 @@ class Quantization:
     dtype: torch.dtype  # of the weights before
     device: torch.device
 
-    def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, QuantState]:
-        """As bitsandbytes' Params4bit does when a model is loaded."""
-        weight = weight.to(self.device, self.dtype).contiguous()
+    def quantize_into(self, weight: Any, read: Callable[[slice], torch.Tensor]) -> None:
+        """Give `weight` codes and scales as bitsandbytes does when a model is loaded, piece by piece.
+
+        `read` gives some rows of the matrix. It is never whole, and its scales are quantized in the end.
+        """
+        state = weight.quant_state
+        rows, columns = state.shape
+        scales = torch.empty(divide_up(rows * columns, BLOCK), device=self.device)
+        step = count_rows(columns)
+        for first in range(0, rows, step):
+            piece = read(slice(first, min(first + step, rows))).to(self.device, self.dtype).contiguous()
+            codes, made = quantize_4bit(piece, blocksize=BLOCK, quant_type=self.quant_type)
+            at = first * columns
+            weight.data[at // 2 : at // 2 + len(codes)] = codes
+            scales[at // BLOCK : at // BLOCK + len(made.absmax)] = made.absmax
+        if self.is_double:
+            state.offset.copy_(scales.mean())
+            scales, made = quantize_blockwise(scales - state.offset, blocksize=OUTER_BLOCK)
+            state.state2.absmax.copy_(made.absmax)
+        state.absmax.copy_(scales)
+
+    def build_example(self) -> QuantState:
+        zeros = torch.zeros(BLOCK, BLOCK, dtype=self.dtype, device=self.device)
         return quantize_4bit(
-            weight, blocksize=BLOCK, compress_statistics=self.is_double, quant_type=self.quant_type
-        )
+            zeros, blocksize=BLOCK, compress_statistics=self.is_double, quant_type=self.quant_type
+        )[1]
 
 
-def list_tensors(codes: Any, state: QuantState) -> list[tuple[Any, str]]:
-    """(owner, attribute) of all that a quantized weight consists of, but the tables of code values."""
-    owners = [(codes, "data"), (state, "absmax")]
-    return owners + ([(state, "offset"), (state.state2, "absmax")] if state.nested else [])
+def count_rows(columns: int) -> int:
+    """Rows of a piece, which are whole blocks together."""
+    whole = BLOCK // gcd(columns, BLOCK)
+    return max(1, PIECE // columns // whole) * whole
 
 
 def divide_up(number: int, divisor: int) -> int:
@@ -58,7 +81,7 @@ def divide_up(number: int, divisor: int) -> int:
 
 
 def list_sizes(weights: int, is_double: bool) -> list[tuple[torch.dtype, tuple[int, ...]]]:
-    """(dtype, shape) of list_tensors for a matrix of so many `weights`."""
+    """(dtype, shape) of codes, scales, offset and scales of the scales, for a matrix of so many `weights`."""
     scales = divide_up(weights, BLOCK)
     codes = (torch.uint8, (divide_up(weights, 2), 1))
     if not is_double:
@@ -88,11 +111,14 @@ class ShardedLayers:
         ]  # of a process
         slot = max(self.shard_bytes) * self.processes
         self.slots = [torch.zeros(slot, dtype=torch.uint8, device=quantization.device) for _ in range(2)]
-        self.shards: list[torch.Tensor] = []
+        # One piece of memory: pieces between what loading frees would keep a CPU's heap from shrinking.
+        memory = torch.empty(sum(self.shard_bytes), dtype=torch.uint8, device=quantization.device)
+        self.shards = list(memory.split(self.shard_bytes))
+        self.filled = 0  # layers
         self.held: list[int | None] = [None, None]  # number of the layer in each slot, or on its way there
         self.works: list[Any] = [None, None]  # all-gathers under way
         self.at = -1  # layer that was asked for last
-        _, self.example = quantization.quantize(torch.zeros(BLOCK, BLOCK))
+        self.example = quantization.build_example()
         for number, layer in enumerate(layers):
             self.lay_out(number)
             layer.register_forward_pre_hook(lambda *_, number=number: self.hold(number))
@@ -143,25 +169,22 @@ class ShardedLayers:
             bnb_quantized=True,
         )
 
-    def fill(self, read: Callable[[str], torch.Tensor]) -> None:
-        """Quantize the next layer, whose matrices `read` gives by their name in it, and keep a share.
+    def fill(self, read: Callable[[str, slice], torch.Tensor]) -> None:
+        """Quantize the next layer, whose matrices `read` gives by their name in it and rows; keep a share.
 
         Each process reads and quantizes every N-th matrix into an empty slot; the sum of all slots is the
         layer. So no process reads the whole model, and a node reads it from its disk once.
         """
-        number = len(self.shards)
+        number = self.filled
         size, slot = self.shard_bytes[number], self.slots[number % 2]
         slot.zero_()
         for place, (name, linear) in enumerate(self.linears[number]):
             if place % self.processes == self.rank:
-                codes, state = self.quantization.quantize(read(name))
-                weight: Any = linear.weight
-                pairs = zip(list_tensors(codes, state), list_tensors(weight, weight.quant_state), strict=True)
-                for (made, name_made), (view, name_view) in pairs:
-                    getattr(view, name_view).copy_(getattr(made, name_made))
+                self.quantization.quantize_into(linear.weight, partial(read, name))
         whole = slot[: size * self.processes]
         distributed.all_reduce(whole)
-        self.shards.append(whole[self.rank * size : (self.rank + 1) * size].clone())
+        self.shards[number].copy_(whole[self.rank * size : (self.rank + 1) * size])
+        self.filled += 1
 
     def hold(self, number: int) -> None:
         """Have layer `number` whole, and begin with the one that is likely to be next."""

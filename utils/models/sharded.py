@@ -27,7 +27,7 @@ from utils.fast.rope import find_shared_length, follow_each_batch
 from utils.fast.sharded_layers import Quantization, ShardedLayers
 from utils.fast.sharded_vocabulary import ShardedVocabulary
 from utils.models.base import cap_memory, choose_weight_dtype, has_gpu, load_config, quantize_linears
-from utils.models.cpu import keep_weights_unpacked
+from utils.models.cpu import keep_weights_unpacked, return_freed_memory
 from utils.models.weight_files import find_weight_files
 
 GIB = 2**30
@@ -39,6 +39,8 @@ def load_sharded(model_args: ModelArguments, dtype: torch.dtype) -> Any:
     config, state = load_config(model_args), PartialState()
     weight_dtype = choose_weight_dtype(model_args, dtype)
     cap_memory(model_args, state.device.index if has_gpu(model_args) else "cpu")
+    if not has_gpu(model_args):
+        return_freed_memory()
     with init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=weight_dtype)
         quantize_linears(model, model_args, dtype)
@@ -51,7 +53,7 @@ def load_sharded(model_args: ModelArguments, dtype: torch.dtype) -> Any:
     load_vocabulary(model, read)
     model.shards = ShardedLayers([layer for _, layer in list_layers(model)], quantization)
     for name, _ in list_layers(model):
-        model.shards.fill(lambda linear, layer=name: read(f"{layer}.{linear}.weight"))
+        model.shards.fill(lambda linear, rows, layer=name: read(f"{layer}.{linear}.weight", rows))
     load_others(model, read)
     model.is_loaded_in_4bit, model.quantization_method = True, QuantizationMethod.BITS_AND_BYTES
     keep_weights_unpacked(model)
