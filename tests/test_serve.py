@@ -375,7 +375,8 @@ def test_64_clients_for_two_minutes_at_the_135m_model(call_main, smollm2, tmp_pa
     train(call_main, smollm2, tmp_path / "run", *flags, IDENTITY)
     process, url, _ = start_server(tmp_path / "run", "--slot_tokens", "512")
     try:
-        figures = asyncio.run(measure(LoadArguments(url=f"{url}/v1", server_pid=process.pid)))
+        asked = LoadArguments(url=f"{url}/v1", server_pid=process.pid, prompts=6)
+        figures = asyncio.run(measure(asked))
     finally:
         process.terminate()
         process.wait(60)
