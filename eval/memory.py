@@ -10,8 +10,9 @@ all layers recomputed, or auto, as few as 16 GiB demand. The base has random wei
 of its own that trains two optimizer steps with micro-batches of several sizes, captured as CUDA graphs.
 
 A promise is SHAPE:RANK:ROWSxTOKENS:GIB. What a run plans under that cap is built and trained for ten steps on
-one batch (eval/speed/promises.py). Behind it: streamed or resident, where the plan is not to choose whether
-layers come from host memory; recomputed, all of them.
+one batch (eval/speed/promises.py). Words behind it: streamed or resident, where the plan is not to choose
+whether layers come from host memory; recomputed, all of them; 8bit, the base in 8 bits and not 4; padded, one
+micro-batch of all rows side by side and not packed, as BLOOM and OPT are trained.
 """
 
 import re
@@ -41,7 +42,8 @@ CASES = [
 ]  # fmt: skip
 
 
-PROMISE = re.compile(r"[^:]+:\d+:\d+x\d+:[\d.]+(:streamed|:resident)?(:recomputed)?")
+WORDS = "streamed|resident|recomputed|8bit|padded"
+PROMISE = re.compile(rf"[^:]+:\d+:\d+x\d+:[\d.]+(:({WORDS}))*")
 
 
 @dataclass

@@ -18,7 +18,7 @@ from utils.flags.parser import parse_args
 # Of eval/speed/shapes.py, known here without importing torch.
 SHAPE_NAMES = (
     *("llama-7b", "llama3-8b", "llama-13b", "llama-33b", "llama-65b", "mistral-7b", "qwen2.5-7b", "gemma-7b"),
-    *("opt-6.7b", "bloomz-7b", "smollm2-135m", "tiny"),
+    *("opt-6.7b", "pythia-6.9b", "baichuan-7b", "bloomz-7b", "smollm2-135m", "tiny"),
 )
 
 

@@ -21,7 +21,7 @@ from eval.speed.shapes import SHAPES, build_random_model
 from eval.speed.steps import synchronize
 from utils.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments
 from utils.console import notice
-from utils.data.packing import PackingCollator
+from utils.data.packing import PackingCollator, PaddingCollator, find_micro_batches
 from utils.models.adapter import add_lora
 from utils.models.base import CUDA_CONTEXT, cap_memory
 from utils.train.build import choose_engine
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from eval.memory import MemoryArguments
 
 GIB = 2**30
-WORDS = ("streamed", "resident", "recomputed")  # layers from the host, or not; all layers recomputed
 
 
 @dataclass
@@ -87,14 +86,15 @@ def keep(case: str, steps: int) -> Promise:
     rows, width = map(int, batch.split("x"))
     arguments = choose_arguments(int(rank), rows, width, float(cap), words)
     model_args, _, lora_args, training_args = arguments
-    config, streams = SHAPES[shape](), {"streamed": True, "resident": False}.get(next(iter(words), ""))
+    config, streams = SHAPES[shape](), True if "streamed" in words else False if "resident" in words else None
     cap_memory(model_args, 0)
     machine = find_machine(model_args, torch.bfloat16)
-    plan = make_plan(config, arguments, machine, np.full(rows, width), True, {}, streams)
+    plan = make_plan(config, arguments, machine, np.full(rows, width), training_args.packing, {}, streams)
     assert plan.needs, plan.obstacle
     notice("\n".join([describe_plan(plan), *plan.saving_lines]))
     torch.manual_seed(0)
-    model: Any = build_random_model(config, 4, torch.bfloat16, "cuda", LAYERS in plan.savings)
+    streams = LAYERS in plan.savings
+    model: Any = build_random_model(config, model_args.bits, torch.bfloat16, "cuda", streams)
     model = add_lora(model, lora_args).train()
     losses, seconds = train(model, torch.bfloat16, plan, training_args, rows, width, steps)
     free, total = torch.cuda.mem_get_info()
@@ -117,12 +117,17 @@ def keep(case: str, steps: int) -> Promise:
 
 def choose_arguments(rank: int, rows: int, width: int, cap: float, words: list[str]) -> Any:
     """A run's, with the flags' defaults but for what the case says."""
-    recomputes = "True" if "recomputed" in words else "auto"
+    recomputes, is_padded = "True" if "recomputed" in words else "auto", "padded" in words
     return (
-        ModelArguments(max_memory_MB=round(cap * GIB / 10**6)),
+        ModelArguments(bits=8 if "8bit" in words else 4, max_memory_MB=round(cap * GIB / 10**6)),
         DataArguments(model_max_length=width),
         LoraArguments(lora_r=rank),
-        TrainingArguments(gradient_accumulation_steps=rows, gradient_checkpointing=recomputes),
+        TrainingArguments(
+            per_device_train_batch_size=rows if is_padded else 1,
+            gradient_accumulation_steps=1 if is_padded else rows,
+            gradient_checkpointing=recomputes,
+            packing=not is_padded,
+        ),
     )
 
 
@@ -145,7 +150,8 @@ def train(
     optimizer = engine.build_optimizer(model, lambda: (torch.optim.AdamW, options), 0.0, None)
     ids = [torch.randint(5, model.config.vocab_size, (width,)).numpy() for _ in range(rows)]
     examples: Any = [{"input_ids": row, "labels": row, "row": np.int64(i)} for i, row in enumerate(ids)]
-    parts = PackingCollator(0, plan.capacity, fixed=True)(examples)["micro_batches"]
+    collator = PackingCollator(0, plan.capacity, fixed=True) if args.packing else PaddingCollator(0)
+    parts = find_micro_batches(collator(examples))
     losses, times, labels = [], [], rows * (width - 1)
     for _ in range(steps):
         start = time.perf_counter()
