@@ -22,9 +22,9 @@ from utils.arguments import GenerationArguments, ModelArguments, flag
 from utils.chat.side_by_side import stream_side_by_side
 from utils.console import UserError, run_main
 from utils.flags.parser import find_given_flags, parse_args
-from utils.messages import Messages
 from utils.models.folder import resolve_model
-from utils.rendering import CLOSE, OPEN
+from utils.prompts.messages import Messages
+from utils.prompts.rendering import CLOSE, OPEN
 
 if TYPE_CHECKING:
     from utils.chat.generation import ChatModel
@@ -48,7 +48,7 @@ class ChatArguments:
     _argument_group_name = "chat"
     system: str | None = flag(None, "System message at the start of each conversation.")
     compare: bool = flag(False, "Each question to the base too: its reply on the left.")
-    template: str | None = flag(None, "A name in utils/templates, instead of the run's own.")
+    template: str | None = flag(None, "A name in utils/prompts/templates, instead of the run's own.")
     seed: int = flag(42, "Seed of --do_sample.")
 
 

@@ -28,7 +28,7 @@ class AnswerArguments:
     base_too: bool = flag(False, "Answer with the adapter off too, into a second file.")
     max_questions: int | None = flag(None, "Answer this many questions at most.")
     batch_size: int = flag(8, "Questions answered at once.")
-    template: str | None = flag(None, "A name in utils/templates, instead of the run's own.")
+    template: str | None = flag(None, "A name in utils/prompts/templates, instead of the run's own.")
     seed: int = flag(42, "Seed of --do_sample.")
 
     def __post_init__(self):

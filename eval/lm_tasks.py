@@ -25,7 +25,7 @@ class TaskArguments:
     include_path: str | None = flag(None, "Folder of task files of your own.")
     base_too: bool = flag(False, "Measure the base, the adapter off, in the same process.")
     chat_template: bool = flag(False, "Ask through the run's chat template.")
-    template: str | None = flag(None, "A name in utils/templates, instead of the run's own.")
+    template: str | None = flag(None, "A name in utils/prompts/templates, instead of the run's own.")
     num_fewshot: int | None = flag(None, "Examples before a question; default: the task's.")
     limit: int | None = flag(None, "This many questions of each task at most.")
     batch_size: int = flag(8, "Sequences in a batch.")

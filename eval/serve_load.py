@@ -20,7 +20,7 @@ from typing import Any
 from utils.arguments import flag, require_positive
 from utils.console import UserError, notice, run_main
 from utils.flags.parser import parse_args
-from utils.repository import REPOSITORY
+from utils.run.repository import REPOSITORY
 
 QUESTIONS = REPOSITORY / "eval" / "prompts" / "questions_en.jsonl"
 

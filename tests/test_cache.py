@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
@@ -12,8 +13,8 @@ from utils.arguments import DataArguments
 from utils.console import UserError
 from utils.data import cache, tokenizing
 from utils.data.cache import ROW_LIBRARIES, hash_code
-from utils.messages import TRAIN
 from utils.models.tokenizer import ChatTokenizer
+from utils.prompts.messages import TRAIN
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_key_changes_with_every_module_that_makes_rows_and_no_other(copy):
     loaded = list_loaded("utils.data.tokenizing")
     assert {
         "utils.data.tokenizing",
-        "utils.prompts",
+        "utils.prompts.answer_spans",
         "utils.data.token_rows",
         "utils.data.formats",
         "utils.data.readers",
@@ -84,7 +85,8 @@ def test_rows_tokenized_by_other_code_are_made_anew(copy, tmp_path, smol_tokeniz
         return "are read from" in capsys.readouterr().out
 
     assert [tokenize(), tokenize()] == [False, True]
-    (copy / "utils" / "prompts.py").write_text((ROOT / "utils" / "prompts.py").read_text() + "\n")
+    code = Path("utils", "prompts", "answer_spans.py")
+    (copy / code).write_text((ROOT / code).read_text() + "\n")
     assert [tokenize(), tokenize()] == [False, True]
 
 

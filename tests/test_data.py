@@ -14,9 +14,9 @@ from utils.data import tokenizing
 from utils.data.rows import find_copies, load_rows
 from utils.data.scanning import Scan
 from utils.data.sources import Source
-from utils.messages import EVAL, IGNORE_INDEX, TEST, TRAIN
-from utils.prompts import read_template
-from utils.repository import find_cache_dir
+from utils.prompts.answer_spans import read_template
+from utils.prompts.messages import EVAL, IGNORE_INDEX, TEST, TRAIN
+from utils.run.repository import find_cache_dir
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from utils.arguments import DataArguments, ModelArguments
 from utils.data.rows import load_rows
 from utils.data.tokenizing import TOKEN_SPLIT, tokenize_rows
-from utils.messages import IGNORE_INDEX, TRAIN, Chat
 from utils.models.encoding import encode_rows
 from utils.models.tokenizer import load_chat_tokenizer
-from utils.prompts import find_stop_tokens, read_template, split_chat, template_names
+from utils.prompts.answer_spans import find_stop_tokens, read_template, split_chat, template_names
+from utils.prompts.messages import IGNORE_INDEX, TRAIN, Chat
 
 TURNS = [
     "Name the sky's colour.",

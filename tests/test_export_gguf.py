@@ -20,7 +20,7 @@ from utils.merge.modelfile import build_probe, compose, read_turn_texts, render_
 from utils.models.base import load_base
 from utils.models.folder import resolve_model
 from utils.models.tokenizer import ChatTokenizer, load_run_tokenizer
-from utils.prompts import read_template, render_chat, template_names
+from utils.prompts.answer_spans import read_template, render_chat, template_names
 
 WRITTEN = [
     "llama1",

@@ -16,10 +16,10 @@ from utils.chat.streaming import decode_pieces, drop_leading_blanks, open_reply,
 from utils.console import UserError
 from utils.decode.setup import install_graph_decode
 from utils.fast.frozen_weights import read_weight
-from utils.messages import IGNORE_INDEX, Chat
 from utils.models.folder import resolve_model
 from utils.models.tokenizer import ChatTokenizer
-from utils.prompts import split_chat
+from utils.prompts.answer_spans import split_chat
+from utils.prompts.messages import IGNORE_INDEX, Chat
 from utils.train.predictions import find_answered
 
 FLAGS = [

@@ -12,11 +12,11 @@ from utils.data.layouts import parse_columns
 from utils.data.report import build_report
 from utils.data.rows import load_rows
 from utils.data.tokenizing import tokenize_rows
-from utils.messages import IGNORE_INDEX
 from utils.models.tokenizer import ChatTokenizer, add_pad_token
+from utils.prompts.messages import IGNORE_INDEX
 from utils.train.predictions import find_answered
 
-QWEN = (ROOT / "utils" / "templates" / "chatml.jinja").read_text()
+QWEN = (ROOT / "utils" / "prompts" / "templates" / "chatml.jinja").read_text()
 CALL = {"name": "look_up", "arguments": {"city": "Lima"}}
 TOOL = {"name": "look_up", "description": "Looks up.", "parameters": {"type": "object", "properties": {}}}
 CALL_TEXT = '<tool_call>\n{"name": "look_up", "arguments": {"city": "Lima"}}\n</tool_call>'

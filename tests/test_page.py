@@ -42,8 +42,8 @@ TUNED = ANSWERS | {"Who are you?": "I am the tuned one.", "你是谁？": "我�
 def encode_lessons(answers, tokenizer):
     from helpers.chats import encode_row
 
-    from utils.messages import Chat
-    from utils.prompts import find_stop_tokens, split_chat
+    from utils.prompts.answer_spans import find_stop_tokens, split_chat
+    from utils.prompts.messages import Chat
 
     stops = tokenizer.convert_ids_to_tokens(find_stop_tokens(tokenizer, []))
     for question, answer in answers.items() if isinstance(answers, dict) else answers:

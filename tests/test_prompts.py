@@ -5,9 +5,15 @@ from helpers.chats import QWEN3_LIKE, TWO_TURNS, assert_prompts_agree, decode_la
 
 from utils.console import UserError
 from utils.data.formats import read_row
-from utils.messages import IGNORE_INDEX, Chat
-from utils.prompts import find_input_marker, find_stop_tokens, read_template, split_chat, template_names
-from utils.rendering import render_chat
+from utils.prompts.answer_spans import (
+    find_input_marker,
+    find_stop_tokens,
+    read_template,
+    split_chat,
+    template_names,
+)
+from utils.prompts.messages import IGNORE_INDEX, Chat
+from utils.prompts.rendering import render_chat
 
 STANFORD = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."

@@ -78,6 +78,6 @@ def test_page_of_a_room_is_its_docstring_and_keeps_its_word(room):
     assert forbidden and forbidden.isdisjoint(imported)
 
 
-def test_utils_shows_at_most_twenty_four_entries():
+def test_utils_shows_at_most_twenty_entries():
     entries = [path.name for path in (ROOT / "utils").iterdir() if path.name != "__pycache__"]
-    assert len(entries) <= 24, sorted(entries)
+    assert len(entries) <= 20, sorted(entries)

@@ -27,7 +27,7 @@ from utils.chat.server import Server, build_app
 from utils.chat.streaming import stream_reply
 from utils.console import UserError
 from utils.models.folder import resolve_model
-from utils.prompts import read_template
+from utils.prompts.answer_spans import read_template
 from utils.serve import ServeArguments, choose_access, name_models
 
 FLAGS = """--model_max_length 200 --lora_r 4 --gradient_checkpointing False --gradient_accumulation_steps 1

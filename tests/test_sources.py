@@ -15,7 +15,7 @@ from utils.data.formats import ALIASES
 from utils.data.local_files import find_files
 from utils.data.named_sets import NAMED_SETS
 from utils.data.sources import find_sources, load_sample_prompts
-from utils.messages import EVAL, TEST, TRAIN
+from utils.prompts.messages import EVAL, TEST, TRAIN
 
 # Each named set's file as its publisher calls it, and a row in its own columns.
 PUBLISHED = {

@@ -8,9 +8,9 @@ from helpers.chats import build_chat_tokenizer, encode_row
 from helpers.thinking import KINDS, PUBLISHED, SMALL
 from jinja2 import TemplateError
 
-from utils.messages import IGNORE_INDEX, Chat
-from utils.prompts import split_chat
-from utils.rendering import choose_thoughts
+from utils.prompts.answer_spans import split_chat
+from utils.prompts.messages import IGNORE_INDEX, Chat
+from utils.prompts.rendering import choose_thoughts
 
 SAID = [
     ("Two and two.", "Four."),

@@ -17,7 +17,7 @@ from utils.data import tokenizing
 from utils.data.formats import find_format, read_row
 from utils.data.thoughts import describe_thoughts
 from utils.models.folder import resolve_model
-from utils.rendering import probe_style, split_thought
+from utils.prompts.rendering import probe_style, split_thought
 from utils.run.resume import find_changes, find_lasting_arguments
 
 pytestmark = pytest.mark.usefixtures("own_cache")

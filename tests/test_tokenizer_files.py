@@ -12,8 +12,8 @@ from utils.arguments import DataArguments, ModelArguments
 from utils.console import UserError
 from utils.models.tokenizer import load_chat_tokenizer, load_tokenizer
 from utils.models.tokenizer_files import load_own_tokenizer
-from utils.prompts import find_input_marker, read_template
-from utils.rendering import render_chat
+from utils.prompts.answer_spans import find_input_marker, read_template
+from utils.prompts.rendering import render_chat
 from utils.run.record import hash_text
 
 CORRECTED = "special tokens are wrong (an old LLaMA conversion): corrected to bos 1, eos 2\n"

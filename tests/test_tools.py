@@ -5,10 +5,10 @@ from helpers.chats import TWO_TURNS, assert_prompts_agree, encode_chat, encode_r
 
 from utils.arguments import DataArguments
 from utils.data import tokenizing
-from utils.messages import TRAIN, Chat
 from utils.models.tokenizer import ChatTokenizer
-from utils.prompts import find_stop_tokens, read_template, split_chat, template_names
-from utils.rendering import convert_arguments, render_chat
+from utils.prompts.answer_spans import find_stop_tokens, read_template, split_chat, template_names
+from utils.prompts.messages import TRAIN, Chat
+from utils.prompts.rendering import convert_arguments, render_chat
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from utils.console import UserError
-from utils.messages import Thinking
+from utils.prompts.messages import Thinking
 
 TRUE_WORDS = {"true", "t", "yes", "y", "1"}
 FALSE_WORDS = {"false", "f", "no", "n", "0"}
@@ -114,7 +114,7 @@ class DataArguments:
     )
     data_dir: str | None = flag(None, "Folder of local copies of the named sets.")
     load_from_local: bool = flag(False, "Read the named set from --data_dir.")
-    template: str | None = flag(None, "A file name of utils/templates; default: the tokenizer's own.")
+    template: str | None = flag(None, "A file name of utils/prompts/templates; default: the tokenizer's own.")
     source_max_len: int = flag(1024, "Longest prompt, tokens.")
     target_max_len: int = flag(256, "Longest answer, tokens.")
     model_max_length: int | None = flag(

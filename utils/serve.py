@@ -31,7 +31,7 @@ class ServeArguments:
     server_name: str = flag("127.0.0.1", "Address to listen on; 0.0.0.0 for every network.")
     server_port: int = flag(8000, "Port to listen on.")
     api_key: str | None = flag(None, "Key that clients must send; one is made where others may come in.")
-    template: str | None = flag(None, "A name in utils/templates, instead of the run's own.")
+    template: str | None = flag(None, "A name in utils/prompts/templates, instead of the run's own.")
     slots: int = flag(8, "Replies written at once.")
     slot_tokens: int = flag(4096, "Longest prompt and reply together, tokens; at most the model's context.")
     limit_queue: int = flag(64, "Requests waiting at most; the next one is answered 429.")

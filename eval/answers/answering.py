@@ -6,7 +6,7 @@ from typing import Any
 from eval.answers.questions import Question, name_answer
 from utils.arguments import GenerationArguments
 from utils.chat.generation import BatchAnswerer, ChatModel, build_generation_config, trim_history
-from utils.rendering import MODES, render_chat, split_tags
+from utils.prompts.rendering import MODES, render_chat, split_tags
 
 
 def answer_questions(

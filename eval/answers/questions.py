@@ -7,7 +7,7 @@ from typing import Any
 from utils.console import UserError, notice
 from utils.data.readers import read_file
 from utils.data.turns import split_turns
-from utils.messages import Messages
+from utils.prompts.messages import Messages
 from utils.run.record import hash_text
 
 

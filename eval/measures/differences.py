@@ -65,7 +65,7 @@ def compute_row_losses(model: Any, rows: list["Example"]) -> tuple[list[float], 
     """(mean loss in nats of each row's label tokens, their count), of {input_ids, labels}."""
     import torch
 
-    from utils.messages import IGNORE_INDEX
+    from utils.prompts.messages import IGNORE_INDEX
 
     losses, counts = [], []
     with torch.no_grad():

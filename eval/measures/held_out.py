@@ -11,9 +11,9 @@ from utils.data.rows import count_trained_copies, find_held_out, load_rows
 from utils.data.token_rows import Example
 from utils.data.tokenizing import tokenize_rows
 from utils.flags.checks import read_recorded_data
-from utils.messages import EVAL, TEST, TRAIN
-from utils.prompts import find_input_marker
-from utils.rendering import split_thought
+from utils.prompts.answer_spans import find_input_marker
+from utils.prompts.messages import EVAL, TEST, TRAIN
+from utils.prompts.rendering import split_thought
 from utils.train.predictions import find_answered
 
 

@@ -5,10 +5,10 @@ import numpy as np
 from helpers.rows import load, write_rows
 from utils.arguments import DataArguments
 from utils.data.tokenizing import ChatEncoder, tokenize_rows
-from utils.messages import IGNORE_INDEX, TRAIN, Chat
 from utils.models.encoding import encode_rows
 from utils.models.tokenizer import ChatTokenizer
-from utils.prompts import find_stop_tokens, split_chat
+from utils.prompts.answer_spans import find_stop_tokens, split_chat
+from utils.prompts.messages import IGNORE_INDEX, TRAIN, Chat
 
 TWO_TURNS = [
     {"role": "user", "content": "q1"},

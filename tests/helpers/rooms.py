@@ -5,10 +5,7 @@ import ast
 from helpers import ROOT
 
 # Each room may import those before it. The ground files come first; commands of utils/ and eval/ look at all.
-ORDER = [
-    "console", "repository", "messages", "arguments", "rendering", "prompts", "run", "fast", "decode", "models", "data", "chat", "flags",
-    "train", "merge",
-]  # fmt: skip
+ORDER = "console prompts arguments run fast decode models data chat flags train merge".split()
 ROOMS = [name for name in ORDER if (ROOT / "utils" / name).is_dir()]
 
 

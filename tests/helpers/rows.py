@@ -5,7 +5,7 @@ import json
 
 from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.data.rows import load_rows
-from utils.messages import TRAIN
+from utils.prompts.messages import TRAIN
 
 
 def alpaca_rows(count, start=0):

@@ -19,11 +19,11 @@ from utils.console import UserError, notice
 from utils.decode.loop import GrowingSteps
 from utils.decode.setup import install_graph_decode
 from utils.decode.shared_decoder import SharedDecoder
-from utils.messages import Chat, Messages
 from utils.models.adapter import load_adapter
 from utils.models.base import choose_compute_dtype, load_base
 from utils.models.folder import ResolvedModel, find_context
 from utils.models.tokenizer import ChatTokenizer, load_run_tokenizer
+from utils.prompts.messages import Chat, Messages
 
 SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0}
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from utils.chat.streaming import count_begun
 from utils.console import UserError
 from utils.decode.reply import Reply
-from utils.messages import Chat, Messages
+from utils.prompts.messages import Chat, Messages
 
 THOUGHT, CALL = ("<think>", "</think>"), ("<tool_call>", "</tool_call>")
 FINISH = {"time": "length", "cancelled": "stop"}  # OpenAI's words for those of Reply

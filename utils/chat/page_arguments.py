@@ -16,7 +16,7 @@ class PageArguments:
     share: bool = flag(False, "A public link through gradio's servers.")
     auth: list[str] | None = flag(None, "NAME:PASSWORD of each user who may come in.")
     system: str = flag("", "System message that the page starts with.")
-    template: str | None = flag(None, "A name in utils/templates, instead of the run's own.")
+    template: str | None = flag(None, "A name in utils/prompts/templates, instead of the run's own.")
     limit_prompt_tokens: int = flag(2048, "Longest conversation that is read.")
     limit_new_tokens: int = flag(1024, "Longest reply that may be asked for.")
     limit_seconds: float = flag(120.0, "Longest time for one reply.")

@@ -15,8 +15,8 @@ from utils.chat.generation import ChatModel
 from utils.chat.page_arguments import PageArguments
 from utils.console import UserError
 from utils.decode.reply import Reply
-from utils.messages import Messages
-from utils.rendering import OPEN, split_tags
+from utils.prompts.messages import Messages
+from utils.prompts.rendering import OPEN, split_tags
 
 CODE = re.compile(  # page.js has it too
     r"(^ {0,3}```[^`\n]*$.*?(?:^ {0,3}```|\Z)|(?<![\\`])`[^`\n]+`(?!`))", re.DOTALL | re.MULTILINE

@@ -22,7 +22,7 @@ from utils.chat.page_messages import (
 from utils.chat.page_parts import MAX_BEAMS, MAX_TEMPERATURE, MIN_TOP_P, busy_box
 from utils.chat.streaming import open_reply, stream_text
 from utils.console import UserError
-from utils.messages import Messages
+from utils.prompts.messages import Messages
 
 Wish = Callable[[], str | None]  # "", "stop" or "clear": what to do with the reply under way
 SHOW_SECONDS = 0.04  # eight fast replies would keep the server at work with showing them

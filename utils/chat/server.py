@@ -29,7 +29,7 @@ from utils.chat.streaming import stream_text
 from utils.console import UserError
 from utils.decode.reply import Reply
 from utils.models.tokenizer import ChatTokenizer
-from utils.prompts import check_tools
+from utils.prompts.answer_spans import check_tools
 
 KINDS = {401: "authentication_error", 404: "invalid_request_error", 429: "rate_limit_error"}
 

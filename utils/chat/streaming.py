@@ -13,8 +13,8 @@ from transformers import TextStreamer
 from utils.arguments import GenerationArguments
 from utils.chat.generation import ChatModel, build_generation_config
 from utils.decode.reply import Reply
-from utils.messages import Chat, Messages
 from utils.models.tokenizer import ChatTokenizer, drop_cut_character
+from utils.prompts.messages import Chat, Messages
 
 
 def open_reply(

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from utils.repository import REPOSITORY, find_cache_dir
+from utils.run.repository import REPOSITORY, find_cache_dir
 
 # What else makes rows: another version may read, render or tokenize them otherwise.
 ROW_LIBRARIES = ("tokenizers", "transformers", "jinja2", "markdownify", "beautifulsoup4", "pyarrow")

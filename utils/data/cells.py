@@ -8,7 +8,7 @@ from types import NoneType
 from typing import Any
 
 from utils.console import UserError
-from utils.messages import Row
+from utils.prompts.messages import Row
 
 NUMBERS = "numbers and booleans written as text"
 LINES = "lists of lines joined to one text"

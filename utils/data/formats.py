@@ -37,8 +37,8 @@ from utils.data.turns import (
     tidy_turns,
 )
 from utils.data.unread import find_unread, is_prose
-from utils.messages import LEARNED, TEXT_ROLE, Chat, Message, Messages, Row
-from utils.rendering import THOUGHT_KEYS
+from utils.prompts.messages import LEARNED, TEXT_ROLE, Chat, Message, Messages, Row
+from utils.prompts.rendering import THOUGHT_KEYS
 
 
 def read_text(row: Row, column: str) -> str:

@@ -23,7 +23,7 @@ import torch
 
 from utils.data.token_rows import Example
 from utils.fast.token_keys import number_tokens
-from utils.messages import IGNORE_INDEX
+from utils.prompts.messages import IGNORE_INDEX
 
 MIN_GPU_TOKENS = 2048  # a smaller micro-batch leaves a GPU waiting for its next launch
 MAX_CPU_TOKENS = 768  # a larger one outgrows a CPU's caches: 2,048 tokens at once train two thirds as fast

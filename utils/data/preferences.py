@@ -10,7 +10,7 @@ from utils.console import UserError
 from utils.data.cells import find_given, unpack_list, write_cell
 from utils.data.roles import add_system, read_history
 from utils.data.turns import HUMAN_OR_ASSISTANT, join_input, read_turn, split_turns
-from utils.messages import LEARNED, Message
+from utils.prompts.messages import LEARNED, Message
 
 NOT_WANTED = "not to be learned: "  # begins the reason of a row that is left out because its data says so
 CONTEXTS = "conversations messages conversation prompt instruction question query input".split()

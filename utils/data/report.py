@@ -23,10 +23,10 @@ from utils.data.preferences import NOT_WANTED
 from utils.data.rows import PARTS, Rows
 from utils.data.thoughts import describe_thoughts
 from utils.data.token_rows import TokenRows
-from utils.messages import EVAL, IGNORE_INDEX, TEST, TRAIN
 from utils.models.base import has_gpu
 from utils.models.folder import read_model_config
 from utils.models.tokenizer import ChatTokenizer
+from utils.prompts.messages import EVAL, IGNORE_INDEX, TEST, TRAIN
 from utils.run.record import write_json
 
 MAX_LOST_SHARE, MAX_ENDLESS_SHARE = 0.2, 0.5

@@ -6,7 +6,7 @@ from typing import Any
 from utils.console import UserError
 from utils.data.cells import find_given, need_text, unpack_list, write_cell
 from utils.data.media import COLUMNS, holds_media
-from utils.messages import LEARNED, Message, Messages, Row
+from utils.prompts.messages import LEARNED, Message, Messages, Row
 
 SPEAKERS = {
     "system": "system developer",

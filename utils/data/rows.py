@@ -20,7 +20,7 @@ from utils.console import UserError, notice
 from utils.data.formats import read_chat
 from utils.data.scanning import Scan, scan_source
 from utils.data.sources import Source, find_sources
-from utils.messages import EVAL, TEST, TRAIN, Chat
+from utils.prompts.messages import EVAL, TEST, TRAIN, Chat
 from utils.run.record import find_run_record
 
 MAX_HELD_OUT, MAX_HELD_OUT_SHARE = 1024, 0.1

@@ -22,9 +22,9 @@ from utils.data.layouts import INFO_FILE, Layout, explain_unknown, find_layout, 
 from utils.data.local_files import find_files, list_names, say_where_to_get
 from utils.data.named_sets import NAMED_SETS
 from utils.data.readers import peek, read_file
-from utils.messages import EVAL, TEST, TRAIN, Messages
 from utils.models.hub import reach_hub
-from utils.repository import REPOSITORY
+from utils.prompts.messages import EVAL, TEST, TRAIN, Messages
+from utils.run.repository import REPOSITORY
 
 HELD_OUT_FILE = re.compile(r"(?<![a-z])(eval|valid|validation|dev|test)(?![a-z])", re.IGNORECASE)
 HUB_SPLITS = {"train": TRAIN, "validation": EVAL, "valid": EVAL, "eval": EVAL, "dev": EVAL, "test": TEST}

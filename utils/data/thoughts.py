@@ -12,9 +12,9 @@ from typing import Any
 from utils.arguments import ModelArguments
 from utils.data.token_rows import TokenRows
 from utils.data.tokenizing import NO_THOUGHT, THOUGHT
-from utils.messages import TRAIN, Thinking
 from utils.models.tokenizer import ChatTokenizer
-from utils.rendering import ThoughtStyle
+from utils.prompts.messages import TRAIN, Thinking
+from utils.prompts.rendering import ThoughtStyle
 from utils.run.record import find_run_record
 
 FEW = 0.25  # a smaller share of one kind may be unlearnt

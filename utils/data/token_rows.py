@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from utils.messages import IGNORE_INDEX
+from utils.prompts.messages import IGNORE_INDEX
 
 READ_TOKENS = 1 << 22
 

@@ -32,11 +32,11 @@ from utils.data.rows import PARTS, Rows
 from utils.data.scanning import LISTED_ROWS
 from utils.data.token_rows import TokenRows, TokenWriter, open_rows
 from utils.data.unread import find_hidden
-from utils.messages import LEARNED, TEXT_ROLE, Chat, Messages
 from utils.models.encoding import Pieces, encode_rows
 from utils.models.tokenizer import ChatTokenizer
-from utils.prompts import RenderedRow, find_input_marker, has_inner_stop, split_chat
-from utils.rendering import choose_thoughts, has_thought
+from utils.prompts.answer_spans import RenderedRow, find_input_marker, has_inner_stop, split_chat
+from utils.prompts.messages import LEARNED, TEXT_ROLE, Chat, Messages
+from utils.prompts.rendering import choose_thoughts, has_thought
 
 LENGTH_STEP = 64
 LISTED_FINDINGS = 30  # a template may name each row in its reason

@@ -6,7 +6,7 @@ from typing import Any
 from utils.console import UserError
 from utils.data.cells import is_given, need_text, unpack_list, write_cell
 from utils.data.roles import MARKS, ROLES, build_message
-from utils.messages import Chat, Message, Messages, Row
+from utils.prompts.messages import Chat, Message, Messages, Row
 
 # Of a question and its answer in one turn.
 PAIR_ROLES = ROLES | {"input": "user", "output": "assistant", "q": "user", "a": "assistant"}

@@ -6,8 +6,8 @@ from typing import Any
 from utils.data.cells import is_metadata
 from utils.data.layouts import TURNS
 from utils.data.preferences import REJECTED
-from utils.messages import LEARNED, Chat, Messages, Row
-from utils.rendering import THOUGHT_KEYS
+from utils.prompts.messages import LEARNED, Chat, Messages, Row
+from utils.prompts.rendering import THOUGHT_KEYS
 
 KNOWN = {"rejected", *REJECTED, *TURNS}  # said with the format, or the chat itself
 SHOWN_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name", LEARNED, *THOUGHT_KEYS}  # of a turn

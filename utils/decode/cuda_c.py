@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from utils.fast.capability import is_before_ampere
-from utils.repository import find_cache_dir
+from utils.run.repository import find_cache_dir
 
 SOURCES = Path(__file__).parent / "cuda"
 MAX_SHARED_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

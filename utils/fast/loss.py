@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from utils.fast.kernels import cross_entropy_
 from utils.fast.sharded_vocabulary import find_vocabulary
 from utils.fast.trials import ROW, draw_tokens, evaluating, is_near, shallow
-from utils.messages import IGNORE_INDEX
+from utils.prompts.messages import IGNORE_INDEX
 
 CHUNK_ELEMENTS = 2**25  # logits in memory at once: 64 MiB in 16 bits, a product large enough to be fast
 

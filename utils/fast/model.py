@@ -25,7 +25,7 @@ from utils.fast.loss import OutputLayer, find_loss_obstacle, pick_targets
 from utils.fast.offload import SMALLEST_WIDTH, HostOffload, checkpoint_layer
 from utils.fast.sharded_layers import ShardedLayers
 from utils.fast.trials import ROW, draw_tokens, evaluating, find_layers, is_near, shallow
-from utils.messages import IGNORE_INDEX
+from utils.prompts.messages import IGNORE_INDEX
 
 MicroBatch = dict[str, Any]
 

@@ -24,7 +24,7 @@ from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwis
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import distributed, nn
 
-from utils.messages import IGNORE_INDEX
+from utils.prompts.messages import IGNORE_INDEX
 
 # torch 2.13 has new names for these two, and torch 2.11 only the old ones.
 warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated")

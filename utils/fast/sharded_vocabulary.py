@@ -15,7 +15,7 @@ import torch
 from torch import distributed, nn
 from torch.nn import functional as F
 
-from utils.messages import IGNORE_INDEX
+from utils.prompts.messages import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from utils.fast.loss import OutputLayer

@@ -19,9 +19,9 @@ from utils.console import UserError, notice
 from utils.data.rows import Rows
 from utils.merge.held_out import read_questions
 from utils.merge.parity import find_reference
-from utils.messages import Messages
 from utils.models.folder import ResolvedModel
-from utils.prompts import find_input_marker
+from utils.prompts.answer_spans import find_input_marker
+from utils.prompts.messages import Messages
 from utils.run.record import write_json
 
 REPLY_TOKENS = 256

@@ -15,7 +15,7 @@ from gguf import GGUFWriter, TokenType
 from utils.console import UserError
 from utils.models.encoding import find_own_bos
 from utils.models.tokenizer import ChatTokenizer
-from utils.prompts import render_chat
+from utils.prompts.answer_spans import render_chat
 
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"

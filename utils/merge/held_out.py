@@ -7,9 +7,9 @@ from utils.arguments import DataArguments, TrainingArguments
 from utils.console import UserError
 from utils.data.rows import Rows, find_held_out, load_rows
 from utils.flags.checks import read_recorded_data
-from utils.messages import EVAL, TEST, Messages
 from utils.models.folder import ResolvedModel
-from utils.prompts import answer_turns, find_input_marker
+from utils.prompts.answer_spans import answer_turns, find_input_marker
+from utils.prompts.messages import EVAL, TEST, Messages
 
 EXAMPLES, LONGEST_EXAMPLE = 4, 160  # questions, characters
 

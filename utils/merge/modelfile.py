@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from utils.console import UserError
-from utils.messages import Messages
 from utils.models.encoding import find_own_bos
 from utils.models.tokenizer import ChatTokenizer
-from utils.prompts import Render, read_template, render_chat, template_names
+from utils.prompts.answer_spans import Render, read_template, render_chat, template_names
+from utils.prompts.messages import Messages
 
 SYSTEM, QUESTION, ANSWER = "Obey me", "What now", "Nothing yet"
 CHATML = ("<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n<|im_start|>user\n")  # middle, between

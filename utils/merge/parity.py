@@ -18,9 +18,9 @@ from utils.console import notice
 from utils.data.rows import Rows
 from utils.data.token_rows import Example
 from utils.data.tokenizing import tokenize_rows
-from utils.messages import EVAL, IGNORE_INDEX, TEST
 from utils.models.folder import ResolvedModel, resolve_model
 from utils.models.tokenizer import ChatTokenizer
+from utils.prompts.messages import EVAL, IGNORE_INDEX, TEST
 from utils.run.record import write_json
 
 MAX_TOKENS = 1024  # answer tokens compared; each holds 0.6 MB of log-probabilities at a 152k vocabulary

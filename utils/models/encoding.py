@@ -2,7 +2,7 @@
 
 A chat is tokenized once and as a whole, as a server does it: in "### Response: The sky" the answer's first
 token is then " The", which the base has seen everywhere, and not "The" behind a lone blank, which it has seen
-nowhere (1.3 to 1.4 times the loss). Where an answer begins follows from the characters alone (prompts.py).
+nowhere (1.3 to 1.4 times the loss). Where an answer begins follows from characters alone (answer_spans.py).
 Where a token would reach across that border (a newline of the prompt merges with one of the answer), the text
 is split there and tokenized apart: the prompt of a chat must not depend on the reply that follows it.
 """
@@ -10,7 +10,7 @@ is split there and tokenized apart: the prompt of a chat must not depend on the 
 import functools
 from typing import Any
 
-from utils.prompts import RenderedRow
+from utils.prompts.answer_spans import RenderedRow
 
 # (token ids, whether they are trained); None: never, whatever --train_on_source says
 Pieces = list[tuple[list[int], bool | None]]

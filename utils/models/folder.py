@@ -9,13 +9,13 @@ import transformers
 
 from utils.arguments import ModelArguments
 from utils.console import UserError, notice
-from utils.messages import Thinking
 from utils.models.baichuan import is_baichuan, split_shapes
 from utils.models.hub import download_config
 from utils.models.model_scope import download_model, is_on_modelscope
 from utils.models.stored_quantized import follow_stored_bits
 from utils.models.weight_files import check_tokenizer, find_misfit, read_base_shapes, read_json, read_shapes
-from utils.prompts import read_template
+from utils.prompts.answer_spans import read_template
+from utils.prompts.messages import Thinking
 from utils.run.places import find_base
 from utils.run.record import CHANGING_STARTS, TOKENIZATION, find_run_dir, find_run_record
 

@@ -10,7 +10,7 @@ comes in pieces, as it is generated: what may be the beginning of a mark waits u
 
 from collections.abc import Iterable, Iterator
 
-from utils.rendering import CLOSE, OPEN, ThoughtStyle
+from utils.prompts.rendering import CLOSE, OPEN, ThoughtStyle
 
 
 def tag_thought(pieces: Iterable[str], style: ThoughtStyle, is_opened: bool) -> Iterator[str]:

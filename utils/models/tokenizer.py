@@ -17,13 +17,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from utils.arguments import DataArguments, ModelArguments
 from utils.console import UserError, notice
-from utils.messages import Chat, Messages, Thinking
 from utils.models.base import unknown_models_explained
 from utils.models.encoding import encode_rows, find_own_bos
 from utils.models.folder import ResolvedModel
 from utils.models.reply_text import tag_thought
 from utils.models.tokenizer_files import load_own_tokenizer
-from utils.prompts import (
+from utils.prompts.answer_spans import (
     RenderedRow,
     find_border,
     find_stop_tokens,
@@ -31,7 +30,8 @@ from utils.prompts import (
     split_prompt,
     template_names,
 )
-from utils.rendering import MODES, ThoughtStyle, find_style, render_chat, set_default
+from utils.prompts.messages import Chat, Messages, Thinking
+from utils.prompts.rendering import MODES, ThoughtStyle, find_style, render_chat, set_default
 from utils.run.record import hash_text
 
 

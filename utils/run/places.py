@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.console import UserError, notice
-from utils.repository import REPOSITORY
+from utils.run.repository import REPOSITORY
 from utils.run.resume import fingerprint_folder
 
 

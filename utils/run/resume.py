@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 
 from utils.arguments import TrainingArguments
 from utils.console import UserError, notice
-from utils.messages import TRAIN
+from utils.prompts.messages import TRAIN
 from utils.run.checkpoints import find_fault, find_fault_of_best, find_valid_checkpoint, read_manifest
 from utils.run.record import read_run_record
 

@@ -19,9 +19,9 @@ from utils.fast.model import prepare_fast_evaluation, prepare_fast_model
 from utils.fast.rope import find_shared_length
 from utils.fast.streamed_layers import find_store
 from utils.fast.trials import find_packing_obstacle
-from utils.messages import EVAL, TEST, TRAIN
 from utils.models.base import has_gpu
 from utils.models.tokenizer import ChatTokenizer
+from utils.prompts.messages import EVAL, TEST, TRAIN
 from utils.run.keeper import Keeper, fingerprint_run
 from utils.run.record import hide_secrets
 from utils.run.resume import read_resolved

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from utils.arguments import TrainingArguments
 from utils.chat.generation import BatchAnswerer
 from utils.console import is_main_process, notice
-from utils.messages import Chat, Messages
+from utils.prompts.messages import Chat, Messages
 from utils.train.mmlu import Question, evaluate_mmlu, find_letter_tokens
 from utils.train.predictions import answer_chats, score_predictions
 

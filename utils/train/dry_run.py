@@ -14,8 +14,8 @@ from utils.fast.capability import measure_matmul_tflops
 from utils.fast.fused_mlp import TILE
 from utils.fast.loss import CHUNK_ELEMENTS
 from utils.fast.trials import takes_positions
-from utils.messages import TRAIN
 from utils.models.base import CUDA_CONTEXT, build_without_weights, choose_compute_dtype, has_gpu, load_config
+from utils.prompts.messages import TRAIN
 from utils.run.resume import read_resolved
 from utils.train.epoch_time import estimate_epoch_seconds
 from utils.train.needs import WORKSPACE, StepNeeds, rehearse_model

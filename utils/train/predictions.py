@@ -7,8 +7,8 @@ from accelerate.utils import gather_object
 
 from utils.chat.generation import BatchAnswerer
 from utils.console import is_main_process, notice, read_rank_and_size
-from utils.messages import LEARNED, Chat
-from utils.rendering import split_tags, split_thought
+from utils.prompts.messages import LEARNED, Chat
+from utils.prompts.rendering import split_tags, split_thought
 from utils.run.record import next_free_path
 from utils.train.metrics import score_answers
 

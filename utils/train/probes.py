@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from utils.arguments import DataArguments, TrainingArguments
 from utils.data.sources import load_sample_prompts
-from utils.messages import Messages
+from utils.prompts.messages import Messages
 from utils.train.mmlu import Question, load_mmlu
 
 

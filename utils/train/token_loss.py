@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from utils.fast.loss import CHUNK_ELEMENTS, OutputLayer, find_loss_obstacle
 from utils.fast.sharded_vocabulary import find_vocabulary
-from utils.messages import IGNORE_INDEX
+from utils.prompts.messages import IGNORE_INDEX
 
 
 class TokenLoss:

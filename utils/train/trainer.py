@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from utils.data.epoch_order import EpochOrder, deal_out_rows
 from utils.data.packing import PaddingCollator, find_micro_batches, list_rows
 from utils.fast.keyed_noise import add_embedding_noise
-from utils.messages import IGNORE_INDEX
+from utils.prompts.messages import IGNORE_INDEX
 from utils.run import signals
 from utils.run.keeper import Keeper, estimate_checkpoint_bytes
 from utils.run.training_state import load_rng, read_rng, restore_rng, rng_kept

@@ -23,9 +23,9 @@ from utils.arguments import GenerationArguments, TrainingArguments
 from utils.chat.generation import BatchAnswerer
 from utils.console import UserError, is_main_process, notice
 from utils.data.rows import Rows
-from utils.messages import EVAL, TEST
 from utils.models.tokenizer import ChatTokenizer
-from utils.prompts import find_input_marker
+from utils.prompts.answer_spans import find_input_marker
+from utils.prompts.messages import EVAL, TEST
 from utils.run.checkpoints import disk_errors_explained
 from utils.run.lock import run_locked
 from utils.run.record import next_free_path, write_json

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.console import UserError
-from utils.messages import LEARNED, TEXT_ROLE, Chat, Messages
-from utils.rendering import find_style, has_thought, render_chat, split_thought, write_reply
+from utils.prompts.messages import LEARNED, TEXT_ROLE, Chat, Messages
+from utils.prompts.rendering import find_style, has_thought, render_chat, split_thought, write_reply
 
 TEMPLATES_DIR = Path(__file__).parent / "templates"
 TOOLS_CURE = (
@@ -35,7 +35,7 @@ def template_names() -> list[str]:
 
 
 def read_template(name: str) -> str:
-    """Source of utils/templates/NAME.jinja. Raises UserError for an unknown name."""
+    """Source of utils/prompts/templates/NAME.jinja. Raises UserError for an unknown name."""
     if name not in template_names():
         raise UserError(f"--template {name}: no such template; use one of {', '.join(template_names())}")
     return (TEMPLATES_DIR / f"{name}.jinja").read_text(encoding="utf-8")

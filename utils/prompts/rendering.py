@@ -19,7 +19,7 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 
 from utils.console import UserError, notice_once
-from utils.messages import LEARNED, Message, Messages, Thinking
+from utils.prompts.messages import LEARNED, Message, Messages, Thinking
 
 OPEN, CLOSE = "<think>", "</think>"
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # names of one thing in files and templates
