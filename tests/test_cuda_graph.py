@@ -1,6 +1,7 @@
 """The captured step trains what the eager one does, whatever rows, masks and losses come after the capture."""
 
 import os
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -78,6 +79,35 @@ def test_without_a_gpu_the_step_runs_eagerly():
         fast.run(build_batch(packed=True), torch.tensor(0.5)).item(), rel=1e-6
     )
     assert relative_difference(adapter_gradients(step.fast.model), adapter_gradients(fast.model)) < 1e-6
+
+
+@dataclass
+class Moment:
+    """A CUDA event, `seconds` after the first."""
+
+    seconds: float
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 1000 * (end.seconds - self.seconds)
+
+
+@pytest.mark.parametrize(
+    "took, launched, pays",
+    [
+        (0.25, 0.25, True),  # the GPU waits for launches all the while
+        (0.40, 0.40, True),  # the same on a CPU that others use: 2 times the measured 0.19 s
+        (0.46, 0.33, False),  # launching is hidden
+        (9.00, 8.90, False),  # a long run, whose full queue holds the CPU back
+    ],
+)
+def test_size_is_captured_where_its_own_launching_takes_its_time(took, launched, pays):
+    step, _ = build_pair()
+    step.launch_seconds, size = 0.19, (2048, 1024, 17, 1024)
+    step.seen[size] = Moment(1.0), Moment(1.0 + took), launched
+    assert step.pays(size) == pays
 
 
 CASES = {

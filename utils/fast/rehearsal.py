@@ -7,8 +7,10 @@ milliseconds and without weights or a GPU, while every tensor that it makes is c
     loss       logits a chunk at a time
     backward   the last layer's gradients on top of all that is kept: here is the peak
 
-Kernels launch nothing there (kernels.py), and two libraries are stood in for: liger-kernel's norm keeps its
-input alone, and the layer inputs that wait in host memory (offload.py) leave the GPU.
+Kernels launch nothing there (kernels.py), and three things are stood in for: liger-kernel's norm keeps its
+input alone, attention to padded rows keeps no scores, as torch's kernels on a GPU do not (on the meta device
+torch takes the formula, with scores of every pair of tokens: 38 GiB for OPT-6.7B and 4 rows of 1,024), and
+the layer inputs that wait in host memory (offload.py) leave the GPU.
 """
 
 import weakref
@@ -19,22 +21,29 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface
 
 from utils.fast.graphed_step import count_rows
 from utils.fast.model import FastModel, MicroBatch
 from utils.fast.offload import checkpoint_layer
 
 BLOCK = 512  # bytes: the CUDA allocator rounds up to multiples of this
+SMALL = (
+    2**20
+)  # bytes: up to here a tensor comes from the allocator's pool of small ones, which gives none back
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within it, bytes of the meta tensors that live, and their peak; `given` ones are not counted."""
+    """Within it, bytes of the meta tensors that live, and their peak; `given` ones are not counted.
+
+    Of small tensors alone `live_small` and `peak_small`.
+    """
 
     def __init__(self, given: list[torch.Tensor]):
         super().__init__()
         self.given = [x.untyped_storage() for x in given]
         self.known = {storage._cdata for storage in self.given}
-        self.live = self.peak = 0
+        self.live = self.peak = self.live_small = self.peak_small = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -47,13 +56,17 @@ class LiveBytes(TorchDispatchMode):
         key, size = storage._cdata, -(-storage.nbytes() // BLOCK) * BLOCK
         if key not in self.known:
             self.known.add(key)
-            self.live += size
-            self.peak = max(self.peak, self.live)
+            self.change(size, 1)
             weakref.finalize(storage, self.drop, key, size)
 
     def drop(self, key: int, size: int) -> None:
         self.known.discard(key)
-        self.live -= size
+        self.change(size, -1)
+
+    def change(self, size: int, sign: int) -> None:
+        self.live += sign * size
+        self.live_small += sign * size if size <= SMALL else 0
+        self.peak, self.peak_small = max(self.peak, self.live), max(self.peak_small, self.live_small)
 
 
 class RehearsedNorm(torch.autograd.Function):
@@ -73,6 +86,38 @@ def rehearse_norms(model: nn.Module) -> None:
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = RehearsedNorm.apply
+
+
+class RehearsedAttention(torch.autograd.Function):
+    """What torch's kernels hold: query, key, value, the padding's mask as a bias, a float32 a query."""
+
+    @staticmethod
+    def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
+        rows, _, width, _ = query.shape
+        out, bias = torch.empty_like(query), query.new_empty(rows, width, key.shape[2])
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, bias, sums)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+def attend_rehearsed(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, None]:
+    """As a model calls its attention; query, key, value  # [rows, heads, width, head_dim]"""
+    return RehearsedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
+
+
+def rehearse_attention(model: nn.Module) -> None:
+    """Let padded rows be attended to by a kernel, where the model would ask torch for one."""
+    config: Any = model.config
+    config = config.get_text_config()
+    if config._attn_implementation == "sdpa":
+        AttentionInterface.register("rehearsed", attend_rehearsed)
+        config._attn_implementation = "rehearsed"
 
 
 class RehearsedOffload:
@@ -97,8 +142,11 @@ class RehearsedOffload:
         return checkpoint_layer(run_again, *args)
 
 
-def rehearse_step(fast: FastModel, batch: MicroBatch) -> int:
-    """Bytes at the peak of one micro-batch's forward and backward pass, beside the model and `batch`."""
+def rehearse_step(fast: FastModel, batch: MicroBatch) -> tuple[int, int]:
+    """Bytes at the peak of one micro-batch's forward and backward pass, beside the model and `batch`.
+
+    Of all tensors, and of small ones.
+    """
     scale = torch.zeros((), device="meta")
     given = [*fast.model.parameters(), *fast.model.buffers(), fast.flat.weights, fast.flat.grads]
     given += [
@@ -108,7 +156,7 @@ def rehearse_step(fast: FastModel, batch: MicroBatch) -> int:
     ]
     with LiveBytes(given) as bytes_:
         fast.run(batch, scale)
-    return bytes_.peak
+    return bytes_.peak, bytes_.peak_small
 
 
 def make_packed_batch(tokens: int) -> MicroBatch:

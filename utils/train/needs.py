@@ -17,14 +17,17 @@ from typing import Any
 import torch
 
 from utils.arguments import LoraArguments, ModelArguments
+from utils.data.packing import choose_sizes
 from utils.fast.host_embedding import find_host_embedding
 from utils.fast.loss import CHUNK_ELEMENTS
 from utils.fast.model import FastModel, prepare_fast_model
 from utils.fast.offload import SMALLEST_WIDTH
 from utils.fast.rehearsal import (
+    SMALL,
     RehearsedOffload,
     make_packed_batch,
     make_padded_batch,
+    rehearse_attention,
     rehearse_norms,
     rehearse_step,
 )
@@ -36,6 +39,9 @@ MIB = 2**20
 # Measured with python -m eval.memory on an H100 (docs/results.md).
 WORKSPACE = 107 * MIB  # cuBLAS, one for the stream of graphs and one for the other; what graphs keep
 FRAGMENTS = 0.02  # of all tensors
+# The same where a model's own attention makes scores of every pair of tokens, in blocks of their own size.
+FRAGMENTS_OF_SCORES = 0.04
+GRANULES = 20 * MIB  # by which the allocator's pools grow
 STATE_BYTES = {"adam": 8, "lion": 4, "ademamix": 12, "rmsprop": 4, "sgd": 4}  # of a weight, in 32 bits
 
 
@@ -54,10 +60,13 @@ class Needs:
     gathered: int = 0
     host: int = field(default=0, compare=False)  # bytes that wait in host memory instead
     host_inputs: int = field(default=0, compare=False)  # of them, the inputs of recomputed layers
+    fragment_share: float = field(default=FRAGMENTS, compare=False)
 
     @property
     def on_gpu(self) -> int:
-        return sum(vars(self).values()) - self.host - self.host_inputs
+        frozen = self.codes + self.scales + self.other_weights + self.gathered
+        trained = self.adapter + self.gradients + self.optimizer + self.paged_optimizer
+        return frozen + trained + self.activations
 
     @property
     def least_host(self) -> int:
@@ -67,12 +76,12 @@ class Needs:
     @property
     def fragments(self) -> int:
         """What the allocator reserves and cannot use."""
-        return round(FRAGMENTS * (self.on_gpu - self.paged_optimizer))
+        return round(self.fragment_share * (self.on_gpu - self.paged_optimizer))
 
     @property
     def total(self) -> int:
         """All but CUDA's context."""
-        return self.on_gpu + self.fragments + WORKSPACE
+        return self.on_gpu + self.fragments + WORKSPACE + GRANULES
 
 
 @dataclass
@@ -86,7 +95,7 @@ class StepNeeds:
     is_packed: bool
     offloads: bool
     shares: int = 1  # GPUs that share the base
-    peaks: dict[tuple[int, int, bool], int] = field(default_factory=dict)
+    peaks: dict[tuple[int, int, bool], tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sizes = (count_weight_bytes(fast.model, self.model_args) for fast in (self.short, self.long))
@@ -100,8 +109,11 @@ class StepNeeds:
     def extrapolate(self, of_short: int, of_long: int) -> int:
         return of_short + (self.layers - 2) * (of_long - of_short)
 
-    def find_peak(self, rows: int, tokens: int, layers: int, recomputed: bool) -> int:
-        """Bytes of a micro-batch of `tokens` at its peak, with all of `layers` kept or all recomputed."""
+    def find_peak(self, rows: int, tokens: int, layers: int, recomputed: bool) -> tuple[int, int]:
+        """Bytes of a micro-batch of `tokens` at its peak, with all of `layers` kept or all recomputed.
+
+        Of all tensors, and of small ones.
+        """
         fast = self.short if layers == 2 else self.long
         key = (rows * tokens, layers, recomputed)
         if key not in self.peaks:
@@ -111,13 +123,13 @@ class StepNeeds:
             self.peaks[key] = rehearse_step(fast, batch)
         return self.peaks[key]
 
-    def find_activations(self, rows: int, tokens: int, recomputed: int) -> int:
+    def find_activations(self, rows: int, tokens: int, recomputed: int, small: bool = False) -> int:
         """Bytes of a micro-batch at its peak, with the first `recomputed` layers recomputed.
 
         The last layer costs nothing more when it is kept: recomputed, it would be there at the same moment.
         """
         kept2, kept3, again2, again3 = (
-            self.find_peak(rows, tokens, layers, again) for again in (False, True) for layers in (2, 3)
+            self.find_peak(rows, tokens, layers, again)[small] for again in (False, True) for layers in (2, 3)
         )
         inputs = again3 - again2
         all_recomputed = again2 + (self.layers - 2) * inputs
@@ -125,6 +137,20 @@ class StepNeeds:
         if kept == 0:
             return all_recomputed
         return max(kept2 + (kept - 2) * (kept3 - kept2) + recomputed * inputs, all_recomputed - inputs * kept)
+
+    def find_small(self, tokens: int, recomputed: int) -> int:
+        """What packed micro-batches of fewer than `tokens` take beside: their tensors are small ones.
+
+        A layer of SmolLM2-135M works on 576 numbers a token. Those of 2,048 tokens are 2.25 MiB, and what
+        they leave free does not serve a micro-batch of 768 tokens, whose tensors are below 1 MiB: the
+        allocator takes 0.2 GiB more for them. In wide models no tensor of a layer is that small.
+        """
+        most = SMALL // self.hidden_bytes
+        sizes = [size for size in choose_sizes(tokens, fixed=True) if size <= most]
+        if not self.is_packed or not sizes or sizes[-1] == tokens:
+            return 0
+        few, many = (self.find_activations(1, size, recomputed, small=True) for size in (sizes[-1], tokens))
+        return max(0, few - many)
 
     def measure(
         self, rows: int, tokens: int, recomputed: int, optim: str, savings: tuple[str, ...] = ()
@@ -155,9 +181,10 @@ class StepNeeds:
             gradients=4 * self.trained,
             optimizer=0 if is_paged else state,
             paged_optimizer=state if is_paged else 0,
-            activations=self.find_activations(rows, tokens, recomputed),
+            activations=self.find_activations(rows, tokens, recomputed) + self.find_small(tokens, recomputed),
             host=host + inputs,
             host_inputs=inputs,
+            fragment_share=FRAGMENTS_OF_SCORES if self.short.attention_obstacle else FRAGMENTS,
         )
 
 
@@ -197,6 +224,8 @@ def rehearse(
         if isinstance(fast, str):
             return fast
         rehearse_norms(model)
+        if not is_packed:
+            rehearse_attention(model)
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
         models.append(fast)
