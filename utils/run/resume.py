@@ -8,7 +8,6 @@ and base, rows and prompt may not. A change is a line that says what was and wha
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -265,10 +264,6 @@ def raise_unless_forced(change: str, force: bool) -> None:
             "same with --force_resume"
         )
     notice(f"--force_resume: {change}")
-
-
-def fingerprint(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def fingerprint_folder(folder: Path) -> str | None:
