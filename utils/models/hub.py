@@ -45,18 +45,20 @@ def reach_hub(what: str) -> None:
     """Raises UserError at once where the hub cannot be reached; its client would retry for half a minute."""
     from huggingface_hub import constants
 
-    host = urlparse(constants.ENDPOINT)
     if constants.is_offline_mode():
         raise UserError(f"{what} HF_HUB_OFFLINE is set: name a local folder or file")
+    check_host(what, constants.ENDPOINT, "download it elsewhere and name the local folder or file")
+
+
+def check_host(what: str, url: str, cure: str) -> None:
+    """Raises UserError where a server cannot be reached, unless a proxy stands between."""
+    host = urlparse(url)
     if getproxies().get(host.scheme):
         return
     try:
         socket.create_connection((host.hostname, host.port or 443), timeout=3).close()
     except OSError as error:
-        raise UserError(
-            f"{what} {host.hostname} cannot be reached ({error}): "
-            "download it elsewhere and name the local folder or file"
-        ) from error
+        raise UserError(f"{what} {host.hostname} cannot be reached ({error}): {cure}") from error
 
 
 def check_login(token: str | None = None) -> None:
