@@ -70,15 +70,13 @@ def add_lora(model: "PreTrainedModel", lora_args: LoraArguments) -> PeftModel:
     --init_lora_weights pissa (arXiv 2404.02948) takes the largest singular vectors of W for A and B, olora
     (2406.01775) the first of its QR; what they take is subtracted from W, so training starts there as well.
     """
-    targets: list[str] | str = lora_args.lora_target_modules
-    if targets == ["all-linear"]:
-        targets = "all-linear"
+    targets = lora_args.lora_target_modules
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora_args.lora_r,
         lora_alpha=lora_args.lora_alpha,  # type: ignore[arg-type]  # PEFT takes a float too
         lora_dropout=lora_args.lora_dropout,
-        target_modules=targets,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
         bias=lora_args.bias,
         use_rslora=lora_args.use_rslora,
         use_dora=lora_args.use_dora,
@@ -87,8 +85,8 @@ def add_lora(model: "PreTrainedModel", lora_args: LoraArguments) -> PeftModel:
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        targets = " ".join(lora_args.lora_target_modules)
-        raise UserError(f"PEFT refuses an adapter for --lora_target_modules {targets}: {error}") from error
+        named = " ".join(targets)
+        raise UserError(f"PEFT refuses an adapter for --lora_target_modules {named}: {error}") from error
     keep_biases_in_float32(adapted)
     return adapted
 

@@ -218,18 +218,16 @@ def choose_placement(model_args: ModelArguments) -> dict[str, Any]:
     if not has_gpu(model_args):
         return {"device_map": {"": "cpu"}}
     if "LOCAL_RANK" in os.environ:
-        placement = {"device_map": {"": int(os.environ["LOCAL_RANK"])}}
-    elif torch.cuda.device_count() > 1:
-        notice(
-            f"one process, {torch.cuda.device_count()} GPUs: the layers are spread over them and the batch "
-            "flags are global; `accelerate launch` trains one copy on each instead"
-        )
-        limit = f"{model_args.max_memory_MB}MB"
-        caps = {"max_memory": dict.fromkeys(range(torch.cuda.device_count()), limit)}
-        return {"device_map": "auto"} | (caps if model_args.max_memory_MB else {})
-    else:
-        placement = {"device_map": {"": 0}}
-    return placement
+        return {"device_map": {"": int(os.environ["LOCAL_RANK"])}}
+    gpus = torch.cuda.device_count()
+    if gpus == 1:
+        return {"device_map": {"": 0}}
+    notice(
+        f"one process, {gpus} GPUs: the layers are spread over them and the batch flags are global; "
+        "`accelerate launch` trains one copy on each instead"
+    )
+    caps = {"max_memory": dict.fromkeys(range(gpus), f"{model_args.max_memory_MB}MB")}
+    return {"device_map": "auto"} | (caps if model_args.max_memory_MB else {})
 
 
 def cap_memory(model_args: ModelArguments, device: int | str) -> None:
