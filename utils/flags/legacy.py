@@ -31,13 +31,11 @@ def translate_legacy_flags(argv: list[str], known: list[str]) -> list[str]:
         word = words.pop(0)
         flag, _, inline = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
-        if not flag.startswith("--") or flag in known:
-            translated.append(word)
-            continue
         values = [inline] if inline else []
         if not inline and words and not words[0].startswith("--"):
             values = [words[0]]
-        replacement = translate_flag(name, values)
+        is_today = not flag.startswith("--") or flag in known
+        replacement = None if is_today else translate_flag(name, values)
         if replacement is None:
             translated.append(word)
             continue
