@@ -8,6 +8,7 @@ are kept for evaluation. The rows themselves stay where they are until `read` gi
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from utils.arguments import DataArguments
 from utils.console import UserError, notice
 from utils.data.file_text import hash_content
 from utils.data.formats import ALIASES, read_row, sniff_format
-from utils.data.layouts import INFO_FILE, Layout, explain_unknown, find_layout, parse_columns
+from utils.data.layouts import INFO_FILE, Layout, explain_unknown, parse_columns, read_info
 from utils.data.local_files import find_files, list_names, say_where_to_get
 from utils.data.named_sets import NAMED_SETS
 from utils.data.readers import peek, read_file
@@ -110,14 +111,24 @@ def find_entry(entry: str, data_args: DataArguments, flag: str) -> list[Source]:
 
 
 def load_layout(path: Path) -> Layout | None:
-    """That of a dataset_info.json beside the file, if it names the file."""
-    found = find_layout(path)
-    if not found:
+    """That of a dataset_info.json beside the file: of its first entry that names the file."""
+    info = path.parent / INFO_FILE
+    if not info.is_file() or path.name == INFO_FILE:
         return None
-    layout, (entry, *others) = found
-    also = f", the first of {len(others) + 1} entries ({list_names([entry, *others])})" if others else ""
-    notice(f"{path} is read by {path.parent / INFO_FILE}, where it is {entry}{also}")
-    return layout
+    try:
+        listed = json.loads(info.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{info} cannot be read ({error}): mend it or move it away") from error
+    entries = [
+        name
+        for name, spec in (listed.items() if isinstance(listed, dict) else ())
+        if isinstance(spec, dict) and spec.get("file_name") == path.name
+    ]
+    if not entries:
+        return None
+    also = f", the first of {len(entries)} entries ({list_names(entries)})" if len(entries) > 1 else ""
+    notice(f"{path} is read by {info}, where it is {entries[0]}{also}")
+    return read_info(listed[entries[0]], f"{info}: {entries[0]}")
 
 
 def warn_of_missing(name: str, layout: Layout, where: str, rows: Iterator[Any]) -> None:
