@@ -1,6 +1,5 @@
 """Work on data that is done once: a folder for each key, complete or not there at all."""
 
-import ast
 import functools
 import gc
 import hashlib
@@ -13,9 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
+from utils.run.record import hash_file
 from utils.run.repository import REPOSITORY, find_cache_dir
 
 # What else makes rows: another version may read, render or tokenize them otherwise.
@@ -34,31 +35,14 @@ def hash_code(module: str, root: Path = REPOSITORY) -> str:
     A number to be raised by hand would be forgotten, and old rows trained on; so would a list of modules be.
     The price: a changed word in any of them makes the rows anew, once.
     """
-    sources: dict[str, bytes] = {}
-    waiting = [module]
-    while waiting:
-        name = waiting.pop()
-        path = (root / name.replace(".", "/")).with_suffix(".py")
-        if name not in sources and path.is_file():
-            sources[name] = path.read_bytes()
-            waiting += find_imports(sources[name])
-    assert sources, f"{module} is no module of this repository"
-    digests = {name: hashlib.sha256(source).hexdigest() for name, source in sources.items()}
+    finder = ModuleFinder([str(root)])  # follows imports inside functions, too
+    finder.import_hook(module)
+    files = {name: found.__file__ for name, found in finder.modules.items() if found.__file__}
     return build_key(
-        code=digests, libraries={name: version(name) for name in ROW_LIBRARIES}, python=sys.version
+        code={name: hash_file(Path(file)) for name, file in files.items()},
+        libraries={name: version(name) for name in ROW_LIBRARIES},
+        python=sys.version,
     )
-
-
-@functools.cache
-def find_imports(source: bytes) -> list[str]:
-    """Names that a source imports, at its top or inside a function; `from a import b` may mean a.b."""
-    names: list[str] = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return names
 
 
 @contextmanager
