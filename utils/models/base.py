@@ -23,9 +23,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import logging
 
 from utils.arguments import ModelArguments
@@ -187,18 +187,9 @@ def choose_weight_dtype(model_args: ModelArguments, dtype: torch.dtype) -> torch
 
 
 def quantize_linears(model: Any, model_args: ModelArguments, dtype: torch.dtype) -> None:
-    """Every linear layer but the output layer, which transformers leaves as it is."""
-    head = model.get_output_embeddings()
-    for name, layer in list(model.named_modules()):
-        if type(layer) is not nn.Linear or layer is head or model_args.bits not in (4, 8):
-            continue
-        new: Any
-        if model_args.bits == 4:
-            new = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=dtype)
-        else:
-            new = Linear8bitLt(layer.in_features, layer.out_features, False, has_fp16_weights=False)
-        new.bias = layer.bias
-        model.set_submodule(name, new)
+    """Every linear layer but the output layer, as from_pretrained does it; the new ones have no weights."""
+    if quantization := build_quantization(model_args, dtype):
+        replace_with_bnb_linear(model, get_keys_to_not_convert(model), quantization)
 
 
 def build_quantization(model_args: ModelArguments, dtype: torch.dtype) -> BitsAndBytesConfig | None:
