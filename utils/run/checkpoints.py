@@ -80,14 +80,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def find_fault(folder: Path) -> str | None:
-    """Why `folder` cannot be resumed from, naming the file; None where it can."""
-    damage = find_damage(folder)
-    if damage:
+def find_fault(folder: Path, needs_best: bool = False) -> str | None:
+    """Why `folder` cannot be resumed from, naming the file; None where it can.
+
+    `needs_best`: the checkpoint that was the best by then, by the log in `folder`, must be there too.
+    """
+    if damage := find_damage(folder):
         return damage
     files = read_manifest(folder)["files"]
-    absent = [name for name in RESUME_FILES if name not in files]
-    return f"it was saved without {absent[0]} (--save_only_model)" if absent else None
+    if absent := [name for name in RESUME_FILES if name not in files]:
+        return f"it was saved without {absent[0]} (--save_only_model)"
+    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    best = state["best_global_step"] if needs_best else None
+    damage = find_damage(folder.with_name(f"checkpoint-{best}")) if best else None
+    return f"the best step before it was {best}, and of checkpoint-{best} {damage}" if damage else None
 
 
 def find_damage(folder: Path) -> str | None:
@@ -108,21 +114,11 @@ def find_damage(folder: Path) -> str | None:
     return next((f"{path.name} was not saved with it" for path in foreign), None)
 
 
-def find_fault_of_best(folder: Path) -> str | None:
-    """Why the best step so far, by the log in `folder`, could not be kept at the end; None where it could."""
-    best = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["best_global_step"]
-    damage = find_damage(folder.with_name(f"checkpoint-{best}")) if best else None
-    return f"the best step before it was {best}, and of checkpoint-{best} {damage}" if damage else None
-
-
 def find_valid_checkpoint(output_dir: Path, needs_best: bool = False) -> Path | None:
-    """The newest checkpoint that is as it was saved; one line for each newer one that is not.
-
-    `needs_best`: so must be the one that was the best by then.
-    """
+    """The newest checkpoint without a fault; one line for each newer one that has one."""
     checkpoints = list_checkpoints(output_dir)
     for folder in reversed(checkpoints):
-        fault = find_fault(folder) or (find_fault_of_best(folder) if needs_best else None)
+        fault = find_fault(folder, needs_best)
         if fault is None:
             return folder
         notice(f"{folder} is skipped: {fault}")
