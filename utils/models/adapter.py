@@ -9,11 +9,10 @@ and not query and value alone: by its section 4 that is what makes 4 bits as goo
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from utils.arguments import LoraArguments, ModelArguments, TrainingArguments
@@ -23,10 +22,6 @@ from utils.models.folder import ADAPTER_FILE, has_adapter, read_model_config
 from utils.models.trained_biases import keep_biases_in_float32
 from utils.run.processes import join_processes
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
 ADAPTABLE = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, Conv1D)  # of what PEFT adapts
 
 
@@ -35,7 +30,7 @@ def load_model(
     lora_args: LoraArguments,
     training_args: TrainingArguments,
     streams: bool = False,
-) -> "tuple[PeftModel | PreTrainedModel, torch.dtype]":
+) -> tuple[PeftModel | PreTrainedModel, torch.dtype]:
     """What is trained or evaluated: the frozen base with its adapter, and the dtype that it computes in.
 
     `streams`: the layers of the base wait in host memory.
@@ -53,8 +48,8 @@ def load_model(
 
 
 def add_adapter(
-    model: "PreTrainedModel", model_args: ModelArguments, lora_args: LoraArguments, trainable: bool
-) -> "PeftModel | PreTrainedModel":
+    model: PreTrainedModel, model_args: ModelArguments, lora_args: LoraArguments, trainable: bool
+) -> PeftModel | PreTrainedModel:
     """The adapter of --checkpoint_dir, a fresh one, or none where every weight is trained or none is."""
     if model_args.full_finetune:
         return model
@@ -64,7 +59,7 @@ def add_adapter(
     return add_lora(model, lora_args) if trainable or model_args.bits in (4, 8) else model
 
 
-def add_lora(model: "PreTrainedModel", lora_args: LoraArguments) -> PeftModel:
+def add_lora(model: PreTrainedModel, lora_args: LoraArguments) -> PeftModel:
     """A fresh adapter, float32 whatever the base is: B is zero, so training starts at the base model.
 
     --init_lora_weights pissa (arXiv 2404.02948) takes the largest singular vectors of W for A and B, olora
@@ -112,7 +107,7 @@ def check_target_modules(model_args: ModelArguments, lora_args: LoraArguments) -
         )
 
 
-def load_adapter(model: "PreTrainedModel", checkpoint_dir: str, trainable: bool = False) -> PeftModel:
+def load_adapter(model: PreTrainedModel, checkpoint_dir: str, trainable: bool = False) -> PeftModel:
     """The adapter of a run on its base, from safetensors; from a .bin where check_pickle has let it pass."""
     if not has_adapter(Path(checkpoint_dir)):
         raise UserError(f"--checkpoint_dir {checkpoint_dir} holds no {ADAPTER_FILE}")

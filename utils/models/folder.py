@@ -19,7 +19,6 @@ from utils.prompts.messages import Thinking
 from utils.run.places import find_base
 from utils.run.record import ADAPTER_FILE, CHANGING_STARTS, TOKENIZATION, find_run_dir, find_run_record
 
-NATIVE_KINDS = {"baichuan"}  # read without its own Python (utils/models/baichuan.py)
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 # What a run fixes for inference; flags given beside --checkpoint_dir override it.
 RECORDED_MODEL_FIELDS = (
@@ -137,7 +136,7 @@ def check_remote_code(model_args: ModelArguments, config: dict[str, Any]) -> Non
         notice(f"--trust_remote_code: Python code shipped with {name} may run here, with all your rights")
     elif "auto_map" in config:
         known = Path(transformers.__file__).parent / "models"
-        if kind not in NATIVE_KINDS and not (known / kind.replace("-", "_")).is_dir():
+        if not is_baichuan(config) and not (known / kind.replace("-", "_")).is_dir():
             raise UserError(
                 f"{name} is of a kind that transformers does not know ({kind}) and ships its own Python: "
                 "read that code, then allow it with --trust_remote_code"
@@ -204,8 +203,7 @@ def check_model_path(name: str, allow_pickle: bool) -> str:
             raise UserError(
                 f"--model_name_or_path {name}: the folder has no config.json, so it holds no model"
             )
-        if not any(path.glob("*.safetensors")):
-            check_pickle(path, "*.safetensors", allow_pickle)
+        check_pickle(path, "*.safetensors", allow_pickle)
         if not any(file.suffix in {".safetensors", *PICKLE_SUFFIXES} for file in path.iterdir()):
             raise UserError(
                 f"--model_name_or_path {name}: the folder has no .safetensors file: download it again"
