@@ -37,9 +37,9 @@ def hash_code(module: str, root: Path = REPOSITORY) -> str:
     """
     finder = ModuleFinder([str(root)])  # follows imports inside functions, too
     finder.import_hook(module)
-    files = {name: found.__file__ for name, found in finder.modules.items() if found.__file__}
+    files = {name: vars(found)["__file__"] for name, found in finder.modules.items()}
     return build_key(
-        code={name: hash_file(Path(file)) for name, file in files.items()},
+        code={name: hash_file(Path(file)) for name, file in files.items() if file},
         libraries={name: version(name) for name in ROW_LIBRARIES},
         python=sys.version,
     )

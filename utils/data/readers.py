@@ -73,10 +73,8 @@ def goes_on(line: str) -> bool:
     """Whether a JSON value begins in this line and ends in another."""
     try:
         json.loads(line)
-    except json.JSONDecodeError as error:
-        return error.pos >= len(line.rstrip(SPACE))
-    except RecursionError:
-        pass
+    except (json.JSONDecodeError, RecursionError) as error:
+        return getattr(error, "pos", 0) >= len(line.rstrip(SPACE))
     return False
 
 
