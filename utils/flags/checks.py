@@ -12,7 +12,7 @@ from typing import Any
 from utils.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments, require_choice
 from utils.console import UserError, notice, read_rank_and_size
 from utils.flags.trackers import check_tracker
-from utils.flags.trainer_names import list_optimizers, list_schedulers
+from utils.flags.trainer_flags import list_optimizers, list_schedulers
 from utils.models.baichuan import is_baichuan
 from utils.models.folder import find_context, resolve_model
 from utils.models.hub import check_login

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from utils.console import UserError
-from utils.flags.trainer_names import list_loggers, read_source
+from utils.flags.trainer_flags import list_loggers, read_source
 from utils.models.hub import check_host
 
 PACKAGES = {"azure_ml": "azureml", "dagshub": "dagshub", "flyte": "flytekit", "kubeflow": "kubeflow"}
