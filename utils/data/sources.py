@@ -27,8 +27,8 @@ from utils.models.hub import reach_hub
 from utils.prompts.messages import EVAL, TEST, TRAIN, Messages
 from utils.run.repository import REPOSITORY
 
-HELD_OUT_FILE = re.compile(r"(?<![a-z])(eval|valid|validation|dev|test)(?![a-z])", re.IGNORECASE)
-HUB_SPLITS = {"train": TRAIN, "validation": EVAL, "valid": EVAL, "eval": EVAL, "dev": EVAL, "test": TEST}
+HELD_OUT = {"validation": EVAL, "valid": EVAL, "eval": EVAL, "dev": EVAL, "test": TEST}
+HELD_OUT_FILE = re.compile(rf"(?<![a-z])({'|'.join(HELD_OUT)})(?![a-z])", re.IGNORECASE)
 SNIFFED_ROWS = 100
 
 
@@ -93,15 +93,12 @@ def find_entry(entry: str, data_args: DataArguments, flag: str) -> list[Source]:
     asked = parse_columns(data_args.columns)
     if not files:
         return find_hub_sources(name, sample, dataset_format, asked, flag)
-    held_out = [bool(HELD_OUT_FILE.search(path.name)) for path in files]
-    if all(held_out):
-        held_out = [False] * len(files)  # named by the user, or nothing else is there
-    parts = [
-        (TEST if "test" in path.name.lower() else EVAL) if out else TRAIN
-        for path, out in zip(files, held_out, strict=True)
-    ]
+    kinds = [HELD_OUT_FILE.search(path.name) for path in files]
+    if all(kinds):
+        kinds = [None] * len(files)  # named by the user, or nothing else is there
     sources = []
-    for path, part in zip(files, parts, strict=True):
+    for path, kind in zip(files, kinds, strict=True):
+        part = HELD_OUT[kind[1].lower()] if kind else TRAIN
         layout = asked or load_layout(path)
         if layout:
             warn_of_missing(str(path), layout, "--columns" if asked else INFO_FILE, read_file(path))
@@ -181,16 +178,15 @@ def find_hub_sources(
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{flag} {name}: the hub does not give {hub_id} ({reason})") from error
     splits = {"train": splits} if split else dict(splits)
-    if not any(HUB_SPLITS.get(part) == TRAIN for part in splits):
+    if "train" not in splits:
         splits = {"train": next(iter(splits.values()))}
     sources = []
     for part, dataset in splits.items():
-        if part in HUB_SPLITS:
+        if made_for := ({"train": TRAIN} | HELD_OUT).get(part):
             if layout:
                 warn_of_missing(name, layout, "--columns", iter(dataset))
-            found = dataset_format or sniff_source(name, iter(dataset), dataset_format, layout)
+            found = dataset_format or sniff_source(name, iter(dataset), None, layout)
             file, digest = f"{hub_id}[{split or part}]", dataset._fingerprint
-            made_for = HUB_SPLITS[part]
             sources.append(
                 Source(name, file, made_for, digest, found, sample, layout=layout, dataset=dataset)
             )
