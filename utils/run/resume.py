@@ -190,11 +190,8 @@ def read_resolved(training_args: TrainingArguments) -> dict[str, Any]:
     record = read_run_record(run) if training_args.do_train and not is_removed else None
     if record is None:
         return {}
-    decided_by = {
-        "path": "fast_lora",
-        "capacity": "gradient_checkpointing",
-        "recomputed_layers": "gradient_checkpointing",
-    }
+    decided_by = dict.fromkeys(("capacity", "recomputed_layers"), "gradient_checkpointing")
+    decided_by["path"] = "fast_lora"
     return {
         name: value
         for name, value in record.get("resolved", {}).items()
