@@ -271,6 +271,7 @@ def read_row(row: Any, dataset_format: str, marker: str = "\n\n") -> Chat:
     """One row as a Chat, checked. `marker` goes between a question and its input. UserError for a bad row."""
     if not isinstance(row, dict):
         raise UserError(f"holds {str(row)[:40]!r}: an object with columns is needed")
+    row = blank_numbers(row)
     check_desirable(row)
     chat = read_chat(row, dataset_format, marker)
     own = (message.get(key) for message in chat.messages for key in ("content", *THOUGHT_KEYS))
