@@ -169,12 +169,11 @@ def find_hub_sources(
     except UserError as error:
         raise UserError(f"{error}; {say_where_to_get(bare)}") from error
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
 
     where = {"data_files": known.files, "revision": known.revision} if known else {}
     try:
         splits = load_dataset(hub_id, config, split=split, **where)
-    except (DatasetNotFoundError, ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{flag} {name}: the hub does not give {hub_id} ({reason})") from error
     splits = {"train": splits} if split else dict(splits)

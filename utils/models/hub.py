@@ -11,7 +11,7 @@ from utils.console import UserError
 
 def download_config(model_args: ModelArguments) -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     name, where = model_args.base, model_args.where
     try:
@@ -20,7 +20,7 @@ def download_config(model_args: ModelArguments) -> Path:
             return Path(cached)
         reach_hub(f"--model_name_or_path {name}: no such folder, and")
         return Path(hf_hub_download(name, "config.json", **where))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HFValidationError, OSError) as error:  # the hub's other errors are OSErrors
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"--model_name_or_path {name}: no such folder, and the hub does not give it "
@@ -63,12 +63,11 @@ def check_host(what: str, url: str, cure: str) -> None:
 
 def check_login(token: str | None = None) -> None:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     reach_hub("--push_to_hub:")
     try:
         HfApi().whoami(token=token)
-    except (LocalTokenNotFoundError, HfHubHTTPError) as error:
+    except OSError as error:
         raise UserError(
             f"--push_to_hub: the hub knows no token of yours ({str(error).splitlines()[0]}): run "
             "`hf auth login` with a token that may write"
