@@ -8,20 +8,22 @@ A starts random and B at zero, so training starts at the base model exactly. QLo
 and not query and value alone: by its section 4 that is what makes 4 bits as good as 16.
 """
 
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from utils.arguments import LoraArguments, ModelArguments, TrainingArguments
-from utils.console import UserError
+from utils.console import UserError, read_rank_and_size
 from utils.models.base import build_without_weights, choose_compute_dtype, load_base
 from utils.models.folder import ADAPTER_FILE, has_adapter, read_model_config
 from utils.models.trained_biases import keep_biases_in_float32
-from utils.run.processes import join_processes
 
+TIMEOUT_SECONDS = 1800  # that processes wait for one another; --ddp_timeout
 ADAPTABLE = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, Conv1D)  # of what PEFT adapts
 
 
@@ -36,7 +38,9 @@ def load_model(
     `streams`: the layers of the base wait in host memory.
     """
     dtype = choose_compute_dtype(model_args)
-    join_processes(model_args.use_cpu, training_args.extra.get("ddp_timeout"))
+    if read_rank_and_size()[1] > 1:  # the Trainer would set no timeout on CPUs
+        timeout = timedelta(seconds=training_args.extra.get("ddp_timeout") or TIMEOUT_SECONDS)
+        PartialState(cpu=model_args.use_cpu, timeout=timeout)
     if model_args.shard_layers:
         from utils.models.sharded import load_sharded
 
