@@ -232,11 +232,9 @@ def find_format(row: Any) -> str | None:
     if not isinstance(row, dict):
         return None
     columns = row.keys()
-    if "chosen" in columns:
-        alone = isinstance(row["chosen"], str) and find_given(row, CONTEXTS) is None
-        return "hh-rlhf" if alone else "preference"
     if any(name in columns for name in (*CHOSEN, *REJECTED)) or is_ranked(row):
-        return "preference"
+        alone = isinstance(row.get("chosen"), str) and find_given(row, CONTEXTS) is None
+        return "hh-rlhf" if alone else "preference"
     if "messages" in columns:
         return "messages"
     if CONVERSATIONS[0] in columns or any(isinstance(row.get(name), list) for name in CONVERSATIONS):

@@ -33,11 +33,8 @@ def follow_stored_bits(model_args: ModelArguments, config: dict[str, Any], given
         )
     fields: dict[str, Any] = {"bits": 8}
     if stored.get("load_in_4bit"):
-        kind, double = (
-            stored.get("bnb_4bit_quant_type", "fp4"),
-            stored.get("bnb_4bit_use_double_quant", False),
-        )
-        fields = {"bits": 4, "quant_type": kind, "double_quant": double}
+        fields = {"bits": 4, "quant_type": stored.get("bnb_4bit_quant_type", "fp4")}
+        fields["double_quant"] = stored.get("bnb_4bit_use_double_quant", False)
     for name, value in fields.items():
         mine = getattr(model_args, name)
         if mine != value and name in given:
