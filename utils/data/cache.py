@@ -2,8 +2,6 @@
 
 import functools
 import gc
-import hashlib
-import json
 import os
 import shutil
 import sys
@@ -16,16 +14,11 @@ from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
-from utils.run.record import hash_file
+from utils.run.record import fingerprint, hash_file
 from utils.run.repository import REPOSITORY, find_cache_dir
 
 # What else makes rows: another version may read, render or tokenize them otherwise.
 ROW_LIBRARIES = ("tokenizers", "transformers", "jinja2", "markdownify", "beautifulsoup4", "pyarrow")
-
-
-def build_key(**parts: Any) -> str:
-    """A digest of everything that the cached work depends on."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 @functools.cache
@@ -38,11 +31,9 @@ def hash_code(module: str, root: Path = REPOSITORY) -> str:
     finder = ModuleFinder([str(root)])  # follows imports inside functions, too
     finder.import_hook(module)
     files = {name: vars(found)["__file__"] for name, found in finder.modules.items()}
-    return build_key(
-        code={name: hash_file(Path(file)) for name, file in files.items() if file},
-        libraries={name: version(name) for name in ROW_LIBRARIES},
-        python=sys.version,
-    )
+    code = {name: hash_file(Path(file)) for name, file in files.items() if file}
+    libraries = {name: version(name) for name in ROW_LIBRARIES}
+    return fingerprint([code, libraries, sys.version])
 
 
 @contextmanager
@@ -61,9 +52,12 @@ def collect_rarely() -> Iterator[None]:
         gc.unfreeze()
 
 
-def find_or_build(kind: str, key: str, build: Callable[[Path], None]) -> tuple[Path, bool]:
-    """(the folder of this work, whether it was there already). `build` fills a folder beside it first."""
-    folder = find_cache_dir() / f"{kind}-{key}"
+def find_or_build(work: str, build: Callable[[Path], None], **parts: Any) -> tuple[Path, bool]:
+    """(the folder of this work, whether it was there already). `build` fills a folder beside it first.
+
+    `parts`: plain values, all that the work depends on.
+    """
+    folder = find_cache_dir() / f"{work}-{fingerprint(parts)[:32]}"
     if folder.is_dir():
         os.utime(folder)
         return folder, True
@@ -72,7 +66,7 @@ def find_or_build(kind: str, key: str, build: Callable[[Path], None]) -> tuple[P
         if folder.is_dir():
             return folder, True
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{kind}-"))
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{work}-"))
     try:
         with collect_rarely():
             build(beside)

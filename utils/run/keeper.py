@@ -64,8 +64,10 @@ class Keeper:
         """
         check_free_space(self.output_dir, expected_bytes)
         self.last_checkpoint = checkpoint
-        if isinstance(self.model, PeftModel) and find_start(self.model) in CHANGING_STARTS:
-            self.keep_initial(self.model)
+        if isinstance(self.model, PeftModel):
+            config = self.model.peft_config[self.model.active_adapter]
+            if str(getattr(config, "init_lora_weights", True)).lower() in CHANGING_STARTS:
+                self.keep_initial(self.model)
 
     def keep_initial(self, model: PeftModel) -> None:
         """The adapter as it begins, in INITIAL: what the finished one is to be without, to fit the base.
@@ -204,11 +206,6 @@ def check_adapter_learned(model: Any, steps: int) -> None:
         )
     if unchanged:
         notice(f"lora_B is still zero in {len(unchanged)} of {len(weights)} layers: {unchanged[0]}, ...")
-
-
-def find_start(model: PeftModel) -> str:
-    """PEFT's init_lora_weights of the adapter."""
-    return str(getattr(model.peft_config[model.active_adapter], "init_lora_weights", True)).lower()
 
 
 def estimate_checkpoint_bytes(model: torch.nn.Module, vocabulary: int, moment_bytes: int) -> int:
