@@ -32,13 +32,10 @@ def find_base_folder(model_args: ModelArguments) -> Path:
     """Folder of the base's safetensors, from the hub's cache where it is no folder."""
     if Path(model_args.base).is_dir():
         return Path(model_args.base)
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import snapshot_download  # which looks at what is cached where it is offline
 
-    files, offline = ["*.json", "*.safetensors", "*.py"], constants.is_offline_mode()
-    folder = snapshot_download(
-        model_args.base, allow_patterns=files, local_files_only=offline, **model_args.where
-    )
-    return Path(folder)
+    files = ["*.json", "*.safetensors", "*.py"]
+    return Path(snapshot_download(model_args.base, allow_patterns=files, **model_args.where))
 
 
 def reach_hub(what: str) -> None:
