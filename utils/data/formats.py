@@ -61,7 +61,8 @@ def read_exchange(row: Row, question: str, answer: str, marker: str, inputs: Seq
     if thought := next((text for text in thoughts if isinstance(text, str) and is_prose(text)), None):
         reply[THOUGHT_KEYS[0]] = thought
     messages = [*read_system(row), *read_history(row), {"role": "user", "content": asked}, reply]
-    return tidy_messages(messages, note_written([row[name] for name in (question, answer, extra) if name]))
+    notes = note_written([row[name] for name in (question, answer, extra) if name])
+    return tidy_messages(messages, notes) if len(messages) > 2 else Chat(messages, cleaned=tuple(notes))
 
 
 def read_alpaca(row: Row, marker: str) -> Chat:
