@@ -19,8 +19,7 @@ from utils.console import UserError
 from utils.flags.hints import HINTS, NEVER_PROPOSED, describe_unknown
 from utils.flags.parser import find_given_flags, parse_args
 from utils.flags.strict_parser import StrictParser
-from utils.flags.trainer_flags import find_trainer_fields
-from utils.flags.trainer_names import list_loggers, list_optimizers, list_schedulers
+from utils.flags.trainer_flags import find_trainer_fields, list_loggers, list_optimizers, list_schedulers
 
 FLAGS = [ModelArguments, DataArguments, LoraArguments, TrainingArguments, GenerationArguments]
 # Defaults of the QLoRA recipe that differ from the Trainer's, on purpose.
@@ -111,6 +110,7 @@ def test_given_flags_are_found_in_every_spelling():
     assert find_given_flags(["--bits", "8", "--quant-type=fp4", "--no_double_quant"]) == {
         "bits", "quant_type", "double_quant"
     }  # fmt: skip
+    assert find_given_flags(["--lora_modules", "q_proj", "--no_cuda"]) == {"lora_target_modules", "use_cpu"}
 
 
 def test_shared_defaults_are_the_trainers():

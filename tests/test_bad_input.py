@@ -340,7 +340,7 @@ def test_weights_and_biases_without_login_is_one_line(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE")
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
     monkeypatch.setitem(HOSTS, "wandb", ("nowhere.invalid", *HOSTS["wandb"][1:]))
-    monkeypatch.setattr("utils.flags.trackers.getproxies", dict)
+    monkeypatch.setattr("utils.models.hub.getproxies", dict)
     with pytest.raises(UserError, match="nowhere.invalid cannot be reached .*: set WANDB_MODE=offline"):
         check_tracker("wandb")
 

@@ -21,7 +21,7 @@ from helpers.runs import CHECKPOINT_FILES, FLAGS, assert_equal_runs, check_kills
 from safetensors.torch import load_file, save_file
 
 from utils.console import UserError
-from utils.run import checkpoints
+from utils.run import checkpoints, keeper
 from utils.run.lock import check_usable, run_locked
 
 
@@ -386,31 +386,31 @@ def small_adapter(small_model, tmp_path):
 
 def test_saved_adapter_is_held_against_the_one_in_memory(small_adapter):
     model, folder = small_adapter
-    checkpoints.verify_adapter(model, folder)
+    keeper.verify_adapter(model, folder)
     tensors = load_file(folder / "adapter_model.safetensors")
     name = sorted(tensors)[0]
     save_file(
         {other: tensors[other] for other in tensors if other != name}, folder / "adapter_model.safetensors"
     )
     with pytest.raises(UserError, match=re.escape(name)):
-        checkpoints.verify_adapter(model, folder)
+        keeper.verify_adapter(model, folder)
     tensors[name][0, 0] += 1e-3
     save_file(tensors, folder / "adapter_model.safetensors")
     with pytest.raises(UserError, match=f"{re.escape(name)}, 1 of 28"):
-        checkpoints.verify_adapter(model, folder)
+        keeper.verify_adapter(model, folder)
 
 
 def test_adapter_that_learned_nothing_is_an_error(small_adapter, capsys):
     model, _ = small_adapter
     weights = [weight for name, weight in model.named_parameters() if "lora_B" in name]
-    checkpoints.check_adapter_learned(model, 4)
+    keeper.check_adapter_learned(model, 4)
     torch.nn.init.zeros_(weights[0])
-    checkpoints.check_adapter_learned(model, 4)
+    keeper.check_adapter_learned(model, 4)
     assert "still zero in 1 of 14 layers" in capsys.readouterr().out
     for weight in weights:
         torch.nn.init.zeros_(weight)
     with pytest.raises(UserError, match="every lora_B is still zero after 4 steps"):
-        checkpoints.check_adapter_learned(model, 4)
+        keeper.check_adapter_learned(model, 4)
 
 
 @pytest.fixture

@@ -248,6 +248,7 @@ UNREAD = [
     ({"chosen": "\n\nHuman: Q one?\n\nAssistant: A.", "rejected": "\n\nHuman: Q one?\n\nAssistant: No way."}, []),
     ({"text": "### Human: Who are you?### Assistant: It is me."}, []),
     ({"instruction": "Human: Who are you?\nAssistant:", "output": "It is me."}, []),
+    ({"question": "Q?", "answer": "A long answer.</s>", "score": NAN}, []),
     ({"instruction": "Q?", "output": "A.", "note": None, "more": "", "number": 3, "time": "2023-01-01 12:00"}, []),
 ]  # fmt: skip
 

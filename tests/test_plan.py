@@ -11,13 +11,14 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from helpers.architectures import build_batch, build_model
-from transformers import LlamaConfig
+from transformers import GPT2Config, LlamaConfig
 
 from eval.speed.shapes import SHAPES, build_random_model, count_linear_weights
 from eval.speed.workloads import REAL_LENGTHS
 from utils.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments
 from utils.fast.model import prepare_fast_model
 from utils.models.base import CUDA_CONTEXT, load_config
+from utils.models.rehearsed import build_rehearsed, count_weight_bytes
 from utils.train import dry_run
 from utils.train.dry_run import describe_time, find_longest_row
 from utils.train.epoch_time import estimate_epoch_seconds
@@ -307,3 +308,10 @@ def test_dry_run_says_the_time_where_a_gpu_tells_its_speed(tiny_model, monkeypat
     minutes = 3_200 / 16 * 1_000 * 4 * weights / 0.68e9 / 60
     (line,) = describe_time(plan, 3_200, model_args, TrainingArguments())
     assert float(re.search(r"about ([\d.]+) minutes", line)[1]) == pytest.approx(minutes, abs=0.06)
+
+
+def test_matrices_that_are_stored_transposed_are_planned_in_4_bits():
+    """GPT-2's, which bitsandbytes packs as it packs linear layers: 12 n^2 weights a layer."""
+    config, model_args = GPT2Config(n_embd=64, n_layer=4, n_head=2), ModelArguments()
+    model = build_rehearsed(config, 2, model_args, LoraArguments(lora_r=4), torch.bfloat16)
+    assert count_weight_bytes(model, model_args)[0] == 2 * 12 * 64**2 // 2

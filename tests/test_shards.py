@@ -17,13 +17,14 @@ from helpers.runs import assert_equal_runs, load_weights, read_log
 from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from utils.arguments import LoraArguments, ModelArguments
 from utils.console import UserError
 from utils.fast.loss import ChunkedCrossEntropy, OutputLayer
 from utils.fast.sharded_vocabulary import ShardedVocabulary
-from utils.models.base import load_base
+from utils.models.base import load_base, quantize_linears
+from utils.models.sharded import check_covered
 from utils.train.needs import rehearse_model
 
 FLAGS = ["--dataset_name", IDENTITY, "--model_max_length", 400, "--lora_r", 8, "--lora_dropout", 0.1]
@@ -340,6 +341,15 @@ def test_what_shared_layers_do_not_cover_is_refused_before_weights_load(
     argv = ["--model_name_or_path", small_model, *FLAGS, "--output_dir", tmp_path / "run"]
     with pytest.raises(UserError, match=re.escape(said)):
         call_main("qlora_finetune", *argv, "--shard_layers", *flags)
+
+
+def test_model_whose_matrices_are_stored_transposed_is_refused():
+    """GPT-2's: bitsandbytes packs the transpose, whose rows are no rows of the file."""
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=2))
+        quantize_linears(model, ModelArguments(), torch.float32)
+    with pytest.raises(UserError, match=re.escape("does not cover gpt2: its matrices are [in, out]")):
+        check_covered(model)
 
 
 # The plan

@@ -229,6 +229,15 @@ def test_odd_comma_or_quotation_mark_in_a_list_of_files_is_named(tmp_path, joine
     assert load(odd).count(TRAIN) == 3  # a name may have it
 
 
+def test_held_out_file_is_what_a_word_of_its_name_says(tmp_path):
+    """`contest` and `latest` hold the letters of test and are no such word."""
+    write_rows(tmp_path / "set" / "latest.json", alpaca_rows(20))
+    write_rows(tmp_path / "set" / "contest-dev.json", alpaca_rows(4, start=20))
+    write_rows(tmp_path / "set" / "Test.json", alpaca_rows(3, start=24))
+    rows = load(tmp_path / "set", do_eval=True, do_predict=True)
+    assert [rows.count(part) for part in (TRAIN, EVAL, TEST)] == [20, 4, 3]
+
+
 def test_held_out_files_of_a_folder_are_not_trained_on(tmp_path):
     write_rows(tmp_path / "oasst1" / "openassistant_best_replies_train.jsonl", alpaca_rows(20))
     write_rows(tmp_path / "oasst1" / "openassistant_best_replies_eval.jsonl", alpaca_rows(4, start=20))

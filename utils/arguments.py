@@ -247,8 +247,7 @@ class TrainingArguments:
     def with_values(self, **values: Any) -> "TrainingArguments":
         """A copy with some values replaced. (dataclasses.replace would empty `extra`.)"""
         changed = copy.copy(self)
-        for name, value in values.items():
-            setattr(changed, name, value)
+        vars(changed).update(values)
         return changed
 
     def __post_init__(self) -> None:

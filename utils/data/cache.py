@@ -1,10 +1,7 @@
 """Work on data that is done once: a folder for each key, complete or not there at all."""
 
-import ast
 import functools
 import gc
-import hashlib
-import json
 import os
 import shutil
 import sys
@@ -13,18 +10,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
+from utils.run.record import fingerprint, hash_file
 from utils.run.repository import REPOSITORY, find_cache_dir
 
 # What else makes rows: another version may read, render or tokenize them otherwise.
 ROW_LIBRARIES = ("tokenizers", "transformers", "jinja2", "markdownify", "beautifulsoup4", "pyarrow")
-
-
-def build_key(**parts: Any) -> str:
-    """A digest of everything that the cached work depends on."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 @functools.cache
@@ -34,31 +28,12 @@ def hash_code(module: str, root: Path = REPOSITORY) -> str:
     A number to be raised by hand would be forgotten, and old rows trained on; so would a list of modules be.
     The price: a changed word in any of them makes the rows anew, once.
     """
-    sources: dict[str, bytes] = {}
-    waiting = [module]
-    while waiting:
-        name = waiting.pop()
-        path = (root / name.replace(".", "/")).with_suffix(".py")
-        if name not in sources and path.is_file():
-            sources[name] = path.read_bytes()
-            waiting += find_imports(sources[name])
-    assert sources, f"{module} is no module of this repository"
-    digests = {name: hashlib.sha256(source).hexdigest() for name, source in sources.items()}
-    return build_key(
-        code=digests, libraries={name: version(name) for name in ROW_LIBRARIES}, python=sys.version
-    )
-
-
-@functools.cache
-def find_imports(source: bytes) -> list[str]:
-    """Names that a source imports, at its top or inside a function; `from a import b` may mean a.b."""
-    names: list[str] = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return names
+    finder = ModuleFinder([str(root)])  # follows imports inside functions, too
+    finder.import_hook(module)
+    files = {name: vars(found)["__file__"] for name, found in finder.modules.items()}
+    code = {name: hash_file(Path(file)) for name, file in files.items() if file}
+    libraries = {name: version(name) for name in ROW_LIBRARIES}
+    return fingerprint([code, libraries, sys.version])
 
 
 @contextmanager
@@ -77,9 +52,12 @@ def collect_rarely() -> Iterator[None]:
         gc.unfreeze()
 
 
-def find_or_build(kind: str, key: str, build: Callable[[Path], None]) -> tuple[Path, bool]:
-    """(the folder of this work, whether it was there already). `build` fills a folder beside it first."""
-    folder = find_cache_dir() / f"{kind}-{key}"
+def find_or_build(work: str, build: Callable[[Path], None], **parts: Any) -> tuple[Path, bool]:
+    """(the folder of this work, whether it was there already). `build` fills a folder beside it first.
+
+    `parts`: plain values, all that the work depends on.
+    """
+    folder = find_cache_dir() / f"{work}-{fingerprint(parts)[:32]}"
     if folder.is_dir():
         os.utime(folder)
         return folder, True
@@ -88,7 +66,7 @@ def find_or_build(kind: str, key: str, build: Callable[[Path], None]) -> tuple[P
         if folder.is_dir():
             return folder, True
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{kind}-"))
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{work}-"))
     try:
         with collect_rarely():
             build(beside)

@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import NoneType
 from typing import Any
 
@@ -68,6 +68,15 @@ def need_text(value: Any, where: str) -> str:
     if not isinstance(text, str):
         raise UserError(f"{where} holds {str(text)[:40]!r}: text is needed")
     return text
+
+
+def list_leaves(value: Any) -> Iterator[Any]:
+    """The values in lists and objects, however deep; a value itself that is neither."""
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from list_leaves(part)
+    else:
+        yield value
 
 
 def note_written(values: list[Any]) -> list[str]:

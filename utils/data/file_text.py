@@ -10,6 +10,7 @@ import hashlib
 import io
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 from zipfile import BadZipFile, ZipFile
@@ -74,14 +75,19 @@ def open_raw(path: Path) -> IO[bytes]:
 
 def hash_content(path: Path) -> str:
     """SHA-256 of the bytes that open_raw gives."""
-    digest = hashlib.sha256()
+    with damage_explained(path), open_raw(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # of a zip file, too
+
+
+@contextmanager
+def damage_explained(path: Path) -> Iterator[None]:
+    """One line where what the file is packed in is damaged: the zip file that it is in, or its own gzip."""
     try:
-        with open_raw(path) as file:
-            while piece := file.read(PIECE):
-                digest.update(piece)
-    except (BadZipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is damaged in its zip file ({error}): download it again") from error
-    return digest.hexdigest()
+        yield
+    except (BadZipFile, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        is_own = path.suffix == ".gz" and not isinstance(error, BadZipFile)
+        what = "a damaged gzip file" if is_own else "damaged in its zip file"
+        raise UserError(f"{path} is {what} ({error}): download it again") from error
 
 
 def open_binary(path: Path) -> IO[bytes] | gzip.GzipFile:

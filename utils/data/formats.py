@@ -37,7 +37,7 @@ from utils.data.turns import (
     tidy_turns,
 )
 from utils.data.unread import find_unread, is_prose
-from utils.prompts.messages import LEARNED, TEXT_ROLE, Chat, Message, Messages, Row
+from utils.prompts.messages import LEARNED, TEXT_ROLE, Chat, Message, Row
 from utils.prompts.rendering import THOUGHT_KEYS
 
 
@@ -45,28 +45,24 @@ def read_text(row: Row, column: str) -> str:
     return need_text(row.get(column), f"column {column!r}")
 
 
-def build_exchange(row: Row, question: str, answer: str, marker: str, extra: str | None = None) -> Chat:
-    """One question and its answer. `extra` names a column that follows the question behind `marker`."""
+def read_exchange(row: Row, question: str, answer: str, marker: str, inputs: Sequence[str] = ()) -> Chat:
+    """One question and its answer, behind the system message and `history` of the row.
+
+    `inputs` name columns of which the first that is given follows the question behind `marker`.
+    """
+    extra = find_given(row, inputs)
     asked = join_input(read_text(row, question), row, extra, marker)
-    turns = [("user", asked), ("assistant", read_text(row, answer))]
-    for role, text in turns:
+    said = read_text(row, answer)
+    for column, text in ((question, asked), (answer, said)):
         if not text.strip():
-            raise UserError(f"column {(question if role == 'user' else answer)!r} is empty")
-    notes = note_written([row.get(column) for column in (question, answer, extra) if column])
-    messages: Messages = [{"role": role, "content": text} for role, text in turns]
+            raise UserError(f"column {column!r} is empty")
+    reply: Message = {"role": "assistant", "content": said}
     thoughts = (row.get(column) for column in find_columns(THOUGHTS, row))  # `on` is a mark and no thought
     if thought := next((text for text in thoughts if isinstance(text, str) and is_prose(text)), None):
-        messages[-1][THOUGHT_KEYS[0]] = thought
-    return Chat(messages, cleaned=tuple(notes))
-
-
-def read_exchange(row: Row, question: str, answer: str, marker: str, inputs: Sequence[str] = ()) -> Chat:
-    """build_exchange behind the system message and `history` of the row; `inputs`: names of its extra."""
-    exchange = build_exchange(row, question, answer, marker, find_given(row, inputs))
-    earlier = read_system(row) + read_history(row)
-    if not earlier:
-        return exchange
-    return tidy_messages(earlier + exchange.messages, list(exchange.cleaned))
+        reply[THOUGHT_KEYS[0]] = thought
+    messages = [*read_system(row), *read_history(row), {"role": "user", "content": asked}, reply]
+    notes = note_written([row[name] for name in (question, answer, extra) if name])
+    return tidy_messages(messages, notes) if len(messages) > 2 else Chat(messages, cleaned=tuple(notes))
 
 
 def read_alpaca(row: Row, marker: str) -> Chat:
@@ -237,11 +233,9 @@ def find_format(row: Any) -> str | None:
     if not isinstance(row, dict):
         return None
     columns = row.keys()
-    if "chosen" in columns:
-        alone = isinstance(row["chosen"], str) and find_given(row, CONTEXTS) is None
-        return "hh-rlhf" if alone else "preference"
     if any(name in columns for name in (*CHOSEN, *REJECTED)) or is_ranked(row):
-        return "preference"
+        alone = isinstance(row.get("chosen"), str) and find_given(row, CONTEXTS) is None
+        return "hh-rlhf" if alone else "preference"
     if "messages" in columns:
         return "messages"
     if CONVERSATIONS[0] in columns or any(isinstance(row.get(name), list) for name in CONVERSATIONS):
@@ -260,13 +254,9 @@ def find_format(row: Any) -> str | None:
         return "input-output"
     if "text" in columns:
         start = str(row["text"]).lstrip()
-        return (
-            "oasst1"
-            if start.startswith("### Human:")
-            else "chip2"
-            if start.startswith("<human>:")
-            else "text"
-        )
+        if start.startswith("### Human:"):
+            return "oasst1"
+        return "chip2" if start.startswith("<human>:") else "text"
     return None
 
 

@@ -4,10 +4,8 @@ Known by name where the field has one (question, query, ...), told by LLaMA-Fact
 the file, or said with --columns instruction=QUESTION,output=ANSWER. Rows are renamed as they are read.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from utils.console import UserError
@@ -81,21 +79,19 @@ class Layout:
 
     def rename_turns(self, turns: Any, column: str) -> Any:
         """The value of a column with its turns under our names, where it holds a turn or a list of them."""
-        if isinstance(turns, dict):
-            return self.rename_turns([turns], column)[0]
-        if not isinstance(turns, list) or column in UNSPOKEN:
+        if column in UNSPOKEN:
             return turns
+        if isinstance(turns, list):
+            return [self.rename_turn(turn) for turn in turns]
+        return self.rename_turn(turns)
+
+    def rename_turn(self, turn: Any) -> Any:
+        if not isinstance(turn, dict):
+            return turn
         keys, roles = {theirs: ours for ours, theirs in self.turn}, dict(self.roles)
-        found = [
-            {keys.get(key, key): value for key, value in turn.items()} if isinstance(turn, dict) else turn
-            for turn in turns
-        ]
-        return [
-            turn | {"role": roles.get(turn["role"], turn["role"])}
-            if isinstance(turn, dict) and isinstance(turn.get("role"), str)
-            else turn
-            for turn in found
-        ]
+        renamed = {keys.get(key, key): value for key, value in turn.items()}
+        role = renamed.get("role")
+        return renamed | {"role": roles.get(role, role)} if isinstance(role, str) else renamed
 
     def describe(self) -> list[Any]:
         return [list(map(list, pairs)) for pairs in (self.columns, self.turn, self.roles)]
@@ -119,23 +115,6 @@ def parse_columns(text: str | None) -> Layout | None:
     turn = tuple(pair for pair in columns.items() if pair[0] in TURN_KEYS)
     named = tuple(pair for pair in columns.items() if pair[0] not in TURN_KEYS)
     return Layout(named, turn, asked=tuple(theirs for _, theirs in named))
-
-
-def find_layout(path: Path) -> tuple[Layout, list[str]] | None:
-    """(layout, the entries that name it, of which the first is read) of a file in a dataset_info.json."""
-    info = path.parent / INFO_FILE
-    if not info.is_file() or path.name == INFO_FILE:
-        return None
-    try:
-        listed = json.loads(info.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{info} cannot be read ({error}): mend it or move it away") from error
-    entries = [
-        name
-        for name, spec in (listed.items() if isinstance(listed, dict) else ())
-        if isinstance(spec, dict) and spec.get("file_name") == path.name
-    ]
-    return (read_info(listed[entries[0]], f"{info}: {entries[0]}"), entries) if entries else None
 
 
 def read_info(spec: dict[str, Any], where: str) -> Layout:

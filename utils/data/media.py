@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from utils.console import UserError
+from utils.data.cells import list_leaves
 
 COLUMNS = ("images", "image", "audios", "audio", "videos", "video")
 # A tag that stands for a file: at the edge of a line, as publishers write it; not one that a text is about.
@@ -14,11 +15,7 @@ CODE = re.compile(r"```.*?(?:```|$)|`[^`\n]*`", re.DOTALL)
 
 def holds_media(value: Any) -> bool:
     """Whether a column names a file or holds one: a number, an empty struct or list does not."""
-    if isinstance(value, dict):
-        return any(holds_media(inner) for inner in value.values())
-    if isinstance(value, list):
-        return any(holds_media(inner) for inner in value)
-    return isinstance(value, str | bytes) and bool(value)
+    return any(isinstance(leaf, str | bytes) and leaf for leaf in list_leaves(value))
 
 
 def check_media(row: dict[str, Any], texts: list[str]) -> None:

@@ -230,12 +230,11 @@ class PaddingCollator:
             return make_filling(self)
         size = self.rows or len(examples)
         batches = [examples[start : start + size] for start in range(0, len(examples), size)]
-        parts = [self.pad(part) for batch in batches for part in self.split(batch)]
+        parts = []
+        for batch in batches:
+            groups = split_at_long([len(example["input_ids"]) for example in batch], self.limit)
+            parts += [self.pad([batch[row] for row in group]) for group in groups]
         return parts[0] if len(parts) == 1 else {"micro_batches": parts}
-
-    def split(self, examples: list[Example]) -> list[list[Example]]:
-        groups = split_at_long([len(example["input_ids"]) for example in examples], self.limit)
-        return [[examples[row] for row in group] for group in groups]
 
     def pad(self, examples: list[Example]) -> dict[str, Any]:
         lengths = torch.tensor([len(example["input_ids"]) for example in examples])

@@ -7,18 +7,15 @@ line with its place, as in `rows.json: line 12 is no JSON (... after row 11)`.
 """
 
 import csv
-import gzip
 import io
 import itertools
 import json
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from utils.console import UserError, notice_once
-from utils.data.file_text import measure_size, open_binary, open_text
+from utils.data.file_text import damage_explained, measure_size, open_binary, open_text
 from utils.data.layouts import NO_TEXTS, TURNS
 
 ROW_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
@@ -46,13 +43,8 @@ def read_file(path: Path) -> Iterator[Any]:
         raise UserError(f"{path} is a spreadsheet: save it as CSV in UTF-8 and give that file")
     if measure_size(path) == 0:
         raise UserError(f"{path} is empty: rows are needed")
-    try:
+    with damage_explained(path):
         yield from readers.get(find_kind(path), read_json)(path)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        kind = "gzip" if path.suffix == ".gz" else "zip"
-        raise UserError(f"{path} is a damaged {kind} file ({error}): download it again") from error
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{path} is damaged in its zip file ({error}): download it again") from error
 
 
 def read_lines(path: Path) -> Iterator[str]:
@@ -81,10 +73,8 @@ def goes_on(line: str) -> bool:
     """Whether a JSON value begins in this line and ends in another."""
     try:
         json.loads(line)
-    except json.JSONDecodeError as error:
-        return error.pos >= len(line.rstrip(SPACE))
-    except RecursionError:
-        pass
+    except (json.JSONDecodeError, RecursionError) as error:
+        return getattr(error, "pos", 0) >= len(line.rstrip(SPACE))
     return False
 
 

@@ -127,14 +127,9 @@ def measure_part(rows: Rows, part: str, found: TokenRows) -> dict[str, Any]:
 
 def count_duplicates(rows: Rows) -> int:
     """Training rows whose content another training row has too, beyond the first."""
-    hashes = select_hashes(rows, TRAIN)
-    return len(hashes) - len(np.unique(hashes))
-
-
-def select_hashes(rows: Rows, part: str) -> np.ndarray:
-    number = PARTS.index(part)
     pairs = zip(rows.scans, rows.parts, strict=True)
-    return np.concatenate([scan.hashes[parts == number] for scan, parts in pairs])
+    hashes = np.concatenate([scan.hashes[parts == PARTS.index(TRAIN)] for scan, parts in pairs])
+    return len(hashes) - len(np.unique(hashes))
 
 
 def measure_packings(

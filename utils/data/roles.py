@@ -23,17 +23,12 @@ SYSTEMS = ("system", "system_prompt")  # columns with the system message of a ro
 MARKS = ("weight", "loss_weight", "train", "training", "loss", "output_with_loss")
 
 
-def find_role(name: Any) -> str:
-    role = ROLES.get(name.lower()) if isinstance(name, str) else None
-    if role is None:
-        raise UserError(f"a turn is spoken by {str(name)[:40]!r}: use system, user, assistant or tool")
-    return role
-
-
 def build_message(turn: Message, role_key: str, content_key: str) -> Message:
     """The turn as {role, content, ...}: parts joined, calls as `tool_calls`, marked where it is untrained."""
     name, content = turn.get(role_key), write_cell(turn.get(content_key))
-    role = find_role(name)
+    role = ROLES.get(str(name).lower())
+    if role is None:
+        raise UserError(f"a turn is spoken by {str(name)[:40]!r}: use system, user, assistant or tool")
     if len(turn) == 2 and isinstance(content, str) and str(name).lower() not in CALLS:  # most turns
         return {"role": role, "content": content}
     content, calls = split_parts(content)
@@ -148,14 +143,11 @@ def read_calls(text: Any) -> list[Message]:
     is_list = isinstance(calls, list) and bool(calls)
     if not is_list or not all(isinstance(call, dict) and "name" in call for call in calls):
         raise UserError(f"a call holds {str(text)[:40]!r}: JSON with name and arguments is needed")
-    return [
-        {"type": "function", "function": {"name": call["name"], "arguments": read_arguments(call)}}
+    functions = [
+        {"name": call["name"], "arguments": call.get("arguments", call.get("parameters", {}))}
         for call in calls
     ]
-
-
-def read_arguments(call: Message) -> Any:
-    return call.get("arguments", call.get("parameters", {}))
+    return [{"type": "function", "function": function} for function in functions]
 
 
 def wrap_tools(tools: list[Message] | None) -> list[Message] | None:

@@ -81,7 +81,7 @@ def load_rows(model_args: ModelArguments, data_args: DataArguments, training_arg
     report_sources(sources, scans, wanted)
     copies = find_copies(sources, scans)
     parts = assign_parts(sources, scans, copies, wanted, data_args, training_args.data_seed)
-    rows = Rows(sources, scans, parts, sum(int(own.sum()) for own in copies))
+    rows = Rows(sources, scans, parts, int(copies.sum()))
     if record:
         report_trained_rows(record, rows, data_args, training_args)
     if not (training_args.do_train or data_args.data_report):
@@ -130,7 +130,7 @@ def count_trained_copies(record: dict[str, Any], rows: Rows) -> int:
         for source, scan in zip(rows.sources, rows.scans, strict=True)
         if (source.digest in trained if source.part == TRAIN else source.digest not in left_out)
     ]
-    return sum(int(own.sum()) for own in find_copies(*zip(*pairs, strict=True))) if pairs else 0
+    return int(find_copies(*zip(*pairs, strict=True)).sum()) if pairs else 0
 
 
 def report_sources(sources: list[Source], scans: list[Scan], wanted: list[str]) -> None:
@@ -153,20 +153,19 @@ def report_sources(sources: list[Source], scans: list[Scan], wanted: list[str]) 
         notice(line)
 
 
-def find_copies(sources: Sequence[Source], scans: Sequence[Scan]) -> list[np.ndarray]:
-    """For each source, which of its rows to train on hold the same chat as a row made for evaluation.
+def find_copies(sources: Sequence[Source], scans: Sequence[Scan]) -> np.ndarray:
+    """Which rows to train on hold the same chat as a row made for evaluation  # bool [rows of all sources]
 
     The whole chat, as everywhere in the split: what is measured is the answer, so the same question with
-    another answer is another row (many sets ask a few questions thousands of times).  # bool [rows]
+    another answer is another row (many sets ask a few questions thousands of times).
     """
-    pairs = list(zip(sources, scans, strict=True))
-    made_apart = [scan.hashes for source, scan in pairs if source.part != TRAIN]
-    held_out = np.unique(np.concatenate(made_apart)) if made_apart else np.zeros(0, np.uint64)
-    held_out = held_out[held_out != 0]
-    return [
-        np.isin(scan.hashes, held_out) if source.part == TRAIN else np.zeros(len(scan.hashes), bool)
-        for source, scan in pairs
-    ]
+    hashes = np.concatenate([scan.hashes for scan in scans])
+    is_made_apart = np.repeat([source.part != TRAIN for source in sources], count_rows(scans))
+    return ~is_made_apart & (hashes != 0) & np.isin(hashes, hashes[is_made_apart])
+
+
+def count_rows(scans: Sequence[Scan]) -> list[int]:
+    return [len(scan.hashes) for scan in scans]
 
 
 def rehash_with_seed(hashes: np.ndarray, salt: str, seed: int) -> np.ndarray:
@@ -194,34 +193,33 @@ def take_smallest(keys: np.ndarray, candidates: np.ndarray, count: int) -> np.nd
 def assign_parts(
     sources: list[Source],
     scans: list[Scan],
-    copies: list[np.ndarray],
+    copies: np.ndarray,  # bool [rows]
     wanted: list[str],
     data_args: DataArguments,
     data_seed: int,
 ) -> list[np.ndarray]:
     """The part of each row. Depends on contents and --data_seed alone, so it is the same at every start."""
-    sizes = [len(scan.hashes) for scan in scans]
+    sizes = count_rows(scans)
     hashes = np.concatenate([scan.hashes for scan in scans])
     made_for = np.repeat([PARTS.index(source.part) for source in sources], sizes)
-    samples = {source.entry: source.sample for source in sources}
-    entries = np.repeat([list(samples).index(source.entry) for source in sources], sizes)
-    usable = (hashes != 0) & ~np.concatenate(copies)
+    is_train = made_for == PARTS.index(TRAIN)
+    usable = (hashes != 0) & ~copies
     drawn = np.zeros(len(hashes), bool)
-    for entry, (name, sample) in enumerate(samples.items()):
+    for entry, sample in {source.entry: source.sample for source in sources}.items():
         if sample:
-            mine = entries == entry
-            if (mine & (made_for == PARTS.index(TRAIN))).any():  # its files made for evaluation stay whole
-                mine &= made_for == PARTS.index(TRAIN)
+            mine = np.repeat([source.entry == entry for source in sources], sizes)
+            if (mine & is_train).any():  # its files made for evaluation stay whole
+                mine &= is_train
             # Two counts of one file draw different rows of it.
             free = mine & usable & ~np.isin(hashes, hashes[drawn])
             if sample > free.sum():
-                notice(f"{name}#{sample} takes all of the {int(free.sum()):,} rows that are there to draw")
+                notice(f"{entry}#{sample} takes all of the {int(free.sum()):,} rows that are there to draw")
             chosen = take_smallest(rehash_with_seed(hashes, "sample", data_seed), free, sample)
             usable &= chosen | ~mine
             drawn |= chosen
-    parts = np.where(usable & (made_for == PARTS.index(TRAIN)), PARTS.index(TRAIN), 0).astype(np.uint8)
+    parts = np.where(usable & is_train, PARTS.index(TRAIN), 0).astype(np.uint8)
     keys = rehash_with_seed(hashes, "split", data_seed)
-    own = usable & (made_for > PARTS.index(TRAIN))
+    own = usable & ~is_train
     if wanted and own.any():
         split_own(parts, made_for, own, keys, wanted)
     elif wanted:

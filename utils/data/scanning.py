@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from utils.console import UserError
-from utils.data.cache import build_key, find_or_build, hash_code
+from utils.data.cache import find_or_build, hash_code
 from utils.data.file_text import measure_size
 from utils.data.formats import read_row
 from utils.data.readers import find_kind
@@ -57,14 +57,15 @@ def scan_source(source: Source) -> Scan:
     if source.path is not None and measure_size(source.path) < 200 * CACHED_ROWS:
         return scan_rows(source)
     kind = find_kind(source.path) if source.path else None  # the same bytes are other rows as .csv and .tsv
-    key = build_key(
+    folder, _ = find_or_build(
+        "scan",
+        build,
         digest=source.digest,
         kind=kind,
         dataset_format=source.dataset_format,
         columns=source.layout and source.layout.describe(),
         code=hash_code(__name__),
     )
-    folder, _ = find_or_build("scan", key, build)
     found = json.loads((folder / "found.json").read_text(encoding="utf-8"))
     return Scan(np.load(folder / "hashes.npy"), **found)
 

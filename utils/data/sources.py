@@ -8,6 +8,7 @@ are kept for evaluation. The rows themselves stay where they are until `read` gi
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from utils.arguments import DataArguments
 from utils.console import UserError, notice
 from utils.data.file_text import hash_content
 from utils.data.formats import ALIASES, read_row, sniff_format
-from utils.data.layouts import INFO_FILE, Layout, explain_unknown, find_layout, parse_columns
+from utils.data.layouts import INFO_FILE, Layout, explain_unknown, parse_columns, read_info
 from utils.data.local_files import find_files, list_names, say_where_to_get
 from utils.data.named_sets import NAMED_SETS
 from utils.data.readers import peek, read_file
@@ -26,8 +27,8 @@ from utils.models.hub import reach_hub
 from utils.prompts.messages import EVAL, TEST, TRAIN, Messages
 from utils.run.repository import REPOSITORY
 
-HELD_OUT_FILE = re.compile(r"(?<![a-z])(eval|valid|validation|dev|test)(?![a-z])", re.IGNORECASE)
-HUB_SPLITS = {"train": TRAIN, "validation": EVAL, "valid": EVAL, "eval": EVAL, "dev": EVAL, "test": TEST}
+HELD_OUT = {"validation": EVAL, "valid": EVAL, "eval": EVAL, "dev": EVAL, "test": TEST}
+HELD_OUT_FILE = re.compile(rf"(?<![a-z])({'|'.join(HELD_OUT)})(?![a-z])", re.IGNORECASE)
 SNIFFED_ROWS = 100
 
 
@@ -92,15 +93,12 @@ def find_entry(entry: str, data_args: DataArguments, flag: str) -> list[Source]:
     asked = parse_columns(data_args.columns)
     if not files:
         return find_hub_sources(name, sample, dataset_format, asked, flag)
-    held_out = [bool(HELD_OUT_FILE.search(path.name)) for path in files]
-    if all(held_out):
-        held_out = [False] * len(files)  # named by the user, or nothing else is there
-    parts = [
-        (TEST if "test" in path.name.lower() else EVAL) if out else TRAIN
-        for path, out in zip(files, held_out, strict=True)
-    ]
+    kinds = [HELD_OUT_FILE.search(path.name) for path in files]
+    if all(kinds):
+        kinds = [None] * len(files)  # named by the user, or nothing else is there
     sources = []
-    for path, part in zip(files, parts, strict=True):
+    for path, kind in zip(files, kinds, strict=True):
+        part = HELD_OUT[kind[1].lower()] if kind else TRAIN
         layout = asked or load_layout(path)
         if layout:
             warn_of_missing(str(path), layout, "--columns" if asked else INFO_FILE, read_file(path))
@@ -110,14 +108,24 @@ def find_entry(entry: str, data_args: DataArguments, flag: str) -> list[Source]:
 
 
 def load_layout(path: Path) -> Layout | None:
-    """That of a dataset_info.json beside the file, if it names the file."""
-    found = find_layout(path)
-    if not found:
+    """That of a dataset_info.json beside the file: of its first entry that names the file."""
+    info = path.parent / INFO_FILE
+    if not info.is_file() or path.name == INFO_FILE:
         return None
-    layout, (entry, *others) = found
-    also = f", the first of {len(others) + 1} entries ({list_names([entry, *others])})" if others else ""
-    notice(f"{path} is read by {path.parent / INFO_FILE}, where it is {entry}{also}")
-    return layout
+    try:
+        listed = json.loads(info.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{info} cannot be read ({error}): mend it or move it away") from error
+    entries = [
+        name
+        for name, spec in (listed.items() if isinstance(listed, dict) else ())
+        if isinstance(spec, dict) and spec.get("file_name") == path.name
+    ]
+    if not entries:
+        return None
+    also = f", the first of {len(entries)} entries ({list_names(entries)})" if len(entries) > 1 else ""
+    notice(f"{path} is read by {info}, where it is {entries[0]}{also}")
+    return read_info(listed[entries[0]], f"{info}: {entries[0]}")
 
 
 def warn_of_missing(name: str, layout: Layout, where: str, rows: Iterator[Any]) -> None:
@@ -161,25 +169,23 @@ def find_hub_sources(
     except UserError as error:
         raise UserError(f"{error}; {say_where_to_get(bare)}") from error
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
 
     where = {"data_files": known.files, "revision": known.revision} if known else {}
     try:
         splits = load_dataset(hub_id, config, split=split, **where)
-    except (DatasetNotFoundError, ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{flag} {name}: the hub does not give {hub_id} ({reason})") from error
     splits = {"train": splits} if split else dict(splits)
-    if not any(HUB_SPLITS.get(part) == TRAIN for part in splits):
+    if "train" not in splits:
         splits = {"train": next(iter(splits.values()))}
     sources = []
     for part, dataset in splits.items():
-        if part in HUB_SPLITS:
+        if made_for := ({"train": TRAIN} | HELD_OUT).get(part):
             if layout:
                 warn_of_missing(name, layout, "--columns", iter(dataset))
-            found = dataset_format or sniff_source(name, iter(dataset), dataset_format, layout)
+            found = dataset_format or sniff_source(name, iter(dataset), None, layout)
             file, digest = f"{hub_id}[{split or part}]", dataset._fingerprint
-            made_for = HUB_SPLITS[part]
             sources.append(
                 Source(name, file, made_for, digest, found, sample, layout=layout, dataset=dataset)
             )

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from utils.arguments import DataArguments
 from utils.console import UserError, is_main_process, notice
-from utils.data.cache import build_key, find_or_build, hash_code
+from utils.data.cache import find_or_build, hash_code
 from utils.data.rows import PARTS, Rows
 from utils.data.scanning import LISTED_ROWS
 from utils.data.token_rows import TokenRows, TokenWriter, open_rows
@@ -88,7 +88,10 @@ def tokenize_rows(rows: Rows, tokenizer: ChatTokenizer, data_args: DataArguments
     """TokenRows of every part of the run, from the cache where the same work was done before."""
     raw = tokenizer.raw
     backend = getattr(raw, "backend_tokenizer", None)
-    key = build_key(
+    encoder = ChatEncoder(tokenizer, data_args)
+    folder, cached = find_or_build(
+        "tokens",
+        lambda beside: write_parts(beside, rows, encoder),
         rows=rows.describe(),
         tokenizer=backend.to_str() if backend else repr(sorted(raw.get_vocab().items())),
         template=raw.chat_template,
@@ -98,8 +101,6 @@ def tokenize_rows(rows: Rows, tokenizer: ChatTokenizer, data_args: DataArguments
         thinking=tokenizer.thinking,
         code=hash_code(__name__),
     )
-    encoder = ChatEncoder(tokenizer, data_args)
-    folder, cached = find_or_build("tokens", key, lambda beside: write_parts(beside, rows, encoder))
     if cached:
         notice(f"tokenized rows are read from {folder}")
     return {part: open_rows(folder / part) for part in PARTS[1:]}

@@ -98,12 +98,12 @@ def split_turns(text: str, speaker: str) -> list[tuple[str, str]]:
     return [(ROLES[who.lower()], said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True)]
 
 
-def tidy_turns(turns: list[tuple[str, Any]], notes: list[str] | None = None) -> Chat:
+def tidy_turns(turns: list[tuple[str, Any]]) -> Chat:
     """tidy_messages of (role, text)."""
     messages: Messages = [
         {"role": role, "content": need_text(text, f"a {role} turn")} for role, text in turns
     ]
-    return tidy_messages(messages, notes or [])
+    return tidy_messages(messages, [])
 
 
 def tidy_messages(messages: Messages, notes: list[str], tools: list[Any] | None = None) -> Chat:

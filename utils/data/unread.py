@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from utils.data.cells import is_metadata
+from utils.data.cells import is_metadata, list_leaves
 from utils.data.layouts import TURNS
 from utils.data.preferences import REJECTED
 from utils.prompts.messages import LEARNED, Chat, Messages, Row
@@ -58,10 +58,9 @@ def find_unread(row: Row, said: str, read: Callable[[Row], Chat]) -> tuple[str, 
 
 def is_said(value: Any, said: str) -> bool:
     """Whether `said` holds every text in a value."""
-    if isinstance(value, str):
+    if isinstance(value, str):  # most are
         return value in said
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return all(is_said(part, said) for part in inner)
+    return all(leaf in said for leaf in list_leaves(value) if isinstance(leaf, str))
 
 
 def find_hidden(messages: Messages, shown: str) -> list[str]:
@@ -77,10 +76,7 @@ def find_hidden(messages: Messages, shown: str) -> list[str]:
 
 def list_texts(value: Any) -> list[str]:
     """The prose in a value, or in the lists and objects that it is made of."""
-    if isinstance(value, str):
-        return [value] if is_prose(value) else []
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [text for part in inner for text in list_texts(part)]
+    return [leaf for leaf in list_leaves(value) if isinstance(leaf, str) and is_prose(leaf)]
 
 
 def is_prose(text: str) -> bool:

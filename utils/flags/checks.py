@@ -12,7 +12,7 @@ from typing import Any
 from utils.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments, require_choice
 from utils.console import UserError, notice, read_rank_and_size
 from utils.flags.trackers import check_tracker
-from utils.flags.trainer_names import list_optimizers, list_schedulers
+from utils.flags.trainer_flags import list_optimizers, list_schedulers
 from utils.models.baichuan import is_baichuan
 from utils.models.folder import find_context, resolve_model
 from utils.models.hub import check_login
@@ -20,21 +20,8 @@ from utils.run.places import find_data
 from utils.run.record import RUN_FILE
 
 TWO_RATES = ("adamw", "paged_adamw", "lion", "paged_lion", "sgd", "rmsprop", "ademamix", "paged_ademamix")
-RECORDED_DATA_FIELDS = (
-    "dataset_name",
-    "eval_dataset_name",
-    "dataset_format",
-    "columns",
-    "data_dir",
-    "load_from_local",
-    "source_max_len",
-    "target_max_len",
-    "model_max_length",
-    "eval_dataset_size",
-    "truncation",
-    "train_on_source",
-    "train_last_turn_only",
-)
+# Data flags that an evaluation does not take from the run: they choose what is printed, or are its own.
+NOT_RECORDED = {"template", "max_train_samples", "max_eval_samples", "data_report", "ignore_data_report"}
 
 
 def resolve_arguments(
@@ -75,9 +62,8 @@ def resolve_arguments(
 
 def read_recorded_data(record: dict[str, Any]) -> dict[str, Any]:
     """The run's data flags, its files where they are found now."""
-    recorded = {
-        name: record["arguments"][name] for name in RECORDED_DATA_FIELDS if name in record["arguments"]
-    }
+    own = {field.name for field in dataclasses.fields(DataArguments)} - NOT_RECORDED
+    recorded = {name: value for name, value in record["arguments"].items() if name in own}
     for name in ("dataset_name", "eval_dataset_name", "data_dir"):
         if recorded.get(name):
             recorded[name] = find_data(recorded[name], record)

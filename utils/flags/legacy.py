@@ -12,6 +12,7 @@ RENAMED = {
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
 }
+SWITCHES = {"load_8bit": ["--bits", "8"], "adam8bit": ["--optim", "adamw_bnb_8bit"]}  # what they are when on
 # Flags without effect today, and why that is right.
 DROPPED = {
     "use_auth_token": "the token of `hf auth login` or HF_TOKEN is used by itself",
@@ -31,13 +32,11 @@ def translate_legacy_flags(argv: list[str], known: list[str]) -> list[str]:
         word = words.pop(0)
         flag, _, inline = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
-        if not flag.startswith("--") or flag in known:
-            translated.append(word)
-            continue
         values = [inline] if inline else []
         if not inline and words and not words[0].startswith("--"):
             values = [words[0]]
-        replacement = translate_flag(name, values)
+        is_today = not flag.startswith("--") or flag in known
+        replacement = None if is_today else translate_flag(name, values)
         if replacement is None:
             translated.append(word)
             continue
@@ -60,10 +59,8 @@ def translate_flag(name: str, values: list[str]) -> list[str] | None:
     if name == "group_by_length":
         sampling = "group_by_length" if read_switch(name, values) else "random"
         return announce(name, values, ["--train_sampling_strategy", sampling])
-    if name == "load_8bit":
-        return announce(name, values, ["--bits", "8"] if read_switch(name, values) else [])
-    if name == "adam8bit":
-        return announce(name, values, ["--optim", "adamw_bnb_8bit"] if read_switch(name, values) else [])
+    if name in SWITCHES:
+        return announce(name, values, SWITCHES[name] if read_switch(name, values) else [])
     if name == "no_gradient_checkpointing":
         return ["--gradient_checkpointing", "False"]
     if name == "lora_modules":

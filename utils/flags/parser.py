@@ -63,5 +63,6 @@ def prepend_flag(argv: list[str], flag: str) -> list[str]:
 def find_given_flags(argv: list[str]) -> set[str]:
     """Names of the fields set on the command line, 2023 names included."""
     names = {word.lstrip("-").split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
-    today = RENAMED | {"load_8bit": "bits", "adapter_name_or_path": "checkpoint_dir"}
+    today = RENAMED | {"load_8bit": "bits", "lora_modules": "lora_target_modules"}
+    today["adapter_name_or_path"] = "checkpoint_dir"
     return {today.get(name, re.sub(r"^no_", "", name)) for name in names}

@@ -3,13 +3,12 @@
 import importlib.util
 import netrc
 import os
-import socket
 from importlib.metadata import version
 from pathlib import Path
-from urllib.request import getproxies
 
 from utils.console import UserError
-from utils.flags.trainer_names import list_loggers, read_source
+from utils.flags.trainer_flags import list_loggers, read_source
+from utils.models.hub import check_host
 
 PACKAGES = {"azure_ml": "azureml", "dagshub": "dagshub", "flyte": "flytekit", "kubeflow": "kubeflow"}
 # Those that talk to a host as they start; the variable that keeps them offline, and its words for it.
@@ -40,8 +39,9 @@ def check_tracker(name: str) -> None:
         if is_wandb_offline():
             return
         check_wandb_login()
-    if not has_own_server(name) and not getproxies().get("https"):
-        check_host(name, host, f"{variable}={offline[0]}")
+    if not has_own_server(name):
+        cure = f"set {variable}={offline[0]} to record here, or --report_to none"
+        check_host(f"--report_to {name}:", f"https://{host}", cure)
 
 
 def check_swanlab_version(installed: str) -> None:
@@ -58,16 +58,6 @@ def check_swanlab_version(installed: str) -> None:
 def has_own_server(name: str) -> bool:
     """A server of one's own: where it is is the tracker's to know."""
     return any(key.startswith(name.split("_")[0].upper()) and "URL" in key for key in os.environ)
-
-
-def check_host(name: str, host: str, offline: str) -> None:
-    try:
-        socket.create_connection((host, 443), timeout=1.5).close()
-    except OSError as error:
-        raise UserError(
-            f"--report_to {name}: {host} cannot be reached ({error}): set {offline} to record here, or "
-            "--report_to none"
-        ) from error
 
 
 def is_wandb_offline() -> bool:

@@ -8,25 +8,22 @@ A starts random and B at zero, so training starts at the base model exactly. QLo
 and not query and value alone: by its section 4 that is what makes 4 bits as good as 16.
 """
 
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from utils.arguments import LoraArguments, ModelArguments, TrainingArguments
-from utils.console import UserError
+from utils.console import UserError, read_rank_and_size
 from utils.models.base import build_without_weights, choose_compute_dtype, load_base
 from utils.models.folder import ADAPTER_FILE, has_adapter, read_model_config
 from utils.models.trained_biases import keep_biases_in_float32
-from utils.run.processes import join_processes
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
+TIMEOUT_SECONDS = 1800  # that processes wait for one another; --ddp_timeout
 ADAPTABLE = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, Conv1D)  # of what PEFT adapts
 
 
@@ -35,13 +32,15 @@ def load_model(
     lora_args: LoraArguments,
     training_args: TrainingArguments,
     streams: bool = False,
-) -> "tuple[PeftModel | PreTrainedModel, torch.dtype]":
+) -> tuple[PeftModel | PreTrainedModel, torch.dtype]:
     """What is trained or evaluated: the frozen base with its adapter, and the dtype that it computes in.
 
     `streams`: the layers of the base wait in host memory.
     """
     dtype = choose_compute_dtype(model_args)
-    join_processes(model_args.use_cpu, training_args.extra.get("ddp_timeout"))
+    if read_rank_and_size()[1] > 1:  # the Trainer would set no timeout on CPUs
+        timeout = timedelta(seconds=training_args.extra.get("ddp_timeout") or TIMEOUT_SECONDS)
+        PartialState(cpu=model_args.use_cpu, timeout=timeout)
     if model_args.shard_layers:
         from utils.models.sharded import load_sharded
 
@@ -53,8 +52,8 @@ def load_model(
 
 
 def add_adapter(
-    model: "PreTrainedModel", model_args: ModelArguments, lora_args: LoraArguments, trainable: bool
-) -> "PeftModel | PreTrainedModel":
+    model: PreTrainedModel, model_args: ModelArguments, lora_args: LoraArguments, trainable: bool
+) -> PeftModel | PreTrainedModel:
     """The adapter of --checkpoint_dir, a fresh one, or none where every weight is trained or none is."""
     if model_args.full_finetune:
         return model
@@ -64,21 +63,19 @@ def add_adapter(
     return add_lora(model, lora_args) if trainable or model_args.bits in (4, 8) else model
 
 
-def add_lora(model: "PreTrainedModel", lora_args: LoraArguments) -> PeftModel:
+def add_lora(model: PreTrainedModel, lora_args: LoraArguments) -> PeftModel:
     """A fresh adapter, float32 whatever the base is: B is zero, so training starts at the base model.
 
     --init_lora_weights pissa (arXiv 2404.02948) takes the largest singular vectors of W for A and B, olora
     (2406.01775) the first of its QR; what they take is subtracted from W, so training starts there as well.
     """
-    targets: list[str] | str = lora_args.lora_target_modules
-    if targets == ["all-linear"]:
-        targets = "all-linear"
+    targets = lora_args.lora_target_modules
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora_args.lora_r,
         lora_alpha=lora_args.lora_alpha,  # type: ignore[arg-type]  # PEFT takes a float too
         lora_dropout=lora_args.lora_dropout,
-        target_modules=targets,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
         bias=lora_args.bias,
         use_rslora=lora_args.use_rslora,
         use_dora=lora_args.use_dora,
@@ -87,8 +84,8 @@ def add_lora(model: "PreTrainedModel", lora_args: LoraArguments) -> PeftModel:
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        targets = " ".join(lora_args.lora_target_modules)
-        raise UserError(f"PEFT refuses an adapter for --lora_target_modules {targets}: {error}") from error
+        named = " ".join(targets)
+        raise UserError(f"PEFT refuses an adapter for --lora_target_modules {named}: {error}") from error
     keep_biases_in_float32(adapted)
     return adapted
 
@@ -114,7 +111,7 @@ def check_target_modules(model_args: ModelArguments, lora_args: LoraArguments) -
         )
 
 
-def load_adapter(model: "PreTrainedModel", checkpoint_dir: str, trainable: bool = False) -> PeftModel:
+def load_adapter(model: PreTrainedModel, checkpoint_dir: str, trainable: bool = False) -> PeftModel:
     """The adapter of a run on its base, from safetensors; from a .bin where check_pickle has let it pass."""
     if not has_adapter(Path(checkpoint_dir)):
         raise UserError(f"--checkpoint_dir {checkpoint_dir} holds no {ADAPTER_FILE}")

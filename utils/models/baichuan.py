@@ -11,23 +11,6 @@ from utils.console import UserError
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel
 
-# Fields of its config.json that mean the same in LLaMA's.
-SHARED_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "use_cache",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "tie_word_embeddings",
-)
 PACKED = "self_attn.W_pack.weight"  # [3 * hidden, hidden]: q, k, v one under the other
 SPLIT = tuple(f"self_attn.{name}_proj.weight" for name in "qkv")
 
@@ -47,7 +30,8 @@ def is_baichuan(config: dict[str, Any]) -> bool:
 def build_llama_config(config: dict[str, Any]) -> "LlamaConfig":
     from transformers import LlamaConfig
 
-    fields = {name: config[name] for name in SHARED_FIELDS if name in config}
+    # Fields of LLaMA's that its config.json has too mean the same there.
+    fields = {name: value for name, value in config.items() if name in LlamaConfig.__annotations__}
     return LlamaConfig(**fields, architectures=["LlamaForCausalLM"])
 
 

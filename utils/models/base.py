@@ -20,12 +20,19 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from bitsandbytes.nn import Linear4bit
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import logging
 
 from utils.arguments import ModelArguments
@@ -37,11 +44,6 @@ from utils.fast.streamed_layers import stream_layers
 from utils.models.baichuan import build_llama_config, is_baichuan, load_baichuan
 from utils.models.cpu import choose_cpu_dtype, keep_weights_unpacked, repacks_weights
 from utils.models.folder import CONVERT, read_model_config
-from utils.models.stored_quantized import compute_in
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
-
 
 CUDA_CONTEXT = 820 * 2**20  # bytes that CUDA and its kernels take beside all that is allocated (H100)
 
@@ -76,7 +78,7 @@ def has_gpu(model_args: ModelArguments) -> bool:
 
 def load_base(
     model_args: ModelArguments, dtype: torch.dtype, trainable: bool = True, streams: bool = False
-) -> "PreTrainedModel":
+) -> PreTrainedModel:
     """The base model in 4, 8, 16 or 32 bits, frozen unless all of it is trained.
 
     `trainable`: gradients will flow through it; a process that only chats has faster ways on a CPU.
@@ -124,7 +126,22 @@ def load_base(
     return model
 
 
-def load_config(model_args: ModelArguments) -> "PretrainedConfig":
+def compute_in(model: Any, dtype: torch.dtype) -> None:
+    """Let the loaded layers unpack and multiply in `dtype`, whatever the checkpoint's maker computed in.
+
+    What is not quantized is loaded as it is stored, and brought to `dtype` here.
+    """
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            weight: Any = layer.weight
+            weight.quant_state.dtype = layer.compute_dtype = dtype
+            layer.compute_type_is_set = True
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def load_config(model_args: ModelArguments) -> PretrainedConfig:
     """transformers' config of the model that base.py loads."""
     config = read_model_config(model_args)
     if is_baichuan(config):
@@ -135,7 +152,7 @@ def load_config(model_args: ModelArguments) -> "PretrainedConfig":
         )
 
 
-def build_without_weights(model_args: ModelArguments) -> "PreTrainedModel":
+def build_without_weights(model_args: ModelArguments) -> PreTrainedModel:
     """The model's modules on the meta device."""
     config = load_config(model_args)
     with unknown_models_explained(model_args), torch.device("meta"):
@@ -187,18 +204,9 @@ def choose_weight_dtype(model_args: ModelArguments, dtype: torch.dtype) -> torch
 
 
 def quantize_linears(model: Any, model_args: ModelArguments, dtype: torch.dtype) -> None:
-    """Every linear layer but the output layer, which transformers leaves as it is."""
-    head = model.get_output_embeddings()
-    for name, layer in list(model.named_modules()):
-        if type(layer) is not nn.Linear or layer is head or model_args.bits not in (4, 8):
-            continue
-        new: Any
-        if model_args.bits == 4:
-            new = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=dtype)
-        else:
-            new = Linear8bitLt(layer.in_features, layer.out_features, False, has_fp16_weights=False)
-        new.bias = layer.bias
-        model.set_submodule(name, new)
+    """Every linear layer but the output layer, as from_pretrained does it; the new ones have no weights."""
+    if quantization := build_quantization(model_args, dtype):
+        replace_with_bnb_linear(model, get_keys_to_not_convert(model), quantization)
 
 
 def build_quantization(model_args: ModelArguments, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -218,18 +226,16 @@ def choose_placement(model_args: ModelArguments) -> dict[str, Any]:
     if not has_gpu(model_args):
         return {"device_map": {"": "cpu"}}
     if "LOCAL_RANK" in os.environ:
-        placement = {"device_map": {"": int(os.environ["LOCAL_RANK"])}}
-    elif torch.cuda.device_count() > 1:
-        notice(
-            f"one process, {torch.cuda.device_count()} GPUs: the layers are spread over them and the batch "
-            "flags are global; `accelerate launch` trains one copy on each instead"
-        )
-        limit = f"{model_args.max_memory_MB}MB"
-        caps = {"max_memory": dict.fromkeys(range(torch.cuda.device_count()), limit)}
-        return {"device_map": "auto"} | (caps if model_args.max_memory_MB else {})
-    else:
-        placement = {"device_map": {"": 0}}
-    return placement
+        return {"device_map": {"": int(os.environ["LOCAL_RANK"])}}
+    gpus = torch.cuda.device_count()
+    if gpus == 1:
+        return {"device_map": {"": 0}}
+    notice(
+        f"one process, {gpus} GPUs: the layers are spread over them and the batch flags are global; "
+        "`accelerate launch` trains one copy on each instead"
+    )
+    caps = {"max_memory": dict.fromkeys(range(gpus), f"{model_args.max_memory_MB}MB")}
+    return {"device_map": "auto"} | (caps if model_args.max_memory_MB else {})
 
 
 def cap_memory(model_args: ModelArguments, device: int | str) -> None:

@@ -17,10 +17,8 @@ from utils.models.weight_files import check_tokenizer, find_misfit, read_base_sh
 from utils.prompts.answer_spans import read_template
 from utils.prompts.messages import Thinking
 from utils.run.places import find_base
-from utils.run.record import CHANGING_STARTS, TOKENIZATION, find_run_dir, find_run_record
+from utils.run.record import ADAPTER_FILE, CHANGING_STARTS, TOKENIZATION, find_run_dir, find_run_record
 
-ADAPTER_FILE = "adapter_model.safetensors"
-NATIVE_KINDS = {"baichuan"}  # read without its own Python (utils/models/baichuan.py)
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 # What a run fixes for inference; flags given beside --checkpoint_dir override it.
 RECORDED_MODEL_FIELDS = (
@@ -138,7 +136,7 @@ def check_remote_code(model_args: ModelArguments, config: dict[str, Any]) -> Non
         notice(f"--trust_remote_code: Python code shipped with {name} may run here, with all your rights")
     elif "auto_map" in config:
         known = Path(transformers.__file__).parent / "models"
-        if kind not in NATIVE_KINDS and not (known / kind.replace("-", "_")).is_dir():
+        if not is_baichuan(config) and not (known / kind.replace("-", "_")).is_dir():
             raise UserError(
                 f"{name} is of a kind that transformers does not know ({kind}) and ships its own Python: "
                 "read that code, then allow it with --trust_remote_code"
@@ -205,8 +203,7 @@ def check_model_path(name: str, allow_pickle: bool) -> str:
             raise UserError(
                 f"--model_name_or_path {name}: the folder has no config.json, so it holds no model"
             )
-        if not any(path.glob("*.safetensors")):
-            check_pickle(path, "*.safetensors", allow_pickle)
+        check_pickle(path, "*.safetensors", allow_pickle)
         if not any(file.suffix in {".safetensors", *PICKLE_SUFFIXES} for file in path.iterdir()):
             raise UserError(
                 f"--model_name_or_path {name}: the folder has no .safetensors file: download it again"
@@ -221,12 +218,8 @@ def check_model_path(name: str, allow_pickle: bool) -> str:
 
 def read_model_config(model_args: ModelArguments) -> dict[str, Any]:
     """config.json of the base, from its folder or the hub."""
-    path = Path(model_args.base)
-    if not path.is_dir():
-        path = download_config(model_args)
-    else:
-        path = path / "config.json"
-    config = read_json(path)
+    folder = Path(model_args.base)
+    config = read_json(folder / "config.json" if folder.is_dir() else download_config(model_args))
     check_remote_code(model_args, config)
     return config
 

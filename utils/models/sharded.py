@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import QuantizationMethod
 
 from utils.arguments import ModelArguments
@@ -92,15 +93,15 @@ def list_layers(model: Any) -> list[tuple[str, nn.Module]]:
 def check_covered(model: Any) -> None:
     """Raises UserError for a model with parts that cannot be shared out."""
     layers = dict(list_layers(model))
-    outside = [
-        name
-        for name, each in model.named_modules()
-        if isinstance(each, Linear4bit) and not any(name.startswith(f"{layer}.") for layer in layers)
-    ]
+    linears: dict[str, Any] = {
+        name: each for name, each in model.named_modules() if isinstance(each, Linear4bit)
+    }
+    outside = [name for name in linears if not any(name.startswith(f"{layer}.") for layer in layers)]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     reasons = {
         "it has no layers to share out": not layers,
         f"{outside[0] if outside else ''} is in no layer": bool(outside),
+        "its matrices are [in, out]": any(each.source_cls is Conv1D for each in linears.values()),
         f"its embedding is a {type(embedding).__name__}": type(embedding) is not nn.Embedding,
         f"its output layer is a {type(head).__name__}": type(head) is not nn.Linear,
         "its rotary frequencies change with the longest row": find_shared_length(model.config) is not None,

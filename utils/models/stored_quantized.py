@@ -12,13 +12,10 @@ A 65B is 33 GB this way, and 131 GB in 16 bits. utils/quantize_base.py writes it
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from utils.arguments import ModelArguments
 from utils.console import UserError, notice
-
-if TYPE_CHECKING:
-    import torch
 
 CODES_STATE = ".quant_state.bitsandbytes__"  # in the name of the tensor that holds the JSON
 PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", CODES_STATE)
@@ -36,11 +33,8 @@ def follow_stored_bits(model_args: ModelArguments, config: dict[str, Any], given
         )
     fields: dict[str, Any] = {"bits": 8}
     if stored.get("load_in_4bit"):
-        kind, double = (
-            stored.get("bnb_4bit_quant_type", "fp4"),
-            stored.get("bnb_4bit_use_double_quant", False),
-        )
-        fields = {"bits": 4, "quant_type": kind, "double_quant": double}
+        fields = {"bits": 4, "quant_type": stored.get("bnb_4bit_quant_type", "fp4")}
+        fields["double_quant"] = stored.get("bnb_4bit_use_double_quant", False)
     for name, value in fields.items():
         mine = getattr(model_args, name)
         if mine != value and name in given:
@@ -52,23 +46,6 @@ def follow_stored_bits(model_args: ModelArguments, config: dict[str, Any], given
         how = ", ".join(f"{name} {value}" for name, value in fields.items())
         notice(f"{model_args.base} is stored quantized and taken as it is: {how}")
     return dataclasses.replace(model_args, **fields)
-
-
-def compute_in(model: Any, dtype: "torch.dtype") -> None:
-    """Let the loaded layers unpack and multiply in `dtype`, whatever the checkpoint's maker computed in.
-
-    What is not quantized is loaded as it is stored, and brought to `dtype` here.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for layer in model.modules():
-        if isinstance(layer, Linear4bit):
-            weight: Any = layer.weight
-            weight.quant_state.dtype = layer.compute_dtype = dtype
-            layer.compute_type_is_set = True
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
 
 
 def find_codes(names: list[str]) -> list[str]:

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -139,15 +138,11 @@ def load_tokenizer(
 
     `template` is set where it is named, `default` where the tokenizer has none.
     """
-    run = model_args.checkpoint_dir
-    if run is None or not Path(run, "tokenizer_config.json").is_file():
-        name, revision = model_args.base, model_args.revision
-    else:
-        name, revision = run, None
+    name = model_args.base
+    if model_args.checkpoint_dir and (model_args.adapter_dir / "tokenizer_config.json").is_file():
+        name = model_args.checkpoint_dir
     with unknown_models_explained(model_args):
-        tokenizer = load_own_tokenizer(
-            name, model_args.trust_remote_code, revision=revision, cache_dir=model_args.cache_dir
-        )
+        tokenizer = load_own_tokenizer(name, model_args.trust_remote_code, **model_args.where)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {model_args.base} has no eos token, so no reply could end")
     add_chat_template(tokenizer, template, default)
@@ -207,10 +202,7 @@ def add_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
         for token, token_id in tokenizer.get_vocab().items()
         if "pad" in token.lower() and token.startswith("<")
     )
-    for token in (tokenizer.unk_token, *(token for *_, token in reserved), tokenizer.eos_token):
-        if token is not None:
-            tokenizer.pad_token = token
-            return
+    tokenizer.pad_token = tokenizer.unk_token or (reserved[0][-1] if reserved else tokenizer.eos_token)
 
 
 def load_stop_ids(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.arguments import ModelArguments
 from utils.console import UserError
+from utils.models.hub import find_base_folder
 
 if TYPE_CHECKING:
     import torch
@@ -37,13 +38,8 @@ def find_weight_files(model_args: ModelArguments) -> dict[str, Path]:
     """{name: safetensors file} of the base's weights, downloaded where it is a hub id."""
     from safetensors import safe_open
 
-    folder = Path(model_args.base)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(model_args.base, allow_patterns="*.safetensors", **model_args.where))
     found: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(find_base_folder(model_args).glob("*.safetensors")):
         with safe_open(file, framework="numpy") as tensors:
             found |= dict.fromkeys(tensors.keys(), file)
     return found

@@ -168,11 +168,8 @@ def is_same(render: Render, before: Messages, message: dict[str, Any], silent: d
 
 def answer_turns(messages: Messages) -> list[int]:
     """Indices of the assistant turns that answer something; a leading assistant turn is no answer."""
-    asked = next(
-        (i for i, message in enumerate(messages) if message["role"] not in ("system", "assistant")), None
-    )
-    if asked is None:
-        return []
+    asking = (i for i, message in enumerate(messages) if message["role"] not in ("system", "assistant"))
+    asked = next(asking, len(messages))
     return [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > asked]
 
 

@@ -30,11 +30,7 @@ DEFAULTS = {
     mode: "".join(f"{{%- set {name} = {name} | default({str(mode).lower()}) %}}" for name in SWITCHES)
     for mode in (True, False)
 }
-MODES = {
-    "on": True,
-    "off": False,
-    "auto": None,
-}  # --thinking -> enable_thinking; None: the template's default
+MODES = {"on": True, "off": False, "auto": None}  # --thinking -> enable_thinking; None: the template's own
 
 
 @dataclass(frozen=True)
@@ -151,14 +147,13 @@ def has_thought(message: Message) -> bool:
 
 
 def choose_thoughts(messages: Messages, mode: Thinking) -> Messages:
-    """What --thinking trains of a chat: off drops its thoughts, on has answers without one as context."""
-    if mode == "auto":
-        return messages
+    """What --thinking on or off trains: off drops thoughts, on has answers without one as context."""
     if mode == "off":
         return [drop_thought(message) if has_thought(message) else message for message in messages]
-    without = {i for i, message in enumerate(messages) if message["role"] == "assistant"}
-    without -= {i for i, message in enumerate(messages) if has_thought(message)}
-    return [message | {LEARNED: False} if i in without else message for i, message in enumerate(messages)]
+    return [
+        message if message["role"] != "assistant" or has_thought(message) else message | {LEARNED: False}
+        for message in messages
+    ]
 
 
 def drop_thought(message: Message) -> Message:

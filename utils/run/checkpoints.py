@@ -10,7 +10,6 @@ and nothing is resumed from that is not, byte for byte, what its manifest says: 
 taken instead, with a line that names the file.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -21,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.console import UserError, notice
-from utils.run.record import hash_file
+from utils.run.record import fingerprint, hash_file
 
 MANIFEST_FILE = "manifest.json"
-ADAPTER_FILE = "adapter_model.safetensors"
 STATE_FILE = "trainer_state.json"
 RESUME_FILES = (STATE_FILE, "training_state.json", "optimizer.safetensors")
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt"}
@@ -62,8 +60,7 @@ def write_manifest(folder: Path, step: int, fingerprints: dict[str, str]) -> Non
 def render_manifest(content: dict[str, Any]) -> bytes:
     """The manifest's bytes; `sha256` is that of the rest, so that the manifest is checked as well."""
     content = {name: value for name, value in content.items() if name != "sha256"}
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return (json.dumps(content | {"sha256": digest}, indent=1) + "\n").encode()
+    return (json.dumps(content | {"sha256": fingerprint(content)}, indent=1) + "\n").encode()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -83,14 +80,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def find_fault(folder: Path) -> str | None:
-    """Why `folder` cannot be resumed from, naming the file; None where it can."""
-    damage = find_damage(folder)
-    if damage:
+def find_fault(folder: Path, needs_best: bool = False) -> str | None:
+    """Why `folder` cannot be resumed from, naming the file; None where it can.
+
+    `needs_best`: the checkpoint that was the best by then, by the log in `folder`, must be there too.
+    """
+    if damage := find_damage(folder):
         return damage
     files = read_manifest(folder)["files"]
-    absent = [name for name in RESUME_FILES if name not in files]
-    return f"it was saved without {absent[0]} (--save_only_model)" if absent else None
+    if absent := [name for name in RESUME_FILES if name not in files]:
+        return f"it was saved without {absent[0]} (--save_only_model)"
+    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    best = state["best_global_step"] if needs_best else None
+    damage = find_damage(folder.with_name(f"checkpoint-{best}")) if best else None
+    return f"the best step before it was {best}, and of checkpoint-{best} {damage}" if damage else None
 
 
 def find_damage(folder: Path) -> str | None:
@@ -111,21 +114,11 @@ def find_damage(folder: Path) -> str | None:
     return next((f"{path.name} was not saved with it" for path in foreign), None)
 
 
-def find_fault_of_best(folder: Path) -> str | None:
-    """Why the best step so far, by the log in `folder`, could not be kept at the end; None where it could."""
-    best = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["best_global_step"]
-    damage = find_damage(folder.with_name(f"checkpoint-{best}")) if best else None
-    return f"the best step before it was {best}, and of checkpoint-{best} {damage}" if damage else None
-
-
 def find_valid_checkpoint(output_dir: Path, needs_best: bool = False) -> Path | None:
-    """The newest checkpoint that is as it was saved; one line for each newer one that is not.
-
-    `needs_best`: so must be the one that was the best by then.
-    """
+    """The newest checkpoint without a fault; one line for each newer one that has one."""
     checkpoints = list_checkpoints(output_dir)
     for folder in reversed(checkpoints):
-        fault = find_fault(folder) or (find_fault_of_best(folder) if needs_best else None)
+        fault = find_fault(folder, needs_best)
         if fault is None:
             return folder
         notice(f"{folder} is skipped: {fault}")
@@ -208,47 +201,6 @@ def find_errno(error: BaseException | None) -> int | None:
         return error.errno
     match = re.search(r"\(os error (\d+)\)", str(error))
     return int(match[1]) if match else find_errno(error.__cause__)
-
-
-def verify_adapter(model: Any, folder: Path, initial: Path | None = None) -> None:
-    """Hold the adapter read back from `folder` against the one in memory; UserError where it differs.
-
-    `initial`: folder of the adapter that is subtracted in it, B A - B0 A0 being [B, -B0] [A; A0].
-    """
-    import torch
-    from peft import get_peft_model_state_dict
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    for name, began in load_file(initial / ADAPTER_FILE).items() if initial else ():
-        is_a = ".lora_A." in name
-        expected[name] = torch.cat([expected[name].cpu(), began if is_a else -began], dim=0 if is_a else 1)
-    with safe_open(folder / ADAPTER_FILE, framework="pt") as saved:
-        names = set(saved.keys())
-        wrong = sorted(names ^ expected.keys()) or [
-            name
-            for name, tensor in expected.items()
-            if not torch.equal(saved.get_tensor(name), tensor.detach().cpu())
-        ]
-    if wrong:
-        raise UserError(
-            f"the adapter read back from {folder} differs from the one in memory ({wrong[0]}, {len(wrong)} "
-            f"of {len(expected)} tensors): the disk or the memory is faulty, this save is not used"
-        )
-
-
-def check_adapter_learned(model: Any, steps: int) -> None:
-    """Raises UserError where every lora_B is still zero; names the layers whose own is."""
-    weights = {name: weight for name, weight in model.named_parameters() if ".lora_B." in name}
-    unchanged = [name.partition(".lora_B.")[0] for name, weight in weights.items() if not weight.any()]
-    if weights and len(unchanged) == len(weights):
-        raise UserError(
-            f"every lora_B is still zero after {steps} steps, so the adapter does nothing: the learning rate "
-            "was 0 throughout, or every step was skipped"
-        )
-    if unchanged:
-        notice(f"lora_B is still zero in {len(unchanged)} of {len(weights)} layers: {unchanged[0]}, ...")
 
 
 def flush_to_disk(path: Path) -> None:

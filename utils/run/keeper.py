@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
 
-from utils.console import UserError
+from utils.console import UserError, notice
 from utils.run.checkpoints import (
     WRITING,
-    check_adapter_learned,
     check_free_space,
     disk_errors_explained,
     find_damage,
@@ -24,11 +25,10 @@ from utils.run.checkpoints import (
     remove_checkpoint,
     remove_old_checkpoints,
     rename_into_place,
-    verify_adapter,
     write_manifest,
 )
-from utils.run.record import CHANGING_STARTS, INITIAL
-from utils.run.resume import find_lasting_arguments, fingerprint
+from utils.run.record import ADAPTER_FILE, CHANGING_STARTS, INITIAL, fingerprint
+from utils.run.resume import find_lasting_arguments
 
 WriteFiles = Callable[[Path], None]
 
@@ -64,8 +64,10 @@ class Keeper:
         """
         check_free_space(self.output_dir, expected_bytes)
         self.last_checkpoint = checkpoint
-        if isinstance(self.model, PeftModel) and find_start(self.model) in CHANGING_STARTS:
-            self.keep_initial(self.model)
+        if isinstance(self.model, PeftModel):
+            config = self.model.peft_config[self.model.active_adapter]
+            if str(getattr(config, "init_lora_weights", True)).lower() in CHANGING_STARTS:
+                self.keep_initial(self.model)
 
     def keep_initial(self, model: PeftModel) -> None:
         """The adapter as it begins, in INITIAL: what the finished one is to be without, to fit the base.
@@ -170,9 +172,40 @@ class Keeper:
         remove_old_checkpoints(self.output_dir, limit, keep)
 
 
-def find_start(model: PeftModel) -> str:
-    """PEFT's init_lora_weights of the adapter."""
-    return str(getattr(model.peft_config[model.active_adapter], "init_lora_weights", True)).lower()
+def verify_adapter(model: Any, folder: Path, initial: Path | None = None) -> None:
+    """Hold the adapter read back from `folder` against the one in memory; UserError where it differs.
+
+    `initial`: folder of the adapter that is subtracted in it, B A - B0 A0 being [B, -B0] [A; A0].
+    """
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    for name, began in load_file(initial / ADAPTER_FILE).items() if initial else ():
+        is_a = ".lora_A." in name
+        expected[name] = torch.cat([expected[name].cpu(), began if is_a else -began], dim=0 if is_a else 1)
+    with safe_open(folder / ADAPTER_FILE, framework="pt") as saved:
+        names = set(saved.keys())
+        wrong = sorted(names ^ expected.keys()) or [
+            name
+            for name, tensor in expected.items()
+            if not torch.equal(saved.get_tensor(name), tensor.detach().cpu())
+        ]
+    if wrong:
+        raise UserError(
+            f"the adapter read back from {folder} differs from the one in memory ({wrong[0]}, {len(wrong)} "
+            f"of {len(expected)} tensors): the disk or the memory is faulty, this save is not used"
+        )
+
+
+def check_adapter_learned(model: Any, steps: int) -> None:
+    """Raises UserError where every lora_B is still zero; names the layers whose own is."""
+    weights = {name: weight for name, weight in model.named_parameters() if ".lora_B." in name}
+    unchanged = [name.partition(".lora_B.")[0] for name, weight in weights.items() if not weight.any()]
+    if weights and len(unchanged) == len(weights):
+        raise UserError(
+            f"every lora_B is still zero after {steps} steps, so the adapter does nothing: the learning rate "
+            "was 0 throughout, or every step was skipped"
+        )
+    if unchanged:
+        notice(f"lora_B is still zero in {len(unchanged)} of {len(weights)} layers: {unchanged[0]}, ...")
 
 
 def estimate_checkpoint_bytes(model: torch.nn.Module, vocabulary: int, moment_bytes: int) -> int:

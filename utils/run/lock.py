@@ -44,11 +44,10 @@ def open_locked(path: Path) -> TextIO:
         file = open(path, "a+", encoding="utf-8")
         try:
             take_lock(file, path)
-            is_there = path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino
         except BaseException:
             file.close()
             raise
-        if is_there:
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
             break
         file.close()  # its last holder removed it between our opening and our locking
     file.truncate(0)

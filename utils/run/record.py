@@ -25,6 +25,7 @@ from typing import Any
 from utils.console import UserError
 
 RUN_FILE = "run.json"
+ADAPTER_FILE = "adapter_model.safetensors"
 INITIAL = "initial_adapter"  # of a run that began with a part of the base (--init_lora_weights pissa, olora)
 CHANGING_STARTS = ("pissa", "olora")  # PEFT's init_lora_weights that take what they begin with from the base
 TOKENIZATION = "rendered chats as a whole"  # how token ids come about; before it, prompts and answers apart
@@ -34,7 +35,7 @@ RUN_ARTIFACTS = (
     RUN_FILE,
     "README.md",
     "adapter_config.json",
-    "adapter_model.safetensors",
+    ADAPTER_FILE,
     "chat_template.jinja",
     "config.json",
     "eval_metrics*.json",
@@ -105,17 +106,13 @@ def hide_secrets(argv: list[str]) -> list[str]:
 
 def read_git_commit() -> str | None:
     """Commit of this checkout, with `+` when files differ from it; None outside git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    describe = "describe --always --exclude=* --abbrev=40 --dirty=+".split()
     try:
-        commit = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
-        ).stdout
+        return subprocess.check_output(
+            ["git", *describe], cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True
+        ).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit + ("+" if changed else "")
 
 
 def write_json(content: Any, path: Path) -> None:
@@ -170,7 +167,7 @@ def next_free_path(path: Path) -> Path:
 
 def describe_parent(folder: Path) -> dict[str, Any]:
     """For run.json of a run that starts from the adapter in `folder`: which it was, and what made it."""
-    weights, record = folder / "adapter_model.safetensors", find_run_record(folder) or {}
+    weights, record = folder / ADAPTER_FILE, find_run_record(folder) or {}
     return {
         "folder": str(folder),
         "adapter_sha256": hash_file(weights) if weights.is_file() else None,
@@ -187,3 +184,8 @@ def hash_file(path: Path) -> str:
 
 def hash_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fingerprint(content: Any) -> str:
+    """sha256 of plain values."""
+    return hash_text(json.dumps(content, sort_keys=True))

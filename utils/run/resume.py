@@ -8,7 +8,6 @@ and base, rows and prompt may not. A change is a line that says what was and wha
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, TypeGuard
 from utils.arguments import TrainingArguments
 from utils.console import UserError, notice
 from utils.prompts.messages import TRAIN
-from utils.run.checkpoints import find_fault, find_fault_of_best, find_valid_checkpoint, read_manifest
+from utils.run.checkpoints import find_fault, find_valid_checkpoint, read_manifest
 from utils.run.record import read_run_record
 
 # May differ between two starts of one run: they change what is printed or kept, not what is learned.
@@ -191,11 +190,8 @@ def read_resolved(training_args: TrainingArguments) -> dict[str, Any]:
     record = read_run_record(run) if training_args.do_train and not is_removed else None
     if record is None:
         return {}
-    decided_by = {
-        "path": "fast_lora",
-        "capacity": "gradient_checkpointing",
-        "recomputed_layers": "gradient_checkpointing",
-    }
+    decided_by = dict.fromkeys(("capacity", "recomputed_layers"), "gradient_checkpointing")
+    decided_by["path"] = "fast_lora"
     return {
         name: value
         for name, value in record.get("resolved", {}).items()
@@ -232,12 +228,12 @@ def choose_checkpoint(
     folder: Path | None
     if names_checkpoint(asked):
         folder = Path(asked)
-        is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name)
-        fault = find_fault(folder) if is_checkpoint else "its name is not checkpoint-N"
-        if needs_best and not fault:
+        fault: str | None = "its name is not checkpoint-N"
+        if re.fullmatch(r"checkpoint-\d+", folder.name):
             is_foreign = folder.resolve().parent != output_dir.resolve()
-            foreign = "with --load_best_model_at_end it must be the run's own"
-            fault = foreign if is_foreign else find_fault_of_best(folder)
+            fault = find_fault(folder, needs_best and not is_foreign)
+            if needs_best and is_foreign:
+                fault = fault or "with --load_best_model_at_end it must be the run's own"
         if fault:
             raise UserError(
                 f"--resume_from_checkpoint {asked}: {fault}; leave the flag out for the newest valid one"
@@ -265,10 +261,6 @@ def raise_unless_forced(change: str, force: bool) -> None:
             "same with --force_resume"
         )
     notice(f"--force_resume: {change}")
-
-
-def fingerprint(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def fingerprint_folder(folder: Path) -> str | None:
