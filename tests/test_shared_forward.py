@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, M
 from utils.decode.loop import GrowingSteps
 from utils.decode.shared_decoder import SharedDecoder
 from utils.decode.shared_forward import PART, ROWS, SharedForward, find_fault, read_part, read_tokens
+from utils.decode.token_choice import TokenChoice
 
 PROMPTS = [[5, 9, 4], [7, 8], [11, 12, 13, 14, 15, 16], list(range(20, 90)), [6]]
 # Their attention is not a call of transformers' interface, or their layers keep a window of the tokens.
@@ -98,6 +99,24 @@ def test_greedy_reply_is_what_transformers_own_generate_says(decoder):
         said = list(decoder.reply(ids, config).tokens())
         output = decoder.model.generate(torch.tensor([ids]), generation_config=config)
         assert said == output[0, len(ids) :].tolist()
+
+
+def test_fault_of_one_replys_choice_ends_that_reply_alone(decoder, monkeypatch):
+    config = GenerationConfig(max_new_tokens=30, do_sample=False, eos_token_id=None)
+    alone = list(decoder.reply(PROMPTS[2], config).tokens())
+    choose = TokenChoice.choose
+
+    def fail_for_seed_13(choice, logits):
+        if choice.generator.initial_seed() == 13:
+            raise RuntimeError("no token to choose")
+        return choose(choice, logits)
+
+    monkeypatch.setattr(TokenChoice, "choose", fail_for_seed_13)
+    other, broken = decoder.reply(PROMPTS[2], config), decoder.reply(PROMPTS[0], config, seed=13)
+    with pytest.raises(RuntimeError, match="no token to choose"):
+        list(broken.tokens())
+    assert list(other.tokens()) == alone
+    assert other.finish_reason == "length"
 
 
 def test_prompts_are_read_a_part_at_a_time_between_the_words_of_others(decoder, shapes):

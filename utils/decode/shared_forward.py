@@ -155,8 +155,9 @@ class SharedForward:
         reading = next((place for place in self.places if place.unread), None)
         if reading:
             self.adapter.turn(reading.reply.tuned)
-            read_part(self.steps.base, reading.unread[:PART], reading.cache)
-            del reading.unread[:PART]
+            with self.own_fault(reading):
+                read_part(self.steps.base, reading.unread[:PART], reading.cache)
+                del reading.unread[:PART]
         for tuned in (True, False):
             speaking = [place for place in self.places if place.reply.tuned == tuned and not place.unread]
             for first in range(0, len(speaking), ROWS):
@@ -167,8 +168,18 @@ class SharedForward:
         tokens, caches = [place.newest for place in places], [place.cache for place in places]
         logits = read_tokens(self.steps.base, tokens, caches)
         for place, row in zip(places, logits.split(1), strict=True):
-            if place.reply.add(int(place.choice.choose(row))):
-                self.leave(place)
+            with self.own_fault(place):
+                if place.reply.add(int(place.choice.choose(row))):
+                    self.leave(place)
+
+    @contextmanager
+    def own_fault(self, place: Place) -> Iterator[None]:
+        """A fault in what belongs to one reply ends that reply alone; one of the shared pass ends all."""
+        try:
+            yield
+        except Exception as error:  # raised again where the reply is read
+            self.places.remove(place)
+            place.reply.end("error", error)
 
     def leave(self, place: Place) -> None:
         self.places.remove(place)
