@@ -46,8 +46,15 @@ def test_b_learns_faster_than_a_by_the_ratio_as_in_plain_peft(
     assert kept[0].engine.name == ("fused" if fast == "True" else "plain")
 
 
-@pytest.mark.parametrize("fast", ["True", "False"])
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_bnb_8bit"])
+@pytest.mark.parametrize(
+    ("optim", "fast"),
+    [
+        ("adamw_bnb_8bit", "True"),
+        ("adamw_torch", "False"),
+        pytest.param("adamw_torch", "True", marks=pytest.mark.slow),
+        pytest.param("adamw_bnb_8bit", "False", marks=pytest.mark.slow),
+    ],
+)
 def test_run_with_two_rates_goes_on_to_the_same_bits(call_main, argv, tmp_path, fast, optim):
     flags = [*argv, "--loraplus_lr_ratio", 8, "--lr_scheduler_type", "cosine", "--save_steps", 1]
     flags += ["--fast_lora", fast, "--optim", optim, "--max_steps", 2]
@@ -102,8 +109,15 @@ def load_with_plain_peft(base, folder):
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
 
 
-@pytest.mark.parametrize("begin", CHANGING)
-@pytest.mark.parametrize("fast", ["True", "False"])
+@pytest.mark.parametrize(
+    ("fast", "begin"),
+    [
+        ("True", "pissa"),
+        ("False", "olora"),
+        pytest.param("True", "olora", marks=pytest.mark.slow),
+        pytest.param("False", "pissa", marks=pytest.mark.slow),
+    ],
+)
 def test_finished_adapter_fits_the_base_as_it_is(
     call_main, argv, tiny_model, tmp_path, float32_cpu, begin, fast
 ):

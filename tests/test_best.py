@@ -131,7 +131,11 @@ def test_evaluation_at_the_end_of_an_epoch_is_not_lost_between_save_and_kill(
         assert_same_step_kept(copy, run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)],
+    ids=lambda number: number.name,
+)
 def test_run_interrupted_at_random_moments_keeps_the_step_of_the_unbroken_one(
     server, best_command, tmp_path, number
 ):

@@ -1,5 +1,7 @@
 """The CUDA kernels of a reply: on a GPU as they are, elsewhere their source compiled for the CPU."""
 
+from itertools import product
+
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -375,8 +377,13 @@ def test_layers_where_they_stand_give_the_logits_of_the_model(name):
             assert relative(got, wanted) < 0.03
 
 
-@pytest.mark.parametrize("blocks", [1, 2, MOST_BLOCKS])
-@pytest.mark.parametrize("processors", [1, 5, 13])
+@pytest.mark.parametrize(
+    ("processors", "blocks"),
+    [
+        pytest.param(*pair, marks=() if pair in ((1, 1), (5, MOST_BLOCKS), (13, 2)) else pytest.mark.slow)
+        for pair in product((1, 5, 13), (1, 2, MOST_BLOCKS))
+    ],
+)
 def test_product_is_the_same_by_any_number_of_blocks(processors, blocks):
     """Also where many blocks share one tile, and again with the flags that the launch before has left."""
     torch.manual_seed(0)

@@ -38,10 +38,10 @@ def train(server, base_command, tmp_path_factory):
 @pytest.mark.parametrize(
     "short, long",
     [
-        (["--num_train_epochs", 1], ["--num_train_epochs", 2]),
+        pytest.param(["--num_train_epochs", 1], ["--num_train_epochs", 2], marks=pytest.mark.slow),
         (["--max_steps", 7], ["--max_steps", 17]),  # from the middle of an epoch to that of the next
-        (["--num_train_epochs", 1], ["--max_steps", 15]),
-        (["--max_steps", 15], ["--num_train_epochs", 2]),
+        pytest.param(["--num_train_epochs", 1], ["--max_steps", 15], marks=pytest.mark.slow),
+        pytest.param(["--max_steps", 15], ["--num_train_epochs", 2], marks=pytest.mark.slow),
         (["--num_train_epochs", 1, "--warmup_steps", 5], ["--num_train_epochs", 2, "--warmup_steps", 5]),
     ],
     ids=["epochs", "steps", "epochs, then steps", "steps, then epochs", "with warm-up"],

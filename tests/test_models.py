@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from helpers import ROOT
 from helpers.families import FAMILIES, build_llama2
 from helpers.models import assert_close_in_bfloat16, read_logits
-from helpers.runs import forget_second_step, trainer_kept
+from helpers.runs import forget_second_step, run_in_process, trainer_kept
 from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import GenerationConfig
@@ -37,8 +38,19 @@ TEXTS = [
 ]
 
 
+# Of the kind of another one: only their tokenizers are their own, and the bits of their layers tell nothing new.
+SAME_LAYERS = {"llama2", "llama3", "decapoda", "yi", "deepseek", "bloomz"}
+
+
 def each_family(test):
     return pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.id)(test)
+
+
+def each_kind_of_layers(test):
+    """Families whose layers are another one's are slow."""
+    marks = {True: pytest.mark.slow, False: ()}
+    cases = [pytest.param(one, marks=marks[one.id in SAME_LAYERS], id=one.id) for one in FAMILIES]
+    return pytest.mark.parametrize("family", cases)(test)
 
 
 @pytest.fixture
@@ -46,6 +58,29 @@ def trainers():
     """Of the runs that end, each with its model as it is in memory."""
     with trainer_kept() as kept:
         yield kept
+
+
+def train_family(bits, model, run):
+    """The run's model as it is in memory."""
+    with trainer_kept() as kept:
+        run_in_process(SCRIPTS[bits], "--model_name_or_path", model, *FLAGS, "--output_dir", run)
+    return kept[-1].model
+
+
+@pytest.fixture(scope="module")
+def trained_families(families, tmp_path_factory):
+    """(run, model) of each family in 4 bits, in float32, when first asked for: to be read."""
+    made = {}
+
+    def train(family):
+        if family.id not in made:
+            run = tmp_path_factory.mktemp("trained") / "run"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("QLORA_CPU_DTYPE", "float32")
+                made[family.id] = run, train_family(4, families(family), run)
+        return made[family.id]
+
+    return train
 
 
 def find_plain_linears(model):
@@ -69,23 +104,34 @@ def ask(call_main, monkeypatch, run, question):
 
 
 @each_family
-@pytest.mark.parametrize("bits", [4, 8])
 def test_family_trains_reloads_with_the_same_logits_and_chats(
-    family, bits, families, call_main, trainers, float32_cpu, tmp_path, monkeypatch
+    family, trained_families, call_main, float32_cpu, monkeypatch
 ):
-    run = tmp_path / "run"
-    call_main(SCRIPTS[bits], "--model_name_or_path", families(family), *FLAGS, "--output_dir", run)
-    model = trainers[-1].model
+    run, model = trained_families(family)
+    expected = check_reloaded(run, model)
+    # Trained in float32, chatted with on a CPU of the other kind.
+    monkeypatch.setenv("QLORA_CPU_DTYPE", "bfloat16")
+    assert_close_in_bfloat16(read_logits(load_chat(run).model), expected)
+    assert "> Who are you? 你是谁？\n" in ask(call_main, monkeypatch, run, "Who are you? 你是谁？")
+
+
+@each_kind_of_layers
+def test_family_does_so_in_8_bits(family, families, call_main, float32_cpu, tmp_path, monkeypatch):
+    model = train_family(8, families(family), tmp_path / "run")
+    check_reloaded(tmp_path / "run", model)
+    printed = ask(call_main, monkeypatch, tmp_path / "run", "Who are you? 你是谁？")
+    assert "> Who are you? 你是谁？\n" in printed
+
+
+def check_reloaded(run, model):
+    """A chat has the logits of `model`, which has just been trained; these logits."""
     assert find_plain_linears(model) <= {"lm_head", "embed_out"}
     chat = load_chat(run)
     expected = read_logits(model)
     assert torch.allclose(read_logits(chat.model), expected, atol=1e-4 * expected.abs().max().item())
     with chat.model.disable_adapter():
         assert not torch.allclose(read_logits(chat.model), expected, atol=1e-2)
-    if bits == 4:  # trained in float32, chatted with on a CPU of the other kind
-        monkeypatch.setenv("QLORA_CPU_DTYPE", "bfloat16")
-        assert_close_in_bfloat16(read_logits(load_chat(run).model), expected)
-    assert "> Who are you? 你是谁？\n" in ask(call_main, monkeypatch, run, "Who are you? 你是谁？")
+    return expected
 
 
 @pytest.mark.parametrize("bits", ["4", "16"])
@@ -114,10 +160,12 @@ def test_adapter_on_layers_that_are_used_twice_is_chatted_with(tiny_model, tmp_p
     assert len(load_chat(tmp_path).decoder.adapter.layers) == 3
 
 
-@each_family
-def test_family_resumes_to_the_same_adapter(family, families, call_main, tmp_path):
+@each_kind_of_layers
+def test_family_resumes_to_the_same_adapter(
+    family, families, trained_families, call_main, float32_cpu, tmp_path
+):
+    shutil.copytree(trained_families(family)[0], tmp_path / "run")
     argv = ["--model_name_or_path", families(family), *FLAGS, "--output_dir", tmp_path / "run"]
-    call_main("qlora_finetune", *argv)
     uninterrupted = load_file(tmp_path / "run" / "adapter_model.safetensors")
     forget_second_step(tmp_path / "run")
     assert "checkpoint-1" in call_main("qlora_finetune", *argv)

@@ -689,6 +689,8 @@ def test_next_turn_reads_only_what_is_new_and_says_the_same(chat, monkeypatch):
     turns = [("a", "tuned"), ("a", "tuned"), ("b", "tuned"), ("a", "base"), ("c", "base"), ("a", "tuned")]
     for size in (2, 0):
         figures.clear()
+        # What pages of other tests said to the same questions is forgotten.
+        chat.decoder.open_slots(1, 512, kept=0)
         server = Server(chat, kept_conversations=size)
         try:
             said = {}

@@ -1,10 +1,9 @@
 """The memory plan: held against plain arithmetic, against what bitsandbytes stores, and against a step cut short."""
 
 import dataclasses
+import functools
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -163,22 +162,19 @@ def test_gradient_is_the_same_to_the_bit_however_many_layers_are_recomputed(reco
     assert torch.equal(*gradients) and gradients[0].any()
 
 
-def test_dry_run_needs_no_weights_and_names_what_would_fit(tiny_model, tmp_path):
-    command = [sys.executable, "qlora_finetune.py", "--model_name_or_path", str(tiny_model), "--dry_run"]
-    command += ["--dataset_name", "data/guanaco_identity.jsonl", "--output_dir", str(tmp_path / "run")]
-    command += ["--model_max_length", "256"]
-    wide = subprocess.run([*command, "--max_memory_MB", "9000"], capture_output=True, text=True, check=True)
-    table = wide.stdout[wide.stdout.index("memory plan:") :].splitlines()
+def test_dry_run_needs_no_weights_and_names_what_would_fit(call_main, tiny_model, tmp_path):
+    argv = ["--model_name_or_path", tiny_model, "--dry_run", "--output_dir", tmp_path / "run"]
+    argv += ["--dataset_name", "data/guanaco_identity.jsonl", "--model_max_length", 256]
+    wide = call_main("qlora_finetune", *argv, "--max_memory_MB", 9000)
+    table = wide[wide.index("memory plan:") :].splitlines()
     *table, longest = table
     assert longest.startswith("longest row that fits")
     sizes = [float(line.split()[0]) for line in table[1:]]
     assert sizes[-1] == pytest.approx(sum(sizes[:-1]), abs=0.06) and ": it fits" in table[-1]
     assert sizes[-2] == pytest.approx(CUDA_CONTEXT / GIB, abs=0.01)
     small = CUDA_CONTEXT // 10**6 + 1
-    tight = subprocess.run(
-        [*command, "--max_memory_MB", str(small)], capture_output=True, text=True, check=True
-    )
-    assert "does not fit" in tight.stdout and "no single flag makes it fit" in tight.stdout
+    tight = call_main("qlora_finetune", *argv, "--max_memory_MB", small)
+    assert "does not fit" in tight and "no single flag makes it fit" in tight
     assert not list((tmp_path / "run").glob("adapter*"))
 
 
@@ -210,10 +206,14 @@ def plan_for(budget, host=None, streams=None, earlier=None):
     return make_plan(CONFIG, arguments, machine, np.array(LENGTHS), True, earlier or {}, streams)
 
 
+@functools.cache
+def find_capacity():
+    return plan_for(80 * GIB).capacity
+
+
 @pytest.mark.parametrize("count", range(5))
 def test_short_memory_is_met_by_as_few_savings_as_fit(wide_step, count):
-    capacity = plan_for(80 * GIB).capacity
-    needs = wide_step.measure(1, capacity, LAYERS, "adamw_torch_fused", SAVINGS[:count])
+    needs = wide_step.measure(1, find_capacity(), LAYERS, "adamw_torch_fused", SAVINGS[:count])
     one = plan_for(int(needs.total / 0.97) + 1)
     assert one.fits and one.savings == SAVINGS[:count] and len(one.saving_lines) == count
     assert all(re.fullmatch(r"memory is short: .* \(0\.\d\d GiB less\)", line) for line in one.saving_lines)
@@ -236,13 +236,10 @@ def test_savings_are_the_bytes_that_they_leave_out(wide_step):
 
 
 def test_layers_from_the_host_are_all_recomputed_and_need_host_memory(wide_step):
-    needs = wide_step.measure(1, plan_for(80 * GIB).capacity, LAYERS, "adamw_torch_fused", SAVINGS)
+    needs = wide_step.measure(1, find_capacity(), LAYERS, "adamw_torch_fused", SAVINGS)
     budget = int(needs.total / 0.97) + 1
     assert plan_for(budget).savings == SAVINGS and plan_for(budget).fits
-    assert (
-        needs.least_host
-        == needs.host - (LAYERS * plan_for(80 * GIB).capacity * HIDDEN * 2 * wide_step.offloads) // 2
-    )
+    assert needs.least_host == needs.host - (LAYERS * find_capacity() * HIDDEN * 2 * wide_step.offloads) // 2
     least = needs.least_host
     assert not plan_for(budget, host=least - 1).fits and plan_for(budget, host=least).fits
     assert (

@@ -180,11 +180,22 @@ def measure_with_plain_peft(base, folder):
 # Its parts
 
 
-def load_and_gather(rank, model):
+def take_plain_kernels():
+    """bitsandbytes' own code for odd sizes, as it is written: compiled, it takes half a minute to begin."""
+    from bitsandbytes.backends.default import ops
+
+    for name in ("_dequantize_blockwise_compute", "_dequantize_4bit_compute"):
+        kernel = getattr(ops, name)
+        setattr(ops, name, getattr(kernel, "__wrapped__", kernel))
+
+
+def load_and_gather(rank, model, compiles):
     """(codes, scales) of every layer as it is put together; what this process holds; bytes of a layer."""
     from utils.fast import sharded_layers
     from utils.models.sharded import load_sharded, measure_held
 
+    if not compiles:
+        take_plain_kernels()
     sharded_layers.PIECE = 1000  # so that a matrix has several
     base = load_sharded(ModelArguments(model_name_or_path=str(model)), torch.float32)
     layers = {}
@@ -202,6 +213,16 @@ def load_and_gather(rank, model):
 
 
 @pytest.fixture
+def plain_kernels():
+    """take_plain_kernels(), for this test alone."""
+    from bitsandbytes.backends.default import ops
+
+    before = dict(vars(ops))
+    yield take_plain_kernels
+    vars(ops).update(before)
+
+
+@pytest.fixture
 def odd_model(tmp_path):
     """One whose rows are no whole blocks of 64 weights, nor are its matrices."""
     config = LlamaConfig(
@@ -211,12 +232,22 @@ def odd_model(tmp_path):
     return tmp_path / "odd"
 
 
-@pytest.mark.parametrize("name, processes", [("small_model", 2), ("small_model", 3), ("odd_model", 2)])
+@pytest.mark.parametrize(
+    "name, processes, compiles",
+    [
+        ("small_model", 2, True),
+        ("small_model", 3, True),
+        pytest.param("odd_model", 2, True, marks=pytest.mark.slow),
+        ("odd_model", 2, False),
+    ],
+)
 def test_shared_layers_are_to_the_bit_what_bitsandbytes_makes_of_the_whole_model(
-    request, name, processes, float32_cpu
+    request, name, processes, compiles, float32_cpu, plain_kernels
 ):
     small_model = request.getfixturevalue(name)
-    found = run_function(processes, load_and_gather, small_model)
+    if not compiles:
+        plain_kernels()
+    found = run_function(processes, load_and_gather, small_model, compiles)
     base = load_base(ModelArguments(model_name_or_path=str(small_model)), torch.float32)
     expected = {
         re.sub(r"^model\.layers\.", "", name): layer

@@ -142,8 +142,8 @@ def test_next_turn_of_a_kept_conversation_reads_only_what_is_new(decoder, shapes
     decoder.open_slots(4, 512, kept=0, for_many=True)
 
 
-def check_135m(folder):
-    """The real model in 4 bits on two threads: greedy replies with others that come and go, and alone."""
+def check_two_threads(folder):
+    """A model in 4 bits on two threads: greedy replies with others that come and go, and alone."""
     from utils.arguments import ModelArguments
     from utils.models.base import choose_compute_dtype, load_base
 
@@ -170,8 +170,19 @@ def check_135m(folder):
         list(clients.map(ask, range(18)))
 
 
+def test_replies_on_two_threads_are_those_alone(tiny_model):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        check_two_threads(str(tiny_model))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
 def test_replies_of_the_135m_model_on_two_threads_are_those_alone(smollm2):
-    code = f"import sys; sys.path.insert(0, 'tests'); from test_shared_forward import check_135m; check_135m({str(smollm2)!r})"
+    code = "import sys; sys.path.insert(0, 'tests'); from test_shared_forward import check_two_threads; "
+    code += f"check_two_threads({str(smollm2)!r})"
     subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "2"}
     )

@@ -146,6 +146,7 @@ def test_flags_of_the_trainer_reach_it(call_main, tiny_model, tmp_path, monkeypa
 )
 def test_two_runs_with_one_seed_are_bitwise_equal(call_main, tiny_model, tmp_path, script):
     flags = ["--max_steps", "3", "--lora_dropout", "0.1", "--per_device_train_batch_size", "4"]
+    flags += ["--gradient_accumulation_steps", "2"]
     for name in ("first", "second"):
         train(call_main, tiny_model, tmp_path / name, *FLAGS, *flags, script=script)
     first, second = load_weights(tmp_path / "first"), load_weights(tmp_path / "second")
@@ -239,7 +240,8 @@ SETTINGS = {
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_setting_trains_and_its_adapter_learns(call_main, tiny_model, tmp_path, setting):
-    train(call_main, tiny_model, tmp_path / "run", *FLAGS, "--max_steps", "2", *SETTINGS[setting])
+    flags = [*FLAGS, "--max_steps", "2", "--gradient_accumulation_steps", "4", *SETTINGS[setting]]
+    train(call_main, tiny_model, tmp_path / "run", *flags)
     weights = load_weights(tmp_path / "run")
     assert all(torch.isfinite(weight).all() for weight in weights.values())
     assert any(weight.abs().sum() > 0 for name, weight in weights.items() if "lora_B" in name)
