@@ -3,9 +3,9 @@
 #   model    huggyllama/llama-7b
 #   data     OL-CC (BAAI, Chinese, https://data.baai.ac.cn/details/OL-CC):
 #            put its file at data/olcc.json
-#   gpu      not measured here
-#   memory   7.8 GiB held by 2,048 tokens, all layers recomputed; 14.7 with none; random weights (python -m eval.memory)
-#   time     17,107 tokens a second in 35.8 GiB, nothing recomputed, random weights, one H100; the whole run was not made here
+#   gpu      one of 8 GiB is enough for a row of 2,048 tokens
+#   memory   7.4 GiB held for 1x2048 under 8; 36.4 with nothing recomputed, random weights (python -m eval.memory --promises)
+#   time     5.8 rows of 2,048 tokens a second under 8 GiB; 16,700 tokens a second in 36.4, random weights, one H100; the whole run was not made here
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)  # paths are relative to where this is called from

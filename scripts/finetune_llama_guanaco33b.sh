@@ -3,7 +3,7 @@
 #   model    huggyllama/llama-30b
 #   data     oasst1 (timdettmers/openassistant-guanaco), 1,875 steps of 16 rows
 #   gpu      one of 24 GB in the paper (abstract, section 1)
-#   memory   23.0 GiB held for 1x512 under 24, 6.4 streamed from host memory, random weights (python -m eval.memory --promises)
+#   memory   22.8 GiB held for 1x512 under 24, 6.4 streamed from host memory, random weights (python -m eval.memory --promises)
 #   time     3.0 rows of 512 tokens a second, 1.1 streamed, random weights, one H100; the whole run was not made here
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }
 set -euo pipefail

@@ -3,8 +3,8 @@
 #   model    huggyllama/llama-65b
 #   data     oasst1 (timdettmers/openassistant-guanaco), 1,875 steps of 16 rows
 #   gpu      one of 48 GB in the paper (abstract, section 1)
-#   memory   42.0 GiB held for 1x512 under 44, 9.5 streamed from host memory, random weights (python -m eval.memory --promises)
-#   time     1.6 rows of 512 tokens a second, 0.7 streamed, random weights, one H100; the whole run was not made here
+#   memory   41.9 GiB held for 1x512 under 44, 9.5 streamed from host memory, random weights (python -m eval.memory --promises)
+#   time     1.7 rows of 512 tokens a second, 0.7 streamed, random weights, one H100; the whole run was not made here
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)  # paths are relative to where this is called from

@@ -4,7 +4,7 @@
 #   data     oasst1 (timdettmers/openassistant-guanaco), 1,875 steps of 16 rows
 #   gpu      one of 6.2 GiB is enough for a row of 512 tokens
 #   memory   5.9 GiB held at the least for 1x512 (cap 6.2), random weights (python -m eval.memory --promises)
-#   time     10.9 rows of 512 tokens a second under that cap, random weights, one H100; the whole run was not made here
+#   time     11.0 rows of 512 tokens a second under that cap, random weights, one H100; the whole run was not made here
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)  # paths are relative to where this is called from
