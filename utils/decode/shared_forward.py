@@ -178,7 +178,8 @@ class SharedForward:
         try:
             yield
         except Exception as error:  # raised again where the reply is read
-            self.places.remove(place)
+            if place in self.places:
+                self.places.remove(place)
             place.reply.end("error", error)
 
     def leave(self, place: Place) -> None:
