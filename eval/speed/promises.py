@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from eval.memory import MemoryArguments
 
 GIB = 2**30
+STREAMS = {"streamed": True, "resident": False}  # layers from host memory, or not; else the plan chooses
 
 
 @dataclass
@@ -86,7 +87,7 @@ def keep(case: str, steps: int) -> Promise:
     rows, width = map(int, batch.split("x"))
     arguments = choose_arguments(int(rank), rows, width, float(cap), words)
     model_args, _, lora_args, training_args = arguments
-    config, streams = SHAPES[shape](), True if "streamed" in words else False if "resident" in words else None
+    config, streams = SHAPES[shape](), next((STREAMS[word] for word in words if word in STREAMS), None)
     cap_memory(model_args, 0)
     machine = find_machine(model_args, torch.bfloat16)
     plan = make_plan(config, arguments, machine, np.full(rows, width), training_args.packing, {}, streams)

@@ -28,9 +28,7 @@ from utils.fast.model import FastModel, MicroBatch
 from utils.fast.offload import checkpoint_layer
 
 BLOCK = 512  # bytes: the CUDA allocator rounds up to multiples of this
-SMALL = (
-    2**20
-)  # bytes: up to here a tensor comes from the allocator's pool of small ones, which gives none back
+SMALL = 2**20  # bytes: tensors up to this come from a pool that serves no larger ones
 
 
 class LiveBytes(TorchDispatchMode):
@@ -94,7 +92,8 @@ class RehearsedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
         rows, _, width, _ = query.shape
-        out, bias = torch.empty_like(query), query.new_empty(rows, width, key.shape[2])
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])  # whose heads may be narrower (DeepSeek-V2)
+        bias = query.new_empty(rows, width, key.shape[2])
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, bias, sums)
         return out

@@ -4,7 +4,8 @@
     gathered       of layers that GPUs share (--shard_layers): the two that are whole at a time
     adapter        float32 weights and their 16-bit copy; float32 gradients
     optimizer      what it keeps of each adapter weight; a paged one keeps it in managed memory
-    activations    of the largest micro-batch, at the peak between forward and backward pass
+    activations    of the largest micro-batch, at the peak between forward and backward pass; what short ones
+                   of a narrow model take beside
     fragments      what the allocator reserves beside, a share of all
 
 A model's layers are alike, so rehearsals of two and three layers give the bytes of one, and a sum those of
