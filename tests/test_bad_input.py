@@ -18,9 +18,10 @@ from helpers import ROOT
 from helpers.fork_server import FLAGS, ForkServer
 from helpers.shell import run_script
 
+from utils.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments
 from utils.console import UserError, run_main
 from utils.flags.trackers import HOSTS, check_tracker
-from utils.run.run import check_overwriting
+from utils.run.run import check_overwriting, open_run
 
 # cli_demo.py by a Python that has no packages.
 BARE = 'import runpy, sys; sys.path.insert(0, "."); runpy.run_path("cli_demo.py", run_name="__main__")'
@@ -205,6 +206,22 @@ def test_output_dir_with_other_files_is_left_alone(tmp_path, tiny_model, rows):
     argv = ["--model_name_or_path", tiny_model, "--dataset_name", rows, "--output_dir", tmp_path / "run"]
     argv += ["--source_max_len", "100", "--target_max_len", "50"]
     assert_refused(tmp_path, "qlora_finetune.py", *argv, says=["holds other files", "--overwrite_output_dir"])
+
+
+def test_what_a_kill_left_half_written_of_a_first_start_is_no_other_file(tmp_path):
+    """Nor is what another process of the same start is writing: it may be seconds ahead."""
+    for name in ("run.lock", "data_report.json.4711.tmp", "run.json.4711.tmp"):
+        (tmp_path / name).touch()
+    arguments = (
+        ModelArguments("any"),
+        DataArguments(),
+        LoraArguments(),
+        TrainingArguments(output_dir=str(tmp_path)),
+    )
+    assert open_run(*arguments).earlier is None
+    (tmp_path / "thesis.json.4711.tmp").touch()
+    with pytest.raises(UserError, match="holds other files"):
+        open_run(*arguments)
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite_output_dir"]], ids=["plain", "overwriting"])

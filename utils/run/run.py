@@ -11,6 +11,7 @@ wrote down:
     begin              under the folder's lock: the checkpoint to go on from
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ from utils.run.resume import (
 )
 
 REPORT_FILES = {LOCK_FILE, "data_report.json", "data_report.png"}  # may be there before a run is
+# What a kill leaves of a first start, or what its other process writes just now (record.write_json).
+HALF_WRITTEN = re.compile(r"(data_report|run)\.json\.\d+\.tmp")
 
 
 class Run:
@@ -85,7 +88,8 @@ class Run:
         check_usable(self.folder)
         if self.overwrites:
             check_overwriting(self.folder, self.arguments)
-        found = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+        names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
+        found = {name for name in names if not HALF_WRITTEN.fullmatch(name)}
         if self.overwrites or found <= REPORT_FILES:
             return
         record = read_run_record(self.folder)
