@@ -32,6 +32,7 @@ def main() -> None:
     from utils.data.report import report_data
     from utils.data.thoughts import choose_thinking
     from utils.data.tokenizing import tokenize_rows
+    from utils.fast.compiling import start_compiling
     from utils.models.adapter import check_target_modules, load_model
     from utils.models.tokenizer import load_chat_tokenizer
     from utils.train.build import build_trainer
@@ -50,6 +51,7 @@ def main() -> None:
         return print_plan(datasets, model_args, data_args, lora_args, training_args)
 
     streams = needs_streaming(datasets, model_args, data_args, lora_args, training_args)
+    start_compiling()  # the GPU's kernels, while the weights load
     model, dtype = load_model(model_args, lora_args, training_args, streams)
     run.describe_model(model.config, tokenizer.describe())
     trainer = build_trainer(

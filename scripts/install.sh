@@ -32,7 +32,4 @@ if ! command -v nvidia-smi >/dev/null && ! python -c 'import torch' 2>/dev/null;
     --extra-index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu' 2>/dev/null || echo "no CPU build of torch is to be had: the standard build is installed"
 fi
 python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-if command -v nvidia-smi >/dev/null; then  # fused norms and rotary embedding; needs triton, useless without a GPU
-  python -m pip install --quiet --disable-pip-version-check liger-kernel==0.8.5
-fi
 sha256sum requirements.txt > "$stamp"

@@ -117,10 +117,13 @@ def test_sixteen_bits_stay_within_sixteen_bit_noise():
 def test_in_float32_evaluation_is_pefts_own():
     plain, fast = build_model("llama", 0.5), prepare(build_model("llama", 0.5))
     ids = build_batch(packed=False)["input_ids"]
+    tolerance = 0.0 if DEVICE == "cpu" else 1e-5  # a GPU's fused norms add in another order
     with torch.no_grad():
-        assert torch.equal(fast.model.eval()(ids).logits, plain.eval()(ids).logits)
+        found, expected = fast.model.eval()(ids).logits, plain.eval()(ids).logits
+        assert relative_difference({"": found}, {"": expected}) <= tolerance
         with fast.model.disable_adapter(), plain.disable_adapter():
-            assert torch.equal(fast.model(ids).logits, plain(ids).logits)
+            found, expected = fast.model(ids).logits, plain(ids).logits
+        assert relative_difference({"": found}, {"": expected}) <= tolerance
 
 
 def test_adapter_saves_and_loads_as_before(tmp_path):

@@ -311,4 +311,4 @@ def test_matrices_that_are_stored_transposed_are_planned_in_4_bits():
     """GPT-2's, which bitsandbytes packs as it packs linear layers: 12 n^2 weights a layer."""
     config, model_args = GPT2Config(n_embd=64, n_layer=4, n_head=2), ModelArguments()
     model = build_rehearsed(config, 2, model_args, LoraArguments(lora_r=4), torch.bfloat16)
-    assert count_weight_bytes(model, model_args)[0] == 2 * 12 * 64**2 // 2
+    assert count_weight_bytes(model)[0] == 2 * 12 * 64**2 // 2

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-import transformers.models.llama.modeling_llama as llama_code
-from helpers.architectures import CONFIGS, DEVICE, GQA, SIZES, VOCABULARY, build_model
+from helpers.architectures import CONFIGS, DEVICE, GQA, VOCABULARY, build_model
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
@@ -11,7 +10,6 @@ from transformers import (
     GPT2Config,
     GptOssConfig,
     Llama4TextConfig,
-    LlamaConfig,
     OpenAIGPTConfig,
     OPTConfig,
     PhimoeConfig,
@@ -21,7 +19,6 @@ from transformers import (
 )
 
 from utils.fast.attention import attend_packed, find_attention_obstacle, packed_attention
-from utils.fast.model import patch_if_equal
 from utils.fast.trials import find_packing_obstacle, shallow
 
 OLD = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
@@ -159,56 +156,6 @@ def test_a_model_that_mixes_rows_is_padded_and_a_line_says_why(capsys):
     assert not find_packing(build_base("gpt2"), training_args.with_values(packing=False))
 
 
-def test_a_patch_that_computes_something_else_is_taken_back(monkeypatch):
-    """As liger-kernel patches: the forward of an instance, and the rotary function that all layers call."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, initializer_range=0.2)).to(DEVICE)
-    norm, rotate = model.model.norm, llama_code.apply_rotary_pos_emb
-    monkeypatch.setattr(llama_code, "apply_rotary_pos_emb", rotate)  # set back after the test
-    ids = torch.arange(3, 40, device=DEVICE)[None]
-    expected = model(ids).logits
-
-    def patch(angle):
-        norm.forward = lambda x: torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, 1e-6)
-        llama_code.apply_rotary_pos_emb = lambda q, k, cos, sin: rotate(q, k, cos, angle * sin)
-
-    assert not patch_if_equal(model, lambda: patch(-1))
-    assert llama_code.apply_rotary_pos_emb is rotate and "forward" not in vars(norm)
-    assert torch.equal(model(ids).logits, expected)
-    assert patch_if_equal(model, lambda: patch(1)) and "forward" in vars(norm)
-    assert is_equal(model(ids).logits, expected)
-
-
-def test_what_is_patched_for_a_gpu_is_no_affair_of_models_elsewhere(monkeypatch):
-    """A second model of the process on a CPU, or one that is rehearsed, runs no kernel of the first one's."""
-    torch.manual_seed(0)
-    config = LlamaConfig(**SIZES)
-    model = AutoModelForCausalLM.from_config(config).to(DEVICE)
-    rotate, norm_class = llama_code.apply_rotary_pos_emb, llama_code.LlamaRMSNorm
-    monkeypatch.setattr(llama_code, "apply_rotary_pos_emb", rotate)  # set back after the test
-    monkeypatch.setattr(llama_code, "LlamaRMSNorm", norm_class)
-    devices = []
-
-    def fused(q, k, cos, sin, unsqueeze_dim=1):
-        devices.append(q.device.type)
-        return rotate(q, k, cos, sin)
-
-    def patch():
-        llama_code.apply_rotary_pos_emb, llama_code.LlamaRMSNorm = fused, torch.nn.LayerNorm
-
-    for _ in range(2):  # of two runs in one process
-        assert patch_if_equal(model, patch)
-    assert devices and llama_code.LlamaRMSNorm is norm_class
-    devices.clear()
-    ids = torch.arange(3, 40)[None]
-    with torch.device("meta"):
-        AutoModelForCausalLM.from_config(config)(ids.to("meta"))
-    AutoModelForCausalLM.from_config(config)(ids)
-    assert devices == [] and llama_code.apply_rotary_pos_emb.plain is rotate
-    model(ids.to(DEVICE))
-    assert set(devices) <= {"cuda"} and bool(devices) == (DEVICE == "cuda")
-
-
 def test_a_trial_runs_two_layers_and_one_of_each_kind_and_leaves_the_model_whole():
     kinds = ["sliding_attention"] * 4 + ["full_attention"] + ["sliding_attention"] * 3
     config = Gemma3TextConfig(**GQA | {"num_hidden_layers": 8}, head_dim=16, layer_types=kinds)
@@ -225,25 +172,3 @@ def test_a_trial_runs_two_layers_and_one_of_each_kind_and_leaves_the_model_whole
         raise RuntimeError
     assert calls == [0, 1, 2, 3, 4]
     assert torch.equal(model(ids).logits, before)
-
-
-def test_rounding_of_a_deep_random_model_is_no_mistake(monkeypatch):
-    """Norms in another order of rounding, as liger-kernel's are, are taken; a norm without its weight is not."""
-    torch.manual_seed(0)
-    config = LlamaConfig(**GQA | {"num_hidden_layers": 40}, initializer_range=0.2)
-    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
-    forward, chance = llama_code.LlamaRMSNorm.forward, torch.Generator().manual_seed(0)
-
-    def round_otherwise(norm, x):
-        y = forward(norm, x)
-        return y * (1 + 0.003 * torch.randn(y.shape, generator=chance)).to(y.dtype)
-
-    def forget_weight(norm, x):
-        return forward(norm, x) / 2
-
-    for replacement, is_taken in ((round_otherwise, True), (forget_weight, False)):
-        with monkeypatch.context() as patch:
-            taken = patch_if_equal(
-                model, lambda new=replacement, p=patch: p.setattr(llama_code.LlamaRMSNorm, "forward", new)
-            )
-        assert taken is is_taken

@@ -1,7 +1,7 @@
 """What the scripts are made of. Here, before anything else is imported: are the packages there at all?
 
-And what other packages say that nobody needs is kept quiet: two lines that come from the import of
-bitsandbytes and of liger-kernel, and that PEFT and the speed benchmarks use old names of transformers.
+And what other packages say that nobody needs is kept quiet: a line that comes from the import of
+bitsandbytes, and that PEFT and the speed benchmarks use old names of transformers.
 """
 
 import importlib.util
@@ -21,8 +21,6 @@ if importlib.util.find_spec("transformers") is None:  # most often: the environm
 NOISE = {  # logger -> how the line begins
     # On CPUs with AVX512-BF16, where the package `kernels` would fetch a product from the hub.
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
-    # On a GPU, for each back end of other hardware.
-    "liger_kernel.backends.registry": "Backend impl '%s' for op '%s' could not be imported",
 }
 
 

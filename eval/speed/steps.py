@@ -154,7 +154,7 @@ def list_runs(arguments: "SpeedArguments") -> list[tuple[str, str, str, float]]:
     """(variant, workload, dtype, dropout)"""
     runs = []
     once = {name_original(workload): workload for workload in reversed(arguments.workloads)}
-    for variant in VARIANTS:  # the fast path comes last: liger-kernel changes the model code of the process
+    for variant in VARIANTS:  # the fast path comes last: it replaces a function of the model code
         settings = [(dtype, p) for dtype in arguments.dtypes for p in arguments.dropouts]
         for dtype, dropout in settings if variant == "fast" else settings[-1:]:
             workloads = reversed(once.values()) if variant == "original" else arguments.workloads

@@ -7,6 +7,7 @@ the memory that the GPU would hold.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,24 +17,29 @@ from torch.nn import functional as F
 
 from utils.fast.token_keys import TokenKeys, draw_mask, draw_uniform
 
-try:
-    import triton
-
+kernels: Any = None  # stays so in a CPU build of torch, which has no Triton
+with suppress(ImportError):
     from utils.fast import triton_kernels as kernels
-except ImportError:  # a CPU build of torch has none
-    triton = None
 
 
 def takes_kernel(x: torch.Tensor) -> bool:
     """Whether `x` takes the branch that launches kernels."""
-    return x.is_meta or (triton is not None and x.is_cuda)
+    return x.is_meta or (kernels is not None and x.is_cuda)
+
+
+# (kernel, dtypes of its tensors and its other arguments, options) of what rehearsals would have launched.
+Launch = tuple[str, tuple[Any, ...], tuple[tuple[str, Any], ...]]
+rehearsed: set[Launch] = set()
 
 
 def launch(x: torch.Tensor, name: str, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Run the Triton kernel `name` on the device of `x`; nothing on the meta device."""
-    if not x.is_meta:
-        kernel: Callable = getattr(kernels, name)[grid]
-        kernel(*args, **options)
+    """Run the Triton kernel `name` on the device of `x`; the meta device only notes it (compiling.py)."""
+    if x.is_meta:
+        kinds = tuple(arg.dtype if isinstance(arg, torch.Tensor) else arg for arg in args)
+        rehearsed.add((name, kinds, tuple(options.items())))
+        return
+    kernel: Callable = getattr(kernels, name)[grid]
+    kernel(*args, **options)
 
 
 def divide_up(number: int, divisor: int) -> int:
@@ -47,10 +53,8 @@ def round_to_power(number: int) -> int:
 
 def unpack_4bit(weight: torch.Tensor, state: QuantState, out: torch.Tensor) -> torch.Tensor:
     """NF4 or FP4 codes into `out`  # [out, in]; double-quantized scales are decoded on the way."""
-    if out.is_meta:
-        return out
     if not takes_kernel(weight) or out.shape[1] % state.blocksize:
-        return out.copy_(dequantize_4bit(weight, state))
+        return out if out.is_meta else out.copy_(dequantize_4bit(weight, state))
     absmax, outer = state.absmax, state.state2
     row_blocks = out.shape[1] // state.blocksize
     launch(

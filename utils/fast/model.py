@@ -1,14 +1,11 @@
 """One micro-batch forward and backward on the fused path: adapter, attention and loss put together.
 
 The fused path must compute what the plain one does, on architectures that it has never seen. So nothing is
-taken for granted: each part (attention of packed rows, the loss, a fused MLP, liger's norms) is tried once on
-the model at hand, against the model's own forward, and left out with a printed reason where the results
-differ.
+taken for granted: each part (attention of packed rows, the loss, a fused MLP, norms, rotary embedding) is
+tried once on the model at hand, against the model's own forward, and left out with a printed reason where the
+results differ.
 """
 
-import sys
-from collections.abc import Callable
-from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -19,12 +16,15 @@ from transformers import PreTrainedModel
 
 from utils.console import notice
 from utils.fast.attention import find_attention_obstacle, packed_attention
+from utils.fast.compiling import wait_until_compiled
+from utils.fast.fused_norm import fuse_norms
+from utils.fast.fused_rotation import fuse_rotation
 from utils.fast.keyed_noise import key_dropout
 from utils.fast.lora_layers import find_obstacles, install_fast_evaluation, install_fast_lora
 from utils.fast.loss import OutputLayer, find_loss_obstacle, pick_targets
 from utils.fast.offload import SMALLEST_WIDTH, HostOffload, checkpoint_layer
 from utils.fast.sharded_layers import ShardedLayers
-from utils.fast.trials import ROW, draw_tokens, evaluating, find_layers, is_near, shallow
+from utils.fast.trials import find_layers
 from utils.prompts.messages import IGNORE_INDEX
 
 MicroBatch = dict[str, Any]
@@ -156,7 +156,10 @@ def prepare_fast_model(
     if all(obstacles):
         return f"no adapted layer is covered: {', '.join(sorted(set(filter(None, obstacles))))}"
     if model.device.type == "cuda":
-        apply_liger(model.get_base_model())
+        wait_until_compiled()
+    if model.device.type != "cpu":
+        fuse_norms(model)
+        fuse_rotation(model.get_base_model())
     fast = FastModel(model, dtype, offload, recomputed_layers, keeps_copy)
     if model.device.type != "meta":
         fast.print_obstacles()
@@ -167,66 +170,6 @@ def prepare_fast_evaluation(model: nn.Module, dtype: torch.dtype) -> None:
     """Let a model that is not trained any more compute what its training computed."""
     if isinstance(model, PeftModel) and len({parameter.device for parameter in model.parameters()}) == 1:
         install_fast_evaluation(model, dtype)
-
-
-def apply_liger(causal_model: Any) -> None:
-    """Fused norms and rotary embedding, where liger-kernel has them for this architecture."""
-    try:
-        from liger_kernel.transformers import monkey_patch
-    except ImportError:
-        notice("fast path: liger-kernel is not installed, norms and rotary embedding run unfused")
-        return
-    kind = causal_model.config.get_text_config().model_type
-    if kind not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
-        return
-    ours = {"swiglu": False, "geglu": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
-    patch = partial(monkey_patch._apply_liger_kernel_to_instance, causal_model, **ours)
-    if not patch_if_equal(causal_model, patch):
-        notice("fast path: norms and rotary embedding run unfused, liger-kernel's compute something else")
-
-
-def patch_if_equal(causal_model: Any, patch: Callable[[], None]) -> bool:
-    """Call `patch`; where the model then computes something else, take back what it did to it.
-
-    What it put into transformers' module is every later model's too, on a CPU or rehearsed without data,
-    where a kernel of a GPU reads what is not there: classes go back, functions are taken on a GPU alone.
-    """
-    spaces = [vars(module) for module in causal_model.modules()]
-    spaces.append(vars(sys.modules[type(causal_model).__module__]))  # the functions that layers call
-    before = [dict(space) for space in spaces]
-    expected = try_first_layers(causal_model)
-    patch()  # all layers
-    is_equal = is_near(try_first_layers(causal_model), expected)
-    if is_equal:
-        for name, old in before[-1].items():
-            new = spaces[-1][name]
-            if new is not old:
-                spaces[-1][name] = old if isinstance(old, type) else choose_by_device(new, old)
-        return True
-    for space, old_space in zip(spaces, before, strict=True):
-        for name in space.keys() - old_space.keys():
-            del space[name]
-        space.update(old_space)
-    return False
-
-
-def choose_by_device(fused: Callable, plain: Any) -> Callable:
-    """`fused` where the first argument lies on a GPU, else `plain`."""
-    plain = getattr(plain, "plain", plain)  # of an earlier model
-
-    @wraps(plain)
-    def choose(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (fused if first.is_cuda else plain)(first, *args, **kwargs)
-
-    choose.plain = plain  # type: ignore[attr-defined]
-    return choose
-
-
-def try_first_layers(causal_model: Any) -> torch.Tensor:
-    """Hidden states of two short rows  # [2, ROW, hidden_size]"""
-    with evaluating(causal_model), shallow(causal_model):
-        ids = draw_tokens(causal_model, 2, ROW)
-        return causal_model.base_model(input_ids=ids, use_cache=False)[0]
 
 
 def has_own_dropout(model: PeftModel) -> bool:

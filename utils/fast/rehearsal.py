@@ -7,10 +7,10 @@ milliseconds and without weights or a GPU, while every tensor that it makes is c
     loss       logits a chunk at a time
     backward   the last layer's gradients on top of all that is kept: here is the peak
 
-Kernels launch nothing there (kernels.py), and three things are stood in for: liger-kernel's norm keeps its
-input alone, attention to padded rows keeps no scores, as torch's kernels on a GPU do not (on the meta device
-torch takes the formula, with scores of every pair of tokens: 38 GiB for OPT-6.7B and 4 rows of 1,024), and
-the layer inputs that wait in host memory (offload.py) leave the GPU.
+Kernels launch nothing there (kernels.py), and two things are stood in for: attention to padded rows keeps no
+scores, as torch's kernels on a GPU do not (on the meta device torch takes the formula, with scores of every
+pair of tokens: 38 GiB for OPT-6.7B and 4 rows of 1,024), and the layer inputs that wait in host memory
+(offload.py) leave the GPU.
 """
 
 import weakref
@@ -23,9 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
+from utils.fast.attention import packed_attention
 from utils.fast.graphed_step import count_rows
 from utils.fast.model import FastModel, MicroBatch
 from utils.fast.offload import checkpoint_layer
+from utils.fast.trials import evaluating
 
 BLOCK = 512  # bytes: the CUDA allocator rounds up to multiples of this
 SMALL = 2**20  # bytes: tensors up to this come from a pool that serves no larger ones
@@ -65,25 +67,6 @@ class LiveBytes(TorchDispatchMode):
         self.live += sign * size
         self.live_small += sign * size if size <= SMALL else 0
         self.peak, self.peak_small = max(self.peak, self.live), max(self.peak_small, self.live_small)
-
-
-class RehearsedNorm(torch.autograd.Function):
-    """What liger-kernel's RMSNorm holds: x and one float32 a token; the gradient overwrites its own."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor):
-        ctx.save_for_backward(x, x.new_empty(x.shape[:-1], dtype=torch.float32))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx, dy: torch.Tensor):
-        return dy
-
-
-def rehearse_norms(model: nn.Module) -> None:
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = RehearsedNorm.apply
 
 
 class RehearsedAttention(torch.autograd.Function):
@@ -156,6 +139,14 @@ def rehearse_step(fast: FastModel, batch: MicroBatch) -> tuple[int, int]:
     with LiveBytes(given) as bytes_:
         fast.run(batch, scale)
     return bytes_.peak, bytes_.peak_small
+
+
+def rehearse_evaluation(fast: FastModel) -> None:
+    """Calls without gradient, as trials and evaluations are, launch kernels of their own: without dropout."""
+    batch = make_packed_batch(64)
+    bounds = {"cu_seq_lens_q": batch["cu_seqlens"], "max_length_q": batch["max_length"]}
+    with evaluating(fast.model), packed_attention(fast.causal_model):
+        fast.sum_losses(batch, **bounds)
 
 
 def make_packed_batch(tokens: int) -> MicroBatch:

@@ -69,6 +69,13 @@ def draw_tokens(model: Any, rows: int, tokens: int) -> torch.Tensor:
     return torch.randint(vocabulary, (rows, tokens), generator=generator).to(model.device)
 
 
+def try_first_layers(causal_model: Any) -> torch.Tensor:
+    """Hidden states of two short rows  # [2, ROW, hidden_size]"""
+    with evaluating(causal_model), shallow(causal_model):
+        ids = draw_tokens(causal_model, 2, ROW)
+        return causal_model.base_model(input_ids=ids, use_cache=False)[0]
+
+
 def is_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None) -> bool:
     """Whether the two differ by rounding alone: kernels of another order of sums, in the dtype at hand.
 
@@ -99,7 +106,7 @@ def find_packing_obstacle(model: Any) -> str | None:
     first, other, second = draw_tokens(model, 3, ROW).split(1)
     both = torch.cat([torch.cat([row, second], 1) for row in (first, other)])  # [2, 2 * ROW]
     positions = torch.arange(2 * ROW, device=both.device).expand(2, -1)
-    with evaluating(model):
+    with evaluating(model), shallow(model):
         alone = model(input_ids=second, use_cache=False).logits.float()  # [1, ROW, vocabulary]
         packed, joined = (
             model(input_ids=both, position_ids=places, use_cache=False).logits[:, -ROW:].float()

@@ -113,7 +113,7 @@ def drop_kernel(
         tl.store(dropped + place, kept.to(dropped.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["layer", "threshold"])
+@triton.jit(do_not_specialize=["tokens", "layer", "threshold"])
 def add_low_rank_kernel(
     total, left, right, tokens, width, keys, layer, threshold, scale,
     RANKS: tl.constexpr, DROPS: tl.constexpr, BLOCK_RANKS: tl.constexpr,
@@ -200,6 +200,86 @@ def gate_backward_kernel(
         key = tl.load(keys + row)
         values = tl.where(is_kept(key, layer, column, threshold), values * scale, 0.0)
     tl.store(grad + place, values.to(kind), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def norm_kernel(
+    x, weight, y, roots, tokens, width, eps, offset,
+    ROUNDS_FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """RMSNorm of ROWS tokens: x / root(mean(x^2) + eps) * (weight + offset); 1 / root is kept a token."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside, place = (row < tokens) & (column < width), row * width + column
+    values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    root = tl.rsqrt(tl.sum(values * values, 1, keep_dims=True) / width + eps)
+    tl.store(roots + row, root, mask=row < tokens)
+    values *= root
+    if ROUNDS_FIRST:
+        values = values.to(y.dtype.element_ty).to(tl.float32)
+    factor = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32) + offset
+    tl.store(y + place, (values * factor).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def norm_backward_kernel(
+    dy, x, weight, roots, dx, tokens, width, offset, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The gradient of x alone: root * (g - h mean(g h)) with h = x root, g = dy weight."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside, place = (row < tokens) & (column < width), row * width + column
+    root = tl.load(roots + row, mask=row < tokens, other=0.0)
+    normed = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * root
+    factor = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32) + offset
+    grad = tl.load(dy + place, mask=inside, other=0.0).to(tl.float32) * factor
+    mean = tl.sum(grad * normed, 1, keep_dims=True) / width
+    tl.store(dx + place, (root * (grad - normed * mean)).to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rotate_heads(
+    x, out, cosine, sine, HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    """The heads of one token: element i and i + HALF are turned, those from 2 HALF on are copied."""
+    head, column = tl.arange(0, BLOCK_HEADS)[:, None] * DIM, tl.arange(0, BLOCK_HALF)[None, :]
+    inside = (head < HEADS * DIM) & (column < HALF)
+    left = tl.load(x + head + column, mask=inside, other=0.0).to(tl.float32)
+    right = tl.load(x + head + HALF + column, mask=inside, other=0.0).to(tl.float32)
+    kind = out.dtype.element_ty
+    tl.store(out + head + column, (left * cosine - right * sine).to(kind), mask=inside)
+    tl.store(out + head + HALF + column, (right * cosine + left * sine).to(kind), mask=inside)
+    if DIM > 2 * HALF:
+        rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
+        inside = (head < HEADS * DIM) & (rest < DIM)
+        tl.store(out + head + rest, tl.load(x + head + rest, mask=inside), mask=inside)
+
+
+@triton.jit
+def rotate_kernel(
+    q, k, q_out, k_out, cos, sin, direction,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    """Rotary embedding of a token's queries, and in a program of their own of its keys.
+
+    A row of `cos` and `sin` has every angle twice, 2 HALF numbers. `direction` -1 turns back: the gradient.
+    """
+    token, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_HALF)[None, :]
+    place = token * 2 * HALF + column
+    cosine = tl.load(cos + place, mask=column < HALF, other=0.0).to(tl.float32)
+    sine = tl.load(sin + place, mask=column < HALF, other=0.0).to(tl.float32) * direction
+    if tl.program_id(1) == 0:
+        first = token * Q_HEADS * DIM
+        rotate_heads(
+            q + first, q_out + first, cosine, sine, Q_HEADS, DIM, HALF, BLOCK_Q, BLOCK_HALF, BLOCK_REST
+        )
+    else:
+        first = token * K_HEADS * DIM
+        rotate_heads(
+            k + first, k_out + first, cosine, sine, K_HEADS, DIM, HALF, BLOCK_K, BLOCK_HALF, BLOCK_REST
+        )
 
 
 @triton.jit

@@ -87,15 +87,14 @@ def needs_streaming(
     training_args: TrainingArguments,
 ) -> bool:
     """Whether the layers must be loaded into host memory, as the GPU has no room for them."""
-    if not has_gpu(model_args) or model_args.bits != 4 or not training_args.do_train:
+    if not has_gpu(model_args) or not training_args.do_train:
         return False
-    if model_args.shard_layers:
-        return False  # each GPU holds a share
     if "LOCAL_RANK" in os.environ:  # its own GPU's memory counts, and no other may get a context of it
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     arguments = (model_args, data_args, lora_args, training_args)
     machine = find_machine(model_args, choose_compute_dtype(model_args))
-    return LAYERS in plan_without_weights(datasets, arguments, machine, read_resolved(training_args)).savings
+    plan = plan_without_weights(datasets, arguments, machine, read_resolved(training_args))
+    return LAYERS in plan.savings and model_args.bits == 4 and not model_args.shard_layers
 
 
 def plan_without_weights(

@@ -29,7 +29,7 @@ from utils.fast.rehearsal import (
     make_packed_batch,
     make_padded_batch,
     rehearse_attention,
-    rehearse_norms,
+    rehearse_evaluation,
     rehearse_step,
 )
 from utils.models.rehearsed import build_rehearsed, count_weight_bytes
@@ -92,14 +92,13 @@ class StepNeeds:
     layers: int  # of the real model
     short: FastModel  # two layers
     long: FastModel  # three
-    model_args: ModelArguments
     is_packed: bool
     offloads: bool
     shares: int = 1  # GPUs that share the base
     peaks: dict[tuple[int, int, bool], tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        sizes = (count_weight_bytes(fast.model, self.model_args) for fast in (self.short, self.long))
+        sizes = (count_weight_bytes(fast.model) for fast in (self.short, self.long))
         self.weight_bytes = [self.extrapolate(*pair) for pair in zip(*sizes, strict=True)]
         self.trained = self.extrapolate(self.short.flat.weights.numel(), self.long.flat.weights.numel())
         embedding = find_host_embedding(self.short.causal_model)
@@ -169,7 +168,7 @@ class StepNeeds:
             others, host = others - self.embedding_bytes, host + self.embedding_bytes
         if LAYERS in savings:  # two of them are on the GPU
             host += codes + scales
-            codes, scales, _ = count_weight_bytes(self.short.model, self.model_args)
+            codes, scales, _ = count_weight_bytes(self.short.model)
         if OPTIMIZER in savings:
             host, state = host + state, count_piece_bytes(self.trained)
         inputs = recomputed * rows * tokens * self.hidden_bytes if self.offloads else 0
@@ -195,6 +194,9 @@ def count_state_bytes(optim: str) -> int:
     return bits32 // 4 if "8bit" in optim else bits32
 
 
+rehearsals: dict[str, StepNeeds | str] = {}  # the last, by all that it follows from
+
+
 def rehearse_model(
     config: Any,
     model_args: ModelArguments,
@@ -203,11 +205,20 @@ def rehearse_model(
     is_packed: bool,
     offload: bool,
 ) -> StepNeeds | str:
-    """The needs of training `config`'s model; a line why they cannot be foreseen."""
-    try:
-        return rehearse(config, model_args, lora_args, dtype, is_packed, offload)
-    except Exception as error:  # whatever a model's code does with tensors that have no data
-        return f"its step cannot be rehearsed: {(str(error) or type(error).__name__).splitlines()[0]}"
+    """The needs of training `config`'s model; a line why they cannot be foreseen.
+
+    The last ones are kept: a run is planned before and after its weights are loaded.
+    """
+    values = {name: x for name, x in config.to_dict().items() if name not in ("dtype", "quantization_config")}
+    key = repr((values, model_args, lora_args, dtype, is_packed, offload))
+    if key not in rehearsals:
+        rehearsals.clear()
+        try:
+            rehearsals[key] = rehearse(config, model_args, lora_args, dtype, is_packed, offload)
+        except Exception as error:  # whatever a model's code does with tensors that have no data
+            line = (str(error) or type(error).__name__).splitlines()[0]
+            rehearsals[key] = f"its step cannot be rehearsed: {line}"
+    return rehearsals[key]
 
 
 def rehearse(
@@ -224,7 +235,6 @@ def rehearse(
         fast = prepare_fast_model(model, dtype, offload=False)
         if isinstance(fast, str):
             return fast
-        rehearse_norms(model)
         if not is_packed:
             rehearse_attention(model)
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
@@ -233,6 +243,8 @@ def rehearse(
     text = config.get_text_config()
     offloads = offload and text.hidden_size >= SMALLEST_WIDTH
     short, long = models
-    step = StepNeeds(text.num_hidden_layers, short, long, model_args, is_packed, offloads)
+    step = StepNeeds(text.num_hidden_layers, short, long, is_packed, offloads)
     step.measure(1, 64, 0, "adamw_torch")  # what cannot be rehearsed shows now
+    if is_packed:
+        rehearse_evaluation(short)
     return step
