@@ -4,6 +4,8 @@ import importlib
 import os
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from utils.arguments import LoraArguments, ModelArguments
-from utils.fast import fused_norm, fused_rotation, kernels
+from utils.fast import compiling, fused_norm, fused_rotation, kernels
 from utils.fast.fused_norm import CONVENTIONS, FusedNorm, find_convention, fuse_norms
 from utils.fast.fused_rotation import NAME, Rotation, choose_rotation, fuse_rotation
 from utils.train.needs import rehearse
@@ -212,6 +214,41 @@ def test_rehearsal_notes_each_kernel_that_a_step_and_an_evaluation_launch(monkey
     kinds = {name: arguments for name, arguments, _ in kernels.rehearsed}
     assert kinds["unpack_4bit_kernel"][:2] == (torch.uint8, torch.bfloat16)
     assert kinds["unpack_4bit_kernel"][4:] == (torch.float32, torch.uint8, *[torch.float32] * 3)
+
+
+def test_each_kernel_is_compiled_by_one_thread_on_this_processs_gpu(monkeypatch):
+    calls, devices = [], []
+
+    class Kernel:
+        def warmup(self, *arguments, grid, **options):
+            calls.append((self, arguments, options, threading.get_ident()))
+            return SimpleNamespace(_init_handles=lambda: None)
+
+    one, other = Kernel(), Kernel()
+    monkeypatch.setattr(compiling, "kernels", SimpleNamespace(one=one, other=other))
+    noted = {
+        ("one", (torch.bfloat16, 64), (("BLOCK", 8),)),
+        ("one", (torch.bfloat16, 65), ()),
+        ("other", (1.0,), ()),
+    }
+    monkeypatch.setattr(compiling, "rehearsed", noted)
+    monkeypatch.setattr(compiling, "load_products", lambda: None)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: devices.append((device, threading.get_ident()))
+    )
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    compiling.start_compiling()
+    assert not compiling.compiling
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    compiling.start_compiling()
+    compiling.wait_until_compiled()
+    assert sorted(map(str, (call[1:3] for call in calls))) == sorted(
+        map(str, [((torch.bfloat16, 64), {"BLOCK": 8}), ((torch.bfloat16, 65), {}), ((1.0,), {})])
+    )
+    assert len({thread for kernel, *_, thread in calls if kernel is one}) == 1
+    assert {device for device, _ in devices} == {3}
+    assert {thread for _, thread in devices} >= {call[-1] for call in calls}
 
 
 COUNT = """

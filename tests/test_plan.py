@@ -172,6 +172,11 @@ def test_dry_run_needs_no_weights_and_names_what_would_fit(call_main, tiny_model
     sizes = [float(line.split()[0]) for line in table[1:]]
     assert sizes[-1] == pytest.approx(sum(sizes[:-1]), abs=0.06) and ": it fits" in table[-1]
     assert sizes[-2] == pytest.approx(CUDA_CONTEXT / GIB, abs=0.01)
+    eight = [*argv, "--max_memory_MB", 9000, "--bits", 8]
+    alone, ways = (
+        call_main("qlora_finetune", *eight, *more).splitlines() for more in ([], ["--num_gpus", 2])
+    )
+    assert alone[-1] == ways[-1]  # of one GPU, though two that share the base were looked at
     small = CUDA_CONTEXT // 10**6 + 1
     tight = call_main("qlora_finetune", *argv, "--max_memory_MB", small)
     assert "does not fit" in tight and "no single flag makes it fit" in tight

@@ -19,18 +19,20 @@ compiling: list[Thread] = []
 
 
 def start_compiling() -> None:
-    """Begin with all that rehearsals of this process have met; nothing where Triton is not installed."""
-    if kernels is not None and rehearsed:
-        compiling.append(Thread(target=compile_all, args=[set(rehearsed)], daemon=True))
+    """Begin with all that rehearsals of this process have met; nothing where no GPU or no Triton is."""
+    if kernels is not None and rehearsed and torch.cuda.is_available():
+        arguments = (set(rehearsed), torch.cuda.current_device())
+        compiling.append(Thread(target=compile_all, args=arguments, daemon=True))
         compiling[-1].start()
 
 
-def compile_all(launches: set[Launch]) -> None:
+def compile_all(launches: set[Launch], device: int) -> None:
+    """On the GPU `device`: a thread would begin on the first one, which may be another process's."""
     forms = defaultdict(list)  # of each kernel, which Triton tells apart itself
     for launch in launches:
         forms[launch[0]].append(launch)
     by_forms = sorted(forms.values(), key=len)
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(THREADS, initializer=lambda: torch.cuda.set_device(device)) as pool:
         wait([pool.submit(compile_kernel, by_forms[0])])  # it reads Triton's own files, once for all
         wait([pool.submit(load_products), *(pool.submit(compile_kernel, found) for found in by_forms[1:])])
 

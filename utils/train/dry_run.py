@@ -122,6 +122,7 @@ def find_longest_row(arguments: Arguments, machine: Machine) -> list[str]:
     step = rehearse_model(load_config(model_args), model_args, lora_args, machine.dtype, True, offload)
     if isinstance(step, str):
         return []
+    step.shares = machine.shares
     optim = "adamw_torch_fused" if training_args.optim == "auto" else training_args.optim
     ladder = list_ladder(step, machine, optim, model_args.bits, None)
     tokens, longest, limit = 4 * TILE, 0, ""
