@@ -35,7 +35,7 @@ class SpeedArguments:
     dtypes: list[str] = flag(["bf16"], "bf16, fp16, fp32: of the fast path.")
     lora_r: int = flag(64, "Rank of the adapter.")
     dropouts: list[float] = flag([0.1], "LoRA dropout of the fast path.")
-    capacity: int = flag(8192, "Largest packed micro-batch of real lengths, tokens.")
+    capacity: list[int] = flag([8192], "Largest packed micro-batches of real lengths, tokens.")
     steps: int = flag(
         4, "Optimizer steps timed; on a CPU and of padded variants three at most (24 of real-4)."
     )

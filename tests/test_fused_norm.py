@@ -104,7 +104,6 @@ def test_every_norm_of_a_family_is_taken_and_computes_the_same(name, monkeypatch
     forward = fused_norm.FusedNorm.apply
     monkeypatch.setattr(fused_norm.FusedNorm, "apply", lambda *args: calls.append(1) or forward(*args))
     if DEVICE == "cpu":
-        monkeypatch.setattr(fused_norm, "forward_norm", None)
         for norm in norms:
             given = norm.forward.args
             norm.forward = lambda x, given=given: fused_norm.FusedNorm.apply(x, *given[1:])
@@ -249,6 +248,19 @@ def test_each_kernel_is_compiled_by_one_thread_on_this_processs_gpu(monkeypatch)
     assert len({thread for kernel, *_, thread in calls if kernel is one}) == 1
     assert {device for device, _ in devices} == {3}
     assert {thread for _, thread in devices} >= {call[-1] for call in calls}
+
+
+def test_kernel_that_does_not_compile_ahead_is_told(monkeypatch, capsys):
+    class Broken:
+        def warmup(self, *arguments, grid):
+            raise ValueError("no such option")
+
+    monkeypatch.setattr(compiling, "kernels", SimpleNamespace(one=Broken()))
+    monkeypatch.setattr(compiling, "load_products", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    compiling.compile_all({("one", (1.0,), ())}, 0)
+    told = "not compiled ahead, but where it is launched first: ValueError: no such option\n"
+    assert capsys.readouterr().out == told
 
 
 COUNT = """

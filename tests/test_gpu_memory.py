@@ -11,6 +11,7 @@ from utils.fast.memory import pin_copy
 from utils.fast.model import prepare_fast_model
 from utils.fast.streamed_layers import find_store
 from utils.models.adapter import add_lora
+from utils.run.keeper import copy_adapter, verify_adapter
 from utils.train.host_adam import PIECE, HostAdamW
 
 pytestmark = [
@@ -98,6 +99,15 @@ def test_adam_with_moments_on_the_host_is_the_fused_adam():
     (ours, our_state), (theirs, their_state) = made
     assert torch.equal(ours, theirs)
     assert all(torch.equal(our_state[name].cuda(), value.cuda()) for name, value in their_state.items())
+
+
+def test_saving_an_adapter_takes_no_memory_of_the_gpu(tmp_path):
+    model = build(streams=False).model  # its adapter is one buffer
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model.save_pretrained(tmp_path, state_dict=copy_adapter(model), save_embedding_layers=False)
+    assert torch.cuda.max_memory_allocated() - before < 2**20
+    verify_adapter(model, tmp_path)
 
 
 def test_adapter_without_a_copy_trains_as_with_one():

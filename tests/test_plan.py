@@ -16,13 +16,14 @@ from eval.speed.shapes import SHAPES, build_random_model, count_linear_weights
 from eval.speed.workloads import REAL_LENGTHS
 from utils.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments
 from utils.fast.model import prepare_fast_model
+from utils.fast.rehearsal import RehearsedOffload, make_packed_batch, rehearse_step
 from utils.models.base import CUDA_CONTEXT, load_config
 from utils.models.rehearsed import build_rehearsed, count_weight_bytes
 from utils.train import dry_run
 from utils.train.dry_run import describe_time, find_longest_row
 from utils.train.epoch_time import estimate_epoch_seconds
 from utils.train.needs import FRAGMENTS, GRANULES, WORKSPACE, count_state_bytes, rehearse_model
-from utils.train.plan import Machine, Plan, Rows, make_plan, measure_cost
+from utils.train.plan import Machine, Plan, Rows, choose_fastest, make_plan, measure_cost
 from utils.train.savings import SAVINGS
 
 HIDDEN, GATE, HEADS, KV_HEADS, RANK, LAYERS = 512, 1408, 8, 2, 16, 6
@@ -100,6 +101,34 @@ def test_short_micro_batches_of_a_narrow_model_take_small_blocks_beside(step, mo
     assert step.find_small(1024, 0) == 0  # all are small already
     monkeypatch.setattr(step, "hidden_bytes", 8192)  # of LLaMA-7B
     assert step.find_small(8192, 0) == 0
+
+
+@pytest.mark.parametrize("offload", [True, False])
+@pytest.mark.parametrize("recomputed", range(6))
+def test_some_layers_recomputed_take_what_a_rehearsal_of_the_whole_model_takes(offload, recomputed):
+    """As wide as --offload_checkpoints wants it, so the input of one layer is still on its way."""
+    layers, lora_args = 5, LoraArguments(lora_r=RANK, lora_dropout=0.1)
+    config = LlamaConfig(**CONFIG.to_dict() | {"hidden_size": 2048, "num_hidden_layers": layers})
+    step = rehearse_model(config, ModelArguments(), lora_args, torch.bfloat16, True, offload)
+    model = build_rehearsed(config, layers, ModelArguments(), lora_args, torch.bfloat16)
+    fast = prepare_fast_model(model, torch.bfloat16, offload=False, recomputed_layers=recomputed)
+    fast.store = RehearsedOffload() if offload else None
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    whole, _ = rehearse_step(fast, make_packed_batch(1024))
+    assert step.find_activations(1, 1024, recomputed) == pytest.approx(whole, rel=0.002)
+
+
+def test_of_plans_as_fast_the_one_with_fewer_savings_and_larger_micro_batches_is_taken():
+    def plan(cost, capacity=2048, savings=()):
+        return Plan("adamw_torch_fused", capacity, savings=savings, step_tokens=cost)
+
+    least = plan(10_000.0)
+    assert choose_fastest([plan(10_050.0, 4096), least, plan(10_090.0, 8192)]).capacity == 8192
+    assert choose_fastest([least, plan(10_150.0, 8192)]) is least
+    assert choose_fastest([plan(9_800.0, savings=SAVINGS[:3]), least]) is least
+    much = plan(9_600.0, savings=SAVINGS[:3])
+    assert choose_fastest([much, least]) is much
 
 
 def test_padded_rows_keep_no_scores_where_a_kernel_attends():
@@ -280,8 +309,10 @@ def test_longest_row_is_the_longest_whose_needs_fit(tiny_model):
     [
         ("llama-7b", 2048, 0, 684, 15_336), ("llama-7b", 4096, 0, 685, 16_601),
         ("llama-7b", 8192, 0, 689, 17_107), ("llama-7b", 8192, 32, 686, 12_475),
-        ("qwen2.5-7b", 4096, 0, 681, 15_400), ("qwen2.5-7b", 8192, 0, 687, 15_745),
-        ("llama3-8b", 4096, 0, 686, 14_592), ("llama3-8b", 8192, 0, 686, 15_003),
+        ("qwen2.5-7b", 4096, 0, 683, 15_292), ("qwen2.5-7b", 8192, 0, 683, 15_604),
+        ("qwen2.5-7b", 4096, 28, 683, 11_540), ("qwen2.5-7b", 8192, 28, 683, 11_789),
+        ("llama3-8b", 4096, 0, 684, 14_398), ("llama3-8b", 8192, 0, 684, 14_890),
+        ("llama3-8b", 4096, 32, 684, 10_788), ("llama3-8b", 8192, 32, 684, 11_132),
     ],
 )  # fmt: skip
 def test_time_of_an_epoch_is_near_the_speeds_that_were_measured(
@@ -290,7 +321,8 @@ def test_time_of_an_epoch_is_near_the_speeds_that_were_measured(
     """Tokens/s of eval.train_speed on one H100 (docs/memory.md)."""
     lengths = np.random.default_rng(0).choice(REAL_LENGTHS, 4_000)
     rows = Rows(lengths, batch=32, step=32, max_len=2048, is_packed=True)
-    cost = measure_cost(rows, Plan("adamw_torch_fused", capacity, recomputed, 32), trained=160_000_000)
+    layers = SHAPES[shape]().num_hidden_layers
+    cost = measure_cost(rows, Plan("adamw_torch_fused", capacity, recomputed, layers), trained=160_000_000)
     weights = count_linear_weights(SHAPES[shape]())
     seconds = estimate_epoch_seconds(len(lengths) / 32, cost, weights, tflops)
     assert lengths.sum() / seconds == pytest.approx(measured, rel=0.06)

@@ -14,23 +14,14 @@ from utils.data.packing import choose_sizes
 
 
 def test_table_of_three_variants(tmp_path, monkeypatch, capsys):
-    argv = [
-        "--model",
-        "tiny",
-        "--workloads",
-        "2x16",
-        "real-4-checkpointed",
-        "--steps",
-        "1",
-        "--capacity",
-        "2048",
-    ]
+    argv = "--model tiny --workloads 2x16 real-4-checkpointed --steps 1 --capacity 1024 2048".split()
     argv += ["--dtypes", "fp32" if not torch.cuda.is_available() else "bf16", "--lora_r", "4"]
     monkeypatch.setattr("sys.argv", ["train_speed", *argv, "--output_dir", str(tmp_path)])
     train_speed.main()
     saved = json.loads((tmp_path / "tiny.json").read_text())
-    rows = [(timing["variant"], timing["workload"]) for timing in saved["timings"]]
-    assert rows == [(v, w) for v in ("original", "plain", "fast") for w in ("2x16", "real-4-checkpointed")]
+    rows = [(timing["variant"], timing["workload"], timing["capacity"]) for timing in saved["timings"]]
+    runs = [("original", 2048), ("plain", 2048), ("fast", 1024), ("fast", 2048)]  # only ours is packed
+    assert rows == [(v, w, size) for v, size in runs for w in ("2x16", "real-4-checkpointed")]
     assert all(timing["tokens_per_second"] > 0 and 5 < timing["loss"] < 8 for timing in saved["timings"])
     assert saved["matmul_tflops"] > 0 and "tokens/s" in capsys.readouterr().out
 
@@ -81,9 +72,9 @@ def test_padded_variants_time_as_many_micro_batches_for_each_number_of_rows():
         ("real-128", 32, 3),
         ("4x2048", 4, 3),
     ):
-        steps, warm_ups, _ = speed_steps.plan_steps("original", workload, arguments, "cuda")
+        steps, warm_ups, _ = speed_steps.plan_steps("original", workload, 8192, arguments, "cuda")
         assert warm_ups == 1 and [len(step) for step in steps] == [rows] * (1 + timed)
-    steps, warm_ups, _ = speed_steps.plan_steps("fast", "real-128", arguments, "cuda")
+    steps, warm_ups, _ = speed_steps.plan_steps("fast", "real-128", 8192, arguments, "cuda")
     assert [len(step) for step in steps[warm_ups:]] == [128] * 6
 
 

@@ -3,6 +3,7 @@
 import gc
 import time
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from utils.fast.capability import measure_matmul_tflops, synchronize
 from utils.run.record import write_json
 
 HEADER = (
-    f"{'variant':<9} {'workload':<22} dtype drop   tokens/s   ratio peak GiB reserved  of Adam "
+    f"{'variant':<9} {'workload':<22} packed dtype drop   tokens/s   ratio peak GiB reserved  of Adam "
     "4N TFLOP/s of limit first, s captures"
 )
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 class Timing:
     variant: str
     workload: str
+    capacity: int
     dtype: str
     dropout: float
     tokens_per_second: float
@@ -64,12 +66,12 @@ def time_steps(
 
 
 def plan_steps(
-    variant: str, workload: str, arguments: "SpeedArguments", device: str
+    variant: str, workload: str, capacity: int, arguments: "SpeedArguments", device: str
 ) -> tuple[list[Rows], int, bool]:
     """(rows of each optimizer step, how many of them only warm up, whether activations are recomputed)"""
     if variant == "fast" and device == "cuda":
         steps, checkpointed = parse_workload(workload, arguments.steps)
-        warm_ups = fill_each_size(arguments.capacity) if workload.startswith("real-") else steps[:1] * 6
+        warm_ups = fill_each_size(capacity) if workload.startswith("real-") else steps[:1] * 6
         return warm_ups + steps, len(warm_ups), checkpointed
     (rows, *_), checkpointed = parse_workload(workload, 1)
     timed = min(arguments.steps, 3)
@@ -82,6 +84,7 @@ def plan_steps(
 def measure(
     variant: str,
     workload: str,
+    capacity: int,
     dtype_name: str,
     dropout: float,
     arguments: "SpeedArguments",
@@ -89,7 +92,7 @@ def measure(
 ) -> Timing:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype_name]
-    steps, warm_ups, checkpointed = plan_steps(variant, workload, arguments, device)
+    steps, warm_ups, checkpointed = plan_steps(variant, workload, capacity, arguments, device)
     torch.manual_seed(0)
     model = build_random_model(SHAPES[arguments.model](), arguments.bits, dtype, device)
     lora = LoraConfig(
@@ -99,7 +102,7 @@ def measure(
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    setup = build_variant(variant, model, lora, dtype, checkpointed, arguments.capacity, device)
+    setup = build_variant(variant, model, lora, dtype, checkpointed, capacity, device)
     gc.collect()  # the model before this one
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -116,6 +119,7 @@ def measure(
     return Timing(
         variant,
         workload,
+        capacity,
         dtype_name,
         dropout,
         round(tokens / seconds, 1),
@@ -150,15 +154,15 @@ def name_original(workload: str) -> str:
     return "real-32" if workload.startswith("real-") and int(workload[5:]) > 32 else workload
 
 
-def list_runs(arguments: "SpeedArguments") -> list[tuple[str, str, str, float]]:
-    """(variant, workload, dtype, dropout)"""
+def list_runs(arguments: "SpeedArguments") -> list[tuple[str, str, int, str, float]]:
+    """(variant, workload, capacity, dtype, dropout)"""
     runs = []
     once = {name_original(workload): workload for workload in reversed(arguments.workloads)}
     for variant in VARIANTS:  # the fast path comes last: it replaces a function of the model code
-        settings = [(dtype, p) for dtype in arguments.dtypes for p in arguments.dropouts]
-        for dtype, dropout in settings if variant == "fast" else settings[-1:]:
+        settings = list(product(arguments.capacity, arguments.dtypes, arguments.dropouts))
+        for setting in settings if variant == "fast" else settings[-1:]:
             workloads = reversed(once.values()) if variant == "original" else arguments.workloads
-            runs += [(variant, workload, dtype, dropout) for workload in workloads]
+            runs += [(variant, workload, *setting) for workload in workloads]
     return [run for run in runs if run[0] in arguments.variants]
 
 
@@ -166,10 +170,10 @@ def format_row(timing: Timing, original: dict[str, float]) -> str:
     base = original.get(name_original(timing.workload))
     ratio = f"{timing.tokens_per_second / base:6.2f}x" if base else "      -"
     return (
-        f"{timing.variant:<9} {timing.workload:<22} {timing.dtype:<5} {timing.dropout:<4g} "
-        f"{timing.tokens_per_second:>10,.0f} {ratio} {timing.peak_gib:>8.2f} {timing.reserved_gib:>8.2f} "
-        f"{timing.optimizer_gib:>7.2f} {timing.tflops:>9.3g} {timing.of_limit:>8.1%} "
-        f"{timing.first_step_seconds:>8.1f} {timing.captures:>8}"
+        f"{timing.variant:<9} {timing.workload:<22} {timing.capacity:>6} {timing.dtype:<5} "
+        f"{timing.dropout:<4g} {timing.tokens_per_second:>10,.0f} {ratio} {timing.peak_gib:>8.2f} "
+        f"{timing.reserved_gib:>8.2f} {timing.optimizer_gib:>7.2f} {timing.tflops:>9.3g} "
+        f"{timing.of_limit:>8.1%} {timing.first_step_seconds:>8.1f} {timing.captures:>8}"
     )
 
 
@@ -185,11 +189,11 @@ def time_workloads(arguments: "SpeedArguments") -> None:
     )
     notice(HEADER)
     timings, original = [], {}
-    for variant, workload, dtype, dropout in list_runs(arguments):
+    for variant, workload, capacity, dtype, dropout in list_runs(arguments):
         try:
-            timing = measure(variant, workload, dtype, dropout, arguments, peak)
+            timing = measure(variant, workload, capacity, dtype, dropout, arguments, peak)
         except torch.OutOfMemoryError:
-            notice(f"{variant:<9} {workload:<22} {dtype:<5} {dropout:<4g} out of memory")
+            notice(f"{variant:<9} {workload:<22} {capacity:>6} {dtype:<5} {dropout:<4g} out of memory")
             continue
         if variant == "original":
             original[name_original(workload)] = timing.tokens_per_second

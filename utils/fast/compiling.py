@@ -12,6 +12,7 @@ from threading import Thread
 
 import torch
 
+from utils.console import notice
 from utils.fast.kernels import Launch, kernels, rehearsed
 
 THREADS = 4
@@ -33,8 +34,12 @@ def compile_all(launches: set[Launch], device: int) -> None:
         forms[launch[0]].append(launch)
     by_forms = sorted(forms.values(), key=len)
     with ThreadPoolExecutor(THREADS, initializer=lambda: torch.cuda.set_device(device)) as pool:
-        wait([pool.submit(compile_kernel, by_forms[0])])  # it reads Triton's own files, once for all
-        wait([pool.submit(load_products), *(pool.submit(compile_kernel, found) for found in by_forms[1:])])
+        jobs = [pool.submit(compile_kernel, by_forms[0])]  # it reads Triton's own files, once for all
+        wait(jobs)
+        jobs += [pool.submit(load_products), *(pool.submit(compile_kernel, found) for found in by_forms[1:])]
+    for job in jobs:
+        if error := job.exception():
+            notice(f"not compiled ahead, but where it is launched first: {type(error).__name__}: {error}")
 
 
 def compile_kernel(launches: list[Launch]) -> None:

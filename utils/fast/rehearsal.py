@@ -103,20 +103,26 @@ def rehearse_attention(model: nn.Module) -> None:
 
 
 class RehearsedOffload:
-    """HostOffload without its copies: on the GPU are the inputs of the layer at work and of the next."""
+    """HostOffload without its copies: on the GPU are the inputs of the layer at work and of the next.
+
+    Where kept layers follow, the last input to leave stays until the backward pass fetches the first.
+    """
 
     def __init__(self) -> None:
+        self.leaving: torch.Tensor | None = None
         self.coming: torch.Tensor | None = None
 
     def settle(self) -> None:
-        self.coming = None
+        self.leaving = self.coming = None
 
     def __call__(self, run: Callable, x: torch.Tensor, *args: Any) -> torch.Tensor:
         first, shape, dtype, needs_grad = [x], x.shape, x.dtype, x.requires_grad
+        self.leaving = x.detach()
 
         def run_again(*args: Any) -> torch.Tensor:
             if first:
                 return run(first.pop(), *args)
+            self.leaving = None
             x, self.coming = self.coming, torch.empty(shape, dtype=dtype, device="meta")
             x = torch.empty(shape, dtype=dtype, device="meta") if x is None else x
             return run(x.requires_grad_(needs_grad), *args)

@@ -86,7 +86,9 @@ class Keeper:
         elif self.is_writer:
             staging = name_beside(self.initial, WRITING)
             with self.staged(self.initial, staging):
-                model.save_pretrained(str(staging), save_embedding_layers=False)
+                model.save_pretrained(
+                    str(staging), state_dict=copy_adapter(model), save_embedding_layers=False
+                )
                 self.verify(staging)
                 rename_into_place(staging, self.initial)
 
@@ -170,6 +172,19 @@ class Keeper:
         if first.is_dir() and first not in keep and not keeps_first:
             remove_checkpoint(first)
         remove_old_checkpoints(self.output_dir, limit, keep)
+
+
+def copy_adapter(model: Any) -> dict[str, torch.Tensor]:
+    """An adapter's weights in host memory, for save_pretrained.
+
+    They are views of one buffer, and PEFT clones what shares its memory where it lies: 0.6 GiB of a GPU that
+    a plan has filled, for LLaMA-7B with rank 64.
+    """
+    return {
+        name: weight.detach().cpu()
+        for name, weight in model.named_parameters()
+        if weight.requires_grad or ".lora_" in name
+    }
 
 
 def verify_adapter(model: Any, folder: Path, initial: Path | None = None) -> None:

@@ -95,7 +95,7 @@ class StepNeeds:
     is_packed: bool
     offloads: bool
     shares: int = 1  # GPUs that share the base
-    peaks: dict[tuple[int, int, bool], tuple[int, int]] = field(default_factory=dict)
+    peaks: dict[tuple[int, int, int], tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sizes = (count_weight_bytes(fast.model) for fast in (self.short, self.long))
@@ -109,15 +109,15 @@ class StepNeeds:
     def extrapolate(self, of_short: int, of_long: int) -> int:
         return of_short + (self.layers - 2) * (of_long - of_short)
 
-    def find_peak(self, rows: int, tokens: int, layers: int, recomputed: bool) -> tuple[int, int]:
-        """Bytes of a micro-batch of `tokens` at its peak, with all of `layers` kept or all recomputed.
+    def find_peak(self, rows: int, tokens: int, layers: int, recomputed: int) -> tuple[int, int]:
+        """Bytes of a micro-batch of `tokens` at its peak, the first `recomputed` of two or three `layers` so.
 
         Of all tensors, and of small ones.
         """
         fast = self.short if layers == 2 else self.long
         key = (rows * tokens, layers, recomputed)
         if key not in self.peaks:
-            fast.recomputed_layers = layers if recomputed else 0
+            fast.recomputed_layers = recomputed
             fast.store = RehearsedOffload() if self.offloads else None  # type: ignore[assignment]
             batch = make_packed_batch(tokens) if self.is_packed else make_padded_batch(rows, tokens)
             self.peaks[key] = rehearse_step(fast, batch)
@@ -128,15 +128,20 @@ class StepNeeds:
 
         The last layer costs nothing more when it is kept: recomputed, it would be there at the same moment.
         """
-        kept2, kept3, again2, again3 = (
-            self.find_peak(rows, tokens, layers, again)[small] for again in (False, True) for layers in (2, 3)
-        )
-        inputs = again3 - again2
-        all_recomputed = again2 + (self.layers - 2) * inputs
-        kept = self.layers - recomputed
+
+        def find(layers: int, again: int) -> int:
+            return self.find_peak(rows, tokens, layers, again)[small]
+
+        of_layer, inputs = find(3, 0) - find(2, 0), find(3, 3) - find(2, 2)
+        all_recomputed, kept = find(2, 2) + (self.layers - 2) * inputs, self.layers - recomputed
+        if recomputed == 0:
+            return find(2, 0) + (kept - 2) * of_layer
         if kept == 0:
             return all_recomputed
-        return max(kept2 + (kept - 2) * (kept3 - kept2) + recomputed * inputs, all_recomputed - inputs * kept)
+        # On its way to the host one input stays while kept layers are at work. (The first is there anyway.)
+        leaving = rows * tokens * self.hidden_bytes if self.offloads and recomputed > 1 and not small else 0
+        least = find(3, 1) + (kept - 2) * of_layer + (recomputed - 1) * inputs + leaving
+        return max(least, all_recomputed - kept * inputs)
 
     def find_small(self, tokens: int, recomputed: int) -> int:
         """What packed micro-batches of fewer than `tokens` take beside: their tensors are small ones.

@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers.trainer_callback import ExportableState, TrainerState
 
 from utils.run.checkpoints import STATE_FILE
+from utils.run.keeper import copy_adapter
 from utils.run.optimizer_state import Layout, describe_optimizer, load_state, match_schedule, match_state
 from utils.run.training_state import (
     load_training_state,
@@ -46,8 +47,10 @@ def save_model(
     if isinstance(trainer.model, PeftModel):
         # No token is ever added, so embeddings need no saving (and no look-up of the base on the hub).
         options["save_embedding_layers"] = False
-    if initial:
-        options["path_initial_model_for_weight_conversion"] = str(initial)
+        if initial:  # which it reads beside the trained one
+            options["path_initial_model_for_weight_conversion"] = str(initial)
+        elif state_dict is None:
+            state_dict = copy_adapter(trainer.model)
     trainer.model.save_pretrained(folder, state_dict=state_dict, **options)
     trainer.processing_class.save_pretrained(folder)
     (folder / "README.md").write_text(render_model_card(trainer.record), encoding="utf-8")

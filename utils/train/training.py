@@ -44,6 +44,7 @@ from utils.train.trainer import QLoraTrainer
 def train(trainer: QLoraTrainer, checkpoint: str | None) -> dict[str, float]:
     """Train, from `checkpoint` on where given; returns the run's figures."""
     result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.engine.forget_step(trainer.model)  # its graphs hold what replies and saves may want
     seconds, tokens = trainer.meter.seconds, trainer.meter.all_tokens
     state = trainer.state
     figures = {
