@@ -29,7 +29,7 @@ from utils.console import notice
 from utils.decode.loop import Steps
 from utils.decode.reply import AdapterSwitch, Reply
 from utils.decode.token_choice import TokenChoice
-from utils.decode.turns import Conversations
+from utils.decode.turns import UnderWay
 from utils.fast.rope import find_shared_length
 from utils.fast.trials import describe_distance, draw_tokens
 
@@ -115,29 +115,12 @@ class Place:
         return (self.reply.said or self.reply.prompt)[-1]
 
 
-class SharedForward:
-    """As turns.Turns: replies under way, here all of them a token further by each step."""
-
-    def __init__(self, steps: Steps, adapter: AdapterSwitch, most: int, kept: int):
-        self.steps, self.adapter, self.most = steps, adapter, most
-        self.conversations = Conversations(steps, kept)
-        self.places: list[Place] = []
+class SharedForward(UnderWay):
+    """All a token further by each step."""
 
     @property
-    def most_kept(self) -> int:
-        return self.conversations.most
-
-    @property
-    def is_busy(self) -> bool:
-        return bool(self.places)
-
-    @property
-    def has_room(self) -> bool:
-        return len(self.places) < self.most
-
-    def limit(self, most: int, kept: int) -> None:
-        self.most = most
-        self.conversations.limit(kept)
+    def places(self) -> list[Place]:
+        return list(self.turns.values())
 
     def start(self, reply: Reply) -> None:
         """Raises NotCovered where generate must do it."""
@@ -146,11 +129,11 @@ class SharedForward:
         choice.begin(reply.prompt)
         cache = self.conversations.find_cache(reply)
         reply.reused_tokens = cache.get_seq_length()
-        self.places.append(Place(reply, choice, cache, reply.prompt[reply.reused_tokens : -1]))
+        self.turns[reply] = Place(reply, choice, cache, reply.prompt[reply.reused_tokens : -1])
 
     def step(self) -> None:
         """A part of the prompt that has waited longest; one token of each reply."""
-        for place in [place for place in self.places if place.reply.is_over()]:
+        for place in filter(lambda place: place.reply.is_over(), self.places):
             self.leave(place)
         reading = next((place for place in self.places if place.unread), None)
         if reading:
@@ -178,18 +161,12 @@ class SharedForward:
         try:
             yield
         except Exception as error:  # raised again where the reply is read
-            if place in self.places:
-                self.places.remove(place)
+            self.turns.pop(place.reply, None)
             place.reply.end("error", error)
 
     def leave(self, place: Place) -> None:
-        self.places.remove(place)
+        del self.turns[place.reply]
         self.conversations.keep([*place.reply.prompt, *place.reply.said], place.reply, place.cache)
-
-    def fail(self, error: Exception) -> None:
-        for place in self.places:
-            place.reply.end("error", error)
-        self.places.clear()
 
 
 def open_shared_forward(steps: Steps, adapter: AdapterSwitch, count: int, kept: int) -> SharedForward | None:

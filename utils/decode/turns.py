@@ -69,13 +69,13 @@ class Conversations:
             self.limit(self.most)
 
 
-class Turns:
-    """Replies under way, by the steps of one conversation (loop.py), each on a cache of its own."""
+class UnderWay:
+    """The replies under way, of `most` that have room, and the conversations behind them."""
 
     def __init__(self, steps: Steps, adapter: AdapterSwitch, most: int = 8, kept: int = 2):
         self.steps, self.adapter, self.most = steps, adapter, most
-        self.turns: dict[Reply, Generator[None]] = {}
         self.conversations = Conversations(steps, kept)
+        self.turns: dict[Reply, Any] = {}  # and what goes on with each
 
     @property
     def most_kept(self) -> int:
@@ -92,6 +92,15 @@ class Turns:
     def limit(self, most: int, kept: int) -> None:
         self.most = most
         self.conversations.limit(kept)
+
+    def fail(self, error: Exception) -> None:
+        for reply in self.turns:
+            reply.end("error", error)
+        self.turns.clear()
+
+
+class Turns(UnderWay):
+    """By the steps of one conversation (loop.py), each on a cache of its own."""
 
     def start(self, reply: Reply) -> None:
         """Raises NotCovered where generate must do it."""
@@ -131,8 +140,3 @@ class Turns:
                     yield
         finally:
             self.conversations.keep(said, reply, cache)
-
-    def fail(self, error: Exception) -> None:
-        for reply in self.turns:
-            reply.end("error", error)
-        self.turns.clear()

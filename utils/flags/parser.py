@@ -11,9 +11,10 @@ The original took any flag: five of its scripts pin --lora_modules, which nothin
 import re
 from typing import Any
 
+from utils.arguments import FALSE_WORDS
 from utils.console import UserError
 from utils.flags.hints import describe_unknown
-from utils.flags.legacy import RENAMED, translate_legacy_flags
+from utils.flags.legacy import RENAMED, SWITCHES, translate_legacy_flags
 from utils.flags.strict_parser import StrictParser
 from utils.flags.trainer_flags import parse_trainer_flags
 
@@ -61,8 +62,15 @@ def prepend_flag(argv: list[str], flag: str) -> list[str]:
 
 
 def find_given_flags(argv: list[str]) -> set[str]:
-    """Names of the fields set on the command line, 2023 names included."""
-    names = {word.lstrip("-").split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
-    today = RENAMED | {"load_8bit": "bits", "lora_modules": "lora_target_modules"}
-    today["adapter_name_or_path"] = "checkpoint_dir"
-    return {today.get(name, re.sub(r"^no_", "", name)) for name in names}
+    """Names of the fields set on the command line, 2023 names included; a switch that is off sets nothing."""
+    today = RENAMED | {"lora_modules": "lora_target_modules", "adapter_name_or_path": "checkpoint_dir"}
+    given = set()
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, _, inline = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not word.startswith("--") or (name in SWITCHES and (inline or following).lower() in FALSE_WORDS):
+            continue
+        if name in SWITCHES:
+            name = SWITCHES[name][0].removeprefix("--")
+        given.add(today.get(name, re.sub(r"^no_", "", name)))
+    return given
