@@ -1,9 +1,9 @@
-"""Checks and times the kernels of a reply one by one, and whole replies by each way there is.
+"""Checks the 4-bit product of a reply, and times whole replies by each way there is.
 
     python -m eval.decode_speed --model llama-7b
-    python -m eval.decode_speed --model llama-7b --parts weights shapes
+    python -m eval.decode_speed --model llama-7b --parts weights replies
 
-A part that fails is printed, and the next one begins. The base has random weights.
+It wants a GPU. The base has random weights.
 """
 
 import sys
@@ -14,7 +14,7 @@ from utils.arguments import flag, require_choice, require_positive
 from utils.console import UserError, run_main
 from utils.flags.parser import parse_args
 
-PARTS = ("machine", "weights", "shapes", "probes", "small", "replies", "profile")  # and: once
+PARTS = ("machine", "weights", "replies")
 
 
 @dataclass
@@ -30,13 +30,16 @@ class DecodeSpeedArguments:
         require_positive(self, "lora_r", "prompt_tokens", "max_new_tokens")
         require_choice(self, "model", list(SHAPE_NAMES))
         for part in self.parts:
-            if part not in (*PARTS, "once"):
+            if part not in PARTS:
                 raise UserError(f"--parts {part}: use some of {', '.join(PARTS)}")
 
 
 def main() -> None:
     (arguments,) = parse_args(sys.argv[1:], [DecodeSpeedArguments], __doc__)
+    import torch
 
+    if not torch.cuda.is_available():
+        raise UserError("eval.decode_speed measures a GPU's kernels, and there is none")
     from eval.speed.decode import run_parts
 
     run_parts(arguments)

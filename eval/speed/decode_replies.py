@@ -8,18 +8,15 @@ import torch
 from transformers import DynamicCache, PretrainedConfig
 
 from eval.speed.decode_products import make_kernels
-from eval.speed.gpu_time import DEVICE, DTYPE, relative, say, say_failure, time_call
+from eval.speed.gpu_time import DEVICE, DTYPE, relative, say, time_call
 from eval.speed.replies import build_adapted_model, time_by_generate, time_by_steps
 from utils.decode.cuda_c import Kernel
 from utils.decode.graph import GraphDecoder
 from utils.decode.layers import find_kernel_fault, install_decode_layers
 from utils.decode.model import WholeStep, find_whole_obstacle
-from utils.decode.packed_product import Shape
 
 if TYPE_CHECKING:
     from eval.decode_speed import DecodeSpeedArguments
-
-saved: dict[str, Any] = {}  # of the replies, for the profile
 
 
 class Replies:
@@ -99,7 +96,6 @@ def time_whole_steps(decoder: GraphDecoder, replies: Replies) -> None:
     compare_steps(decoder, prompt)
     check_same_again(decoder)
     time_steps(decoder.whole, decoder.base.config)
-    saved["decoder"], saved["prompt"] = decoder, prompt
 
 
 def compare_steps(decoder: GraphDecoder, prompt: torch.Tensor) -> None:
@@ -127,7 +123,7 @@ def check_same_again(decoder: GraphDecoder) -> None:
     for count in (1, 8):
         step, first = partial(decoder.run, count), None
         decoder.replay("logits", step, count)
-        for _ in range(50 if DEVICE == "cuda" else 2):
+        for _ in range(50):
             decoder.set_length(length)
             logits = decoder.replay("logits", step, count)
             first = logits.clone() if first is None else first
@@ -138,36 +134,18 @@ def check_same_again(decoder: GraphDecoder) -> None:
 
 
 STEPS = ((1, 1, 512), (1, 1, 4096), (1, 8, 512), (2, 1, 512), (4, 1, 512), (8, 1, 512))
-# Of the products, and of gate and up with their activation.
-STEP_SHAPES = (
-    (Shape(16, 2, 2, 1), Shape(16, 2, 2, 1)),
-    (Shape(8, 2, 2, 2), Shape(8, 2, 2, 2)),
-    (Shape(12, 2, 2, 1), Shape(12, 2, 2, 1)),
-    (Shape(16, 1, 2, 1), Shape(16, 2, 2, 1)),
-    (Shape(12, 1, 2, 2), Shape(8, 2, 2, 2)),
-    (Shape(8, 1, 2, 3), Shape(8, 2, 2, 2)),
-)
 
 
 def time_steps(whole: WholeStep | None, config: PretrainedConfig) -> None:
-    """Milliseconds of the bare step, by conversations, new tokens and tokens before; and by shapes."""
+    """Milliseconds of the bare step, by conversations, new tokens and tokens before."""
     if whole is None:
         return
-    for conversations, fresh, length in STEPS if DEVICE == "cuda" else ((1, 1, 16), (2, 1, 16)):
+    for conversations, fresh, length in STEPS:
         milliseconds = time_step(whole, config, conversations, fresh, length)
         say(
             f"step of {conversations} x {fresh} tokens after {length}: {milliseconds:.3f} ms, "
             f"{1e3 * conversations * fresh / milliseconds:.0f} tokens/s"
         )
-    kernels = whole.kernels
-    before = kernels.shape, kernels.gated_shape
-    for kernels.shape, kernels.gated_shape in STEP_SHAPES if DEVICE == "cuda" else ():
-        try:
-            one, eight = (time_step(whole, config, *step) for step in ((1, 1, 512), (8, 1, 512)))
-            say(f"step {one:.3f} ms, of eight {eight:.3f} ms by {kernels.shape}, {kernels.gated_shape}")
-        except Exception as error:
-            say_failure(f"step by {kernels.shape}", error)
-    kernels.shape, kernels.gated_shape = before
 
 
 def time_step(
@@ -188,32 +166,3 @@ def time_step(
         lengths.sub_(fresh)
 
     return time_call(run)
-
-
-def profile_step(arguments: "DecodeSpeedArguments") -> None:
-    """Where one step's time goes: the kernels of one replay."""
-    if DEVICE == "cpu" or "decoder" not in saved:
-        return say("needs a GPU and the part replies before it")
-    from torch.profiler import ProfilerActivity, profile
-
-    decoder, prompt = saved["decoder"], saved["prompt"]
-    time_by_steps(decoder, prompt, 8)
-    graph, _ = next(iter(decoder.graphs.values()))
-    for _ in range(3):
-        graph.replay()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        graph.replay()
-        torch.cuda.synchronize()
-    say(profiled.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=60))
-    events = sorted(
-        (e.time_range.start, e.time_range.end, e.name) for e in profiled.events() if e.time_range.end
-    )
-    kernels = [event for event in events if "multiply" in event[2] or "attend" in event[2]]
-    if len(kernels) > 60:
-        base = kernels[36][0]
-        say("nine kernels of one layer (start, end in us, from the fifth layer on):")
-        for start, end, name in kernels[36:55]:
-            say(f"   {start - base:8.2f} {end - base:8.2f}  {name[:40]}")
-        busy = sum(end - start for start, end, _ in kernels)
-        say(f"kernels {busy:.0f} us, from the first to the last {kernels[-1][1] - kernels[0][0]:.0f} us")

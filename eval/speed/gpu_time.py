@@ -2,7 +2,6 @@
 
 import itertools
 import subprocess
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +12,8 @@ from utils.decode import cuda_c
 if TYPE_CHECKING:
     from eval.decode_speed import DecodeSpeedArguments
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda"
 DTYPE = torch.bfloat16
-compiler: Any = cuda_c.compile_kernel  # tests put a compiler for the CPU here
 
 
 def say(*words: Any) -> None:
@@ -32,10 +30,6 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 def time_call(run: Callable[..., Any], *arguments: Any, repeats: int = 20, **named: Any) -> float:
     """Milliseconds of the median replay of run(*arguments, **named) in a CUDA graph."""
-    if DEVICE == "cpu":
-        start = time.perf_counter()
-        run(*arguments, **named)
-        return 1e3 * (time.perf_counter() - start)
     run(*arguments, **named)
     torch.cuda.synchronize()
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
@@ -59,8 +53,6 @@ def time_call(run: Callable[..., Any], *arguments: Any, repeats: int = 20, **nam
 def describe_machine(arguments: "DecodeSpeedArguments") -> None:
     obstacle = cuda_c.find_kernel_obstacle()
     say("torch", torch.__version__, "CUDA", torch.version.cuda, "kernels:", obstacle or "ok")
-    if DEVICE == "cpu":
-        return
     say(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), cuda_c.load_nvrtc())
     fields = "driver_version,clocks.sm,clocks.max.sm,clocks.mem"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]

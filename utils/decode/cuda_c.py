@@ -23,7 +23,6 @@ from utils.run.repository import find_cache_dir
 
 SOURCES = Path(__file__).parent / "cuda"
 MAX_SHARED_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-REGISTERS_ATTRIBUTE, LOCAL_ATTRIBUTE = 4, 3  # registers of a thread; bytes that did not fit into them
 OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
@@ -65,11 +64,6 @@ class Kernel:
             text = ctypes.c_char_p()
             self.driver.cuGetErrorString(result, ctypes.byref(text))
             raise KernelError(f"{self.name}: {(text.value or b'unknown error').decode()}")
-
-    def read_attribute(self, attribute: int) -> int:
-        value = ctypes.c_int()
-        self.check(self.driver.cuFuncGetAttribute(ctypes.byref(value), attribute, self.function))
-        return value.value
 
     def launch(
         self, grid: tuple[int, int, int], threads: int, shared_bytes: int, argument: ctypes.Structure
