@@ -9,6 +9,7 @@ Ctrl-C interrupts the reply; exit, quit, stop or Ctrl-D leaves.
 """
 
 import dataclasses
+import io
 import itertools
 import json
 import shutil
@@ -244,6 +245,9 @@ def save_conversation(sides: list[Side], name: str) -> None:
     if not name:
         print("name the file: /save FILE.jsonl")
         return
+    if not any(message["role"] == "assistant" for side in sides for message in side.messages):
+        print("there is no reply yet")
+        return
     try:
         with open(name, "a", encoding="utf-8") as file:
             for side in sides:
@@ -257,7 +261,13 @@ def save_conversation(sides: list[Side], name: str) -> None:
 def read_questions() -> Iterator[str]:
     """Lines of a pipe, or what is typed; a paste of several lines is one question."""
     if not sys.stdin.isatty():
-        for line in filter(str.strip, sys.stdin):
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+        for number, line in enumerate(sys.stdin, 1):
+            if not line.strip():
+                continue
+            if any("\udc80" <= letter <= "\udcff" for letter in line):  # bytes that are no UTF-8
+                raise UserError(f"line {number} is not UTF-8: convert the questions (iconv -f GBK -t UTF-8)")
             print(f"> {line.strip()}", flush=True)
             yield line.strip()
         return

@@ -56,10 +56,13 @@ def main() -> None:
 
 def read_losses(run: Path) -> Losses:
     path = run / "metrics.json"
-    metrics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}): train {run.name} anew") from error
     if "eval_loss" not in metrics:
         raise UserError(f"{path} holds no eval_loss: train {run.name} with --do_train --do_eval")
-    measured = [entry["eval_loss"] for entry in metrics["log"] if "eval_loss" in entry]
+    measured = [entry["eval_loss"] for entry in metrics.get("log", []) if "eval_loss" in entry]
     return (*measured, metrics["eval_loss"])[0], metrics["eval_loss"]
 
 

@@ -18,8 +18,8 @@ from eval.answers.reviews import (
     measure_order_agreement,
     relate_scores,
 )
-from utils.arguments import flag, require_positive
-from utils.console import notice, run_main
+from utils.arguments import flag, require_folder, require_positive
+from utils.console import UserError, notice, run_main
 from utils.flags.parser import parse_args, prepend_flag
 from utils.run.record import write_json
 
@@ -36,6 +36,11 @@ class EloArguments:
 
     def __post_init__(self):
         require_positive(self, "orderings")
+        require_folder(self, "output_dir")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed}: use 0 or more")
+        if not self.reviews:
+            raise UserError("name the review files: python -m eval.elo REVIEWS.jsonl ...")
 
 
 def main() -> None:

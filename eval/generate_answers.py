@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.answers.questions import Question, load_questions
-from utils.arguments import GenerationArguments, ModelArguments, flag, require_positive
+from utils.arguments import GenerationArguments, ModelArguments, flag, require_folder, require_positive
 from utils.console import UserError, notice, run_main
 from utils.flags.parser import find_given_flags, parse_args, prepend_flag
 from utils.models.folder import resolve_model
@@ -33,6 +33,7 @@ class AnswerArguments:
 
     def __post_init__(self):
         require_positive(self, "max_questions", "batch_size")
+        require_folder(self, "output_dir")
         if not self.questions:
             raise UserError("--questions: name a question file, such as eval/prompts/questions_zh.jsonl")
 

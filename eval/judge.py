@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from eval.answers.questions import Answer, Question, load_answers, load_questions
 from eval.answers.reviews import shorten_name
-from utils.arguments import flag, require_positive
+from utils.arguments import flag, require_folder, require_positive
 from utils.console import UserError, notice, run_main
 from utils.flags.parser import parse_args, prepend_flag
 
@@ -58,6 +58,7 @@ class JudgeArguments:
 
     def __post_init__(self):
         require_positive(self, "max_questions", "parallel", "timeout_s", "attempts", "max_review_tokens")
+        require_folder(self, "output_dir")
         if len(self.answers) < 2:
             raise UserError("--answers: two or more answer files are compared")
         if not self.questions:
@@ -133,7 +134,7 @@ def load_reviewed(path: Path) -> set[tuple[str, str, str]]:
     if len(whole) < len(raw):
         notice(f"{path}: its last line is half a review and is removed")
         path.write_bytes(whole)
-    rows = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+    rows = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
     return {(str(row["question_id"]), row["answer1_id"], row["answer2_id"]) for row in rows}
 
 

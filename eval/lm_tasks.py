@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.arguments import ModelArguments, flag, require_positive
+from utils.arguments import ModelArguments, flag, require_folder, require_positive
 from utils.console import UserError, notice, run_main
-from utils.flags.parser import find_given_flags, parse_args, prepend_flag
+from utils.flags.parser import find_given_flags, parse_args, prepend_flag, split_commas
 from utils.models.folder import resolve_model
 from utils.run.record import next_free_path, write_json
 
@@ -34,6 +34,7 @@ class TaskArguments:
 
     def __post_init__(self):
         require_positive(self, "limit", "batch_size")
+        require_folder(self, "output_dir")
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
     from eval.measures.harness import load_task_manager, read_scores, run_tasks
     from utils.chat.generation import load_run
 
-    tasks = task_args.tasks.split(",")
+    tasks = split_commas([task_args.tasks])
     manager = load_task_manager(tasks, task_args.include_path)
     chat = load_run(resolved)
     asked = ("batch_size", "num_fewshot", "limit", "chat_template", "seed")

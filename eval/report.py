@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from eval.answers.questions import Question, load_questions
 from eval.measures.differences import Measure, compute_row_losses, measure_answers
 from eval.measures.rendering import draw_measures, render_report
-from utils.arguments import GenerationArguments, ModelArguments, flag, require_positive
+from utils.arguments import GenerationArguments, ModelArguments, flag, require_folder, require_positive
 from utils.console import UserError, notice, run_main
-from utils.flags.parser import find_given_flags, parse_args, prepend_flag
+from utils.flags.parser import find_given_flags, parse_args, prepend_flag, split_commas
 from utils.models.folder import resolve_model
 from utils.run.record import write_json
 
@@ -43,6 +43,7 @@ class ReportArguments:
 
     def __post_init__(self):
         require_positive(self, "max_questions", "max_held_out", "max_held_out_answers", "limit", "batch_size")
+        require_folder(self, "output_dir")
 
 
 def main() -> None:
@@ -62,7 +63,7 @@ def main() -> None:
     from eval.measures.harness import load_task_manager
     from utils.chat.generation import load_run
 
-    tasks = [] if report_args.tasks == "none" else report_args.tasks.split(",")
+    tasks = [] if report_args.tasks == "none" else split_commas([report_args.tasks])
     manager = load_task_manager(tasks, report_args.include_path) if tasks else None
     chat, run_dir = load_run(resolved), resolved.args.adapter_dir
     measures = measure_tasks(chat, tasks, manager, report_args) if tasks else []

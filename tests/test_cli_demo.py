@@ -160,6 +160,19 @@ def test_commands_change_system_message_regenerate_and_save(say, tiny_model, tmp
     assert printed.count("4 tokens, ") == 2 and "tokens/s, cut by --max_new_tokens 4]" in printed
 
 
+def test_question_that_is_no_utf8_is_one_line(tiny_model, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"/clear\ncaf\xe9\n")))
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(UserError, match="line 2 is not UTF-8"):
+        cli_demo.hold_conversation(None, [], None, None)
+
+
+def test_empty_conversation_is_not_saved(say, tiny_model, tmp_path):
+    argv = ["--model_name_or_path", tiny_model, "--system", "Be brief."]
+    assert "there is no reply yet" in say([f"/save {tmp_path / 'chat.jsonl'}"], *argv)
+    assert not (tmp_path / "chat.jsonl").exists()
+
+
 @pytest.mark.parametrize("word", ["exit", "quit", "stop", "/exit", "/quit"])
 def test_word_that_leaves(tiny_model, word, capsys, monkeypatch):
     """Nothing behind it is asked."""

@@ -247,6 +247,24 @@ def test_reviews_without_verdict_are_left_out_and_said(tmp_path, capsys):
     assert "2 reviews hold no verdict" in capsys.readouterr().out
 
 
+def test_text_with_other_ends_of_lines_and_scores_of_zero_are_read(tmp_path):
+    path = tmp_path / "a-vs-b-gpt-4-reviewer.jsonl"
+    row = {"question_id": 1, "score": [0, 0], "text": "one\u2028two\x85three", "metadata": "none"}
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    matches = load_matches([str(path)])
+    assert [match.winner for match in matches] == [3] and relate_scores(matches) == {}
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [([], "name the review files"), (["r.jsonl", "--seed", "-1"], "--seed -1"),
+     (["r.jsonl", "--output_dir", __file__], "is a file: name a folder")],
+)  # fmt: skip
+def test_bad_flag_of_a_tournament_is_one_line(call_main, flags, said):
+    with pytest.raises(UserError, match=said):
+        call_main("eval.elo", *flags)
+
+
 @pytest.mark.parametrize(
     "name, text, says",
     [

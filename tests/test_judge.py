@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
@@ -241,6 +242,16 @@ def test_half_a_line_left_by_a_crash_is_asked_again(endpoint, argv, tmp_path, ca
     assert len(load_matches(read_files(tmp_path))) == 20
 
 
+def test_review_with_other_ends_of_lines_is_read_back(endpoint, argv, tmp_path, call_main):
+    call_main("eval.judge", *argv)
+    path = Path(read_files(tmp_path)[0])
+    first, *rest = path.read_text(encoding="utf-8").split("\n")
+    row = json.loads(first) | {"text": "one\u2028two\x85three"}
+    path.write_text("\n".join([json.dumps(row, ensure_ascii=False), *rest]), encoding="utf-8")
+    assert "0 of 20 reviews to ask for" in call_main("eval.judge", *argv)
+    assert len(load_matches(read_files(tmp_path))) == 20
+
+
 def test_changed_answer_is_judged_anew(endpoint, argv, tmp_path, call_main):
     call_main("eval.judge", *argv)
     path = tmp_path / "answer-tuned.jsonl"
@@ -303,6 +314,14 @@ def test_vicuna_and_oasst_question_files_and_the_papers_answers_are_read(tmp_pat
     (tmp_path / "a.jsonl").write_text(f"{json.dumps(baseline)}\n{json.dumps(run)}")
     answers = load_answers(str(tmp_path / "a.jsonl"))
     assert (answers[1].answer_id, answers[1].text, answers[2].text) == ("BZ", "Tall.", "Very.")
+
+
+@pytest.mark.parametrize("text", ["### Human:", "### Human: a ### Assistant: b"])
+def test_question_without_a_last_human_turn_is_one_line(tmp_path, text):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"question_id": 1, "text": text}) + "\n")
+    with pytest.raises(UserError, match="row 1 is no question"):
+        load_questions([str(path)])
 
 
 def test_oasst_and_mt_bench_rows_and_cut_generations_are_read(tmp_path, capsys):

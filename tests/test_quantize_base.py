@@ -1,6 +1,7 @@
 """A base quantized once: what transformers loads from it, and what runs on it, is what loading in 4 bits gives."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -128,6 +129,16 @@ def test_what_cannot_be_quantized_is_one_line(words, problem, original, quantize
     with pytest.raises(UserError, match=problem):
         run_in_process("utils.quantize_base", *(word.format(**folders) for word in words))
     assert not list(tmp_path.iterdir())
+
+
+def test_damaged_weights_are_one_line(original, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(original, broken)
+    for path in broken.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"\.safetensors is damaged"):
+        run_in_process("utils.quantize_base", broken, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_base_of_another_method_is_refused(tmp_path, original):

@@ -18,6 +18,7 @@ import uvicorn
 from helpers import IDENTITY, ROOT
 from helpers.runs import train
 from helpers.shell import find_free_port
+from starlette.testclient import TestClient
 
 from eval.serve_load import LoadArguments, measure
 from utils.arguments import GenerationArguments, ModelArguments
@@ -125,6 +126,7 @@ def test_request_says_how_tokens_are_chosen_and_where_the_reply_ends(chat, clien
     assert ended.finish_reason == "stop" and ended.message.content == text[: text.index(stop)].strip()
     penalized = ask(extra_body={"repetition_penalty": 3.0}).message.content
     assert penalized == tell(chat, HI, repetition_penalty=3.0)
+    assert ask(temperature=1e-300).message.content == tell(chat, HI)  # as good as greedy
 
 
 @pytest.mark.parametrize(
@@ -140,13 +142,24 @@ def test_request_says_how_tokens_are_chosen_and_where_the_reply_ends(chat, clien
         ({"messages": [{"role": "assistant", "content": "Hi"}]}, 400, None, "nothing to reply to"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, None, "type image_url"),
         ({"messages": [{"role": "user", "content": "word " * 600}]}, 400, "messages", "they may be 512"),
+        ({"messages": [{"role": "user", "content": "word " * 2_000_000}]}, 400, "messages", "characters"),
+        ({"messages": [{"role": "user", "content": "\ud800 hi"}]}, 400, None, "half a character"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]},
+            400,
+            None,
+            "holds no text",
+        ),
+        ({"seed": 2**64}, 400, "seed", "less than"),
+        ({"repetition_penalty": 1e-300}, 400, "repetition_penalty", "greater than or equal"),
         ({"chat_template_kwargs": {"enable_thinking": True}}, 400, "chat_template_kwargs", "no switch"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, None, "leaves out the tools"),
     ],
 )
 def test_mistake_is_an_error_in_openais_form(change, status, param, said, url):
     body = {"model": "mine", "messages": HI} | change
-    answer = httpx.post(f"{url}/chat/completions", json=body)
+    headers = {"content-type": "application/json"}  # httpx's own json= wants whole characters
+    answer = httpx.post(f"{url}/chat/completions", content=json.dumps(body), headers=headers)
     error = answer.json()["error"]
     assert answer.status_code == status and error["param"] == param and said in error["message"]
     assert error["type"] == "invalid_request_error"
@@ -154,7 +167,8 @@ def test_mistake_is_an_error_in_openais_form(change, status, param, said, url):
 
 def test_broken_json_and_a_wrong_path_are_errors_in_openais_form(url):
     broken = httpx.post(f"{url}/chat/completions", content="{", headers={"content-type": "application/json"})
-    assert broken.status_code == 400 and "JSON" in broken.json()["error"]["message"]
+    assert broken.status_code == 400 and broken.json()["error"]["param"] is None
+    assert "the body is no JSON" in broken.json()["error"]["message"]
     wrong = httpx.get(f"{url}/engines")
     assert wrong.status_code == 404 and "GET /v1/engines" in wrong.json()["error"]["message"]
     foreign = httpx.get(f"{url}/models", headers={"host": "evil.example"})
@@ -175,7 +189,37 @@ def test_server_for_others_has_a_key_and_one_for_this_machine_needs_none(capsys)
     key, hosts = choose_access(ServeArguments(server_name="0.0.0.0"))
     assert len(key) > 20 and key in capsys.readouterr().out and hosts == ["*"]
     assert choose_access(ServeArguments(server_name="0.0.0.0", api_key="mine")) == ("mine", ["*"])
-    assert choose_access(ServeArguments()) == (None, ["localhost", "127.0.0.1"])
+    assert choose_access(ServeArguments())[1] == ["localhost", "127.0.0.1", "127.0.0.1", "[127.0.0.1]"]
+    with pytest.raises(UserError, match="--api_key is empty"):
+        ServeArguments(server_name="0.0.0.0", api_key="")
+
+
+@pytest.mark.parametrize("name, host", [("127.0.0.2", "127.0.0.2:8000"), ("::1", "[::1]:8000")])
+def test_server_answers_to_the_loopback_address_it_was_given(chat, name, host):
+    key, hosts = choose_access(ServeArguments(server_name=name))
+    server = Server(chat, {"mine": True}, GREEDY, 1, 64, 1, 60.0)
+    with TestClient(build_app(server, key, hosts)) as client:
+        assert client.get("/health", headers={"host": host}).status_code == 200
+        assert client.get("/health", headers={"host": "evil.example"}).status_code == 400
+
+
+def test_long_prompt_that_is_cut_into_tokens_holds_nobody_else_up(chat, url, monkeypatch):
+    begun, ended = threading.Event(), threading.Event()
+    encode = type(chat.tokenizer).encode_prompt
+
+    def wait_and_encode(self, asked):
+        begun.set()
+        assert ended.wait(20)
+        return encode(self, asked)
+
+    monkeypatch.setattr(type(chat.tokenizer), "encode_prompt", wait_and_encode)
+    ask = lambda: httpx.post(f"{url}/chat/completions", json={"model": "mine", "messages": HI})  # noqa: E731
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert begun.wait(20)
+    assert httpx.get(url.removesuffix("/v1") + "/health", timeout=5).status_code == 200
+    ended.set()
+    thread.join()
 
 
 def test_full_queue_is_a_429_and_a_client_that_hangs_up_frees_its_place(chat):

@@ -300,16 +300,8 @@ class GenerationArguments:
     def __post_init__(self) -> None:
         if not 0 <= self.prompt_lookup <= 7:
             raise UserError(f"--prompt_lookup {self.prompt_lookup}: use 1 to 7 tokens, or 0 for none")
-        require_positive(
-            self,
-            "max_new_tokens",
-            "min_new_tokens",
-            "num_beams",
-            "temperature",
-            "top_p",
-            "typical_p",
-            "repetition_penalty",
-        )
+        require_positive(self, "max_new_tokens", "min_new_tokens", "num_beams")
+        require_positive(self, "temperature", "top_p", "typical_p", "repetition_penalty")
 
 
 def require_positive(arguments: Any, *names: str) -> None:
@@ -317,6 +309,12 @@ def require_positive(arguments: Any, *names: str) -> None:
         value = getattr(arguments, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name} {value}: use a number above 0")
+
+
+def require_folder(arguments: Any, name: str) -> None:
+    value = getattr(arguments, name)
+    if value is not None and Path(value).is_file():
+        raise UserError(f"--{name} {value} is a file: name a folder")
 
 
 def require_choice(arguments: Any, name: str, choices: list[str]) -> None:

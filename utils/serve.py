@@ -42,6 +42,8 @@ class ServeArguments:
 
     def __post_init__(self) -> None:
         require_positive(self, "server_port", "slots", "slot_tokens", "limit_seconds")
+        if self.api_key is not None and not self.api_key.strip():
+            raise UserError("--api_key is empty: name a key, or leave the flag out")
         for name in ("limit_queue", "kept_conversations"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} {getattr(self, name)} is negative: use 0 for none")
@@ -77,7 +79,8 @@ def main() -> None:
         log_level="warning",
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
-    address = f"http://{serve_args.server_name}:{serve_args.server_port}/v1"
+    host = f"[{serve_args.server_name}]" if ":" in serve_args.server_name else serve_args.server_name
+    address = f"http://{host}:{serve_args.server_port}/v1"
     notice(
         f"{address} serves {' and '.join(names)}: {serve_args.slots} replies at once, {tokens} tokens each"
     )
@@ -92,11 +95,12 @@ def main() -> None:
 
 def choose_access(serve_args: ServeArguments) -> tuple[str | None, list[str]]:
     """(the key that is wanted, names that the server answers to)"""
-    if is_loopback(serve_args.server_name):
-        return serve_args.api_key, LOOPBACK
+    name = serve_args.server_name
+    if is_loopback(name):
+        return serve_args.api_key, [*LOOPBACK, name, f"[{name}]"]  # in brackets where it is one of IPv6
     if serve_args.api_key is None:
         key = secrets.token_urlsafe(24)
-        notice(f"--server_name {serve_args.server_name} opens the server to others; their key: {key}")
+        notice(f"--server_name {name} opens the server to others; their key: {key}")
         return key, ["*"]
     return serve_args.api_key, ["*"]
 

@@ -37,11 +37,12 @@ def load_questions(paths: list[str]) -> list[Question]:
                     "are needed"
                 )
             more_turns += "text" not in row and len(row["turns"]) > 1
+            messages = read_question(text)
+            if not messages or messages[-1]["role"] != "user":
+                raise UserError(f"{path}: row {number} is no question: nothing of the human's stands last")
             if question_id in questions:
                 raise UserError(f"{path}: question_id {question_id!r} is there twice")
-            questions[question_id] = Question(
-                question_id, text, row.get("category", "generic"), read_question(text)
-            )
+            questions[question_id] = Question(question_id, text, row.get("category", "generic"), messages)
     if more_turns:
         notice(f"--questions: {more_turns} of {len(questions)} have more than one turn: the first is asked")
     return list(questions.values())

@@ -68,7 +68,7 @@ def load_matches(paths: list[str]) -> list[Match]:
 def read_reviews(path: Path) -> list[dict[str, Any]]:
     """The reviews of a file. Raises UserError naming the line that is none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # a text may hold other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as text: {error}") from error
     reviews = []
@@ -110,8 +110,10 @@ def read_question_id(review: dict[str, Any]) -> str:
 
 def read_players(review: dict[str, Any]) -> tuple[str, str] | None:
     """Who wrote answers 1 and 2, where the review itself says so, as eval.judge's do."""
-    metadata = review.get("metadata") or {}
-    return (metadata["player1"], metadata["player2"]) if {"player1", "player2"} <= metadata.keys() else None
+    metadata = review.get("metadata")
+    if not isinstance(metadata, dict) or not {"player1", "player2"} <= metadata.keys():
+        return None
+    return metadata["player1"], metadata["player2"]
 
 
 def order_players(files: dict[Path, list[dict[str, Any]]]) -> dict[Path, tuple[str, str]]:
@@ -258,6 +260,8 @@ def relate_scores(matches: list[Match]) -> dict[tuple[str, str], float]:
     pairings = Counter(player for pair in {frozenset(players) for players in totals} for player in pair)
     ratios: dict[tuple[str, str], list[float]] = {}
     for (one, two), (first, second) in totals.items():
+        if not (first > 0 and second > 0):
+            continue  # no ratio
         if (two, one) in ratios or pairings[one] > pairings[two]:
             ratios.setdefault((two, one), []).append(second / first)
         else:

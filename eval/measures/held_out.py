@@ -8,6 +8,7 @@ from utils.arguments import DataArguments, ModelArguments, TrainingArguments
 from utils.chat.generation import ChatModel
 from utils.console import UserError
 from utils.data.rows import count_trained_copies, find_held_out, load_rows
+from utils.data.sources import find_sources
 from utils.data.token_rows import Example
 from utils.data.tokenizing import tokenize_rows
 from utils.flags.checks import read_recorded_data
@@ -27,6 +28,12 @@ class HeldOut:
     reason: str | None = None
 
 
+def trains_on_all(data_args: DataArguments) -> bool:
+    """Whether no file is for evaluation, by its flag or by its name."""
+    sources = find_sources(data_args.dataset_name, data_args)
+    return data_args.eval_dataset_name is None and all(source.part == TRAIN for source in sources)
+
+
 def load_held_out(record: dict[str, Any] | None, chat: ChatModel, count: int) -> HeldOut:
     """The first `count` rows of the run's own split; none where its data is gone or has changed."""
     if record is None:
@@ -41,6 +48,8 @@ def load_held_out(record: dict[str, Any] | None, chat: ChatModel, count: int) ->
         do_eval=EVAL in wanted, do_predict=TEST in wanted, data_seed=arguments["data_seed"]
     )
     try:
+        if not find_held_out(record) and trains_on_all(data_args):
+            return HeldOut([], [], [], "The run held no rows out, it trained on all: no held-out loss.")
         rows = load_rows(ModelArguments(), data_args, training_args)
     except UserError as error:
         return HeldOut([], [], [], f"The run's data cannot be read ({error}): no held-out loss.")
@@ -48,9 +57,6 @@ def load_held_out(record: dict[str, Any] | None, chat: ChatModel, count: int) ->
     changed = [one.name for one in rows.sources if one.digest not in recorded]
     if changed:
         return HeldOut([], [], [], f"{', '.join(changed)} has changed since the run: no held-out loss.")
-    counts = record["data"]["rows"]
-    if not (counts[EVAL] or counts[TEST]) and all(source.part == TRAIN for source in rows.sources):
-        return HeldOut([], [], [], "The run held no rows out, it trained on all: no held-out loss.")
     copies = count_trained_copies(record, rows)
     if copies:  # an older run, which trained on them
         reason = f"{copies:,} rows of the run's data hold the chat of a held-out row: no held-out loss."

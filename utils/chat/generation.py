@@ -7,7 +7,7 @@ from streaming.py, all of them by one decoder (utils/decode/shared_decoder.py).
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from utils.models.folder import ResolvedModel, find_context
 from utils.models.tokenizer import ChatTokenizer, load_run_tokenizer
 from utils.prompts.messages import Chat, Messages
 
-SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0}
+SAMPLING_DEFAULTS: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0}
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,15 @@ def load_run(resolved: ResolvedModel, dtype: torch.dtype | None = None) -> ChatM
     return ChatModel(model, tokenizer, find_context(resolved.config), decoder)
 
 
+GREEDY_BELOW = 1e-3  # a temperature: logits divided by less leave the range of 16 bits
+
+
 def build_generation_config(
     generation_args: GenerationArguments, tokenizer: ChatTokenizer
 ) -> GenerationConfig:
     """transformers' GenerationConfig; sampling flags count only with --do_sample."""
+    if generation_args.do_sample and generation_args.temperature < GREEDY_BELOW:
+        generation_args = replace(generation_args, do_sample=False, **SAMPLING_DEFAULTS)
     flags = {name: value for name, value in vars(generation_args).items() if value is not None}
     if flags.pop("prompt_lookup") and (generation_args.do_sample or generation_args.repetition_penalty != 1):
         notice("--prompt_lookup guesses the likeliest tokens: with sampling or penalties it has no effect")

@@ -40,7 +40,10 @@ class Message(BaseModel):
             raise UserError(f"messages: content of the type {strangers[0]} cannot be read, only text")
         role = "system" if self.role == "developer" else self.role
         kept = {"reasoning_content", "tool_calls", "tool_call_id", "name"}
-        text = "".join(str(part.get("text", "")) for part in parts)
+        texts = [part.get("text") for part in parts]
+        if not all(isinstance(text, str | None) for text in texts):
+            raise UserError("messages: a content part of the type text holds no text")
+        text = "".join(str(text or "") for text in texts)
         return {"role": role, "content": text} | self.model_dump(include=kept, exclude_none=True)
 
 
@@ -69,8 +72,8 @@ class ChatRequest(BaseModel):
     temperature: float | None = Field(None, ge=0, le=10)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
-    repetition_penalty: float | None = Field(None, gt=0)
-    seed: int | None = None
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str | None] | None = None
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: TemplateSwitch | None = None

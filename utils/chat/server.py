@@ -2,13 +2,14 @@
 
     POST /v1/chat/completions    GET /v1/models    GET /health (without a key)
 
-The event loop takes a request, renders and tokenizes it, and begins its reply; a thread of the reply's own
-turns tokens into text and hands that to the loop. A client that hangs up ends its reply, also one
-that waits. Of those that find no slot so many wait as --limit_queue says, the next one is answered 429.
+The event loop takes a request, a thread renders and tokenizes it, and a thread of the reply's own turns
+tokens into text and hands that to the loop. A client that hangs up ends its reply, also one that waits. Of
+those that find no slot so many wait as --limit_queue says, the next one is answered 429.
 """
 
 import asyncio
 import dataclasses
+import functools
 import json
 import secrets
 import threading
@@ -54,14 +55,15 @@ class Server:
     limit_queue: int
     limit_seconds: float
     replies: list[Reply] = dataclasses.field(default_factory=list)
+    encoding: Any = dataclasses.field(default_factory=threading.Lock)  # a tokenizer's settings are shared
 
     def count_open(self) -> int:
         """Replies under way or waiting."""
         self.replies = [reply for reply in self.replies if not reply.finish_reason]
         return len(self.replies)
 
-    def begin(self, asked: ChatRequest) -> Reply:
-        """Raises Refused or UserError where there is no reply to give."""
+    def check_room(self, asked: ChatRequest) -> None:
+        """Raises Refused where there is no such model, or no place to wait in."""
         if asked.model not in self.names:
             raise Refused(
                 404, f"no model {asked.model} here: {', '.join(self.names)}", "model_not_found", "model"
@@ -70,14 +72,34 @@ class Server:
             raise Refused(
                 429, f"{len(self.replies)} replies are under way or waiting: ask again", "queue_full"
             )
+
+    def encode(self, asked: ChatRequest) -> list[int]:
+        """The prompt's token ids. Raises Refused or UserError where it is none, or too long."""
         chat, tokenizer = asked.convert(), self.choose_tokenizer(asked)
+        # Too long whatever its tokens are: cutting 10 MB into them would take ten seconds.
+        length = sum(len(message["content"]) for message in chat.messages)
+        if length > self.slot_tokens * self.longest_token:
+            raise self.refuse_long(f"{length:,} characters")
         if chat.tools or any(message.keys() > {"role", "content"} for message in chat.messages):
             check_tools(tokenizer.raw, chat)
-        prompt = tokenizer.encode_prompt(chat)
-        room = self.slot_tokens - len(prompt)
-        if room < 1:
-            message = f"the messages are {len(prompt)} tokens: with the reply they may be {self.slot_tokens}"
-            raise Refused(400, message, "context_length_exceeded", "messages")
+        with self.encoding:
+            prompt = tokenizer.encode_prompt(chat)
+        if len(prompt) >= self.slot_tokens:
+            raise self.refuse_long(f"{len(prompt)} tokens")
+        return prompt
+
+    def refuse_long(self, length: str) -> Refused:
+        message = f"the messages are {length}: with the reply they may be {self.slot_tokens} tokens"
+        return Refused(400, message, "context_length_exceeded", "messages")
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Characters."""
+        return max(map(len, self.chat.tokenizer.raw.get_vocab()))
+
+    def begin(self, asked: ChatRequest, prompt: list[int]) -> Reply:
+        self.check_room(asked)
+        tokenizer, room = self.choose_tokenizer(asked), self.slot_tokens - len(prompt)
         config = build_generation_config(choose_flags(asked, self.defaults, room), tokenizer)
         tuned, lookup = self.names[asked.model], self.defaults.prompt_lookup
         reply = self.chat.decoder.reply(prompt, config, tuned, asked.seed, self.limit_seconds, lookup)
@@ -178,7 +200,9 @@ def build_app(server: Server, api_key: str | None, hosts: list[str]) -> FastAPI:
 
     @app.post("/v1/chat/completions", dependencies=guards)
     async def complete(asked: ChatRequest, request: Request) -> Any:
-        reply = server.begin(asked)
+        server.check_room(asked)
+        # A long prompt holds nobody else up.
+        reply = server.begin(asked, await asyncio.to_thread(server.encode, asked))
         watcher = asyncio.create_task(cancel_when_gone(request, reply))
         watchers.add(watcher)
         watcher.add_done_callback(watchers.discard)
@@ -235,6 +259,8 @@ def add_error_forms(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def say_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return refuse(Refused(400, f"the body is no JSON: {first['ctx']['error']}"))
         where = ".".join(str(part) for part in first["loc"][1:])
         return refuse(
             Refused(400, f"{where}: {first['msg']}" if where else first["msg"], None, where or None)

@@ -173,7 +173,7 @@ class Window:
             self.refill()
 
     def fail(self, reason: str, position: int) -> UserError:
-        line = self.line + self.text.count("\n", 0, position)
+        line = self.line + self.text.count("\n", 0, min(position, len(self.text.rstrip())))
         return UserError(f"{self.path}: line {line} is no JSON ({reason} after row {self.rows}): mend it")
 
 

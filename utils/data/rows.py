@@ -261,18 +261,23 @@ def hold_out(parts: np.ndarray, keys: np.ndarray, wanted: list[str], data_args: 
                 "give --eval_dataset_name, or train without evaluation"
             )
         parts[chosen] = PARTS.index(part)
+    if data_args.eval_dataset_size is None:
+        counts = {part: int((parts == PARTS.index(part)).sum()) for part in wanted}  # copies go along
+        names = {EVAL: "for evaluation", TEST: "for prediction"}
+        held_out = ", ".join(f"{count} {names[part]}" for part, count in counts.items())
+        notice(f"held out of {total} rows: {held_out} (--eval_dataset_size changes it)")
 
 
 def count_held_out(total: int, shares: int, data_args: DataArguments) -> int:
     size = data_args.eval_dataset_size
     if size is None:
         count = max(1, min(MAX_HELD_OUT, int(total * MAX_HELD_OUT_SHARE)))
-        notice(f"{count} of {total} rows are held out for evaluation (--eval_dataset_size changes it)")
     else:
         count = max(1, round(size * total)) if size < 1 else int(size)
     if count * shares >= total:
+        given = count if size is None else f"{size:g}"
         raise UserError(
-            f"--eval_dataset_size {size} leaves nothing of {total} rows to train on: use a smaller "
+            f"--eval_dataset_size {given} leaves nothing of {total} rows to train on: use a smaller "
             "count, or a share such as 0.1"
         )
     return count

@@ -8,10 +8,9 @@ The original took any flag: five of its scripts pin --lora_modules, which nothin
     4. to hints.py             --lr 1e-4  ->  error: unknown flag --lr: use --learning_rate
 """
 
-import re
 from typing import Any
 
-from utils.arguments import FALSE_WORDS
+from utils.arguments import FALSE_WORDS, GenerationArguments
 from utils.console import UserError
 from utils.flags.hints import describe_unknown
 from utils.flags.legacy import RENAMED, SWITCHES, translate_legacy_flags
@@ -20,8 +19,8 @@ from utils.flags.trainer_flags import parse_trainer_flags
 
 
 def split_commas(names: list[str]) -> list[str]:
-    """`q_proj,v_proj` and `q_proj v_proj` are the same."""
-    return [part for name in names for part in name.split(",") if part]
+    """`q_proj,v_proj`, `q_proj, v_proj` and `q_proj v_proj` are the same."""
+    return [part.strip() for name in names for part in name.split(",") if part.strip()]
 
 
 def parse_args(
@@ -72,5 +71,6 @@ def find_given_flags(argv: list[str]) -> set[str]:
             continue
         if name in SWITCHES:
             name = SWITCHES[name][0].removeprefix("--")
-        given.add(today.get(name, re.sub(r"^no_", "", name)))
+        is_switch = name.startswith("no_") and not hasattr(GenerationArguments, name)
+        given.add(today.get(name, name.removeprefix("no_") if is_switch else name))
     return given

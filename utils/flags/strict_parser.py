@@ -27,7 +27,7 @@ class OneNameFormatter(argparse.ArgumentDefaultsHelpFormatter):
         )
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if any(option.startswith("--no_") for option in action.option_strings):
+        if f"--no_{action.dest}" in action.option_strings:
             return f"Turns --{action.dest} off."
         text = super()._get_help_string(action)
         # argparse fills in what follows a per cent sign.

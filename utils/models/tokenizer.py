@@ -53,6 +53,10 @@ class ChatTokenizer:
         chat = asked if isinstance(asked, Chat) else Chat(asked)
         render = functools.partial(render_chat, self.raw, tools=chat.tools)
         text, answers = split_prompt(render, chat.messages, self.stops, MODES[self.thinking])
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the messages hold {text[error.start]!r}, half a character") from error
         end = len(text) if self.keeps_blank else find_border(text)
         ((pieces, _),) = encode_rows(self.raw, [RenderedRow([], text[:end], answers, [])])
         return [token for ids, _ in pieces for token in ids]
