@@ -220,6 +220,7 @@ def test_help_shows_a_per_cent_sign_as_it_is_written():
 
 def test_inverted_flag_has_a_help_of_its_own():
     shown = " ".join(StrictParser(FLAGS, "").format_help().split())
+    assert "--no_repeat_ngram_size NO_REPEAT_NGRAM_SIZE No n-gram of this size" in shown  # turns nothing off
     assert "--no_packing Turns --packing off. --fast_lora" in shown
 
 

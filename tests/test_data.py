@@ -120,6 +120,13 @@ def test_no_copy_of_a_held_out_row_is_trained_on(tmp_path, asked):
     assert rows.count(EVAL) == 4 * flags["do_eval"] and rows.count(TEST) == 4 * flags["do_predict"]
 
 
+def test_line_of_held_out_rows_counts_each_part_with_its_copies(tmp_path, capsys):
+    path = write_rows(tmp_path / "a.jsonl", alpaca_rows(40) + alpaca_rows(20) * 2)
+    rows = load(path, do_eval=True, do_predict=True)
+    told = f"held out of 80 rows: {rows.count(EVAL)} for evaluation, {rows.count(TEST)} for prediction"
+    assert told in capsys.readouterr().out and rows.count(EVAL) + rows.count(TEST) + rows.count(TRAIN) == 80
+
+
 def test_counts_and_samples_are_of_rows_without_copies(tmp_path):
     write_set_with_copies(tmp_path / "set")
     assert load(tmp_path / "set", max_train_samples=20).count(TRAIN) == 20

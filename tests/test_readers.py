@@ -78,6 +78,7 @@ DAMAGED = {
     "rows.xlsx": (b"PK\x03\x04", "is a spreadsheet: save it as CSV"),
     "open-object.json": (b'{\n "a": 1,\n "b": [', "no JSON"),
     "broken.jsonl": (b'{"a": 1}\n\n{"a": \n', "line 3 is no JSON"),
+    "alone.jsonl": (b'{"a":\n', "line 1 is no JSON"),
     "broken.json": (b'[{"a": 1},\n{"a": }]', "line 2 is no JSON .*after row 1"),
     "open.json": (b'[{"a": 1},', "after row 1"),
     "comma.json": (b'[{"a": 1} {"a": 2}]', "a comma or ] is missing"),

@@ -43,7 +43,7 @@ def build_message(turn: Message, role_key: str, content_key: str) -> Message:
     if calls:
         kept["tool_calls"] = calls
     if not isinstance(content, str) and not (content is None and kept.get("tool_calls")):
-        raise UserError(f"a {role} turn holds {str(content)[:40]!r}: text is needed")
+        raise UserError(f"the turn of {role} holds {str(content)[:40]!r}: text is needed")
     message = kept | {"role": role, "content": content or ""}
     if any(holds_media(turn.get(name)) for name in COLUMNS):
         raise UserError("a turn names media: only text is trained")
