@@ -110,7 +110,7 @@ BAD = {
     "lone surrogate": ({"instruction": "q\ud800", "output": "a"}, "alpaca", "surrogate"),
     "no object": ("text", "alpaca", "an object with columns"),
     "no speaker": ({"text": "hello"}, "oasst1", "no speaker begins"),
-    "no content": ({"messages": [{"role": "user"}]}, "messages", "a user turn holds 'None'"),
+    "no content": ({"messages": [{"role": "user"}]}, "messages", "the turn of user holds 'None'"),
 }
 
 
