@@ -110,6 +110,7 @@ def test_given_flags_are_found_in_every_spelling():
     assert find_given_flags(["--bits", "8", "--quant-type=fp4", "--no_double_quant"]) == {
         "bits", "quant_type", "double_quant"
     }  # fmt: skip
+    assert find_given_flags([]) == set()
     assert find_given_flags(["--no_repeat_ngram_size", "3"]) == {"no_repeat_ngram_size"}
     assert find_given_flags(["--load_8bit", "--adam8bit", "True"]) == {"bits", "optim"}
     assert find_given_flags(["--load_8bit", "False", "--adam8bit=no", "--seed", "1"]) == {"seed"}

@@ -64,7 +64,7 @@ def find_given_flags(argv: list[str]) -> set[str]:
     """Names of the fields set on the command line, 2023 names included; a switch that is off sets nothing."""
     today = RENAMED | {"lora_modules": "lora_target_modules", "adapter_name_or_path": "checkpoint_dir"}
     given = set()
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv, ""][1:], strict=True):
         name, _, inline = word.removeprefix("--").partition("=")
         name = name.replace("-", "_")
         if not word.startswith("--") or (name in SWITCHES and (inline or following).lower() in FALSE_WORDS):
