@@ -96,7 +96,8 @@ def test_request_to_our_server_switches_thinking(run, base, switch, on):
     chat = load_run(resolve_model(ModelArguments(checkpoint_dir=str(run)), set()))
     chat.decoder.open_slots(1, 400, kept=0)
     server = Server(chat, {"mine": True}, GenerationArguments(max_new_tokens=1), 1, 400, 1, 60.0)
-    reply = server.begin(ChatRequest(model="mine", messages=ASKED, chat_template_kwargs=switch))
+    asked = ChatRequest(model="mine", messages=ASKED, chat_template_kwargs=switch)
+    reply = server.begin(asked, server.encode(asked))
     assert reply.prompt == render(base, enable_thinking=on)
     chat.decoder.end()
 
