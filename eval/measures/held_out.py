@@ -43,12 +43,13 @@ def load_held_out(record: dict[str, Any] | None, chat: ChatModel, count: int) ->
     arguments = record["arguments"] | read_recorded_data(record)
     names = {field.name for field in dataclasses.fields(DataArguments)}
     data_args = DataArguments(**{name: value for name, value in arguments.items() if name in names})
-    wanted = find_held_out(record) or [EVAL]
+    held_out = find_held_out(record)
+    wanted = held_out or [EVAL]
     training_args = TrainingArguments(
         do_eval=EVAL in wanted, do_predict=TEST in wanted, data_seed=arguments["data_seed"]
     )
     try:
-        if not find_held_out(record) and trains_on_all(data_args):
+        if not held_out and trains_on_all(data_args):
             return HeldOut([], [], [], "The run held no rows out, it trained on all: no held-out loss.")
         rows = load_rows(ModelArguments(), data_args, training_args)
     except UserError as error:
