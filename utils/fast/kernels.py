@@ -179,7 +179,7 @@ def add_low_rank(
         return
     keys, layer, threshold, kept_scale = mask_arguments(mask, total)
     launch(
-        total, "add_low_rank_kernel", (divide_up(width, 128), divide_up(tokens, 128)),
+        total, "add_low_rank_kernel", (divide_up(width, 128), divide_up(tokens, 64)),
         total, left, right, tokens, width, keys, layer, threshold, scale * kept_scale,
         RANKS=ranks, DROPS=mask is not None, BLOCK_RANKS=64 if ranks > 32 else 32, num_warps=8,
     )  # fmt: skip
