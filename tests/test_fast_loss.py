@@ -30,7 +30,7 @@ def plain_loss(head, hidden, labels, positions):
     ("bias", "scale", "softcap"), [(False, 1.0, 0.0), (True, 0.25, 0.0), (False, 4.0, 3.0)]
 )
 def test_loss_and_gradient_equal_the_plain_ones(rows, bias, scale, softcap, monkeypatch):
-    monkeypatch.setattr(fast_loss, "CHUNK_ELEMENTS", 301 * 7)  # seven positions at a time
+    monkeypatch.setattr(fast_loss, "count_positions", lambda vocabulary: 7)
     head = SmallOutputLayer(bias, scale, softcap)
     hidden = (3 * torch.randn(rows, 20, 32, device=DEVICE)).requires_grad_()
     labels = torch.randint(301, (rows, 20), device=DEVICE)
@@ -42,6 +42,11 @@ def test_loss_and_gradient_equal_the_plain_ones(rows, bias, scale, softcap, monk
     assert loss.item() == pytest.approx(plain_loss(head, hidden, labels, positions).item(), rel=1e-5)
     assert (gradient - expected).norm() < 1e-5 * expected.norm()
     assert gradient[:, :2].norm() == 0
+
+
+def test_a_chunk_fills_tiles_and_is_large_enough_for_its_reads_of_the_output_layer():
+    vocabularies = (32_000, 49_152, 128_256, 152_064, 256_000)
+    assert [fast_loss.count_positions(words) for words in vocabularies] == [1024, 640, 384, 384, 384]
 
 
 def test_the_last_token_has_no_target():

@@ -128,11 +128,9 @@ def attend_packed(
         gqa = key.shape[1] != query.shape[1]
         out = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=gqa)
         return out.transpose(1, 2), None
-    if "enable_gqa" not in PARAMETERS:
-        key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
     query, key, value = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
     options: dict[str, Any] = {"scale": scaling}
-    if "enable_gqa" in PARAMETERS:
+    if "enable_gqa" in PARAMETERS:  # before torch 2.13 nothing asks, and the kernel shares heads all the same
         options["enable_gqa"] = key.shape[1] != query.shape[1]
     if "window_size" in PARAMETERS:
         options["window_size"] = (sliding_window - 1 if sliding_window else -1, 0)

@@ -12,7 +12,6 @@ from utils.console import notice
 from utils.data.token_rows import TokenRows
 from utils.fast.capability import measure_matmul_tflops
 from utils.fast.fused_mlp import TILE
-from utils.fast.loss import CHUNK_ELEMENTS
 from utils.fast.trials import takes_positions
 from utils.models.base import CUDA_CONTEXT, build_without_weights, choose_compute_dtype, has_gpu, load_config
 from utils.prompts.messages import TRAIN
@@ -125,30 +124,31 @@ def find_longest_row(arguments: Arguments, machine: Machine) -> list[str]:
     step.shares = machine.shares
     optim = "adamw_torch_fused" if training_args.optim == "auto" else training_args.optim
     ladder = list_ladder(step, machine, optim, model_args.bits, None)
-    tokens, longest, limit = 4 * TILE, 0, ""
+    few, many, longest, limit = 4 * TILE, 8 * TILE, 0, ""
     for _ in range(2):  # bytes grow evenly between lengths like these, so the second time is near
-        found = [find_room(step, machine, optim, savings, tokens) for savings in ladder]
-        longest, limit = max(found)
-        tokens = min(max(64, longest * 3 // 4), LONG)
+        longest, limit = max(find_room(step, machine, optim, savings, few, many) for savings in ladder)
+        few = min(max(64, longest * 9 // 10), LONG)
+        many = max(few + 64, min(longest * 11 // 10, 2 * LONG))
     return [f"longest row that fits, every layer recomputed: {longest:,} tokens ({limit} ends it)"]
 
 
 def find_room(
-    step: StepNeeds, machine: Machine, optim: str, savings: Savings, tokens: int
+    step: StepNeeds, machine: Machine, optim: str, savings: Savings, few: int, many: int
 ) -> tuple[int, str]:
-    """(tokens of the longest row, what ends it), by what `tokens` and twice as many need."""
+    """(tokens of the longest row, what ends it), by what `few` and `many` tokens need."""
     assert machine.budget is not None
-    few, many = (step.measure(1, size, step.layers, optim, savings) for size in (tokens, 2 * tokens))
-    room = {"the GPU": extend(tokens, few.total, many.total, (1 - MARGIN) * machine.budget)}
+    less, more = (step.measure(1, tokens, step.layers, optim, savings) for tokens in (few, many))
+    room = {"the GPU": extend(few, many, less.total, more.total, (1 - MARGIN) * machine.budget)}
     if machine.host_budget is not None:
-        room["host memory"] = extend(tokens, few.least_host, many.least_host, machine.host_budget)
+        host = less.least_host, more.least_host
+        room["host memory"] = extend(few, many, *host, machine.host_budget)
     limit = min(room, key=lambda name: room[name])
     return max(0, int(room[limit]) // 64 * 64), limit
 
 
-def extend(tokens: int, few: int, many: int, room: float) -> float:
-    """Tokens that `room` bytes hold where `tokens` take `few` and twice as many `many`."""
-    return tokens + tokens * (room - few) / (many - few) if many > few else 2.0**40
+def extend(few: int, many: int, less: int, more: int, room: float) -> float:
+    """Tokens that `room` bytes hold where `few` take `less` and `many` take `more`."""
+    return few + (many - few) * (room - less) / (more - less) if more > less else 2.0**40
 
 
 def find_change(datasets: dict[str, TokenRows], arguments: Arguments, machine: Machine) -> str | None:
@@ -182,7 +182,7 @@ def render_table(plan: Plan) -> list[str]:
         "gradients": needs.gradients,
         f"optimizer ({plan.optim})": needs.optimizer,
         "optimizer, paged": needs.paged_optimizer,
-        f"activations of {plan.capacity:,} tokens, {recomputed}": needs.activations,
+        f"activations of {plan.capacity:,} tokens and a chunk of logits, {recomputed}": needs.activations,
         "fragments of the allocator": needs.fragments,
         "cuBLAS": WORKSPACE,
         "CUDA's context and kernels": CUDA_CONTEXT,
@@ -195,8 +195,7 @@ def render_table(plan: Plan) -> list[str]:
         verdict = (
             f" of {(plan.budget + CUDA_CONTEXT) / GIB:.2f}: {'it fits' if plan.fits else 'it does not fit'}"
         )
-    chunk = f"a chunk of logits of {2 * CHUNK_ELEMENTS / 2**20:.0f} MiB at most is in the activations"
-    return ["memory plan:", *lines, f"{total:9.2f} GiB  in all{verdict} ({chunk})"]
+    return ["memory plan:", *lines, f"{total:9.2f} GiB  in all{verdict}"]
 
 
 def describe_time(
