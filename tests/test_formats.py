@@ -86,6 +86,10 @@ def test_sharegpt_cleaning_is_done_and_named():
     chat = read_row(row, "sharegpt")
     assert list_turns(chat) == ["a:Welcome", "u:q", "a:a", "u:x"]
     assert chat.cleaned == ("empty turns taken out", "roles out of order, the rest cut")
+    turns = [{"from": who, "value": who} for who in ("human", "gpt", "human")]
+    assert read_row({"conversations": turns}, "sharegpt").cleaned == (
+        "a last turn that has no answer left out",
+    )
     assert read_row(GOLDEN["sharegpt"][0], "sharegpt").cleaned == (
         "HTML turned into Markdown",
         "labels and buttons of HTML code blocks taken out",

@@ -15,7 +15,7 @@ from utils.chat.generation import ChatModel
 from utils.chat.page_arguments import PageArguments
 from utils.console import UserError
 from utils.decode.reply import Reply
-from utils.prompts.messages import Messages
+from utils.prompts.messages import Messages, find_half_character
 from utils.prompts.rendering import OPEN, split_tags
 
 CODE = re.compile(  # page.js has it too
@@ -40,10 +40,8 @@ def read_text(value: Any, words: dict[str, str]) -> str:
 
 
 def check_characters(text: str, words: dict[str, str]) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(words["half a character"]) from error
+    if find_half_character(text):
+        raise UserError(words["half a character"])
 
 
 def read_numbers(values: list[Any], words: dict[str, str]) -> list[float]:

@@ -37,7 +37,7 @@ from utils.data.turns import (
     tidy_turns,
 )
 from utils.data.unread import find_unread, is_prose
-from utils.prompts.messages import LEARNED, TEXT_ROLE, Chat, Message, Row
+from utils.prompts.messages import LEARNED, TEXT_ROLE, Chat, Message, Row, find_half_character
 from utils.prompts.rendering import THOUGHT_KEYS
 
 
@@ -280,10 +280,8 @@ def read_row(row: Any, dataset_format: str, marker: str = "\n\n") -> Chat:
     if not any(message.get(LEARNED, True) for message in answers):
         raise UserError("has no answer to train on" + (": all are marked as context" if answers else ""))
     said = "\0".join(contents)
-    try:
-        said.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"holds half of a surrogate pair ({error.object[error.start]!r})") from error
+    if half := find_half_character(said):
+        raise UserError(f"holds half a character ({half!r}, a lone surrogate)")
     unread = find_unread(row, said, lambda watched: read_chat(watched, dataset_format, marker))
     return replace(chat, unread=unread) if unread else chat
 

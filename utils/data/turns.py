@@ -131,10 +131,19 @@ def take_out_empty(messages: Messages) -> Messages:
 
 
 def keep_ordered(messages: Messages) -> tuple[Messages, list[str]]:
-    """(the messages before the first out of order, a note of it).
+    """(the messages before the first out of order, notes of that and of a last turn without an answer).
 
     In order: a system message first, then user and assistant in turn, tools after an assistant.
     """
+    end = find_disorder(messages)
+    if end < len(messages):
+        return messages[:end], ["roles out of order, the rest cut"]
+    is_answered = not messages or messages[-1]["role"] == "assistant"
+    return messages, [] if is_answered else ["a last turn that has no answer left out"]
+
+
+def find_disorder(messages: Messages) -> int:
+    """The place of the first message out of order; their number where there is none."""
     before: dict[str, Any] = {"role": None}
     for i, message in enumerate(messages):
         follows = {
@@ -146,6 +155,6 @@ def keep_ordered(messages: Messages) -> tuple[Messages, list[str]]:
         if before["role"] not in follows and not (
             message["role"] == "assistant" and before.get("tool_calls")
         ):
-            return messages[:i], ["roles out of order, the rest cut"]
+            return i
         before = message
-    return messages, []
+    return len(messages)

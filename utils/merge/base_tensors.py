@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
-from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_utils import str_to_torch_dtype
@@ -20,7 +19,7 @@ from transformers.modeling_utils import str_to_torch_dtype
 from utils.console import UserError
 from utils.models.baichuan import PACKED, cut_rows
 from utils.models.stored_quantized import CODES_STATE, find_codes, is_part
-from utils.models.weight_files import read_json
+from utils.models.weight_files import open_weights, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,10 +97,7 @@ def open_tensors(base: Path, packed: bool, stack: ExitStack) -> dict[str, Stored
     for name in files:
         if not (base / name).is_file():
             raise UserError(f"{base} holds no {name}: download the model again, as safetensors")
-        try:
-            file = stack.enter_context(safe_open(base / name, "pt"))
-        except SafetensorError as error:
-            raise UserError(f"{base / name} is damaged ({error}): download or train it again") from error
+        file = stack.enter_context(open_weights(base / name, "pt"))
         for key in file.keys():
             is_packed = packed and key.endswith(PACKED)
             cuts = cut_rows(key, Stored(file, key).shape[0]) if is_packed else {key: None}

@@ -29,7 +29,7 @@ from utils.prompts.answer_spans import (
     split_prompt,
     template_names,
 )
-from utils.prompts.messages import Chat, Messages, Thinking
+from utils.prompts.messages import Chat, Messages, Thinking, find_half_character
 from utils.prompts.rendering import MODES, ThoughtStyle, find_style, render_chat, set_default
 from utils.run.record import hash_text
 
@@ -53,10 +53,8 @@ class ChatTokenizer:
         chat = asked if isinstance(asked, Chat) else Chat(asked)
         render = functools.partial(render_chat, self.raw, tools=chat.tools)
         text, answers = split_prompt(render, chat.messages, self.stops, MODES[self.thinking])
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"the messages hold {text[error.start]!r}, half a character") from error
+        if half := find_half_character(text):
+            raise UserError(f"the messages hold half a character ({half!r}, a lone surrogate)")
         end = len(text) if self.keeps_blank else find_border(text)
         ((pieces, _),) = encode_rows(self.raw, [RenderedRow([], text[:end], answers, [])])
         return [token for ids, _ in pieces for token in ids]

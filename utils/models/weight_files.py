@@ -11,6 +11,7 @@ from utils.models.hub import find_base_folder
 
 if TYPE_CHECKING:
     import torch
+    from safetensors import safe_open
 
 TOKENIZER_FILE = re.compile(r"tokenizer|vocab|spiece|.*\.(model|tiktoken)$")
 OUTPUT_LAYERS = {"lm_head", "embed_out"}
@@ -86,14 +87,19 @@ def save_weights(tensors: "dict[str, torch.Tensor]", path: Path) -> None:
     path.chmod(mode)
 
 
-def read_shapes(files: list[Path]) -> dict[str, list[int]]:
+def open_weights(file: Path, framework: str) -> "safe_open":
+    """A context manager, to read what `file` holds by name."""
     from safetensors import SafetensorError, safe_open
 
+    try:
+        return safe_open(file, framework)
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged ({error}): download or train it again") from error
+
+
+def read_shapes(files: list[Path]) -> dict[str, list[int]]:
     shapes: dict[str, list[int]] = {}
     for file in files:
-        try:
-            with safe_open(file, framework="numpy") as tensors:
-                shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
-        except SafetensorError as error:
-            raise UserError(f"{file} is damaged ({error}): download or train it again") from error
+        with open_weights(file, "numpy") as tensors:
+            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
     return shapes

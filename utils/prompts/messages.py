@@ -24,3 +24,12 @@ class Chat:
     tools: list[Any] | None = None
     cleaned: tuple[str, ...] = field(default=())
     unread: tuple[str, ...] = field(default=())
+
+
+def find_half_character(text: str) -> str | None:
+    """The first lone surrogate of `text`: half a character, which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return text[error.start]
+    return None
