@@ -8,11 +8,11 @@ import pytest
 import torch
 from bitsandbytes.functional import get_4bit_type
 from helpers import ROOT
-from helpers.chats import encode_row
+from helpers.chats import encode_row, stream_reply
 
 from utils.arguments import GenerationArguments, ModelArguments
 from utils.chat.generation import BatchAnswerer, build_generation_config, load_run, trim_history
-from utils.chat.streaming import decode_pieces, drop_leading_blanks, open_reply, stream_reply, stream_text
+from utils.chat.streaming import decode_pieces, drop_leading_blanks, open_reply, stream_text
 from utils.console import UserError
 from utils.decode.setup import install_graph_decode
 from utils.fast.frozen_weights import read_weight

@@ -13,6 +13,7 @@ import openai
 import pytest
 import torch
 from helpers import IDENTITY, ROOT
+from helpers.chats import stream_reply
 from helpers.families import FAMILIES, build_baichuan
 from helpers.models import read_logits, save_random_model
 from helpers.runs import train
@@ -23,7 +24,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.arguments import GenerationArguments, ModelArguments
 from utils.chat.generation import load_run
-from utils.chat.streaming import stream_reply
 from utils.console import UserError
 from utils.merge.held_out import find_examples
 from utils.merge.shards import save_sharded

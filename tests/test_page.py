@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 import torch
+from helpers.chats import stream_reply
 from helpers.shell import find_free_port, run_script
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
@@ -21,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from utils.arguments import GenerationArguments, ModelArguments
 from utils.chat.generation import load_run
 from utils.chat.page_arguments import PageArguments, check_port, read_auth
-from utils.chat.streaming import stream_reply, stream_text
+from utils.chat.streaming import stream_text
 from utils.console import UserError
 from utils.models.folder import resolve_model
 

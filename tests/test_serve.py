@@ -16,6 +16,7 @@ import pytest
 import torch
 import uvicorn
 from helpers import IDENTITY, ROOT
+from helpers.chats import stream_reply
 from helpers.runs import train
 from helpers.shell import find_free_port
 from starlette.testclient import TestClient
@@ -25,7 +26,6 @@ from utils.arguments import GenerationArguments, ModelArguments
 from utils.chat.generation import load_run
 from utils.chat.openai_form import split_marked
 from utils.chat.server import Server, build_app
-from utils.chat.streaming import stream_reply
 from utils.console import UserError
 from utils.models.folder import resolve_model
 from utils.prompts.answer_spans import read_template

@@ -4,6 +4,7 @@ import numpy as np
 
 from helpers.rows import load, write_rows
 from utils.arguments import DataArguments
+from utils.chat.streaming import open_reply, stream_text
 from utils.data.tokenizing import ChatEncoder, tokenize_rows
 from utils.models.encoding import encode_rows
 from utils.models.tokenizer import ChatTokenizer
@@ -22,6 +23,11 @@ QWEN3_LIKE = (
     "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def stream_reply(chat, messages, generation_args, tuned=True):
+    """Pieces of the reply to `messages`, where its figures are not asked for."""
+    return stream_text(chat.tokenizer, open_reply(chat, messages, generation_args, tuned))
 
 
 def build_chat_tokenizer(tokenizer, eos_ids=()):

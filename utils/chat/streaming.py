@@ -46,13 +46,6 @@ def stream_text(tokenizer: ChatTokenizer, reply: Reply, stops: Sequence[str] = (
         reply.cancel()
 
 
-def stream_reply(
-    chat: ChatModel, messages: Messages | Chat, generation_args: GenerationArguments, tuned: bool = True
-) -> Generator[str]:
-    """Pieces of the reply to `messages`, where its figures are not asked for."""
-    yield from stream_text(chat.tokenizer, open_reply(chat, messages, generation_args, tuned))
-
-
 class WholeWords(TextStreamer):
     """Collects text up to the last blank; Chinese characters one by one."""
 

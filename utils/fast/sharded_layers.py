@@ -221,7 +221,3 @@ class ShardedLayers:
         labels = torch.full_like(first["labels"], IGNORE_INDEX)
         empty = first | {"labels": labels, "label_positions": first["label_positions"][:0]}
         return micro_batches + [empty] * (int(count) - len(micro_batches))
-
-    @property
-    def bytes_held(self) -> int:
-        return sum(x.nbytes for x in (*self.slots, *self.shards))
