@@ -308,11 +308,10 @@ def test_longest_row_is_the_longest_whose_needs_fit(tiny_model):
     ("shape", "capacity", "recomputed", "tflops", "measured"),
     [
         ("llama-7b", 2048, 0, 684, 15_336), ("llama-7b", 4096, 0, 685, 16_601),
-        ("llama-7b", 8192, 0, 689, 17_107), ("llama-7b", 8192, 32, 686, 12_475),
-        ("qwen2.5-7b", 4096, 0, 683, 15_292), ("qwen2.5-7b", 8192, 0, 683, 15_604),
-        ("qwen2.5-7b", 4096, 28, 683, 11_540), ("qwen2.5-7b", 8192, 28, 683, 11_789),
-        ("llama3-8b", 4096, 0, 684, 14_398), ("llama3-8b", 8192, 0, 684, 14_890),
-        ("llama3-8b", 4096, 32, 684, 10_788), ("llama3-8b", 8192, 32, 684, 11_132),
+        ("llama-7b", 8192, 0, 677, 17_010), ("llama-7b", 8192, 32, 682, 12_607),
+        ("llama-7b", 4096, 32, 682, 12_104),
+        ("qwen2.5-7b", 4096, 0, 684, 15_744), ("qwen2.5-7b", 8192, 0, 684, 16_173),
+        ("llama3-8b", 4096, 0, 680, 14_763), ("llama3-8b", 8192, 0, 680, 15_287),
     ],
 )  # fmt: skip
 def test_time_of_an_epoch_is_near_the_speeds_that_were_measured(
@@ -329,7 +328,7 @@ def test_time_of_an_epoch_is_near_the_speeds_that_were_measured(
 
 
 def test_dry_run_says_the_time_where_a_gpu_tells_its_speed(tiny_model, monkeypatch):
-    """4 operations a weight and token, of 0.001 TFLOP/s of which 68% are reached."""
+    """4 operations a weight and token, of 0.001 TFLOP/s of which 69% are reached."""
     plan = Plan("adamw_torch", 2048, 0, 2, step_tokens=1_000.0)
     model_args = ModelArguments(str(tiny_model))
     assert describe_time(plan, 3_200, model_args, TrainingArguments()) == []
@@ -339,7 +338,7 @@ def test_dry_run_says_the_time_where_a_gpu_tells_its_speed(tiny_model, monkeypat
     attention = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
     layer = (attention + 3 * config.intermediate_size) * config.hidden_size
     weights = config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
-    minutes = 3_200 / 16 * 1_000 * 4 * weights / 0.68e9 / 60
+    minutes = 3_200 / 16 * 1_000 * 4 * weights / 0.69e9 / 60
     (line,) = describe_time(plan, 3_200, model_args, TrainingArguments())
     assert float(re.search(r"about ([\d.]+) minutes", line)[1]) == pytest.approx(minutes, abs=0.06)
 

@@ -2,13 +2,13 @@
 
 A token costs 4 operations for each weight that it is multiplied with: 2 forward and 2 backward, as no weight
 gets a gradient. Unpacking and recomputing count as more tokens (measure_cost in plan.py). The fused path
-reaches 69 to 71% of what matrix products alone would, in eight settings of three models (docs/memory.md), and
+reaches 69 to 72% of what matrix products alone would, in nine settings of three models (docs/memory.md), and
 a run 97% of that. LLaMA-7B on an H100, 32 Alpaca rows a step:
 
-    9,950 tokens' worth x 4 x 6.6e9 / (0.68 x 685e12) = 0.56 s a step, 16,300 tokens/s
+    9,950 tokens' worth x 4 x 6.6e9 / (0.69 x 685e12) = 0.56 s a step, 16,540 tokens/s
 """
 
-REACHED = 0.68
+REACHED = 0.69
 
 
 def estimate_epoch_seconds(steps: float, step_tokens: float, weights: int, tflops: float) -> float:
