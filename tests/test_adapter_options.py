@@ -10,8 +10,11 @@ from helpers.models import relative_difference, train_with_plain_peft
 from helpers.rows import alpaca_rows, write_rows
 from helpers.runs import forget_second_step, load_weights, read_last_state, trainer_kept
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
+from utils.arguments import ModelArguments
 from utils.console import UserError
+from utils.merge_adapter import check_adapter_kind
 
 SHORT = ["--source_max_len", 200, "--target_max_len", 100, "--gradient_checkpointing", "False"]
 STEPS = ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1, "--max_steps", 3]
@@ -223,3 +226,25 @@ def test_flag_that_does_not_go_with_others_is_one_line(call_main, argv, tmp_path
     with pytest.raises(UserError) as error:
         call_main("qlora_finetune", *argv, *flags, "--output_dir", tmp_path / "run")
     assert says in str(error.value)
+
+
+def test_adapter_of_a_mixture_is_evaluated_after_its_run_and_not_merged(call_main, tiny_model, tmp_path):
+    """PEFT adapts all experts of a layer as one parameter, under names that no file of the base has."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.save_pretrained(base)
+    sizes = dict.fromkeys(("num_hidden_layers", "num_key_value_heads"), 2)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_attention_heads=4,
+        num_local_experts=4, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sizes,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    flags = ["--model_name_or_path", base, "--dataset_name", IDENTITY, *SHORT, "--max_steps", 2]
+    held_out = ["--do_eval", "--eval_dataset_size", 4]
+    call_main("qlora_finetune", *flags, "--do_train", *held_out, "--learning_rate", 1e-2, "--output_dir", run)
+    trained = json.loads((run / "metrics.json").read_text())["eval_loss"]
+    call_main("qlora_finetune", "--checkpoint_dir", run, *held_out, "--output_dir", tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "eval_metrics.json").read_text())["eval_loss"]
+    assert again == pytest.approx(trained, rel=1e-5)
+    with pytest.raises(UserError, match="a mixture's experts are not merged"):
+        check_adapter_kind(ModelArguments(checkpoint_dir=str(run)))

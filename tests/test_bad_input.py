@@ -20,6 +20,7 @@ from helpers.shell import run_script
 
 from utils.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments
 from utils.console import UserError, run_main
+from utils.flags.checks import check_trainer_names
 from utils.flags.trackers import HOSTS, check_tracker
 from utils.run.run import check_overwriting, open_run
 
@@ -90,6 +91,16 @@ FLAG_MISTAKES = {
     "best without checkpoints": (
         ["--load_best_model_at_end", "--eval_strategy", "epoch", "--save_strategy", "no"],
         ["--save_strategy is no"],
+    ),
+    "beta of one": (["--adam_beta1", "1.5"], ["--adam_beta1 1.5: use 0 or more, less than 1"]),
+    "negative decay": (["--weight_decay", "-1"], ["--weight_decay -1.0: use 0 or more"]),
+    "negative norm": (["--max_grad_norm", "-1"], ["--max_grad_norm -1.0: use 0 or more (0: none)"]),
+    "schedule without its end": (
+        ["--lr_scheduler_type", "warmup_stable_decay"],
+        [
+            "warmup_stable_decay wants num_decay_steps",
+            "--lr_scheduler_kwargs '{\"num_decay_steps\": NUMBER}'",
+        ],
     ),
     "kind of tuning": (["--finetuning_type", "lora"], ["LoRA is trained by itself"]),
     "alpha by layer": (["--lora_alpha_pattern", "{}"], ["one --lora_alpha holds for every layer"]),
@@ -462,3 +473,17 @@ def test_help_names_every_flag_once():
     )
     assert "--gradient_accumulation_steps" in listed and len(listed) == len(set(listed))
     assert not [flag for flag in listed if "-" in flag[2:]]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("label_smoothing_factor", 1.5, "1.5: use 0 or more, less than 1"),
+        ("neftune_noise_alpha", -5.0, "-5.0: use 0 or more"),
+    ],
+)
+def test_values_that_the_trainer_takes_without_a_word_are_refused(name, value, says):
+    training_args = TrainingArguments()
+    training_args.extra[name] = value
+    with pytest.raises(UserError, match=f"--{name} {says}"):
+        check_trainer_names(training_args)

@@ -1,5 +1,6 @@
 """Rows in, token ids and labels out: split by content, within their limits, nothing lost in silence."""
 
+import copy
 import json
 import time
 
@@ -254,10 +255,20 @@ def test_long_prompt_loses_its_beginning_never_the_question(tmp_path, smol_token
     (row,), counts = train_rows(smol_tokenizer, tmp_path, rows, source_max_len=30)
     prompt = [token for token, label in zip(*row.values(), strict=True) if label == IGNORE_INDEX]
     assert len(prompt) == 30 and counts == {tokenizing.PROMPT_CUT: 1}
-    assert prompt[0] == smol_tokenizer.bos_token_id
-    assert smol_tokenizer.decode(prompt).endswith("What?<|im_end|>\n<|im_start|>assistant\n")
+    said = smol_tokenizer.decode(
+        prompt
+    )  # its BOS opens each turn: alone at the front it would be half of one
+    assert said.startswith(" word word") and said.endswith("What?<|im_end|>\n<|im_start|>assistant\n")
     (row,), counts = train_rows(smol_tokenizer, tmp_path, rows, model_max_length=40)
     assert len(row["input_ids"]) == 40 and read_labels(smol_tokenizer, row) == "Yes.<|im_end|>"
+    tokenizer = copy.deepcopy(smol_tokenizer)
+    tokenizer.bos_token, tokenizer.chat_template = (
+        "<|endoftext|>",
+        "{{ bos_token }}" + tokenizer.chat_template,
+    )
+    (row,), _ = train_rows(tokenizer, tmp_path, rows, source_max_len=30)
+    prompt = [token for token, label in zip(*row.values(), strict=True) if label == IGNORE_INDEX]
+    assert len(prompt) == 30 and tokenizer.decode(prompt).startswith("<|endoftext|> word word")
 
 
 def test_only_the_sum_counts_for_longer_chats(tmp_path, smol_tokenizer):

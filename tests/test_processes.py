@@ -32,11 +32,19 @@ def assert_equals_one(call_main, model, tmp_path, processes, *flags):
         assert len(first) == 12 and first == pytest.approx(second, rel=1e-5)
 
 
-@pytest.mark.parametrize("fast_lora", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--bits", 32, "--adam_epsilon", 1e-4],
+        pytest.param(["--fast_lora", False], marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_two_processes_equal_one_with_as_many_rows_a_step(
-    call_main, tiny_model, tmp_path, float32_cpu, fast_lora
+    call_main, tiny_model, tmp_path, float32_cpu, flags
 ):
-    assert_equals_one(call_main, tiny_model, tmp_path, 2, "--fast_lora", fast_lora)
+    assert_equals_one(call_main, tiny_model, tmp_path, 2, *flags)
 
 
 @pytest.mark.slow

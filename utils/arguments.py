@@ -265,8 +265,10 @@ class TrainingArguments:
         require_positive(self, *positive.split())
         if self.max_steps == 0 or self.max_steps < -1:
             raise UserError(f"--max_steps {self.max_steps}: use a positive number, or -1 to train by epochs")
-        if self.warmup_steps < 0:
-            raise UserError(f"--warmup_steps {self.warmup_steps} is negative: use 0 for no warm-up")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
+            require_range(name, getattr(self, name))
+        for name in ("adam_beta1", "adam_beta2"):
+            require_range(name, getattr(self, name), below=1)
         for name in ("logging_strategy", "eval_strategy", "save_strategy"):
             require_choice(
                 self, name, ["no", "steps", "epoch"] + (["best"] if name == "save_strategy" else [])
@@ -309,6 +311,12 @@ def require_positive(arguments: Any, *names: str) -> None:
         value = getattr(arguments, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name} {value}: use a number above 0")
+
+
+def require_range(name: str, value: float, below: float = float("inf")) -> None:
+    if not 0 <= value < below:
+        most = f", less than {below:g}" if below < float("inf") else " (0: none)"
+        raise UserError(f"--{name} {value}: use 0 or more{most}")
 
 
 def require_folder(arguments: Any, name: str) -> None:

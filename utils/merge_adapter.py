@@ -133,6 +133,11 @@ def check_adapter_kind(model_args: ModelArguments) -> None:
             f"{'transposed' if adapter.get('fan_in_fan_out') else 'linear'} layers: only LoRA and DoRA on "
             "linear layers can be merged"
         )
+    if parameters := adapter.get("target_parameters"):
+        raise UserError(
+            f"the adapter {model_args.checkpoint_dir} has target_parameters {parameters}: a mixture's "
+            "experts are not merged here, chat and evaluation take base and adapter"
+        )
     foreign = {name: value for name, value in adapter.items() if value and name not in MERGEABLE_FIELDS}
     if adapter.get("init_lora_weights", True) not in KEEPING_STARTS:
         foreign = {"init_lora_weights": adapter["init_lora_weights"]} | foreign

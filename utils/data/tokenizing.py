@@ -32,7 +32,7 @@ from utils.data.rows import PARTS, Rows
 from utils.data.scanning import LISTED_ROWS
 from utils.data.token_rows import TokenRows, TokenWriter, open_rows
 from utils.data.unread import find_hidden
-from utils.models.encoding import Pieces, encode_rows
+from utils.models.encoding import Pieces, encode_rows, find_own_bos
 from utils.models.tokenizer import ChatTokenizer
 from utils.prompts.answer_spans import RenderedRow, find_input_marker, has_inner_stop, split_chat
 from utils.prompts.messages import LEARNED, TEXT_ROLE, Chat, Messages
@@ -274,7 +274,7 @@ def cut_exchange(pieces: Pieces, room: tuple[int, int], tokenizer: Any, note: No
     (prompt, trained), *rest = pieces
     if len(prompt) > room[0]:
         note(PROMPT_CUT)
-        front = prompt[:1] if prompt[0] == tokenizer.bos_token_id and room[0] > 1 else []
+        front = prompt[:1] if begins_with_bos(prompt, tokenizer) and room[0] > 1 else []
         prompt = front + prompt[len(prompt) - room[0] + len(front) :]
     kept, left = [(prompt, trained)], room[1]
     for ids, answer in rest:
@@ -286,6 +286,12 @@ def cut_exchange(pieces: Pieces, room: tuple[int, int], tokenizer: Any, note: No
         kept.append((ids, answer))
         left -= len(ids)
     return kept
+
+
+def begins_with_bos(prompt: list[int], tokenizer: Any) -> bool:
+    """Whether a BOS opens the whole prompt. SmolLM2's opens each turn: kept, it would be half of a header."""
+    bos = tokenizer.bos_token_id
+    return prompt[0] == bos and (prompt.count(bos) == 1 or find_own_bos(tokenizer) == [bos])
 
 
 def split_exchanges(messages: Messages) -> tuple[Messages, list[Messages]]:

@@ -51,6 +51,12 @@ class FlatAdapter:
         start, size = self.starts[segment[0]], sum(parameter.numel() for parameter in segment)
         return buffer[start : start + size].view(-1, *segment[0].shape[1:])
 
+    def check_place(self) -> None:
+        """Raises RuntimeError where a parameter has left the buffer: it would not be trained any more."""
+        for parameter in self.starts:
+            if parameter.data_ptr() != self.view(self.weights.data, [parameter]).data_ptr():
+                raise RuntimeError("an adapter weight has left the buffer that is trained")
+
     def find_runs(self, is_of_kind: Callable[[nn.Parameter], bool]) -> list[tuple[bool, int, int]]:
         """(whether of the kind, start, end) of each stretch of the buffer whose matrices are or are not."""
         kinds = [(is_of_kind(parameter), start) for parameter, start in self.starts.items()]

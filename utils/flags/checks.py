@@ -9,7 +9,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from utils.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments, require_choice
+from utils.arguments import (
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    TrainingArguments,
+    require_choice,
+    require_range,
+)
 from utils.console import UserError, notice, read_rank_and_size
 from utils.flags.trackers import check_tracker
 from utils.flags.trainer_flags import list_optimizers, list_schedulers
@@ -20,6 +27,12 @@ from utils.run.places import find_data
 from utils.run.record import RUN_FILE
 
 TWO_RATES = ("adamw", "paged_adamw", "lion", "paged_lion", "sgd", "rmsprop", "ademamix", "paged_ademamix")
+# What a schedule cannot do without; one of several is enough.
+SCHEDULE_NEEDS = {
+    "warmup_stable_decay": ("num_decay_steps",),
+    "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
+    "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
+}
 # Data flags that an evaluation does not take from the run: they choose what is printed, or are its own.
 NOT_RECORDED = {"template", "max_train_samples", "max_eval_samples", "data_report", "ignore_data_report"}
 
@@ -71,8 +84,20 @@ def read_recorded_data(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_trainer_names(training_args: TrainingArguments) -> None:
-    """Raises UserError for a scheduler, an optimizer or a logger that the Trainer does not know."""
+    """Raises UserError for a scheduler, an optimizer or a logger that the Trainer does not know.
+
+    And for what else it would refuse with the weights loaded.
+    """
+    extra, schedule = training_args.extra, training_args.lr_scheduler_type
     require_choice(training_args, "lr_scheduler_type", list_schedulers())
+    wanted = SCHEDULE_NEEDS.get(schedule, ())
+    if wanted and not any(name in str(extra.get("lr_scheduler_kwargs")) for name in wanted):
+        raise UserError(
+            f"--lr_scheduler_type {schedule} wants {' or '.join(wanted)}: give "
+            f"--lr_scheduler_kwargs '{{\"{wanted[0]}\": NUMBER}}'"
+        )
+    require_range("label_smoothing_factor", float(extra.get("label_smoothing_factor") or 0), below=1)
+    require_range("neftune_noise_alpha", float(extra.get("neftune_noise_alpha") or 0))
     require_choice(training_args, "optim", ["auto", *list_optimizers()])
     for name in training_args.report_to:
         if name not in ("none", "all"):

@@ -257,11 +257,12 @@ def check_adapter_fits(model_args: ModelArguments, config: dict[str, Any]) -> No
         return
     adapter = read_shapes(list(model_args.adapter_dir.glob(ADAPTER_FILE)))
     path = model_args.adapter_dir / "adapter_config.json"
-    if path.is_file() and read_json(path).get("layer_replication"):
+    settings = read_json(path) if path.is_file() else {}
+    if settings.get("layer_replication"):
         return  # on layers that PEFT will make
     if packed:
         base = split_shapes(base)
-    misfit = find_misfit(adapter, base) if base else None
+    misfit = find_misfit(adapter, base, bool(settings.get("target_parameters"))) if base else None
     if misfit:
         raise UserError(
             f"the adapter {model_args.checkpoint_dir} does not fit the base "

@@ -178,6 +178,12 @@ def choose_collator(
     return PaddingCollator(tokenizer.pad_token_id, multiple, limit, training_args.per_device_train_batch_size)
 
 
+class TrainerArguments(transformers.TrainingArguments):
+    """A model lies where it was loaded: moved ("cpu" to "cpu:0" copies) it would leave its flat adapter."""
+
+    place_model_on_device = False
+
+
 def build_trainer_args(
     training_args: TrainingArguments, model_args: ModelArguments, dtype: torch.dtype, plan: Plan
 ) -> transformers.TrainingArguments:
@@ -213,7 +219,7 @@ def build_trainer_args(
         flags.setdefault("metric_for_best_model", "loss")
     sys.argv = hide_secrets(sys.argv)  # wandb keeps the command line
     try:
-        args = transformers.TrainingArguments(**flags)
+        args = TrainerArguments(**flags)
     except ValueError as error:
         raise UserError(f"the Trainer refuses its flags: {error}") from error
     args.load_best_model_at_end = (

@@ -115,6 +115,7 @@ class FastEngine:
         """
         model: Any = self.fast.model
         model.zero_grad = lambda set_to_none=True: self.flat.zero_gradients()
+        self.flat.check_place()
         if accelerator.num_processes == 1:
             return
         prepare = accelerator.prepare_model
