@@ -12,6 +12,9 @@ repo=$(cd "$(dirname "$0")/.." && pwd)  # paths are relative to where this is ca
 export PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}"
 
 run=${1:-output/guanaco-7b}
+if [ $# -gt 1 ] || [ "${run#-}" != "$run" ]; then
+  echo "error: evaluate.sh $*: it takes one word, the run: bash scripts/evaluate.sh output/guanaco-7b" >&2; exit 2
+fi
 
 python "$repo/qlora_finetune.py" --checkpoint_dir "$run" --do_eval --do_predict --max_eval_samples 200 --max_new_tokens 256
 python -m eval.lm_tasks "$run" --tasks mmlu,cmmlu,ceval-valid --base_too

@@ -4,7 +4,7 @@
 #   data     oasst1 (timdettmers/openassistant-guanaco), 2 epochs in steps of 32 rows
 #   gpu      one of 22 GiB is enough for 4 rows of 2,048 tokens
 #   memory   16.8 GiB held for 4x2048 under 22, random weights (python -m eval.memory --promises)
-#   time     1.8 steps of 4 rows of 2,048 tokens a second; 15,003 tokens a second in 41.0 GiB, random weights, one H100; the whole run was not made here
+#   time     1.8 steps of 4 rows of 2,048 tokens a second; 15,287 tokens a second in 38.0 GiB, random weights, one H100; the whole run was not made here
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)  # paths are relative to where this is called from

@@ -4,7 +4,7 @@
 #   data     vicuna (anon8231489123/ShareGPT_Vicuna_unfiltered), 1 epoch in steps of 32 chats
 #   gpu      one of 22 GiB is enough for 4 rows of 2,048 tokens
 #   memory   16.1 GiB held for 4x2048 under 22, random weights (python -m eval.memory --promises)
-#   time     1.8 steps of 4 rows of 2,048 tokens a second; 15,745 tokens a second in 38.8 GiB, random weights, one H100; the whole run was not made here
+#   time     1.8 steps of 4 rows of 2,048 tokens a second; 16,179 tokens a second in 36.2 GiB, random weights, one H100; the whole run was not made here
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)  # paths are relative to where this is called from
