@@ -173,7 +173,8 @@ def ask(chat: "ChatModel", sides: list[Side], question: str, generation_args: Ge
     ]
     texts = print_replies([stream_text(chat.tokenizer, reply) for reply in replies])
     for side, messages, text in zip(sides, asked, texts, strict=True):
-        side.messages = [*messages, {"role": "assistant", "content": text.strip()}]
+        if text.strip():  # a turn that was ended before its first word is no part of the conversation
+            side.messages = [*messages, {"role": "assistant", "content": text.strip()}]
     figures = [describe_reply(reply, generation_args) for reply in replies]
     print(f"[{'; '.join(figures)}]", file=sys.stderr, flush=True)
     return True
