@@ -161,6 +161,24 @@ def test_rotation_is_taken_where_hidden_states_stay_the_same(name, every_device,
         assert_near([model(ids).logits], [expected], torch.float32)
 
 
+def test_a_rehearsal_leaves_the_rotation_of_models_with_weights_as_it_was(every_device, monkeypatch):
+    module = importlib.import_module("transformers.models.glm4.modeling_glm4")  # which turns neighbours
+    own = getattr(module, NAME)
+    own = getattr(own, "plain", own)
+    monkeypatch.setattr(module, NAME, own)  # set back after the test
+    config = Glm4Config(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, pad_token_id=0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        fuse_rotation(AutoModelForCausalLM.from_config(config))
+    q, k = (draw(2, 7, heads, 16, dtype=torch.float32).transpose(1, 2) for heads in (4, 2))
+    cos, sin = angles(7, 16, dtype=torch.float32)
+    assert all(map(torch.equal, getattr(module, NAME)(q, k, cos, sin), own(q, k, cos, sin)))
+    rehearsed = getattr(module, NAME)(*(x.to("meta").requires_grad_() for x in (q, k, cos, sin)))
+    assert type(rehearsed[0].grad_fn).__name__ == "RotationBackward"
+
+
 @pytest.mark.parametrize("name", ["cohere with scaled logits", "glm4"])
 def test_model_that_turns_other_pairs_keeps_its_own(name, every_device, monkeypatch, capsys):
     torch.manual_seed(0)

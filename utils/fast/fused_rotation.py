@@ -64,12 +64,13 @@ class Rotation(torch.autograd.Function):
         return *rotate(dq, dk, cos, sin, -1.0), None, None
 
 
-def choose_rotation(plain: Callable) -> Callable:
-    """The fused form for calls that it covers, `plain` for others."""
+def choose_rotation(plain: Callable, is_rehearsal: bool = False) -> Callable:
+    """The fused form for calls that it covers, `plain` for others, and for all with data in a rehearsal."""
 
     @wraps(plain)
     def rotate_any(q: torch.Tensor, k: torch.Tensor, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
-        is_covered = takes_kernel(q) and not args and not kwargs and q.ndim == k.ndim == 4 and cos.ndim == 3
+        takes = q.is_meta if is_rehearsal else takes_kernel(q)
+        is_covered = takes and not args and not kwargs and q.ndim == k.ndim == 4 and cos.ndim == 3
         if is_covered and q.dtype == k.dtype and cos.shape[1] == q.shape[2] and cos.shape[2] <= q.shape[3]:
             return Rotation.apply(q, k, cos, sin)
         return plain(q, k, cos, sin, *args, **kwargs)
@@ -86,7 +87,7 @@ def fuse_rotation(causal_model: Any) -> None:
         return
     own = getattr(own, "plain", own)  # an earlier model of the process replaced it
     if causal_model.device.type == "meta":  # a rehearsal takes it that the trial succeeds
-        setattr(module, NAME, choose_rotation(own))
+        setattr(module, NAME, choose_rotation(own, is_rehearsal=True))
         return
     setattr(module, NAME, own)
     expected = try_first_layers(causal_model)
