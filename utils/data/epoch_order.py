@@ -34,6 +34,20 @@ class EpochOrder(Sampler[int]):
         return iter(torch.randperm(len(self), generator=generator).tolist())
 
 
+def deal_rows(rows: list[int], lengths: np.ndarray, processes: int) -> list[list[int]]:
+    """The `rows` of a step for each process: about as many tokens, as all wait for the last one.
+
+    The longest first, each to the one that has the fewest tokens and fewer rows than an even share.
+    """
+    shares: list[list[int]] = [[] for _ in range(processes)]
+    tokens, most = [0] * processes, -(-len(rows) // processes)
+    for row in sorted(rows, key=lambda row: -lengths[row]):
+        least = min((i for i in range(processes) if len(shares[i]) < most), key=tokens.__getitem__)
+        shares[least].append(row)
+        tokens[least] += lengths[row]
+    return shares
+
+
 class StepBatches(Sampler[list[int]]):
     """Of each step's rows those of one process; none is taken twice to fill up an epoch's last step.
 
@@ -50,7 +64,7 @@ class StepBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         rows, size = list(self.order), self.order.rows_per_step
         for start in range(0, len(self) * size, size):
-            yield np.array_split(rows[start : start + size], self.processes)[self.rank].tolist()
+            yield deal_rows(rows[start : start + size], self.order.lengths, self.processes)[self.rank]
 
 
 def deal_out_rows(dataloader: DataLoader, order: EpochOrder, args: TrainingArguments) -> None:
