@@ -171,8 +171,12 @@ def test_broken_json_and_a_wrong_path_are_errors_in_openais_form(url):
     assert "the body is no JSON" in broken.json()["error"]["message"]
     wrong = httpx.get(f"{url}/engines")
     assert wrong.status_code == 404 and "GET /v1/engines" in wrong.json()["error"]["message"]
-    foreign = httpx.get(f"{url}/models", headers={"host": "evil.example"})
-    assert foreign.status_code == 400
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1:port", "127.0.0.1.evil.example"])
+def test_request_to_another_name_is_an_error_in_openais_form(url, host):
+    foreign = httpx.get(f"{url}/models", headers={"host": host})
+    assert foreign.status_code == 400 and "the header Host" in foreign.json()["error"]["message"]
 
 
 def test_key_is_asked_for_everywhere_but_for_health(chat):

@@ -22,6 +22,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from utils.arguments import GenerationArguments
 from utils.chat.generation import SAMPLING_DEFAULTS, ChatModel, build_generation_config
@@ -173,7 +174,7 @@ async def cancel_when_gone(request: Request, reply: Reply) -> None:
 def build_app(server: Server, api_key: str | None, hosts: list[str]) -> FastAPI:
     """`hosts`: names that it answers to; a page of another site could else use it (DNS rebinding)."""
     app, created, watchers = FastAPI(openapi_url=None), int(time.time()), set[asyncio.Task[None]]()
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
+    app.add_middleware(answer_only_to, hosts=hosts)
 
     async def check_key(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -215,6 +216,26 @@ def build_app(server: Server, api_key: str | None, hosts: list[str]) -> FastAPI:
 
     add_error_forms(app)
     return app
+
+
+def answer_only_to(app: ASGIApp, hosts: list[str]) -> ASGIApp:
+    """`app` for requests to these names; another is refused in OpenAI's form, not in plain text."""
+    refusal = refuse(Refused(400, f"the header Host names another server than {', '.join(hosts)}"))
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        is_known = False
+
+        async def let_in(*_: Any) -> None:
+            nonlocal is_known
+            is_known = True
+
+        async def drop(message: Message) -> None:
+            pass
+
+        await TrustedHostMiddleware(let_in, hosts)(scope, receive, drop)
+        await (app if is_known else refusal)(scope, receive, send)
+
+    return answer
 
 
 async def write_events(
