@@ -92,27 +92,30 @@ def hold_conversation(
         command, _, rest = line.partition(" ")
         if line in BARE_COMMANDS:
             command = f"/{line}"
-        if command in ("/exit", "/quit", "/stop"):
-            return
-        elif command == "/help":
-            print(COMMANDS)
-        elif command == "/clear":
-            start_anew(sides, system)
-            print("new conversation")
-        elif command == "/system":
-            system = rest.strip() or None
-            start_anew(sides, system)
-            print(f"new conversation{'' if system else ' without a system message'}")
-        elif command == "/think":
-            chat = switch_thinking(chat, rest.strip())
-        elif command == "/save":
-            save_conversation(sides, rest.strip())
-        elif command == "/regenerate":
-            regenerate(chat, sides, generation_args)
-        elif command.startswith("/") and command[1:].isalpha():
-            print(f"{command} is no command: /help lists them")
-        else:
-            ask(chat, sides, line, generation_args)
+        try:
+            if command in ("/exit", "/quit", "/stop"):
+                return
+            elif command == "/help":
+                print(COMMANDS)
+            elif command == "/clear":
+                start_anew(sides, system)
+                print("new conversation")
+            elif command == "/system":
+                system = rest.strip() or None
+                start_anew(sides, system)
+                print(f"new conversation{'' if system else ' without a system message'}")
+            elif command == "/think":
+                chat = switch_thinking(chat, rest.strip())
+            elif command == "/save":
+                save_conversation(sides, rest.strip())
+            elif command == "/regenerate":
+                regenerate(chat, sides, generation_args)
+            elif command.startswith("/") and command[1:].isalpha():
+                print(f"{command} is no command: /help lists them")
+            else:
+                ask(chat, sides, line, generation_args)
+        except KeyboardInterrupt:  # before the first word of a reply, or after the last
+            print(" [interrupted]")
 
 
 def start_anew(sides: list[Side], system: str | None) -> None:
@@ -144,9 +147,13 @@ def regenerate(chat: "ChatModel", sides: list[Side], generation_args: Generation
     before = [(side, side.messages) for side in sides]
     for side in sides:
         side.messages = side.messages[:-2]
-    if not ask(chat, sides, question, generation_args):
-        for side, messages in before:
-            side.messages = messages
+    has_grown = False
+    try:
+        has_grown = ask(chat, sides, question, generation_args)
+    finally:
+        if not has_grown:
+            for side, messages in before:
+                side.messages = messages
 
 
 def ask(chat: "ChatModel", sides: list[Side], question: str, generation_args: GenerationArguments) -> bool:
@@ -167,11 +174,14 @@ def ask(chat: "ChatModel", sides: list[Side], question: str, generation_args: Ge
     except UserError as error:
         print(error)
         return False
-    replies = [
-        open_reply(chat, messages, generation_args, side.tuned)
-        for side, messages in zip(sides, asked, strict=True)
-    ]
-    texts = print_replies([stream_text(chat.tokenizer, reply) for reply in replies])
+    replies: list[Reply] = []
+    try:
+        for side, messages in zip(sides, asked, strict=True):
+            replies.append(open_reply(chat, messages, generation_args, side.tuned))
+        texts = print_replies([stream_text(chat.tokenizer, reply) for reply in replies])
+    finally:  # Ctrl-C may come before any of them is read
+        for reply in replies:
+            reply.cancel()
     for side, messages, text in zip(sides, asked, texts, strict=True):
         if text.strip():  # a turn that was ended before its first word is no part of the conversation
             side.messages = [*messages, {"role": "assistant", "content": text.strip()}]

@@ -64,6 +64,16 @@ def terminal(smollm2):
     os.waitpid(chat.pid, 0)
 
 
+def test_ctrl_c_before_the_first_word_ends_the_reply_and_not_the_chat(terminal):
+    """The very first prompt takes longest: the template is compiled."""
+    terminal.type("Tell me a story.\r")
+    terminal.wait_for("\x1b[?2004l")  # the prompt has taken the line
+    time.sleep(0.05)
+    terminal.type("\x03")
+    terminal.wait_for("[interrupted]", seconds=10)
+    terminal.wait_for("\n> ")
+
+
 def test_reply_appears_and_the_next_question_is_awaited(terminal):
     terminal.type("What is the capital of France?\r")
     assert "Paris" in terminal.wait_for("\n> ")
@@ -191,6 +201,29 @@ def test_reply_asked_for_again_is_another_one(say, tiny_model, tmp_path):
     assert printed.count("[sampled: the likeliest reply would be the same again]") == 2
     rows = [json.loads(line)["messages"] for line in saved.read_text(encoding="utf-8").splitlines()]
     assert len({row[-1]["content"] for row in rows}) == 3 and {len(row) for row in rows} == {2}
+
+
+def test_ctrl_c_as_a_reply_is_opened_leaves_the_conversation_as_it_was(
+    say, tiny_model, tmp_path, monkeypatch
+):
+    """Asked, or asked again."""
+    from utils.chat import streaming
+
+    open_reply, opened, saved = streaming.open_reply, [], tmp_path / "chat.jsonl"
+
+    def open_first_alone(*args):
+        opened.append(open_reply(*args))
+        if len(opened) > 1:
+            raise KeyboardInterrupt
+        return opened[-1]
+
+    monkeypatch.setattr(streaming, "open_reply", open_first_alone)
+    lines = ["Hello.", "And you?", "/regenerate", f"/save {saved}"]
+    printed = say(lines, "--model_name_or_path", tiny_model, "--max_new_tokens", "4")
+    assert printed.count(" [interrupted]\n") == 2 and len(opened) == 3
+    (row,) = map(json.loads, saved.read_text(encoding="utf-8").splitlines())
+    assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+    assert row["messages"][0]["content"] == "Hello."
 
 
 def reply_until_ctrl_c(*pieces):
