@@ -147,17 +147,16 @@ def regenerate(chat: "ChatModel", sides: list[Side], generation_args: Generation
     before = [(side, side.messages) for side in sides]
     for side in sides:
         side.messages = side.messages[:-2]
-    has_grown = False
     try:
-        has_grown = ask(chat, sides, question, generation_args)
+        ask(chat, sides, question, generation_args)
     finally:
-        if not has_grown:
-            for side, messages in before:
+        for side, messages in before:
+            if len(side.messages) < len(messages):  # refused, or ended before its first word
                 side.messages = messages
 
 
-def ask(chat: "ChatModel", sides: list[Side], question: str, generation_args: GenerationArguments) -> bool:
-    """Print the reply, or both, as they come; the conversation grows by it. False where it was refused."""
+def ask(chat: "ChatModel", sides: list[Side], question: str, generation_args: GenerationArguments) -> None:
+    """Print the reply, or both, as they come; the conversation grows by it, unless it is refused."""
     from utils.chat.generation import trim_history
     from utils.chat.streaming import open_reply, stream_text
 
@@ -173,7 +172,7 @@ def ask(chat: "ChatModel", sides: list[Side], question: str, generation_args: Ge
             )
     except UserError as error:
         print(error)
-        return False
+        return
     replies: list[Reply] = []
     try:
         for side, messages in zip(sides, asked, strict=True):
@@ -187,7 +186,6 @@ def ask(chat: "ChatModel", sides: list[Side], question: str, generation_args: Ge
             side.messages = [*messages, {"role": "assistant", "content": text.strip()}]
     figures = [describe_reply(reply, generation_args) for reply in replies]
     print(f"[{'; '.join(figures)}]", file=sys.stderr, flush=True)
-    return True
 
 
 def describe_reply(reply: "Reply", generation_args: GenerationArguments) -> str:

@@ -206,21 +206,22 @@ def test_reply_asked_for_again_is_another_one(say, tiny_model, tmp_path):
 def test_ctrl_c_as_a_reply_is_opened_leaves_the_conversation_as_it_was(
     say, tiny_model, tmp_path, monkeypatch
 ):
-    """Asked, or asked again."""
+    """Asked, or asked again; also where it ends as soon as it is open."""
     from utils.chat import streaming
 
     open_reply, opened, saved = streaming.open_reply, [], tmp_path / "chat.jsonl"
 
     def open_first_alone(*args):
         opened.append(open_reply(*args))
-        if len(opened) > 1:
+        if len(opened) in (2, 3):
+            monkeypatch.setattr(streaming, "stream_text", lambda *_: reply_until_ctrl_c())  # of the fourth
             raise KeyboardInterrupt
         return opened[-1]
 
     monkeypatch.setattr(streaming, "open_reply", open_first_alone)
-    lines = ["Hello.", "And you?", "/regenerate", f"/save {saved}"]
+    lines = ["Hello.", "And you?", "/regenerate", "/regenerate", f"/save {saved}"]
     printed = say(lines, "--model_name_or_path", tiny_model, "--max_new_tokens", "4")
-    assert printed.count(" [interrupted]\n") == 2 and len(opened) == 3
+    assert printed.count(" [interrupted]\n") == 3 and len(opened) == 4
     (row,) = map(json.loads, saved.read_text(encoding="utf-8").splitlines())
     assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
     assert row["messages"][0]["content"] == "Hello."
