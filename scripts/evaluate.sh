@@ -8,6 +8,7 @@
 #   bash scripts/evaluate.sh RUN
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }
 set -euo pipefail
+source "$(dirname "$0")/usage.sh" "$@"
 repo=$(cd "$(dirname "$0")/.." && pwd)  # paths are relative to where this is called from
 export PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}"
 

@@ -11,6 +11,8 @@
 #   bash scripts/quantization.sh [--data FILE.jsonl] [--seeds "0 1 2"] [flags of qlora_finetune.py]
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }
 set -euo pipefail
+own="--output_dir --seed --bits --quant_type --double_quant --full_finetune"
+source "$(dirname "$0")/usage.sh" "$@"
 cd "$(dirname "$0")/.."
 
 model=models/SmolLM2-135M-Instruct
@@ -18,6 +20,7 @@ runs=output/quantization
 data=(--dataset_name data/guanaco_identity.jsonl --eval_dataset_name data/guanaco_identity_eval.jsonl)
 seeds="0 1 2"
 while [[ "${1:-}" == --data || "${1:-}" == --seeds ]]; do
+  [ $# -gt 1 ] || { echo "error: quantization.sh $1: name its value; bash $0 --help shows how" >&2; exit 2; }
   if [ "$1" = --data ]; then data=(--dataset_name "$2" --eval_dataset_size 100); else seeds=$2; fi
   shift 2
 done

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # From a fresh machine to a model that knows its new name: install, train 4-bit QLoRA, chat. No GPU needed.
 #   model  SmolLM2-135M-Instruct      data  data/guanaco_identity.jsonl, 128 rows, Chinese and English
-#   2 CPU cores: about 3.5 minutes after installation, 2 GiB of memory
-# Flags are passed on to qlora_finetune.py:  bash scripts/quickstart.sh --overwrite_output_dir
+#   time   docs/results.md, "Quickstart"; 2 GiB of memory
+#   bash scripts/quickstart.sh [flags of qlora_finetune.py, such as --overwrite_output_dir]
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }
 set -euo pipefail
+own="--output_dir"
+source "$(dirname "$0")/usage.sh" "$@"
 cd "$(dirname "$0")/.."
-
-bash scripts/install.sh
-if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then source .venv/bin/activate; fi
+source scripts/install.sh
 
 model=models/SmolLM2-135M-Instruct
 run=output/quickstart
@@ -34,10 +34,12 @@ finished=$(grep -s '"status": "finished"' "$run/run.json" || true)
 echo; echo "== training: step 0 is the model before, the last step the model after"
 python qlora_finetune.py "${args[@]}" "$@"
 if [ -n "$finished" ] && [[ " $* " != *" --overwrite_output_dir "* ]]; then exit 0; fi
+activate="source .venv/bin/activate"
+[ "$environment" = "$PWD/.venv" ] || activate="# in $environment:"
 cat <<END
 
 The run is in $run: adapter, run.json, metrics.json, training_curve.png. Chat with it, then train your own:
-  source .venv/bin/activate                                   (unless you brought your own environment)
+  $activate
   python cli_demo.py --checkpoint_dir $run
   python qlora_finetune.py --model_name_or_path $model --dataset_name YOUR.jsonl --output_dir output/mine
 END

@@ -5,10 +5,10 @@
 # Any other argument goes to pytest:  bash scripts/test.sh tests/test_prompts.py -x
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }
 set -euo pipefail
+source "$(dirname "$0")/usage.sh" "$@"
 cd "$(dirname "$0")/.."
 
-bash scripts/install.sh
-if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then source .venv/bin/activate; fi
+source scripts/install.sh
 
 # The page's tests use a real browser; without one they are skipped and say so.
 if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then

@@ -77,7 +77,7 @@ def parse_command(name, words):
     return parse_args(words, find_flag_types(name), "")
 
 
-RUN_SCRIPTS = [script for script in SCRIPTS if script.name not in ("install.sh", "test.sh")]
+RUN_SCRIPTS = [script for script in SCRIPTS if script.name not in ("install.sh", "test.sh", "usage.sh")]
 FINETUNE_SCRIPTS = [script for script in SCRIPTS if script.name.startswith("finetune_")]
 
 
@@ -380,22 +380,119 @@ def test_8_bit_defaults_are_the_originals():
     assert data_args.max_len == 512 and lora_args.bias == "none"
 
 
-def test_python_too_old_or_without_venv_is_one_line(tmp_path):
-    for version, says in (
-        ("exit 1", "Python >= 3.11 is needed"),
-        ('[[ "$2" == *version_info* ]]', "python3-venv"),
-    ):
-        (tmp_path / "python3").write_text(f"#!/bin/bash\n{version}\n")
-        (tmp_path / "python3").chmod(0o755)
-        copy = tmp_path / "copy" / "scripts"
-        copy.mkdir(parents=True, exist_ok=True)
-        (copy / "install.sh").write_text((ROOT / "scripts" / "install.sh").read_text())
-        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path)}
-        result = subprocess.run(
-            ["bash", copy / "install.sh"], capture_output=True, text=True, env=environment
-        )
-        assert result.returncode == 2
-        assert len(result.stderr.splitlines()) == 1 and says in result.stderr
+PYTHON = """#!/bin/bash
+case "$*" in
+  *version_info*) exit {too_old} ;;
+  --version) echo "Python 3.{minor}.1" ;;
+  "-c import venv, ensurepip") exit {without_venv} ;;
+  "-m venv .venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python; cp "$0" .venv/bin/pip ;;
+  "-m pip install"*requirements.txt) echo "installed by $(dirname "$(dirname "$(realpath "$0")")")" ;;
+esac
+"""
+
+
+def write_python(path, minor=12, without_venv=0):
+    """A stand-in of an interpreter: it knows its version, makes a copy of itself as .venv, and installs nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(PYTHON.format(too_old=int(minor < 11), minor=minor, without_venv=without_venv))
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def install(tmp_path):
+    """Runs install.sh in an empty checkout, with the machine's python3 and these variables; {result, .venv there}."""
+    for name in ("requirements.txt", "scripts/install.sh", "scripts/usage.sh"):
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "copy" / name)
+
+    def run(*words, **variables):
+        environment = {"PATH": f"{tmp_path / 'machine'}:/usr/bin:/bin", "HOME": str(tmp_path)} | variables
+        command = ["bash", "copy/scripts/install.sh", *words]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        return result, (tmp_path / "copy" / ".venv").is_dir()
+
+    write_python(tmp_path / "machine" / "python3")
+    return run
+
+
+def activate_conda(folder, name, **python):
+    prefix = folder / "conda" if name == "base" else folder / "conda" / "envs" / name
+    write_python(prefix / "bin" / "python", **python)
+    return {"CONDA_PREFIX": str(prefix), "CONDA_DEFAULT_ENV": name}
+
+
+@pytest.mark.parametrize("active", ["nothing", "conda's base", "a conda environment", "a venv over conda's"])
+def test_packages_go_where_the_reader_expects_them(active, install, tmp_path):
+    """Into what is active, with a line that names it; else, and where it is conda's base, into .venv. Once."""
+    variables, expected = {}, tmp_path / "copy" / ".venv"
+    if active == "conda's base":
+        variables = activate_conda(tmp_path, "base")
+    if active.endswith("conda environment") or "venv over" in active:
+        variables = activate_conda(tmp_path, "mine")
+        expected = tmp_path / "conda" / "envs" / "mine"
+    if "venv over" in active:
+        expected = tmp_path / "own"
+        write_python(expected / "bin" / "python")
+        variables |= {"VIRTUAL_ENV": str(expected)}
+    result, has_made_one = install(**variables)
+    assert result.returncode == 0, result.stderr
+    assert f"== installing requirements.txt into {expected}\n" in result.stdout
+    assert f"installed by {expected}\n" in result.stdout and result.stdout.count("installed by") == 1
+    assert has_made_one == (expected == tmp_path / "copy" / ".venv")
+    again, _ = install(**variables)
+    assert (again.returncode, again.stdout) == (0, "")
+
+
+def test_environment_that_cannot_hold_the_packages_is_one_line(install, tmp_path):
+    old, bare = (activate_conda(tmp_path, name, minor=9) for name in ("old", "bare"))
+    os.remove(tmp_path / "conda" / "envs" / "bare" / "bin" / "python")
+    cases = [(old, "old/bin/python is Python 3.9.1"), (bare, "bare/bin/python is not there")]
+    for minor, without_venv, says in ((9, 0, "python3 is Python 3.9.1"), (12, 1, "python3-venv")):
+        cases.append(({"minor": minor, "without_venv": without_venv}, says))
+    for variables, says in cases:
+        if "minor" in variables:
+            write_python(tmp_path / "machine" / "python3", **variables)
+            variables = {}
+        result, has_made_one = install(**variables)
+        assert result.returncode == 2 and not has_made_one
+        assert len(result.stderr.splitlines()) == 1 and says in result.stderr and result.stdout == ""
+
+
+# Scripts that call several commands, and flags that each sets itself.
+OWN_FLAGS = {
+    "quickstart.sh": ["--output_dir", "--output-dir=x"],
+    "quality.sh": ["--output_dir", "--seed", "--packing", "--fast_lora", "--gradient_checkpointing"],
+    "quantization.sh": ["--output_dir", "--seed", "--bits", "--quant_type", "--double_quant", "--full_finetune"],
+    "evaluate.sh": ["--tasks"],
+}  # fmt: skip
+
+
+def run_without_python(script, *words, folder):
+    """What the script says by itself: no python is on the path."""
+    (folder / "bin").mkdir(exist_ok=True)
+    for name in ("bash", "basename", "cat", "dirname", "sed"):
+        (folder / "bin" / name).unlink(missing_ok=True)
+        (folder / "bin" / name).symlink_to(shutil.which(name))
+    command = ["bash", script, *words]
+    environment = {"PATH": str(folder / "bin")}
+    return subprocess.run(command, cwd=ROOT / "scripts", capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("script", [*OWN_FLAGS, "install.sh", "test.sh"])
+def test_script_of_several_commands_has_a_help_of_its_own(script, tmp_path):
+    for words in (["--help"], ["--max_steps", "2", "-h"]):
+        result = run_without_python(script, *words, folder=tmp_path)
+        assert result.returncode == 0 and f"  bash scripts/{script}" in result.stdout, result.stderr
+        header = "".join(f"# {line}\n" for line in result.stdout.splitlines())
+        assert (ROOT / "scripts" / script).read_text().startswith(f"#!/usr/bin/env bash\n{header}[ -n")
+
+
+@pytest.mark.parametrize("script", OWN_FLAGS)
+def test_flag_that_a_script_sets_itself_is_refused_in_a_line(script, tmp_path):
+    for flag in OWN_FLAGS[script]:
+        result = run_without_python(script, flag, "7", folder=tmp_path)
+        assert result.returncode == 2 and result.stdout == ""
+        assert len(result.stderr.splitlines()) == 1 and f"error: {script} {flag}" in result.stderr
 
 
 @pytest.mark.alone
