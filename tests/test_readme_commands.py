@@ -51,7 +51,6 @@ SMALLER = {  # words of a command -> what takes their place
     "train_speed --model llama-7b": "train_speed --model tiny --workloads 2x32 --steps 1 --dtypes fp32",
     "chat_speed --model llama-7b": "chat_speed --model tiny",
     "--tasks quiz_en,quiz_zh": "--tasks quiz_en,quiz_zh --limit 4",
-    "./work_dir/checkpoint-700": "./work_dir/oasst1-baichuan-7b",
     "path/to/your/model_dir": "output/mine",
     "0.0.0.0": "127.0.0.1",
 }
@@ -63,10 +62,9 @@ def folder(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     checkout = home / "checkout"
     shutil.copytree(ROOT, checkout, ignore=ignore_outputs())
-    (checkout / "models" / "Baichuan-7B").mkdir(parents=True)
+    (checkout / "models" / "baichuan-7b-downloaded").mkdir(parents=True)
     save_random_model(checkout / "models" / "small", seed=0)
-    families.build_baichuan(checkout / "models" / "Baichuan-7B")
-    shutil.copytree(checkout / "models" / "Baichuan-7B", home / "checkpoints" / "baichuan7b")
+    families.build_baichuan(checkout / "models" / "baichuan-7b-downloaded")
     rows = (ROOT / "data" / "guanaco_identity.jsonl").read_text(encoding="utf-8").splitlines()
     (checkout / "YOUR.jsonl").write_text("\n".join(rows), encoding="utf-8")
     alpaca = home / "prompt_datasets" / "alpaca"

@@ -171,6 +171,13 @@ def test_cards_hold_the_models_that_the_readme_names_and_no_larger_one(readme, c
         assert max(peaks[model] for model in named) == max(peaks[model] for model in fitting), size
 
 
+@by_readme
+def test_what_qlora_needs_of_a_7b_is_the_tables(readme):
+    (line,) = (line for line in readme.read_text(encoding="utf-8").splitlines() if "100 GB" in line)
+    peaks = [estimate_memory("LLaMA-7B", **setting) for setting in ({}, SMALL)]
+    assert re.findall(r"\d+\.\d+", line) == [f"{peak:.1f}" for peak in peaks]
+
+
 def test_times_are_the_measured_speed_by_the_cards_arithmetic():
     table = find_marked(RESULTS.read_text(encoding="utf-8"), "time")
     row = r"^\| ([A-Z][\w ]+) \| (\d+) \| ([\d,]*\d)\b[^|]*\| (\d+) [^|]*\|$"
