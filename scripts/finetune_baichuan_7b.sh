@@ -2,7 +2,7 @@
 # Baichuan-7B on oasst1, 4-bit QLoRA: values of the 2023 repository.
 #   model    baichuan-inc/Baichuan-7B, read as LLaMA: no remote code
 #   data     oasst1 (timdettmers/openassistant-guanaco), 4 epochs in steps of 32 rows
-#   gpu      one of 22 GiB is enough for 4 rows of 1,024 tokens
+#   gpu      one with 22 GiB free is enough for 4 rows of 1,024 tokens
 #   memory   21.0 GiB held for 4x1024 under 22, random weights (python -m eval.memory --promises)
 #   time     4.1 steps of 4 rows of 1,024 tokens a second, random weights, one H100; the whole run was not made here
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }

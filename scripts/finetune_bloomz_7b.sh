@@ -2,7 +2,7 @@
 # BLOOMZ-7B1 on Alpaca, 4-bit QLoRA. ALiBi positions: batches are padded, not packed.
 #   model    bigscience/bloomz-7b1
 #   data     tatsu-lab/alpaca, 52,002 rows, 3 epochs in steps of 32 rows
-#   gpu      one of 22 GiB is enough for 4 rows of 768 tokens
+#   gpu      one with 22 GiB free is enough for 4 rows of 768 tokens
 #   memory   21.4 GiB held for 4x768 under 22, half of the layers recomputed, random weights (python -m eval.memory --promises)
 #   time     2.5 steps of 4 rows of 768 tokens a second, random weights, one H100; the whole run was not made here
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }

@@ -3,7 +3,7 @@
 #   model    huggyllama/llama-7b
 #   data     OL-CC (BAAI, Chinese, https://data.baai.ac.cn/details/OL-CC):
 #            put its file at data/olcc.json
-#   gpu      one of 8 GiB is enough for a row of 2,048 tokens
+#   gpu      one with 8 GiB free is enough for a row of 2,048 tokens
 #   memory   7.4 GiB held for 1x2048 under 8; 36.4 with nothing recomputed, random weights (python -m eval.memory --promises)
 #   time     5.8 rows of 2,048 tokens a second under 8 GiB; 16,700 tokens a second in 36.4, random weights, one H100; the whole run was not made here
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }

@@ -2,7 +2,7 @@
 # Guanaco 13B: the QLoRA paper's recipe (arXiv 2305.14314, appendix B.2).
 #   model    huggyllama/llama-13b
 #   data     oasst1 (timdettmers/openassistant-guanaco), 1,875 steps of 16 rows
-#   gpu      one of 14 GiB is enough for a row of 2,048 tokens
+#   gpu      one with 14 GiB free is enough for a row of 2,048 tokens
 #   memory   13.3 GiB held for 1x2048 under 14, random weights (python -m eval.memory --promises)
 #   time     2.9 rows of 2,048 tokens a second, random weights, one H100; the whole run was not made here
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }

@@ -2,7 +2,7 @@
 # Guanaco 7B: the QLoRA paper's recipe (arXiv 2305.14314, appendix B.2).
 #   model    huggyllama/llama-7b
 #   data     oasst1 (timdettmers/openassistant-guanaco), 1,875 steps of 16 rows
-#   gpu      one of 6.2 GiB is enough for a row of 512 tokens
+#   gpu      one with 6.2 GiB free is enough for a row of 512 tokens
 #   memory   5.9 GiB held at the least for 1x512 (cap 6.2), random weights (python -m eval.memory --promises)
 #   time     11.0 rows of 512 tokens a second under that cap, random weights, one H100; the whole run was not made here
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }

@@ -2,7 +2,7 @@
 # OPT-6.7B on oasst1, 4-bit QLoRA. Its positions follow the mask: batches are padded, not packed.
 #   model    facebook/opt-6.7b
 #   data     oasst1 (timdettmers/openassistant-guanaco), 3 epochs in steps of 32 rows
-#   gpu      one of 22 GiB is enough for 4 rows of 1,024 tokens
+#   gpu      one with 22 GiB free is enough for 4 rows of 1,024 tokens
 #   memory   20.2 GiB held for 4x1024 under 22, 10 of 32 layers recomputed, random weights (python -m eval.memory --promises)
 #   time     3.8 steps of 4 rows of 1,024 tokens a second, random weights, one H100; the whole run was not made here
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }

@@ -2,7 +2,7 @@
 # Pythia-6.9B on oasst1, 4-bit QLoRA; the same flags train EleutherAI/gpt-neox-20b.
 #   model    EleutherAI/pythia-6.9b
 #   data     oasst1 (timdettmers/openassistant-guanaco), 3 epochs in steps of 32 rows
-#   gpu      one of 22 GiB is enough for 4 rows of 1,024 tokens
+#   gpu      one with 22 GiB free is enough for 4 rows of 1,024 tokens
 #   memory   16.9 GiB held for 4x1024 under 22, random weights (python -m eval.memory --promises)
 #   time     3.8 steps of 4 rows of 1,024 tokens a second, random weights, one H100; the whole run was not made here
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }

@@ -2,7 +2,7 @@
 # Qwen2.5-7B on oasst1, 4-bit QLoRA: a default of today, Chinese and English. Its own ChatML template.
 #   model    Qwen/Qwen2.5-7B
 #   data     oasst1 (timdettmers/openassistant-guanaco), 2 epochs in steps of 32 rows
-#   gpu      one of 22 GiB is enough for 4 rows of 2,048 tokens
+#   gpu      one with 22 GiB free is enough for 4 rows of 2,048 tokens
 #   memory   16.1 GiB held for 4x2048 under 22, random weights (python -m eval.memory --promises)
 #   time     1.8 steps of 4 rows of 2,048 tokens a second; 16,179 tokens a second in 36.2 GiB, random weights, one H100; the whole run was not made here
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0 $*" >&2; exit 2; }
@@ -16,7 +16,7 @@ args=(
   --dataset_name oasst1 --model_max_length 2048
   # adapter
   --lora_r 64 --lora_alpha 16 --lora_dropout 0.05
-  # training
+  # training; --warmup_steps below 1 is a share of all steps
   --do_train --do_eval --num_train_epochs 2
   --per_device_train_batch_size 4 --gradient_accumulation_steps 8 --per_device_eval_batch_size 8
   --learning_rate 2e-4 --lr_scheduler_type cosine --warmup_steps 0.03 --max_grad_norm 1.0

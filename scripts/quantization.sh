@@ -32,7 +32,7 @@ args=(
   --source_max_len 512 --target_max_len 512
   # adapter
   --lora_r 16 --lora_alpha 32
-  # training
+  # training; --warmup_steps below 1 is a share of all steps
   --do_train --do_eval --eval_on_start True --num_train_epochs 3
   --per_device_train_batch_size 8 --gradient_accumulation_steps 2 --gradient_checkpointing False
   --learning_rate 5e-4 --lr_scheduler_type cosine --warmup_steps 0.1
