@@ -12,7 +12,7 @@ repo=$(cd "$(dirname "$0")/.." && pwd)  # paths are relative to where this is ca
 export PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}"
 
 model=models/baichuan-7b
-if [ ! -d "$model" ]; then  # published as pickles: converted to safetensors once
+if [ ! -d "$model" ] && [ "${1:-}" != --help ]; then  # published as pickles: converted to safetensors once
   hf download baichuan-inc/Baichuan-7B --local-dir models/baichuan-7b-downloaded
   python -m utils.convert_weights models/baichuan-7b-downloaded "$model"
 fi
