@@ -12,15 +12,15 @@ environment=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
 if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-}" = base ]; then  # what is in it, all of conda's use
   environment=
 fi
-python=$environment/bin/python
+python=$environment/bin/python cure="install a newer one"
 if [ -z "$environment" ]; then
   environment=$PWD/.venv
   python=python3
-  [ ! -x .venv/bin/pip ] || python=.venv/bin/python
+  [ ! -x .venv/bin/pip ] || python=.venv/bin/python cure="remove .venv, and python3 makes it anew"
 fi
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
   echo "error: Python >= 3.11 is needed and $python is $("$python" --version 2>/dev/null || echo "not there"):" \
-    "install a newer one, or activate an environment that has it (conda create -n qlora python=3.12)" >&2
+    "$cure, or activate an environment that has it (conda create -n qlora python=3.12)" >&2
   exit 2
 fi
 if [ "$python" = python3 ]; then

@@ -456,6 +456,10 @@ def test_environment_that_cannot_hold_the_packages_is_one_line(install, tmp_path
         result, has_made_one = install(**variables)
         assert result.returncode == 2 and not has_made_one
         assert len(result.stderr.splitlines()) == 1 and says in result.stderr and result.stdout == ""
+    for name in ("python", "pip"):
+        write_python(tmp_path / "copy" / ".venv" / "bin" / name, minor=9)
+    result, _ = install()
+    assert result.returncode == 2 and "remove .venv" in result.stderr
 
 
 # Scripts that call several commands, and flags that each sets itself.
