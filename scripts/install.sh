@@ -9,7 +9,7 @@ source "$(dirname "$0")/usage.sh" "$@"
 cd "$(dirname "$0")/.."
 
 environment=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
-if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-}" = base ]; then  # what is in it, all of conda's use
+if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-}" = base ]; then  # conda itself runs on what is in there
   environment=
 fi
 python=$environment/bin/python cure="install a newer one"
