@@ -58,6 +58,7 @@ def main() -> None:
         model, tokenizer, datasets, run, model_args, data_args, lora_args, training_args, dtype
     )
     run_trainer(trainer, run, rows, probes, tokenizer, training_args, generation_args)
+    trainer.accelerator.end_training()  # several processes take leave of each other
 
 
 if __name__ == "__main__":
