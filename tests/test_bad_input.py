@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, slow_but
 from helpers.fork_server import FLAGS, ForkServer
 from helpers.shell import run_script
 
@@ -432,7 +432,10 @@ def test_pipe_that_is_closed_ends_quietly():
     assert result.stdout.startswith("usage: python qlora_finetune.py") and result.stderr == ""
 
 
-@pytest.mark.parametrize("script", ["qlora_finetune.py", "qlora_int8_finetune.py", "cli_demo.py"])
+SCRIPTS = ["qlora_finetune.py", "qlora_int8_finetune.py", "cli_demo.py"]
+
+
+@pytest.mark.parametrize("script", slow_but(["qlora_finetune.py"], SCRIPTS))
 def test_help_answers_within_two_seconds(script):
     """On a slow or busy machine: in little more than the parser that transformers brings takes to import."""
     seconds, parser_seconds = [], []

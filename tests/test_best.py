@@ -5,7 +5,7 @@ import shutil
 import signal
 
 import pytest
-from helpers import runs
+from helpers import runs, slow_but
 from helpers.rows import write_rows, write_sums
 
 from utils.console import UserError
@@ -101,7 +101,7 @@ def test_best_step_is_kept_and_the_run_stops_when_none_follows(trained, best_com
     assert [read_step(folder) for folder in list_checkpoints(run)] == sorted(saved)
 
 
-@pytest.mark.parametrize("back", [2, 0, -3, -4], ids=["before the best", "the best", "after it", "the end"])
+@pytest.mark.parametrize("back", slow_but([0, -3], [2, 0, -3, -4]), ids="before at after end".split())
 def test_run_killed_after_any_save_keeps_the_step_of_the_unbroken_one(
     server, trained, best_command, tmp_path, back
 ):
@@ -115,7 +115,7 @@ def test_run_killed_after_any_save_keeps_the_step_of_the_unbroken_one(
     assert_same_step_kept(copy, run)
 
 
-@pytest.mark.parametrize("save", ["steps", "epoch"])
+@pytest.mark.parametrize("save", slow_but(["steps"], ["steps", "epoch"]))
 def test_evaluation_at_the_end_of_an_epoch_is_not_lost_between_save_and_kill(
     server, trained, best_command, tmp_path, save
 ):

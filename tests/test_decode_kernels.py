@@ -6,6 +6,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
+from helpers import slow_but
 from helpers.architectures import CONFIGS, DEVICE, build_model
 from helpers.cuda_on_cpu import COMPILER, compile_on_cpu
 from torch import nn
@@ -254,7 +255,10 @@ def test_attention_of_conversations_at_places_of_their_own_leaves_the_other_plac
     assert out[1].isnan().all() and out[3].isnan().all()
 
 
-@pytest.fixture(params=["llama with grouped queries", "qwen2 with biases", "qwen3", "mistral with a window"])
+WHOLE = ["llama with grouped queries", "qwen2 with biases", "qwen3", "mistral with a window"]
+
+
+@pytest.fixture(params=slow_but(["qwen2 with biases", "mistral with a window"], WHOLE))
 def whole(request):
     """(model with adapter, its whole step, caches and ids of a conversation of 18 tokens)"""
     model = build_model(request.param, dtype=torch.bfloat16, bits=4).eval()
@@ -352,7 +356,7 @@ def test_whole_step_of_several_conversations_is_each_ones_own(whole):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", slow_but(["qwen3", "gemma2 with caps", "bloom", "opt", "phi3"], CONFIGS))
 def test_layers_where_they_stand_give_the_logits_of_the_model(name):
     """Of every architecture: up to 8 tokens by the kernels, more by bitsandbytes and two products."""
     model = build_model(name, dtype=torch.bfloat16, bits=4).eval()

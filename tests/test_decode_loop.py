@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import slow_but
 from helpers.architectures import CONFIGS, DEVICE, GQA, VOCABULARY, build_model
 from helpers.families import FAMILIES
 from scipy.stats import chisquare
@@ -188,7 +189,7 @@ WINDOWS = {
 }
 
 
-@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("name", slow_but(["gemma3"], WINDOWS))
 def test_family_that_sees_a_window_of_the_latest_tokens_goes_over_buffers_too(name, monkeypatch):
     """They keep all tokens, and masks hide the others: also of a conversation that goes on."""
     monkeypatch.setattr(graph_decode, "SMALLEST_CAPACITY", 16)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers import slow_but
 from helpers.chats import build_chat_tokenizer, encode_prompt, encode_row
 from helpers.families import FAMILIES, train_sentencepiece
 from hypothesis import given, settings
@@ -254,8 +255,11 @@ def smol_model(smollm2):
     return AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize(("name", "bar"), [("alpaca", 0.41), ("vicuna", 0.29), ("guanaco", 0.36)])
-def test_base_finds_answers_where_it_has_seen_them(smol_tokenizer, smol_model, name, bar):
+BARS = {"alpaca": 0.41, "vicuna": 0.29, "guanaco": 0.36}
+
+
+@pytest.mark.parametrize("name", slow_but(["alpaca"], BARS))
+def test_base_finds_answers_where_it_has_seen_them(smol_tokenizer, smol_model, name):
     together, apart = [], []
     for question, answer in SHORT_ANSWERS:
         _, row, _ = answer_chat(smol_tokenizer, read_template(name), question, answer)
@@ -267,4 +271,4 @@ def test_base_finds_answers_where_it_has_seen_them(smol_tokenizer, smol_model, n
     characters = sum(len(answer) for _, answer in SHORT_ANSWERS)
     nats, before = (measure_nats(smol_model, pairs) / characters for pairs in (together, apart))
     print(f"{name}: {nats:.3f} nats a character, tokenized apart {before:.3f}")
-    assert nats <= bar and nats < 0.9 * before
+    assert nats <= BARS[name] and nats < 0.9 * before

@@ -117,6 +117,7 @@ def test_basic_notebook_runs_on_llama_and_gpt_neox_alone_in_a_folder(build, tmp_
     assert "Linear4bit" in printed and "trainable params" in printed
 
 
+@pytest.mark.slow
 def test_fine_tuning_notebook_fetches_the_repository_once(tmp_path):
     origin = commit_checkout(tmp_path / "origin", requirements="nbformat\n")  # pip takes 7 s for all of them
     content = tmp_path / "content"

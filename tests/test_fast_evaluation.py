@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from helpers import slow_but
 from helpers.architectures import DEVICE, VOCABULARY, build_batch, build_model
 from helpers.rows import write_sums
 from helpers.runs import read_log
@@ -138,7 +139,7 @@ def test_trained_adapter_is_evaluated_as_in_its_training(monkeypatch):
     assert (own - expected).norm() > 1e-3 * expected.norm()
 
 
-@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("bits", slow_but([4], [4, 16]))
 def test_logged_evaluation_is_the_next_steps_loss(call_main, small_model, monkeypatch, tmp_path, bits):
     """The rows of the step are those held out; then the finished run is evaluated once more, from its folder."""
     monkeypatch.setenv("QLORA_CPU_DTYPE", "bfloat16")

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from helpers import slow_but
 from helpers.rows import write_sums
 from safetensors.torch import load_file, save_file
 
@@ -27,7 +28,7 @@ def poisoned_model(small_model, tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("packing", ["True", "False"])
+@pytest.mark.parametrize("packing", slow_but(["True"], ["True", "False"]))
 def test_step_that_is_not_finite_is_skipped_counted_and_its_rows_named(
     server, command, poisoned_model, tmp_path, packing
 ):

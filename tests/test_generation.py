@@ -300,6 +300,7 @@ def test_kept_conversation_is_cut_where_another_goes_on_from_it(smol_chat):
     assert said == ["".join(stream_reply(smol_chat, messages, flags)) for messages in asked]
 
 
+@pytest.mark.slow
 def test_second_turn_of_1500_tokens_starts_in_15_percent_of_a_full_prefill(smol_chat):
     flags = GenerationArguments(max_new_tokens=4)
     first = [{"role": "user", "content": "Here is a list. " + "llama, " * 370}]
@@ -345,10 +346,10 @@ def test_reply_ends_at_its_time_limit(run):
 
 
 def test_stop_string_ends_the_reply_before_it(smol_chat):
-    flags = GenerationArguments(max_new_tokens=48)
+    flags = GenerationArguments(max_new_tokens=24)
     question = [{"role": "user", "content": "Count from one to ten, in words."}]
     whole = "".join(stream_reply(smol_chat, question, flags))
-    for stop in (whole[9:14], whole[20:21], whole[-6:]):
+    for stop in (whole[9:14], whole[-6:]):
         reply = open_reply(smol_chat, question, flags)
         pieces = list(stream_text(smol_chat.tokenizer, reply, ["never said", stop]))
         assert "".join(pieces) == whole[: whole.index(stop)] and reply.finish_reason == "stop"

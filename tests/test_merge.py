@@ -12,7 +12,7 @@ from pathlib import Path
 import openai
 import pytest
 import torch
-from helpers import IDENTITY, ROOT
+from helpers import IDENTITY, ROOT, slow_but
 from helpers.chats import stream_reply
 from helpers.families import FAMILIES, build_baichuan
 from helpers.models import read_logits, save_random_model
@@ -112,7 +112,10 @@ def test_transformers_serve_says_what_the_chat_says(call_main, run, tmp_path):
         server.wait(30)
 
 
-@pytest.mark.parametrize("flags", [[], ["--use_rslora"], ["--use_dora"], ["--bias", "all"]], ids=str)
+KINDS = [[], ["--use_rslora"], ["--use_dora"], ["--bias", "all"]]
+
+
+@pytest.mark.parametrize("flags", slow_but([["--use_dora"], ["--bias", "all"]], KINDS), ids=str)
 def test_merge_into_16_bits_equals_pefts_own(call_main, tiny_model, tmp_path, flags):
     run = tmp_path / "run"
     train(call_main, tiny_model, run, *FLAGS, "--bits", "16", *flags)

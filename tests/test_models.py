@@ -42,15 +42,15 @@ TEXTS = [
 SAME_LAYERS = {"llama2", "llama3", "decapoda", "yi", "deepseek", "bloomz"}
 
 
-def each_family(test):
-    return pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.id)(test)
+# Fused queries, keys and values, of three kinds; layers without biases, with them, and of another name.
+FEW = {"llama1", "bloom", "baichuan", "opt", "neox", "glm4"}
 
 
-def each_kind_of_layers(test):
-    """Families whose layers are another one's are slow."""
-    marks = {True: pytest.mark.slow, False: ()}
-    cases = [pytest.param(one, marks=marks[one.id in SAME_LAYERS], id=one.id) for one in FAMILIES]
-    return pytest.mark.parametrize("family", cases)(test)
+def each_family(is_fast):
+    """Families that are not `is_fast` are slow."""
+    marks = {True: (), False: pytest.mark.slow}
+    cases = [pytest.param(one, marks=marks[is_fast(one.id)], id=one.id) for one in FAMILIES]
+    return pytest.mark.parametrize("family", cases)
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def ask(call_main, monkeypatch, run, question):
     return call_main("cli_demo", "--checkpoint_dir", run, "--max_new_tokens", "8")
 
 
-@each_family
+@each_family(lambda name: name not in SAME_LAYERS)
 def test_family_trains_reloads_with_the_same_logits_and_chats(
     family, trained_families, call_main, float32_cpu, monkeypatch
 ):
@@ -115,7 +115,7 @@ def test_family_trains_reloads_with_the_same_logits_and_chats(
     assert "> Who are you? 你是谁？\n" in ask(call_main, monkeypatch, run, "Who are you? 你是谁？")
 
 
-@each_kind_of_layers
+@each_family(FEW.__contains__)
 def test_family_does_so_in_8_bits(family, families, call_main, float32_cpu, tmp_path, monkeypatch):
     model = train_family(8, families(family), tmp_path / "run")
     check_reloaded(tmp_path / "run", model)
@@ -160,7 +160,7 @@ def test_adapter_on_layers_that_are_used_twice_is_chatted_with(tiny_model, tmp_p
     assert len(load_chat(tmp_path).decoder.adapter.layers) == 3
 
 
-@each_kind_of_layers
+@each_family(FEW.__contains__)
 def test_family_resumes_to_the_same_adapter(
     family, families, trained_families, call_main, float32_cpu, tmp_path
 ):
@@ -183,7 +183,7 @@ def encode_by_file(folder, text):
     return model.encode(text)
 
 
-@each_family
+@each_family(lambda _: True)
 def test_tokenizer_gives_its_files_own_ids_and_text_back(family, families, tmp_path):
     folder = families(family)
     tokenizer = load_own_tokenizer(str(folder), trust_remote_code=False)
@@ -237,7 +237,7 @@ def test_model_of_an_unknown_kind_is_one_line(remote_model, call_main, tmp_path)
         call_main("qlora_finetune", *argv)
 
 
-@each_family
+@each_family(lambda _: True)
 def test_replies_over_buffers_of_fixed_size_are_the_same(family, families):
     """What a GPU goes on to capture; to our own loop a model whose cache slides keeps all tokens."""
     prompt, replies = torch.tensor([[5, 6, 7, 8, 9]]), []

@@ -9,7 +9,7 @@ import time
 
 import psutil
 import pytest
-from helpers import ROOT
+from helpers import ROOT, slow_but
 from helpers.rows import write_sums
 from helpers.runs import assert_equal_runs, check_kills
 
@@ -146,7 +146,7 @@ def test_signal_with_no_saves_asked_for_still_saves(server, command, tmp_path):
     assert checkpoints.find_valid_checkpoint(run) is not None
 
 
-@pytest.mark.parametrize("seconds_between", [0, 1])
+@pytest.mark.parametrize("seconds_between", slow_but([1], [0, 1]))
 def test_signal_to_data_workers_too_ends_the_same_way(server, command, tmp_path, seconds_between):
     """Schedulers signal every process of a job, a worker perhaps first; workers leave it to their parent."""
     run, log = tmp_path / "run", tmp_path / "log"

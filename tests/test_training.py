@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import IDENTITY
+from helpers import IDENTITY, slow_but
 from helpers.models import relative_difference
 from helpers.runs import load_weights, read_log, train, trainer_kept
 from safetensors.torch import load_file, save_file
@@ -238,7 +238,10 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+FEW = ["8 bits", "dora", "some modules and their biases", "padded, by length", "bf16 asked for"]
+
+
+@pytest.mark.parametrize("setting", slow_but(FEW, SETTINGS))
 def test_setting_trains_and_its_adapter_learns(call_main, tiny_model, tmp_path, setting):
     flags = [*FLAGS, "--max_steps", "2", "--gradient_accumulation_steps", "4", *SETTINGS[setting]]
     train(call_main, tiny_model, tmp_path / "run", *flags)
@@ -250,7 +253,7 @@ def test_setting_trains_and_its_adapter_learns(call_main, tiny_model, tmp_path, 
     assert layers == ({"q_proj", "v_proj"} if "some modules" in setting else everything)
 
 
-@pytest.mark.parametrize("bits", ["16", "32"])
+@pytest.mark.parametrize("bits", slow_but(["16"], ["16", "32"]))
 def test_full_finetune_saves_a_model_that_evaluates(call_main, tiny_model, tmp_path, bits):
     run = tmp_path / "run"
     flags = ["--full_finetune", "--bits", bits, "--max_steps", "2", "--do_train"]
