@@ -1,6 +1,7 @@
 """The report is true, and stops a run that would train on nothing worth it."""
 
 import json
+import re
 
 import pytest
 from helpers import ROOT
@@ -50,6 +51,35 @@ def test_report_counts_what_is_trained_on(report, tmp_path):
     assert "Question" in printed and "⟦Answer" in printed
     assert (tmp_path / "run" / "data_report.png").stat().st_size > 1000
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_bins_of_like_lengths_are_whole_tokens_and_no_two_meet(report):
+    rows = [{"instruction": "Say it.", "output": " go" * (5 + i % 3)} for i in range(12)]
+    printed, _ = report(rows, "--per_device_train_batch_size", 4)
+    bins = re.findall(r"^ +(\d+)-(\d+) +█* +(\d+)$", printed, flags=re.MULTILINE)
+    assert [int(count) for *_, count in bins] == [4, 4, 4]
+    assert (
+        [int(low) for low, *_ in bins]
+        == [int(high) for _, high, _ in bins]
+        == list(range(int(bins[0][0]), int(bins[0][0]) + 3))
+    )
+
+
+def test_share_of_a_finding_is_told_and_no_limit_is_advised_that_is_there(report):
+    rows = [{"instruction": "Read it. " * 400, "output": "Yes."} for _ in range(10)] + GOOD[:10]
+    printed, found = report(rows, "--model_max_length", 64)
+    assert "  10 (50%) prompts that lost their beginning (row 1, 2, 3, ...)" in printed
+    assert f"--model_max_length {found['suggested_model_max_length']} would hold" in printed
+    printed, found = report(GOOD, "--model_max_length", 64)
+    assert found["suggested_model_max_length"] == 64 and "would hold" not in printed
+
+
+def test_rows_of_another_format_are_named_by_theirs(report):
+    chat = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
+    printed, found = report([*GOOD, {"messages": chat}])
+    assert (
+        "1 left out, row 13 first: is of format messages: put such rows into a file of their own" in printed
+    )
 
 
 def test_report_folder_is_free_for_the_run_itself(report, call_main, tiny_model, tmp_path):

@@ -11,6 +11,7 @@ from utils.data.formats import find_format, read_row
 from utils.data.layouts import parse_columns
 from utils.data.report import build_report
 from utils.data.rows import load_rows
+from utils.data.sources import find_sources
 from utils.data.tokenizing import tokenize_rows
 from utils.models.tokenizer import ChatTokenizer, add_pad_token
 from utils.prompts.messages import IGNORE_INDEX
@@ -489,6 +490,12 @@ def test_mistyped_column_is_answered_with_the_file_s_own(learn):
         learn(rows, columns="instruction=farge,output=antwort")
     assert "has the columns id, frage, antwort, mehr: say which is which" in str(caught.value)
     assert "--columns instruction=frage,output=antwort (" in str(caught.value)
+
+
+def test_table_whose_first_line_is_a_row_is_told_to_name_its_columns(tmp_path):
+    (tmp_path / "rows.csv").write_text("你是谁？,我是一个模型。\nWho are you?,A model.\n", encoding="utf-8")
+    with pytest.raises(UserError, match="if that is a row, put a line with the columns' names above it"):
+        find_sources(str(tmp_path / "rows.csv"), DataArguments())
 
 
 GUESSED = [

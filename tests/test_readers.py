@@ -66,6 +66,16 @@ def test_json_array_is_read_the_same_whatever_the_chunk(tmp_path, monkeypatch, c
         assert list(read_file(path)) == rows
 
 
+@pytest.mark.parametrize(("mark", "name"), [(";", "a.csv"), ("\t", "a.csv"), (",", "a.tsv"), (";", "a.tsv")])
+def test_table_of_another_separator_is_read_by_it_and_said(tmp_path, mark, name, capsys):
+    """As Excel writes them where a comma is the decimal point; cells that hold one are quoted."""
+    rows = [["instruction", "output"], ["Half of one?", "0,5"], ["1,5; or\t2?", "both"]]
+    with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=mark).writerows(rows)
+    assert list(read_file(tmp_path / name)) == [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+    assert f"separated by {mark!r}" in capsys.readouterr().out
+
+
 DAMAGED = {
     "empty.json": (b"", "is empty"),
     "blank.jsonl": (b"\n\n \n", "is empty"),

@@ -142,10 +142,11 @@ def test_counts_of_one_file_are_drawn_apart_and_count_together(tmp_path, capsys)
     assert f"{path}#90 takes all of the 10 rows that are there to draw" in capsys.readouterr().out
 
 
-def test_count_behind_a_name_for_evaluation_draws_a_sample(tmp_path):
+def test_count_behind_a_name_for_evaluation_draws_a_sample(tmp_path, capsys):
     path = write_rows(tmp_path / "rows.jsonl", alpaca_rows(30))
     apart = write_rows(tmp_path / "apart.jsonl", alpaca_rows(30, start=20))
     rows = load(f"{path}#15", do_eval=True, eval_dataset_name=f"{apart}#7")
+    assert "30 rows, format alpaca, 15 of them drawn\n" in capsys.readouterr().out
     assert (rows.count(TRAIN), rows.count(EVAL)) == (15, 7)
     assert list_questions(rows, EVAL) == list_questions(load(f"{apart}#7"))
     # No row of that file is trained on, drawn or not.
@@ -155,12 +156,13 @@ def test_count_behind_a_name_for_evaluation_draws_a_sample(tmp_path):
 def test_what_a_folder_leaves_out_is_said(tmp_path, capsys):
     for name in ("train.json", "test.json", "dataset_info.json"):
         write_rows(tmp_path / "set" / name, alpaca_rows(3, start=10 * len(name)))
-    for name in ("notes.md", "old/rows.xlsx", ".gitattributes"):
+    for name in ("notes.md", "old/rows.xlsx", ".gitattributes", "README.txt", "requirements.txt"):
         (tmp_path / "set" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "set" / name).write_text("x")
     load(tmp_path / "set")
     said = capsys.readouterr().out
-    assert "by their names no files of rows: dataset_info.json, notes.md, old/rows.xlsx\n" in said
+    others = "README.txt, dataset_info.json, notes.md, old/rows.xlsx, requirements.txt"
+    assert f"by their names no files of rows: {others}\n" in said
     assert "by their names not trained on: test.json (" in said and ".gitattributes" not in said
     other = write_rows(tmp_path / "other.json", alpaca_rows(3))
     load(other, do_eval=True, eval_dataset_name=str(tmp_path / "set"))

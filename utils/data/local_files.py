@@ -11,6 +11,7 @@ from utils.data.named_sets import NAMED_SETS
 from utils.data.readers import ROW_SUFFIXES, find_kind
 from utils.models.model_scope import download_dataset, is_on_modelscope
 
+ABOUT = re.compile(r"(readme|licen[sc]e|requirements|changelog|citation)\b.*\.txt$", re.IGNORECASE)
 HUB_METADATA = ("dataset_info.json", "dataset_infos.json", "state.json")
 
 
@@ -75,7 +76,8 @@ def select_data_files(files: list[Path], where: str, folder: Path) -> list[Path]
     others: list[str] = []
     for path in files:
         name = path.relative_to(folder)
-        if find_kind(path) and path.name not in HUB_METADATA:
+        is_about = ABOUT.match(path.name) or path.name in HUB_METADATA
+        if find_kind(path) and not is_about:
             chosen.append(path)
         elif not any(part.startswith(".") for part in name.parts):
             others.append(str(name))

@@ -180,8 +180,8 @@ class Window:
 def read_csv(path: Path) -> Iterator[dict[str, str]]:
     """One row a record, by the columns that the first line names."""
     csv.field_size_limit(1 << 30)
-    lines = (line + "\n" for line in read_lines(path))
-    table = csv.reader(lines, delimiter="\t" if find_kind(path) == ".tsv" else ",", strict=True)
+    first, lines = peek((line + "\n" for line in read_lines(path)), 1)
+    table = csv.reader(lines, delimiter=find_separator(path, "".join(first)), strict=True)
     try:
         header = next(table, None)
         if not header:
@@ -196,6 +196,15 @@ def read_csv(path: Path) -> Iterator[dict[str, str]]:
                 yield dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise UserError(f"{path}: line {table.line_num} is no CSV ({error}): mend its quotes") from error
+
+
+def find_separator(path: Path, header: str) -> str:
+    """What stands between the cells; Excel writes semicolons where a comma is the decimal point."""
+    own = "\t" if find_kind(path) == ".tsv" else ","
+    others = [mark for mark in ",;\t" if mark in header and own not in header]
+    if others:
+        notice_once(f"{path}: its first line is separated by {others[0]!r}, so the file is read so")
+    return (others or [own])[0]
 
 
 def read_parquet(path: Path) -> Iterator[dict[str, Any]]:

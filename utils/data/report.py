@@ -58,7 +58,7 @@ def report_data(
     vocabulary = config.get("text_config", config).get("vocab_size", len(tokenizer.raw))
     report = build_report(rows, datasets, vocabulary, data_args, training_args, has_gpu(model_args))
     report["thinking"] = describe_thoughts(datasets[TRAIN].found, tokenizer.style, tokenizer.thinking)
-    notice(describe_report(report))
+    notice(describe_report(report, data_args.max_len))
     if is_main_process():
         show_rows(datasets[TRAIN], [source.name for source in rows.sources], tokenizer.raw)
         folder = training_args.run_dir
@@ -188,13 +188,15 @@ def describe_part(part: str, found: dict[str, Any]) -> str:
     )
 
 
-def describe_report(report: dict[str, Any]) -> str:
+def describe_report(report: dict[str, Any], limit: int | None = None) -> str:
+    """The report's lines; `limit`: the longest row allowed, tokens."""
     lines = []
     for part, found in report["parts"].items():
         lines.append(describe_part(part, found))
         for what, count in found["findings"].items():
             first = ", ".join(map(str, found["finding_rows"][what][:3]))
-            lines.append(f"  {count:,} {what} (row {first}{', ...' if count > 3 else ''})")
+            share = f"{count:,} ({count / max(found['rows'], 1):.0%})"
+            lines.append(f"  {share} {what} (row {first}{', ...' if count > 3 else ''})")
     for source in report["sources"]:
         for note, (count, where) in source["cleaned"].items():
             lines.append(f"  {source['name']}: {count:,} rows with {note} (row {where[0]} first)")
@@ -205,23 +207,31 @@ def describe_report(report: dict[str, Any]) -> str:
             f"  {report['held_out_copies']:,} rows are not trained on: a held-out row holds the same chat"
         )
     if "packing" in report:
-        packing = report["packing"]
+        packing, length = report["packing"], report["suggested_model_max_length"]
         lines.append(
-            f"packing {packing['rows_per_step']} rows a step: {packing['packed']:.1%} of the computed tokens "
-            f"are real (padding: {packing['padded']:.1%}); --model_max_length "
-            f"{report['suggested_model_max_length']} would hold 99% of the rows"
+            f"{packing['rows_per_step']} rows a step: of all tokens computed {packing['packed']:.1%} are "
+            f"real where rows are packed, {packing['padded']:.1%} where they are padded"
+            + (f"; --model_max_length {length} would hold 99% of the rows" if length != limit else "")
         )
     lines += report.get("thinking", [])
     lines += [f"RED: {finding}" for finding in report["red"]]
     return "\n".join(lines)
 
 
+def choose_edges(lengths: np.ndarray, bins: int) -> np.ndarray:
+    """Where bins of whole tokens begin, all of one width, and where the last one ends; `bins` at most."""
+    low, high = (int(lengths.min()), int(lengths.max()) + 1) if len(lengths) else (0, 1)
+    width = -(-(high - low) // bins)
+    return np.arange(low, high + width, width)
+
+
 def draw_histogram(lengths: np.ndarray, bins: int = 8, width: int = 40) -> str:
     """Rows by length, as bars of text."""
-    counts, edges = np.histogram(lengths, bins=bins)
+    edges = choose_edges(lengths, bins)
+    counts, _ = np.histogram(lengths, edges)
     return "\n".join(
-        f"  {int(low):>6,}-{int(high):<6,} {'█' * -(-width * count // counts.max()):<{width}} {count:,}"
-        for count, low, high in zip(counts.tolist(), edges, edges[1:], strict=False)
+        f"  {low:>6,}-{high - 1:<6,} {'█' * -(-width * count // counts.max()):<{width}} {count:,}"
+        for count, low, high in zip(counts.tolist(), edges.tolist(), edges[1:].tolist(), strict=False)
     )
 
 
@@ -230,8 +240,9 @@ def save_histogram(lengths: np.ndarray, path: Path) -> None:
 
     figure = Figure(figsize=(7, 3.5), dpi=120, layout="tight")
     axes = figure.subplots()
-    axes.hist(lengths, bins=40)
+    axes.hist(lengths, bins=(choose_edges(lengths, 40) - 0.5).tolist())
     axes.set(xlabel="tokens in a row", ylabel="rows")
+    axes.locator_params(integer=True)
     figure.savefig(path)
 
 

@@ -138,6 +138,8 @@ def report_sources(sources: list[Source], scans: list[Scan], wanted: list[str]) 
     for source, scan in zip(sources, scans, strict=True):
         bad = int((scan.hashes == 0).sum())
         line = f"{source.name}: {len(scan.hashes):,} rows, format {source.dataset_format}"
+        if source.sample is not None and source.sample < len(scan.hashes):
+            line += f", {source.sample:,} of them drawn"
         if source.dataset_format == "preference":
             line += " (the chosen answers are trained, the rejected left out)"
         for reason, (count, numbers) in list(scan.bad.items())[:3]:

@@ -17,7 +17,7 @@ import numpy as np
 from utils.console import UserError
 from utils.data.cache import find_or_build, hash_code
 from utils.data.file_text import measure_size
-from utils.data.formats import read_row
+from utils.data.formats import ALIASES, find_format, read_row
 from utils.data.readers import find_kind
 from utils.data.sources import Source
 
@@ -78,7 +78,10 @@ def scan_rows(source: Source) -> Scan:
         try:
             chat = read_row(row, source.dataset_format)
         except UserError as error:
-            note(scan.bad, str(error), number)
+            theirs = find_format(row)
+            is_other = theirs not in (None, ALIASES.get(source.dataset_format, source.dataset_format))
+            others = f"is of format {theirs}: put such rows into a file of their own"
+            note(scan.bad, others if is_other else str(error), number)
             hashes.append(0)
             continue
         for what in chat.cleaned:
