@@ -51,13 +51,13 @@ def get_server():
 
 def assert_refused(tmp_path, script, *argv, says):
     """One line on stderr, exit code 2, torch not even imported (seconds), no file touched."""
-    server, printed = get_server(), Path(tempfile.mkdtemp())
-    before = list_files(tmp_path)
-    start = time.perf_counter()
-    log, errors = printed / "log", printed / "errors"
-    code = server.run(log, *argv, script=Path(script).stem, errors=errors, forbidden=["torch"])
-    assert time.perf_counter() - start < 2
-    said = errors.read_text()
+    server, before = get_server(), list_files(tmp_path)
+    with tempfile.TemporaryDirectory() as printed:
+        log, errors = Path(printed, "log"), Path(printed, "errors")
+        start = time.perf_counter()
+        code = server.run(log, *argv, script=Path(script).stem, errors=errors, forbidden=["torch"])
+        assert time.perf_counter() - start < 2
+        said = errors.read_text()
     assert code == 2, said
     lines = said.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), said
