@@ -407,3 +407,60 @@ def test_tool_chat_that_fills_its_limit_exactly_is_cut_there(smol_tokenizer, tmp
     assert row["labels"][-1] == stop and counts == {tokenizing.ANSWER_CUT: 1}
     for limit in range(8, len(whole["input_ids"]), 3):
         train_rows(smol_tokenizer, tmp_path, [{"messages": chat}], model_max_length=limit)
+
+
+ASKED = {"role": "user", "content": "Two and two?"}
+EARLIER = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+
+
+def said(text="Four.", **keys):
+    return {"role": "assistant", "content": text, **keys}
+
+
+def called(**changes):
+    function = {"name": "add", "arguments": {"a": 2}} | changes.pop("function", {})
+    calls = [{"type": "function", "function": function, **changes}]
+    return [said("", tool_calls=calls), {"role": "tool", "content": "4"}, said()]
+
+
+ONE_CHAT_TWICE = {
+    "thought in a key and in tags": (
+        {"messages": [ASKED, said(reasoning_content="Count.")]},
+        {"instruction": "Two and two?", "output": "<think>\nCount.\n</think>\n\nFour."},
+    ),
+    "thought in a column": (
+        {"messages": [ASKED, said(reasoning="Two and two.")]},
+        {"question": "Two and two?", "answer": "Four.", "cot": "Two and two."},
+    ),
+    "preferred and plain": (
+        {"messages": [*EARLIER, ASKED, said()]},
+        {"prompt": [*EARLIER, ASKED], "chosen": [said()], "rejected": [said("Five.")]},
+    ),
+    "weighed and not": (
+        {"messages": [*EARLIER, ASKED, said()]},
+        {"messages": [EARLIER[0], EARLIER[1] | {"weight": 0}, ASKED, said()]},
+    ),
+    "arguments as text": (
+        {"messages": [ASKED, *called()]},
+        {"messages": [ASKED, *called(function={"arguments": '{"a": 2}'})]},
+    ),
+    "call with an id": ({"messages": [ASKED, *called()]}, {"messages": [ASKED, *called(id="call_1")]}),
+    "turns with ids": ({"messages": [ASKED, said()]}, {"messages": [ASKED | {"id": "u1"}, said(id="a1")]}),
+}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("name", ONE_CHAT_TWICE)
+def test_chat_that_is_written_in_two_ways_is_not_trained_where_it_is_held_out(tmp_path, name, turned):
+    """In the file of the training rows and in that of the held-out ones: a template makes one text of both."""
+    held_out, trained = ONE_CHAT_TWICE[name][:: -1 if turned else 1]
+    files = [write_rows(tmp_path / f"{i}.jsonl", [row]) for i, row in enumerate((trained, held_out))]
+    rest = write_rows(tmp_path / "rest.jsonl", alpaca_rows(5))
+    rows = load(f"{files[0]},{rest}", do_eval=True, eval_dataset_name=str(files[1]))
+    assert (rows.count(TRAIN), rows.count(EVAL), rows.held_out_copies) == (5, 1, 1)
+
+
+def test_count_behind_a_name_is_of_rows_whatever_repeats(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", alpaca_rows(5) * 20)
+    rows = load(f"{path}#8")
+    assert rows.count(TRAIN) == 8 and load(f"{path}#8").count(TRAIN) == 8

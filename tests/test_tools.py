@@ -1,7 +1,11 @@
 """Chats with tools: trained where the template shows them, left out with a reason where it does not."""
 
+import pyarrow
 import pytest
+from datasets import Dataset
 from helpers.chats import TWO_TURNS, assert_prompts_agree, encode_chat, encode_row, read_labels, train_rows
+from helpers.rows import load, write_rows
+from pyarrow import parquet
 
 from utils.arguments import DataArguments
 from utils.data import tokenizing
@@ -178,3 +182,38 @@ def test_reasons_that_name_each_row_are_counted_together(smol_tokenizer):
     counts = encoder.counts[TRAIN].counts
     assert "dropped: the chat template refuses these messages: no q0" in counts
     assert len(counts) < 40 and sum(counts.values()) == 100 and counts[tokenizing.REFUSED] == 70
+
+
+def call(name, **arguments):
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+@pytest.mark.parametrize("writer", ["pyarrow", "datasets"])
+def test_table_gives_no_call_the_arguments_of_another_row(tmp_path, writer):
+    """A table's objects have the keys of all its rows: those that a row did not have are nulls there."""
+    rows = []
+    for name, arguments in (("add", {"a": 3, "b": 4}), ("weather", {"city": "Rome"})):
+        tool = {
+            "name": name,
+            "parameters": {"type": "object", "properties": dict.fromkeys(arguments, {"x": "y"})},
+        }
+        messages = [{"role": "user", "content": f"{name}?"}]
+        messages += [{"role": "assistant", "content": "", "tool_calls": [call(name, **arguments)]}]
+        messages += [{"role": "tool", "content": "7"}, {"role": "assistant", "content": "It is 7."}]
+        rows.append({"messages": messages, "tools": [{"type": "function", "function": tool}]})
+    if writer == "pyarrow":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    else:
+        written = write_rows(tmp_path / "written.jsonl", rows)
+        table = Dataset.from_json(str(written), cache_dir=str(tmp_path / "cache"))
+        table.to_parquet(tmp_path / "rows.parquet")
+    write_rows(tmp_path / "rows.jsonl", rows)
+    found, expected = (
+        [(chat.messages, chat.tools) for *_, chat in load(tmp_path / f"rows.{kind}").read("\n\n")]
+        for kind in ("parquet", "jsonl")
+    )
+    for (messages, tools), (own_messages, own_tools) in zip(found, expected, strict=True):
+        assert [message.get("tool_calls") or None for message in messages] == [
+            message.get("tool_calls") for message in own_messages
+        ]
+        assert tools == own_tools

@@ -219,6 +219,25 @@ def test_evaluation_loss_does_not_depend_on_the_batch_size(call_main, tiny_model
     assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0] > 5
 
 
+def test_held_out_loss_is_not_smoothed(call_main, tiny_model, tmp_path):
+    losses = []
+    for smoothing in (0, 0.3):
+        run = tmp_path / str(smoothing)
+        argv = [
+            "--model_name_or_path",
+            tiny_model,
+            "--dataset_name",
+            IDENTITY,
+            "--do_eval",
+            *SHORT,
+            "--bits",
+            "32",
+        ]
+        call_main("qlora_finetune", *argv, "--output_dir", run, "--label_smoothing_factor", smoothing)
+        losses.append(json.loads((run / "eval_metrics.json").read_text())["eval_loss"])
+    assert losses[0] == losses[1]
+
+
 SETTINGS = {
     "fp4 without double quantization": ["--quant_type", "fp4", "--no_double_quant"],
     "8 bits": ["--bits", "8"],

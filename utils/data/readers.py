@@ -22,6 +22,7 @@ ROW_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 WORKBOOKS = (".xlsx", ".xls", ".ods", ".numbers", ".et")
 JSON_CHUNK = 1 << 20  # characters read at once from a JSON array
 SPACE = " \t\r\n"
+TOOLS = ("tools", "functions")  # lists of objects that are no turns
 ROW_LISTS = {*TURNS, *NO_TEXTS}  # columns with the turns of one row
 
 
@@ -215,11 +216,35 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
         file = ParquetFile(
             path if path.is_file() and path.suffix != ".gz" else io.BytesIO(open_binary(path).read())
         )
+        decode = find_decoder(file.schema_arrow.metadata or {})
         for batch in file.iter_batches(batch_size=1000):
-            yield from batch.to_pylist()
+            yield from map(decode, batch.to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is no parquet file ({reason}): download it again") from error
+
+
+def find_decoder(metadata: dict[bytes, bytes]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """From a table's row to the file's: `datasets` keeps Json columns as texts, and notes which they are."""
+    features = (json.loads(metadata.get(b"huggingface", b"{}")).get("info") or {}).get("features")
+    if '"Json"' not in json.dumps(features):
+        return drop_nulls
+    from datasets import Features
+
+    return Features.from_dict(features).decode_example
+
+
+def drop_nulls(value: Any, depth: int = 0) -> Any:
+    """A row without the keys that a table gives each object because another row's object has them.
+
+    Else calls and tools are trained with arguments nobody gave. Columns, and keys of turns, stay as nulls.
+    """
+    if isinstance(value, list):
+        return [drop_nulls(item, depth) for item in value]
+    if isinstance(value, dict):
+        inner = {name: drop_nulls(item, depth + 1 + (name in TOOLS)) for name, item in value.items()}
+        return {name: item for name, item in inner.items() if depth < 2 or item is not None}
+    return value
 
 
 def read_text(path: Path) -> Iterator[dict[str, str]]:

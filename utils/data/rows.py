@@ -216,7 +216,10 @@ def assign_parts(
             free = mine & usable & ~np.isin(hashes, hashes[drawn])
             if sample > free.sum():
                 notice(f"{entry}#{sample} takes all of the {int(free.sum()):,} rows that are there to draw")
-            chosen = take_smallest(rehash_with_seed(hashes, "sample", data_seed), free, sample)
+            places = np.flatnonzero(free)
+            first = np.argsort(rehash_with_seed(hashes, "sample", data_seed)[places], kind="stable")
+            chosen = np.zeros_like(free)
+            chosen[places[first[:sample]]] = True
             usable &= chosen | ~mine
             drawn |= chosen
     parts = np.where(usable & is_train, PARTS.index(TRAIN), 0).astype(np.uint8)

@@ -20,6 +20,8 @@ from utils.data.file_text import measure_size
 from utils.data.formats import ALIASES, find_format, read_row
 from utils.data.readers import find_kind
 from utils.data.sources import Source
+from utils.prompts.messages import Message
+from utils.prompts.rendering import CLOSE, THOUGHT_KEYS, convert_arguments, split_thought
 
 LISTED_ROWS = 100  # row numbers kept of each finding
 CACHED_ROWS = 20_000  # scanning fewer takes less than a second
@@ -43,6 +45,24 @@ class Scan:
     bad: Findings = field(default_factory=dict)  # by the reason
     cleaned: Findings = field(default_factory=dict)
     unread: Findings = field(default_factory=dict)  # by the column, with a text that is not trained
+
+
+def find_content(message: Message) -> Message:
+    """What makes two messages the same, however a file writes thoughts and calls: not marks, not ids."""
+    if len(message) == 2 and (message["role"] != "assistant" or CLOSE not in message["content"]):
+        return message
+    is_reply = message["role"] == "assistant"
+    thought, said = split_thought(message) if is_reply else ("", message["content"])
+    same = {"role": message["role"], "content": said}
+    if thought:
+        same[THOUGHT_KEYS[0]] = thought
+    if message.get("tool_calls"):
+        try:
+            calls = [call.get("function", call) for call in convert_arguments(message, dict)["tool_calls"]]
+            same["tool_calls"] = [[call.get("name"), call.get("arguments")] for call in calls]
+        except TypeError:  # no calls as templates take them: the row is left out later, with this reason
+            same["tool_calls"] = message["tool_calls"]
+    return same
 
 
 def scan_source(source: Source) -> Scan:
@@ -88,7 +108,7 @@ def scan_rows(source: Source) -> Scan:
             note(scan.cleaned, what, number)
         for column in chat.unread:
             note(scan.unread, own_names.get(column, column), number)
-        content = write_json([chat.messages, chat.tools])
+        content = write_json([list(map(find_content, chat.messages)), chat.tools])
         digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
         hashes.append(int.from_bytes(digest, "little") or 1)
     scan.hashes = np.array(hashes, np.uint64)

@@ -22,7 +22,7 @@ from utils.data.formats import ALIASES, read_row, sniff_format
 from utils.data.layouts import INFO_FILE, Layout, explain_unknown, parse_columns, read_info
 from utils.data.local_files import find_files, list_names, say_where_to_get
 from utils.data.named_sets import NAMED_SETS
-from utils.data.readers import peek, read_file
+from utils.data.readers import drop_nulls, peek, read_file
 from utils.models.hub import reach_hub
 from utils.prompts.messages import EVAL, TEST, TRAIN, Messages
 from utils.run.repository import REPOSITORY
@@ -47,7 +47,7 @@ class Source:
     dataset: Any = None  # datasets.Dataset
 
     def read(self) -> Iterator[Any]:
-        rows = read_file(self.path) if self.path else iter(self.dataset)
+        rows = read_file(self.path) if self.path else map(drop_nulls, self.dataset)
         return map(self.layout.apply, rows) if self.layout else rows
 
     def describe(self) -> dict[str, Any]:

@@ -65,13 +65,13 @@ class TokenLoss:
         return torch.cat([self.compare(self.head.find_logits(part), goal) for part, goal in pairs], 1)
 
     def compare(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Cross entropy  # float32 [rows, positions]"""
+        """Cross entropy, smoothed only where it is trained on  # float32 [rows, positions]"""
         losses = F.cross_entropy(
             logits.float().flatten(0, 1),
             targets.flatten(),
             reduction="none",
             ignore_index=IGNORE_INDEX,
-            label_smoothing=self.label_smoothing,
+            label_smoothing=self.label_smoothing if torch.is_grad_enabled() else 0.0,
         )
         return losses.view_as(targets)
 
