@@ -492,10 +492,22 @@ def test_mistyped_column_is_answered_with_the_file_s_own(learn):
     assert "--columns instruction=frage,output=antwort (" in str(caught.value)
 
 
-def test_table_whose_first_line_is_a_row_is_told_to_name_its_columns(tmp_path):
-    (tmp_path / "rows.csv").write_text("你是谁？,我是一个模型。\nWho are you?,A model.\n", encoding="utf-8")
-    with pytest.raises(UserError, match="if that is a row, put a line with the columns' names above it"):
-        find_sources(str(tmp_path / "rows.csv"), DataArguments())
+@pytest.mark.parametrize("mark", ",;")
+@pytest.mark.parametrize("row", [("你是谁？", "我是一个模型。"), ("你好", "在"), ("Name a colour", "Blue")])
+def test_table_whose_first_line_is_a_row_is_told_to_name_its_columns(learn, tmp_path, row, mark):
+    """However short its cells; as advised it is read. Rows of other files have names, with or without marks."""
+    path = tmp_path / "rows.csv"
+    path.write_text(f"{mark.join(row)}\n" * 2, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        find_sources(str(path), DataArguments())
+    advice = "put the columns' names above it, separated as it is; else say which is which, as in --columns"
+    assert f"the columns {', '.join(row)}: if that line is a row, {advice}" in str(caught.value)
+    path.write_text(f"instruction{mark}output\n{mark.join(row)}\n", encoding="utf-8")
+    assert learn(path)[0] == ends(row[1])
+    with pytest.raises(
+        UserError, match="columns Frage\\?, Antwort.: say which is which, as in --columns instr"
+    ):
+        learn([{"Frage?": "Wer ist da?", "Antwort.": "Ich."}])
 
 
 GUESSED = [

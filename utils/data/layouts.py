@@ -4,7 +4,6 @@ Known by name where the field has one (question, query, ...), told by LLaMA-Fact
 the file, or said with --columns instruction=QUESTION,output=ANSWER. Rows are renamed as they are read.
 """
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -163,22 +162,15 @@ def list_keys(value: Any) -> set[str]:
     return set(value[0]) if isinstance(value, list) and value and isinstance(value[0], dict) else set()
 
 
-SENTENCE = re.compile(r"[。？！，]|[.?!,](\s|$)|(\w+\s+){4}")  # in a column's name: it is a text of a row
-
-
-def explain_unknown(rows: list[dict[str, Any]]) -> str:
+def explain_unknown(rows: list[dict[str, Any]], is_table: bool) -> str:
     """Why no format reads these rows, and what to do: the flag is filled in by their own columns."""
     seen = dict.fromkeys(str(name) for row in rows for name in row)
     if name := next((name for name in NO_TEXTS if name in seen), None):
         return f"column {name!r} holds {NO_TEXTS[name]}"
-    if any(SENTENCE.search(name) for name in seen):
-        return (
-            f"no known format has the columns {', '.join(seen)}: if that is a row, put a line with the "
-            "columns' names above it, as instruction,output (data/README.md has the known layouts)"
-        )
+    unnamed = "if that line is a row, put the columns' names above it, separated as it is; else "
     return (
-        f"no known format has the columns {', '.join(seen)}: say which is which, as in "
-        f"{suggest_flag(rows)} (data/README.md has the known layouts)"
+        f"no known format has the columns {', '.join(seen)}: {unnamed if is_table else ''}say which is "
+        f"which, as in {suggest_flag(rows)} (data/README.md has the known layouts)"
     )
 
 

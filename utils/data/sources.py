@@ -22,7 +22,7 @@ from utils.data.formats import ALIASES, read_row, sniff_format
 from utils.data.layouts import INFO_FILE, Layout, explain_unknown, parse_columns, read_info
 from utils.data.local_files import find_files, list_names, say_where_to_get
 from utils.data.named_sets import NAMED_SETS
-from utils.data.readers import drop_nulls, peek, read_file
+from utils.data.readers import drop_nulls, find_kind, peek, read_file
 from utils.models.hub import reach_hub
 from utils.prompts.messages import EVAL, TEST, TRAIN, Messages
 from utils.run.repository import REPOSITORY
@@ -146,7 +146,9 @@ def sniff_source(name: str, rows: Iterator[Any], expected: str | None, layout: L
         raise UserError(f"{name}: row 1 is {str(first[0])[:40]!r}: an object with columns is needed")
     found = sniff_format([layout.apply(row) for row in first] if layout else first)
     if found is None:
-        raise UserError(f"{name}: {explain_unknown([row for row in first if isinstance(row, dict)])}")
+        is_table = find_kind(Path(name)) in (".csv", ".tsv")
+        objects = [row for row in first if isinstance(row, dict)]
+        raise UserError(f"{name}: {explain_unknown(objects, is_table)}")
     if expected and ALIASES.get(expected, expected) != found:
         notice(f"{name}: the rows are {found}, not {expected} as the set's own")
     return expected if expected and ALIASES.get(expected, expected) == found else found
