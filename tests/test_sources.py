@@ -156,12 +156,12 @@ def test_count_behind_a_name_for_evaluation_draws_a_sample(tmp_path, capsys):
 def test_what_a_folder_leaves_out_is_said(tmp_path, capsys):
     for name in ("train.json", "test.json", "dataset_info.json"):
         write_rows(tmp_path / "set" / name, alpaca_rows(3, start=10 * len(name)))
-    for name in ("notes.md", "old/rows.xlsx", ".gitattributes", "README.txt", "requirements.txt"):
+    for name in ("notes.md", "old/rows.xlsx", ".gitattributes", "README_zh.txt", "requirements.txt"):
         (tmp_path / "set" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "set" / name).write_text("x")
     load(tmp_path / "set")
     said = capsys.readouterr().out
-    others = "README.txt, dataset_info.json, notes.md, old/rows.xlsx, requirements.txt"
+    others = "README_zh.txt, dataset_info.json, notes.md, old/rows.xlsx, requirements.txt"
     assert f"by their names no files of rows: {others}\n" in said
     assert "by their names not trained on: test.json (" in said and ".gitattributes" not in said
     other = write_rows(tmp_path / "other.json", alpaca_rows(3))

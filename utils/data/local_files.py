@@ -11,7 +11,7 @@ from utils.data.named_sets import NAMED_SETS
 from utils.data.readers import ROW_SUFFIXES, find_kind
 from utils.models.model_scope import download_dataset, is_on_modelscope
 
-ABOUT = re.compile(r"(readme|licen[sc]e|requirements|changelog|citation)\b.*\.txt$", re.IGNORECASE)
+ABOUT = re.compile(r"(readme|licen[sc]e|requirements|changelog|citation)(?![a-z]).*\.txt$", re.IGNORECASE)
 HUB_METADATA = ("dataset_info.json", "dataset_infos.json", "state.json")
 
 
