@@ -78,8 +78,11 @@ def test_rows_of_another_format_are_named_by_theirs(report):
     chat = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
     printed, found = report([*GOOD, {"messages": chat}])
     assert (
-        "1 left out, row 13 first: is of format messages: put such rows into a file of their own" in printed
+        "1 left out, row 13 first: is of format messages and not alpaca: a file, and --dataset_format, "
+        "is for rows of one format" in printed
     )
+    with pytest.raises(UserError, match="row 1: is of format alpaca and not messages: a file, and --data"):
+        report(GOOD, "--dataset_format", "messages")
 
 
 def test_report_folder_is_free_for_the_run_itself(report, call_main, tiny_model, tmp_path):

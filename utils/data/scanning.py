@@ -100,8 +100,9 @@ def scan_rows(source: Source) -> Scan:
         except UserError as error:
             theirs = find_format(row)
             is_other = theirs not in (None, ALIASES.get(source.dataset_format, source.dataset_format))
-            others = f"is of format {theirs}: put such rows into a file of their own"
-            note(scan.bad, others if is_other else str(error), number)
+            other = f"is of format {theirs} and not {source.dataset_format}"
+            reason = f"{other}: a file, and --dataset_format, is for rows of one format"
+            note(scan.bad, reason if is_other else str(error), number)
             hashes.append(0)
             continue
         for what in chat.cleaned:
