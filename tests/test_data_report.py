@@ -110,7 +110,12 @@ RED = {
     "no stop token": (
         [{"instruction": f"q{i}", "output": "word " * 200} for i in range(4)],
         ["--target_max_len", 20],
-        "4 of 4 sequences have no stop token",
+        "4 of 4 sequences have no stop token, so replies would not end: raise --target_max_len or --model",
+    ),
+    "prompts cut": (
+        [{"instruction": "word " * 90 + str(i), "output": "x"} for i in range(19)] + GOOD[:1],
+        ["--source_max_len", 40],
+        "19 of 20 sequences lost the beginning of their prompts: raise --source_max_len or --model_max_length",
     ),
 }
 
