@@ -46,6 +46,7 @@ def test_report_counts_what_is_trained_on(report, tmp_path):
     assert findings["rows with the literal None as a text"] == 1
     assert found["duplicates"] == 1 and found["held_out_copies"] == 0 and found["red"] == []
     assert 0 < train["trained_tokens"] < train["tokens"] and train["longest"] <= 300
+    assert f"where rows are packed into micro-batches of {found['packing']['capacity']:,}, " in printed
     assert found["packing"]["packed"] > 0 and found["suggested_model_max_length"] % 64 == 0
     assert f"{train['tokens']:,} tokens" in printed and "⟦" in printed and "█" in printed
     assert "Question" in printed and "⟦Answer" in printed

@@ -140,13 +140,17 @@ def count_duplicates(rows: Rows) -> int:
 def measure_packings(
     lengths: np.ndarray, data_args: DataArguments, training_args: TrainingArguments, on_gpu: bool
 ) -> dict[str, float]:
-    """Shares of real among computed tokens, in the order of a random epoch; sizes are fixed on a GPU only."""
+    """Shares of real among computed tokens, in the order of a random epoch; sizes are fixed on a GPU only.
+
+    Packed by the capacity that the flags ask for: what a plan takes is known when the model is.
+    """
     sample = np.random.default_rng(0).permutation(lengths)[:MEASURED_ROWS].tolist()
     batch = training_args.per_device_train_batch_size
     rows_per_step = batch * training_args.gradient_accumulation_steps
     capacity = choose_capacity(lengths, batch, rows_per_step, data_args.max_len, on_gpu)
     return {
         "rows_per_step": rows_per_step,
+        "capacity": capacity,
         "packed": round(measure_packing(sample, rows_per_step, capacity, fixed=on_gpu), 4),
         "padded": round(measure_padding(sample, batch), 4),
     }
@@ -211,9 +215,10 @@ def describe_report(report: dict[str, Any], limit: int | None = None) -> str:
         )
     if "packing" in report:
         packing, length = report["packing"], report["suggested_model_max_length"]
+        capacity = f"micro-batches of {packing['capacity']:,}"
         lines.append(
             f"{packing['rows_per_step']} rows a step: of all tokens computed {packing['packed']:.1%} are "
-            f"real where rows are packed, {packing['padded']:.1%} where they are padded"
+            f"real where rows are packed into {capacity}, {packing['padded']:.1%} where they are padded"
             + (f"; --model_max_length {length} would hold 99% of the rows" if length != limit else "")
         )
     lines += report.get("thinking", [])
