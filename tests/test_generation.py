@@ -9,15 +9,20 @@ import torch
 from bitsandbytes.functional import get_4bit_type
 from helpers import ROOT
 from helpers.chats import encode_row, stream_reply
+from helpers.families import build_llama1
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from utils.arguments import GenerationArguments, ModelArguments
 from utils.chat.generation import BatchAnswerer, build_generation_config, load_run, trim_history
 from utils.chat.streaming import decode_pieces, drop_leading_blanks, open_reply, stream_text
 from utils.console import UserError
+from utils.decode.reply import AdapterSwitch
 from utils.decode.setup import install_graph_decode
 from utils.fast.frozen_weights import read_weight
 from utils.models.folder import resolve_model
 from utils.models.tokenizer import ChatTokenizer
+from utils.models.tokenizer_files import load_own_tokenizer
 from utils.prompts.answer_spans import split_chat
 from utils.prompts.messages import IGNORE_INDEX, Chat
 from utils.train.predictions import find_answered
@@ -179,6 +184,37 @@ def test_streamed_pieces_are_the_generated_reply(smollm2):
     (reply,) = BatchAnswerer(chat.model, chat.tokenizer, flags, seed=0).answer([question])
     assert len(pieces) > 3 and "".join(pieces).strip() == reply
     assert "Paris" in reply and "<|im_end|>" not in reply
+
+
+def test_indented_lines_are_streamed_as_they_are_decoded(tmp_path):
+    """LLaMA's decoder takes off the blank that a text begins with; a new line begins none."""
+    build_llama1(tmp_path)
+    tokenizer = load_own_tokenizer(str(tmp_path), trust_remote_code=False)
+    for text in ("def f(a):\n    return a\n    def b", "a\n b\n\n  c", "北京\n  上海"):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert tokenizer.decode(ids) == text
+        assert "".join(decode_pieces(ChatTokenizer(tokenizer, [2]), ids)) == text
+
+
+def test_base_beside_an_adapter_has_its_own_head(tmp_path):
+    """PEFT's modules_to_save are layers that stand whole beside the base's."""
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    torch.manual_seed(0)
+    base, ids = AutoModelForCausalLM.from_config(config).eval(), torch.arange(3, 9)[None]
+    expected = base(ids).logits
+    saved = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    model = get_peft_model(base, saved).eval()
+    for name, weight in model.named_parameters():
+        if "modules_to_save" in name:
+            weight.data.normal_()
+    switch = AdapterSwitch(model)
+    tuned = model(ids).logits
+    switch.turn(False)
+    assert torch.equal(model(ids).logits, expected)
+    switch.turn(True)
+    assert torch.equal(model(ids).logits, tuned) and not torch.allclose(tuned, expected, atol=0.1)
 
 
 def test_closing_the_stream_stops_the_generation(run):

@@ -34,7 +34,9 @@ def test_scores_equal_the_libraries_called_directly_on_200_pairs():
     seen = set()
     for prediction, reference in pairs:
         scores = score_answer(prediction, reference)
-        rouge = Rouge().get_scores(" ".join(jieba.cut(prediction)), " ".join(jieba.cut(reference)))[0]
+        rouge = Rouge(exclusive=False).get_scores(
+            " ".join(jieba.cut(prediction)), " ".join(jieba.cut(reference))
+        )[0]
         for name in ("rouge-1", "rouge-2", "rouge-l"):
             assert scores[name] == 100 * rouge[name]["f"]
         bleu = sentence_bleu(
@@ -61,6 +63,11 @@ def test_empty_answer_scores_0_and_counts_in_the_mean():
 def test_chinese_is_cut_into_words_not_read_as_one():
     scores = score_answer("我们在北京学习", "他们在北京工作")
     assert 0 < scores["rouge-1"] < 100
+
+
+def test_word_that_is_said_again_and_again_counts_each_time():
+    """One of four words is right, and all of the one asked for: F1 is 2 * 0.25 / 1.25."""
+    assert score_answer("the the the the", "the")["rouge-1"] == pytest.approx(40, abs=1e-3)
 
 
 def test_evaluations_and_predictions_of_a_run_carry_the_scores(call_main, tiny_model, tmp_path):

@@ -53,6 +53,13 @@ class WholeWords(TextStreamer):
         super().__init__(tokenizer.raw, skip_special_tokens=tokenizer.skips_special)
         self.found = ""
 
+    def put(self, value: torch.Tensor) -> None:
+        """A newline empties the cache of tokens, and LLaMA's decoder takes a blank from what comes first."""
+        super().put(value)
+        if not self.token_cache:
+            self.token_cache = value.tolist()
+            self.print_len = len(self.tokenizer.decode(self.token_cache, **self.decode_kwargs))
+
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.found += text
 

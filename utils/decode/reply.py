@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import GenerationConfig
 
 
@@ -98,7 +99,8 @@ class AdapterSwitch:
     """The adapter on or off, for a model that replies with both."""
 
     def __init__(self, model: Any):
-        self.layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # the second: modules_to_save
+        self.layers: list[Any] = [module for module in model.modules() if isinstance(module, kinds)]
         self.tuned = True
 
     def turn(self, tuned: bool) -> None:

@@ -18,7 +18,7 @@ def load_scorers() -> tuple[Any, Any, Any]:
     from rouge_chinese import Rouge
 
     jieba.setLogLevel("WARNING")  # it tells on stderr where its dictionary is cached
-    return jieba, Rouge(), SmoothingFunction().method3
+    return jieba, Rouge(exclusive=False), SmoothingFunction().method3  # a word said twice counts twice
 
 
 def score_answer(prediction: str, reference: str) -> dict[str, float]:
