@@ -385,7 +385,7 @@ def test_stop_string_ends_the_reply_before_it(smol_chat):
     flags = GenerationArguments(max_new_tokens=24)
     question = [{"role": "user", "content": "Count from one to ten, in words."}]
     whole = "".join(stream_reply(smol_chat, question, flags))
-    for stop in (whole[9:14], whole[-6:]):
+    for stop in (whole[9:14], whole[20:21], whole[-6:]):
         reply = open_reply(smol_chat, question, flags)
         pieces = list(stream_text(smol_chat.tokenizer, reply, ["never said", stop]))
         assert "".join(pieces) == whole[: whole.index(stop)] and reply.finish_reason == "stop"
